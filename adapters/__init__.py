@@ -1,0 +1,1 @@
+"""The adapter sum: what adapters are and where they come from."""

@@ -1,0 +1,1 @@
+"""The HTTP side of Coxswain: OpenAI API, configuration, command line."""

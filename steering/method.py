@@ -1,0 +1,168 @@
+"""The plugin contract: a steering method says *what to mix*, as data.
+
+A method lives in the front end only. It turns a validated config into a `Recipe` (weights and
+one core operation); it never sees logits, vLLM or the network, and none of its code runs in the
+worker. So a method cannot slow down or break decoding, and it needs no torch.
+
+Contract version 1. Methods are found through the entry-point group
+`coxswain.steering_methods.v1`; see docs/write-a-method.md for a worked example, and
+`steering.testing.MethodConformance` for the tests that every method must pass.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+
+from steering.plan import Recipe
+
+CONTRACT_VERSION = 1
+ENTRY_POINT_GROUP = f"coxswain.steering_methods.v{CONTRACT_VERSION}"
+
+Logits = npt.NDArray[np.float64]
+"""[V] float64: one stream's raw scores at one position."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What callers may ask for (config section `steering`; a profile may narrow it).
+
+    Args:
+        strength: closed range for every field of type `Strength`.
+        weight: closed range for every field of type `Weight`.
+    """
+
+    strength: tuple[float, float] = (0.0, 10.0)
+    weight: tuple[float, float] = (-10.0, 10.0)
+
+
+def _limits(info: ValidationInfo) -> Limits:
+    context: Any = info.context
+    return context if isinstance(context, Limits) else Limits()
+
+
+def _within(value: float, bounds: tuple[float, float], what: str) -> float:
+    low, high = bounds
+    if not low <= value <= high:
+        raise ValueError(f"{what} must be in [{low:g}, {high:g}]")
+    return value
+
+
+def _check_strength(value: float, info: ValidationInfo) -> float:
+    return _within(value, _limits(info).strength, "strength")
+
+
+def _check_weight(value: float, info: ValidationInfo) -> float:
+    return _within(value, _limits(info).weight, "weight")
+
+
+Strength = Annotated[float, AfterValidator(_check_strength)]
+"""How strongly to steer; finite, inside the server's `steering.strength` range."""
+
+Weight = Annotated[float, AfterValidator(_check_weight)]
+"""A coefficient of the read-out sum; finite, inside the server's `steering.weight` range."""
+
+StreamName = Annotated[str, Field(min_length=1, max_length=64)]
+"""The name of a stream from the server's configuration."""
+
+
+class OwnPrompt(BaseModel):
+    """What one stream reads instead of the request's own prompt. Exactly one field is set."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    chat_template: str | None = Field(
+        None, description="Jinja chat template; the request's messages are rendered with it."
+    )
+    messages: list[dict[str, Any]] | None = Field(
+        None, min_length=1, description="Other messages, rendered with the stream's chat template."
+    )
+    prompt: str | None = Field(None, description="Plain text.")
+    token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, min_length=1, description="Token ids of the stream's own tokenizer."
+    )
+
+    def model_post_init(self, _context: Any) -> None:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "give exactly one of chat_template, messages, prompt, token_ids; "
+                f"got {', '.join(given) or 'none'}"
+            )
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's config: what a request may write in its `steering` object.
+
+    Subclasses narrow `method` to a `Literal` of their own name and add their fields, each with
+    a description: the config is validation, OpenAPI schema and help text at once.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+    method: str
+    prompts: dict[StreamName, OwnPrompt] = Field(
+        default_factory=dict,
+        description="Prompts of their own, by stream: what it reads instead of the request's.",
+    )
+    report: bool | Literal["tokens"] = Field(
+        False,
+        description="true adds a `steering` object to the response; 'tokens' adds the per-token "
+        "base and steered log-probabilities.",
+    )
+
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What `resolve` may look at: the server's streams at this moment.
+
+    Args:
+        streams: stream name → head ('lm', 'value' or 'classifier'); `base` is always there.
+    """
+
+    streams: Mapping[str, str] = field(default_factory=lambda: {"base": "lm"})
+
+
+class Method(ABC, Generic[C]):
+    """One steering method.
+
+    `name` is what requests write in `steering.method`. `config` is the typed model of its
+    options. `resolve` is pure: equal input gives equal output, nothing is kept between calls.
+    The stream names in the returned recipe are checked by the caller (unknown ones give 404),
+    so a method need not check them.
+
+    Where `strength` multiplies the whole change, `strength: 0` must resolve to exactly
+    `Recipe({"base": 1.0})`: the request then takes the base's own path, bit for bit.
+    """
+
+    name: ClassVar[str]
+    config: ClassVar[type[MethodConfig]]
+
+    @abstractmethod
+    def resolve(self, config: C, snapshot: Snapshot) -> Recipe:
+        """The recipe for one request.
+
+        Raises:
+            steering.errors.SteeringError: the options contradict each other or the snapshot.
+        """
+
+    @abstractmethod
+    def reference(self, config: C, logits: Mapping[str, Logits]) -> Logits:
+        """The slow definition, written from the paper's formula, not from `resolve`.
+
+        Args:
+            config: validated options.
+            logits: stream name → [V] float64 raw scores of that stream.
+
+        Returns:
+            [V] float64 scores, up to an additive constant; −∞ where an id is ruled out.
+        """

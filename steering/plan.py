@@ -1,0 +1,106 @@
+"""The plan: what one request does to the read-out sum. Frozen at the door, read in the worker.
+
+Notation (DESIGN.md section 1): stream 0 is `base`; `z = Σ_i c_i s_i` with `s_i` a stream's raw
+logits over the vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+BASE = "base"
+
+Report = Literal["off", "summary", "tokens"]
+
+
+class RuleKind(IntEnum):
+    """The core operations of the read-out. New arithmetic is a change to this list."""
+
+    SUM = 0
+    """`z = Σ_i c_i s_i`."""
+
+    PLAUSIBLE = 1
+    """`SUM`, then −∞ where `p_k(v) < param · max p_k`, k = `Rule.stream` (contrastive decoding,
+    arXiv 2210.15097, eq. 2)."""
+
+    NUCLEUS = 2
+    """`z = c_k s_k + Σ_{i≠k} c_i m log p_i`, with m = 1 inside the top-p nucleus of stream
+    k = `Rule.stream` (p = param) and 0 outside (the delta filter of emulated fine-tuning).
+    The delta is log-softmaxed first: a masked raw delta would lose a constant shift."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A core operation with its arguments.
+
+    Args:
+        kind: which operation.
+        stream: the stream it reads (`PLAUSIBLE`, `NUCLEUS`); ignored by `SUM`.
+        param: α in (0, 1] for `PLAUSIBLE`, p in (0, 1] for `NUCLEUS`; ignored by `SUM`.
+    """
+
+    kind: RuleKind = RuleKind.SUM
+    stream: str = BASE
+    param: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a method resolves to: the weights of the sum, and the rule.
+
+    Args:
+        weights: stream name → coefficient c_i. A stream that is left out has c_i = 0; `base`
+            left out means c_0 = 0.
+        rule: how the streams are combined.
+    """
+
+    weights: dict[str, float]
+    rule: Rule = Rule()
+
+
+@dataclass(frozen=True, slots=True)
+class SteeringPlan:
+    """One request's steering, resolved: names are checked, numbers are in range.
+
+    Args:
+        method: the method's name, for reports and metrics.
+        weights: (stream, c_i), base first, then by name; no zero weights except base's.
+        rule: the core operation.
+        prompts: (stream, token ids) for streams that read a prompt of their own; ids of that
+            stream's own tokenizer.
+        report: what to measure while decoding.
+    """
+
+    method: str
+    weights: tuple[tuple[str, float], ...] = ((BASE, 1.0),)
+    rule: Rule = Rule()
+    prompts: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    report: Report = "off"
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The companion streams that must run, by name."""
+        return tuple(name for name, _ in self.weights if name != BASE)
+
+    @property
+    def steers(self) -> bool:
+        """False if the plan takes the base's own path, bit for bit."""
+        return self.weights != ((BASE, 1.0),) or self.rule.kind is not RuleKind.SUM
+
+    def cache_key(self, pad: int) -> str:
+        """Names the prefix cache this request may share: '' for the base's own.
+
+        A stream's KV is valid for a later request only if that request runs the same streams,
+        each with the same prompt at the same offset. Coefficients do not matter: KV does not
+        depend on them.
+
+        Args:
+            pad: how many tokens the request's prompt was lengthened by (`steering.prompts.align`).
+        """
+        if not self.streams and not pad:
+            return ""
+        state = (self.streams, tuple(p for p in self.prompts if p[0] in self.streams), pad)
+        return hashlib.sha256(repr(state).encode()).hexdigest()[:32]
