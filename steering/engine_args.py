@@ -1,0 +1,65 @@
+"""vLLM's engine arguments for a steered model. Front end; loads neither torch nor weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ARCHITECTURE = "SteeredForCausalLM"
+WORKER_EXTENSION = "steering.worker.extension.WorkerExtension"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSource:
+    """Where a stream comes from: exactly one of `model` and `same_as`.
+
+    Args:
+        model: path or hub id of a checkpoint.
+        same_as: another stream (or `base`) whose weights it shares, with KV of its own.
+        head: 'value' or 'classifier' for a stream with a head; None for a language model.
+    """
+
+    model: str | None = None
+    same_as: str | None = None
+    head: str | None = None
+
+
+def steered_engine_args(
+    model: str,
+    streams: Mapping[str, StreamSource],
+    overlaps: Mapping[str, dict[str, Any]] | None = None,
+    **engine: Any,
+) -> dict[str, Any]:
+    """Keyword arguments for vLLM's `EngineArgs` / `AsyncEngineArgs`.
+
+    Args:
+        model: path or hub id of the base.
+        streams: companion streams by name, in the order in which they are laid out.
+        overlaps: `steering.vocabulary.Overlap.to_wire()` by stream; a stream that is left out
+            shares the base's vocabulary id by id.
+        engine: any other engine argument; they win over our defaults.
+    """
+    from vllm.transformers_utils.config import get_config
+
+    config = get_config(model, engine.get("trust_remote_code", False))
+    settings = {
+        "architectures": list(config.architectures or []),
+        "streams": {
+            name: {"model": source.model, "same_as": source.same_as}
+            for name, source in streams.items()
+        },
+        "overlaps": dict(overlaps or {}),
+    }
+    ours: dict[str, Any] = {
+        "model": model,
+        "hf_overrides": {"architectures": [ARCHITECTURE]},
+        "worker_extension_cls": WORKER_EXTENSION,
+        # One block table serves every stream: a stream's positions differ from the request's, so
+        # blocks must not be given back by the base's sliding window.
+        "disable_hybrid_kv_cache_manager": True,
+        # Reports read drawn tokens from the runner's host state, which lags under async.
+        "async_scheduling": False,
+    }
+    extra = {**engine.pop("additional_config", {}), "coxswain": settings}
+    return {**ours, **engine, "additional_config": extra}

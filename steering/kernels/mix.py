@@ -1,0 +1,111 @@
+"""The read-out sum in torch, float32; `steering.kernels.reference` is the float64 definition.
+
+Letters: R rows, V the base's vocabulary, S streams (base first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from steering.plan import RuleKind
+
+NEVER = float("-inf")
+
+
+def mix(
+    logits: Sequence[torch.Tensor | None],
+    coef: torch.Tensor,
+    kind: torch.Tensor | None,
+    stream: torch.Tensor,
+    param: torch.Tensor,
+) -> torch.Tensor:
+    """`z` for R rows.
+
+    Args:
+        logits: per stream [R, V] float32 raw scores, or None for a stream that no row uses. Where
+            a row's coefficient is 0 the stream's row is ignored, whatever it holds.
+        coef: [R, S] float32 coefficients c_i.
+        kind: [R] `RuleKind` as float32, or None when every row is a plain sum.
+        stream: [R] float32, index of the stream that the rule reads.
+        param: [R] float32, α or p.
+
+    Returns:
+        [R, V] float32 scores; −∞ where a rule forbids an id.
+    """
+    z = weighted_sum(logits, coef)
+    if kind is None:
+        return z
+    for rule, apply in ((RuleKind.PLAUSIBLE, _plausible), (RuleKind.NUCLEUS, _nucleus)):
+        rows = torch.nonzero(kind == float(rule))[:, 0]
+        if rows.numel():
+            of_rule = [None if s is None else s[rows] for s in logits]
+            z[rows] = apply(z[rows], of_rule, coef[rows], stream[rows].long(), param[rows])
+    return z
+
+
+def weighted_sum(logits: Sequence[torch.Tensor | None], coef: torch.Tensor) -> torch.Tensor:
+    """`Σ_i c_i s_i`, [R, V]; a zero coefficient contributes 0 even where s_i is not finite."""
+    total: torch.Tensor | None = None
+    for i, s in enumerate(logits):
+        if s is None:
+            continue
+        c = coef[:, i : i + 1]
+        term = torch.where(c == 0, torch.zeros((), dtype=s.dtype, device=s.device), c * s)
+        total = term if total is None else total + term
+    assert total is not None, "no stream ran"
+    # −∞ − (−∞): an id that several streams rule out stays ruled out.
+    return torch.where(torch.isnan(total), NEVER, total)
+
+
+def _of_stream(logits: Sequence[torch.Tensor | None], stream: torch.Tensor) -> torch.Tensor:
+    """[R, V]: each row's scores of the stream it names."""
+    present = next(s for s in logits if s is not None)
+    chosen = torch.zeros_like(present)
+    for i, s in enumerate(logits):
+        if s is not None:
+            chosen = torch.where((stream == i)[:, None], s, chosen)
+    return chosen
+
+
+def _plausible(
+    z: torch.Tensor,
+    logits: Sequence[torch.Tensor | None],
+    _coef: torch.Tensor,
+    stream: torch.Tensor,
+    alpha: torch.Tensor,
+) -> torch.Tensor:
+    """−∞ where p_k(v) < α max p_k; on logits, so that no normaliser is needed."""
+    s = _of_stream(logits, stream)
+    floor = s.max(-1, keepdim=True).values + alpha.log()[:, None]
+    return z.masked_fill(s < floor, NEVER)
+
+
+def _nucleus(
+    _z: torch.Tensor,
+    logits: Sequence[torch.Tensor | None],
+    coef: torch.Tensor,
+    stream: torch.Tensor,
+    p: torch.Tensor,
+) -> torch.Tensor:
+    """`c_k s_k + Σ_{i≠k} c_i m log p_i`, m = 1 inside the top-p nucleus of stream k."""
+    s = _of_stream(logits, stream)
+    inside = nucleus(s, p)
+    anchor = torch.nn.functional.one_hot(stream, coef.shape[1]).to(coef.dtype)
+    normalised = [None if x is None else x.log_softmax(-1) for x in logits]
+    delta = weighted_sum(normalised, coef * (1 - anchor))
+    own = (coef * anchor).sum(-1, keepdim=True) * s
+    return own + torch.where(inside, delta, torch.zeros((), dtype=s.dtype, device=s.device))
+
+
+def nucleus(s: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """[R, V] bool: the smallest set of most probable ids whose mass reaches p.
+
+    An id is in iff the mass strictly before it, in falling order, is below p; ties go to the
+    lower id.
+    """
+    order = torch.argsort(s, dim=-1, descending=True, stable=True)
+    probability = s.softmax(-1).gather(-1, order)
+    before = probability.cumsum(-1) - probability
+    return torch.zeros_like(s, dtype=torch.bool).scatter(-1, order, before < p[:, None])

@@ -1,0 +1,1 @@
+"""Inside vLLM's worker process: the steered model and what feeds it, step by step."""

@@ -1,0 +1,138 @@
+"""Stream batches: which of this step's tokens a stream runs, where, and into which KV slots.
+
+Token index t counts along the vLLM request, whose prompt is the longest of all its streams'.
+A stream whose prompt is shorter by d tokens (its *offset*) skips the first d, and keeps its KV
+left-aligned in the request's own block table: token t sits at its position p = t − d. So every
+stream ends its prompt at the same step, and in decode each runs one token.
+
+Letters: Q requests of this step, T tokens of this step, B blocks per request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One engine step as vLLM scheduled it.
+
+    Args:
+        starts: [Q + 1] where each request's tokens start in the step's token array.
+        computed: [Q] tokens computed before this step.
+    """
+
+    starts: Int32
+    computed: Int32
+
+    @property
+    def lengths(self) -> Int32:
+        """[Q] tokens that each request runs in this step."""
+        return self.starts[1:] - self.starts[:-1]
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTokens:
+    """Tokens of a stream's own prompt that replace the request's in a stream batch.
+
+    Args:
+        start: first place in the batch's token array.
+        token_ids: [n] int32.
+    """
+
+    start: int
+    token_ids: Int32
+
+
+@dataclass(frozen=True, slots=True)
+class StreamBatch:
+    """What one stream runs in one step, n rows and T_i tokens.
+
+    Args:
+        rows: [n] indices of the requests.
+        tokens: [T_i] indices into the step's token array.
+        positions: [T_i] the stream's own positions.
+        token_rows: [T_i] index into `rows` of each token.
+        starts: [n + 1] where each row's tokens start.
+        lengths: [n] KV length of each row after this step.
+        own: prompt tokens to put in place of the request's.
+    """
+
+    rows: Int64
+    tokens: Int64
+    positions: Int64
+    token_rows: Int64
+    starts: Int32
+    lengths: Int32
+    own: tuple[OwnTokens, ...]
+
+    def slots(self, block_table: Int32, block_size: int) -> Int64:
+        """[T_i] KV slots.
+
+        Args:
+            block_table: [Q, B] block ids of the step's requests.
+            block_size: tokens per block.
+        """
+        blocks = block_table[self.rows[self.token_rows], self.positions // block_size]
+        return blocks.astype(np.int64) * block_size + self.positions % block_size
+
+
+def whole(uses: Bool, offsets: Int32) -> bool:
+    """True if the stream runs exactly what vLLM scheduled: every row, from its first token."""
+    return bool(uses.all()) and not offsets.any()
+
+
+def stream_batch(
+    step: Step, uses: Bool, offsets: Int32, prompts: Sequence[Int32 | None]
+) -> StreamBatch | None:
+    """The batch of one stream, or None when it has nothing to run.
+
+    Args:
+        step: what vLLM scheduled.
+        uses: [Q] whether the request uses the stream.
+        offsets: [Q] d ≥ 0: by how many tokens the stream's prompt is shorter.
+        prompts: per request, the stream's own prompt or None if it reads the request's.
+    """
+    ends = step.computed + step.lengths
+    first = np.maximum(step.computed, offsets)
+    counts = np.where(uses, ends - first, 0)
+    rows = np.flatnonzero(counts > 0)
+    if not rows.size:
+        return None
+    counts = counts[rows]
+    starts = np.zeros(rows.size + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
+    token_rows = np.repeat(np.arange(rows.size), counts)
+    within = np.arange(starts[-1]) - starts[token_rows]
+    position0 = (first - offsets)[rows]
+    token0 = (step.starts[:-1] + first - step.computed)[rows]
+    return StreamBatch(
+        rows=rows,
+        tokens=token0[token_rows] + within,
+        positions=(position0[token_rows] + within).astype(np.int64),
+        token_rows=token_rows,
+        starts=starts,
+        lengths=(ends - offsets)[rows].astype(np.int32),
+        own=_own_tokens(rows, starts, position0, prompts),
+    )
+
+
+def _own_tokens(
+    rows: Int64, starts: Int32, position0: Int32, prompts: Sequence[Int32 | None]
+) -> tuple[OwnTokens, ...]:
+    found = []
+    for k, row in enumerate(rows):
+        prompt = prompts[row]
+        if prompt is not None and position0[k] < prompt.size:
+            count = starts[k + 1] - starts[k]
+            ids = prompt[position0[k] : position0[k] + count]
+            found.append(OwnTokens(int(starts[k]), ids))
+    return tuple(found)

@@ -1,0 +1,267 @@
+"""The steered model: a base and its streams as one vLLM model class.
+
+vLLM sees one model with more attention layers, so its scheduler, paged KV cache, prefix caching,
+speculation, structured output and sampler work on it unchanged. Lives in the worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+
+from steering.plan import BASE
+
+from steering.worker import vllm_seam as seam
+from steering.worker.batches import OwnTokens, Step, stream_batch, whole
+from steering.worker.layout import REPORT, Layout
+from steering.worker.readout import Readout, Vocabulary
+from steering.worker.report import ReportBook
+from steering.worker.seats import SeatBook, Tables
+
+
+class SteeredForCausalLM(nn.Module):
+    """Base plus companion streams; the read-out sum happens in `compute_logits`.
+
+    Settings come in `additional_config["coxswain"]` (see `steering.engine_args`). Until `bind`
+    has handed it the model runner, it runs every stream on whatever it is given: that is what
+    vLLM's profiling and compilation runs need.
+    """
+
+    # vLLM reads these from any class that may carry LoRA adapters.
+    supports_lora = True
+    is_3d_moe_weight = False
+    is_non_gated_moe = False
+    lora_manager = None
+    embedding_modules: dict[str, str] = {}
+    lora_skip_prefixes: list[str] = []
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        settings = vllm_config.additional_config["coxswain"]
+        self.base = seam.build_base(vllm_config, settings["architectures"], BASE)
+        self.config = self.base.config
+        self.names: tuple[str, ...] = (BASE, *settings["streams"])
+        self._vllm_config = vllm_config
+        self._companions: dict[str, VllmConfig] = {}
+        self._twins: dict[str, seam.Twin] = {}
+        self._original = {name: name for name in self.names}
+        for name, source in settings["streams"].items():
+            if source.get("same_as"):
+                self._original[name] = source["same_as"]
+            else:
+                config = seam.companion_config(vllm_config, source["model"])
+                self._companions[name] = config
+                self.add_module(name, seam.build_companion(config, name))
+        for name in self.names:
+            if self._original[name] != name:
+                self._twins[name] = seam.build_twin(vllm_config, self._original[name], name)
+        self._forwards = [self.get_submodule(self._original[name]) for name in self.names]
+        self._readout = self._build_readout(settings["overlaps"], vllm_config)
+        self._seam: seam.Seam | None = None
+        self._seats = SeatBook(self.names)
+        self._active = [True] * len(self.names)
+        self._special = True
+        self._reporting: list[tuple[str, str, int, list[str], bool]] = []
+        self.reports = ReportBook()
+        self.steps = 0
+        self.passes = dict.fromkeys(self.names, 0)
+        self.tokens = dict.fromkeys(self.names, 0)
+
+    def _build_readout(
+        self, overlaps: dict[str, dict[str, Any]], vllm_config: VllmConfig
+    ) -> Readout:
+        def tensor(array: Any) -> torch.Tensor | None:
+            return None if array is None else torch.as_tensor(array, dtype=torch.int64)
+
+        vocabularies, padded = [Vocabulary()], None
+        for name in self.names[1:]:
+            wire = overlaps.get(self._original[name]) or overlaps.get(name)
+            if wire is None:
+                vocabularies.append(Vocabulary())
+                continue
+            from steering.vocabulary import Overlap
+
+            overlap = Overlap.from_wire(wire)
+            unshared = np.flatnonzero(~overlap.shared)
+            vocabularies.append(
+                Vocabulary(tensor(unshared) if unshared.size else None, tensor(overlap.read_as))
+            )
+            padded = tensor(overlap.padded) if len(overlap.padded) else None
+        sizes = tuple(m.config.hidden_size for m in self._forwards)
+        unembed = [m.compute_logits for m in self._forwards]
+        layout = Layout(sizes, vllm_config.model_config.dtype)
+        return Readout(layout, unembed, vocabularies, padded)
+
+    def bind(self, runner: Any) -> None:
+        """Hands over the model runner, once its KV cache is there."""
+        layers = []
+        for name in self.names:
+            twin = self._twins.get(name)
+            if twin is not None:
+                twin.refresh(self._vllm_config)
+                layers.append({layer.layer_name: asked for asked, layer in twin.layers.items()})
+            else:
+                layers.append({n: n for n in seam.layer_names(self._vllm_config, name)})
+        self._seam = seam.Seam(runner, layers)
+
+    # --- what vLLM calls ------------------------------------------------------------------------
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The base's input embeddings, [T, H_0]."""
+        return self.base.embed_input_ids(input_ids)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Loads the base from `weights` and every companion from its own checkpoint."""
+        loaded = {f"{BASE}.{name}" for name in self.base.load_weights(weights)}
+        for name, config in self._companions.items():
+            companion = self.get_submodule(name)
+            seam.load_companion(companion, config)
+            loaded |= {f"{name}.{parameter}" for parameter, _ in companion.named_parameters()}
+        return loaded
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """[T, H_0] when no row of this step is steered, else [T, layout.width]."""
+        if self._seam is None or not self._seam.scheduled:
+            return self._forward_all(input_ids, positions, inputs_embeds)
+        tables = self._seats.update(self._seam.request_ids(), self._seam.freight)
+        self.steps += 1
+        if not tables.steered:
+            self._count(0, positions.shape[0])
+            return self._forwards[0](input_ids, positions, None, inputs_embeds)
+        return self._forward_steered(tables, input_ids, positions)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """[R, V] scores of the steered model, a pure function of the rows."""
+        if hidden.shape[-1] == self._readout.layout.sizes[0]:
+            return self._forwards[0].compute_logits(hidden)
+        mixed = self._readout(hidden, self._active, self._special)
+        if mixed is None:
+            return None
+        z, base, control = mixed
+        if self._reporting:
+            self._report(z, base, control.report)
+        return z
+
+    # --- one step -------------------------------------------------------------------------------
+
+    def _forward_all(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        layout = self._readout.layout
+        self._active, self._special = [True] * layout.streams, True
+        hidden = self._forwards[0](input_ids, positions, None, inputs_embeds)
+        if layout.streams == 1:
+            return hidden
+        out = hidden.new_zeros(positions.shape[0], layout.width)
+        out[:, layout.columns(0)] = hidden
+        for i, name in enumerate(self.names):
+            if name in self._companions:
+                out[:, layout.columns(i)] = self._forwards[i](input_ids, positions)
+        return out
+
+    def _forward_steered(
+        self, tables: Tables, input_ids: torch.Tensor | None, positions: torch.Tensor
+    ) -> torch.Tensor:
+        assert self._seam is not None and input_ids is not None
+        layout, step = self._readout.layout, self._seam.step()
+        out = torch.zeros(
+            positions.shape[0], layout.width, dtype=layout.dtype, device=positions.device
+        )
+        for i in range(layout.streams):
+            self._active[i] = self._run_stream(i, tables, step, input_ids, positions, out)
+        self._special = tables.special
+        control = np.repeat(tables.control, step.lengths, axis=0)
+        self._mark_reports(tables, step, control)
+        layout.write_control(out, control)
+        return out
+
+    def _run_stream(
+        self,
+        i: int,
+        tables: Tables,
+        step: Step,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        out: torch.Tensor,
+    ) -> bool:
+        """Runs stream i on the rows that use it, into its columns of `out`; False if none do."""
+        assert self._seam is not None
+        uses, offsets, forward = tables.uses[:, i], tables.offsets[:, i], self._forwards[i]
+        columns = self._readout.layout.columns(i)
+        read_as = self._readout.vocabularies[i].read_as
+        prompts = tables.prompts[i]
+        if whole(uses, offsets) and not any(p is not None for p in prompts):
+            token_ids = input_ids if read_as is None else read_as[input_ids]
+            with self._seam.stream_context(i, None):
+                out[:, columns] = forward(token_ids, positions)
+            self._count(i, int(step.starts[-1]))
+            return True
+        batch = stream_batch(step, uses, offsets, prompts)
+        if batch is None:
+            return False
+        tokens = self._seam.to_device(batch.tokens)
+        token_ids = input_ids[tokens]
+        if read_as is not None:
+            token_ids = read_as[token_ids].to(input_ids.dtype)
+        for own in batch.own:
+            _put(token_ids, own)
+        with self._seam.stream_context(i, batch):
+            hidden = forward(token_ids, self._seam.to_device(batch.positions))
+        out[tokens, columns] = hidden
+        self._count(i, batch.tokens.size)
+        return True
+
+    def _count(self, i: int, tokens: int) -> None:
+        self.passes[self.names[i]] += 1
+        self.tokens[self.names[i]] += tokens
+
+    # --- reports --------------------------------------------------------------------------------
+
+    def _mark_reports(self, tables: Tables, step: Step, control: Any) -> None:
+        """Marks the rows whose drawn token is reported, and settles the tokens drawn before."""
+        assert self._seam is not None
+        self._reporting = []
+        ids = self._seam.request_ids() if tables.tagged else []
+        for row, seat in tables.tagged:
+            choice = seam.choice_of(ids[row])
+            tally = self.reports.tally(seat.tag, choice)
+            end = int(step.computed[row] + step.lengths[row])
+            if tally.pending is not None and tally.pending.index < end:
+                tally.settle(self._seam.token(row, tally.pending.index))
+            if self._seam.samples(row):
+                names = [n for n, used in zip(self.names, seat.uses, strict=True) if used]
+                self._reporting.append((seat.tag, choice, end, names, seat.tokens))
+                last = int(step.starts[row + 1]) - 1
+                control[last, len(self.names) + REPORT] = len(self._reporting)
+
+    def _report(self, z: torch.Tensor, base: torch.Tensor, marks: torch.Tensor) -> None:
+        for row, mark in enumerate(marks.tolist()):
+            if mark:
+                tag, choice, index, names, tokens = self._reporting[int(mark) - 1]
+                steered, plain = z[row].log_softmax(-1), base[row].log_softmax(-1)
+                self.reports.tally(tag, choice).add(steered, plain, index, names, tokens)
+
+
+def _put(token_ids: torch.Tensor, own: OwnTokens) -> None:
+    """Replaces the request's tokens by those of the stream's own prompt."""
+    ids = torch.from_numpy(own.token_ids).to(token_ids)
+    token_ids[own.start : own.start + ids.numel()] = ids

@@ -1,0 +1,138 @@
+"""The read-out: hidden states of all streams → the steered model's scores.
+
+Lives in the worker, called from `compute_logits`, before grammar mask, penalties and sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from steering.kernels.mix import NEVER, mix
+from steering.worker.layout import Control, Layout
+
+Unembed = Callable[[torch.Tensor], torch.Tensor | None]
+"""[R, H] hidden states → [R, V] logits in the model's dtype (None on ranks that hold none)."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How a stream's vocabulary lies over the base's.
+
+    Args:
+        unshared: [U] int64 ids of the base that the stream lacks, or that mean another token
+            there; None if it shares all.
+        read_as: [V] int64, the stream's id for each of the base's; None if they are the same.
+    """
+
+    unshared: torch.Tensor | None = None
+    read_as: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Mixes R rows of hidden states into scores over the base's vocabulary.
+
+    Args:
+        layout: where the parts of a row lie.
+        unembed: per stream, base first.
+        vocabularies: per stream, base first (the base's is empty).
+        padded: [P] int64 ids of the base's table that are no token: never sampled when steered.
+    """
+
+    layout: Layout
+    unembed: Sequence[Unembed]
+    vocabularies: Sequence[Vocabulary]
+    padded: torch.Tensor | None
+
+    def __call__(
+        self, hidden: torch.Tensor, active: Sequence[bool], special: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, Control] | None:
+        """Scores of R rows.
+
+        Args:
+            hidden: [R, width] rows of the steered model's hidden states.
+            active: [S] which streams ran in this step. A stream that did not is not in any sum.
+            special: whether any row of this step has a rule other than the plain sum.
+
+        Returns:
+            ([R, V] float32 scores, [R, V] the base's own scores, the rows' control), or None
+            on ranks that hold no logits.
+        """
+        control = self.layout.read_control(hidden)
+        base = self.unembed[0](hidden[:, self.layout.columns(0)].contiguous())
+        if base is None:
+            for i in range(1, self.layout.streams):
+                if active[i]:  # the gather inside is collective: every rank takes part
+                    self.unembed[i](hidden[:, self.layout.columns(i)].contiguous())
+            return None
+        base = base.float()
+        steered = (control.coef[:, 0] != 1) | (control.coef[:, 1:] != 0).any(-1)
+        if special:
+            steered |= control.kind != 0
+        rows = torch.nonzero(steered)[:, 0]
+        if not rows.numel():
+            return base, base, control
+        z = base.clone()
+        z[rows] = self._mix_rows(base[rows], hidden[rows], _take(control, rows), active, special)
+        return z, base, control
+
+    def _mix_rows(
+        self,
+        base: torch.Tensor,
+        hidden: torch.Tensor,
+        control: Control,
+        active: Sequence[bool],
+        special: bool,
+    ) -> torch.Tensor:
+        logits: list[torch.Tensor | None] = [base]
+        for i in range(1, self.layout.streams):
+            logits.append(self._stream_logits(i, base, hidden, control) if active[i] else None)
+        kind = control.kind if special else None
+        z = mix(logits, control.coef, kind, control.stream, control.param)
+        self._keep_unshared(z, base, control, active)
+        if self.padded is not None:
+            z[:, self.padded] = NEVER
+        return z
+
+    def _stream_logits(
+        self, i: int, base: torch.Tensor, hidden: torch.Tensor, control: Control
+    ) -> torch.Tensor:
+        """[R, V] scores of stream i, on the rows that use it; −∞ on ids it does not share."""
+        rows = torch.nonzero(control.coef[:, i])[:, 0]
+        part = hidden[:, self.layout.columns(i)]
+        everywhere = rows.numel() == hidden.shape[0]
+        own = self.unembed[i](part.contiguous() if everywhere else part[rows])
+        assert own is not None
+        shared = min(own.shape[-1], base.shape[-1])
+        unshared = self.vocabularies[i].unshared
+        if everywhere and own.shape[-1] == base.shape[-1] and unshared is None:
+            return own.float()
+        out = torch.full_like(base, NEVER)
+        own = own[:, :shared].float()
+        if everywhere:
+            out[:, :shared] = own
+        else:
+            out[rows, :shared] = own
+        if unshared is not None:
+            out[:, unshared] = NEVER
+        return out
+
+    def _keep_unshared(
+        self, z: torch.Tensor, base: torch.Tensor, control: Control, active: Sequence[bool]
+    ) -> None:
+        """Ids that a used stream lacks get no delta: the base's own score, if it counts at all."""
+        for i, vocabulary in enumerate(self.vocabularies):
+            if not active[i] or vocabulary.unshared is None:
+                continue
+            rows = torch.nonzero(control.coef[:, i])[:, 0]
+            if rows.numel():
+                cells = rows[:, None], vocabulary.unshared[None]
+                silent = (control.coef[rows, 0] == 0)[:, None]
+                z[cells] = base[cells].masked_fill(silent, NEVER)
+
+
+def _take(control: Control, rows: torch.Tensor) -> Control:
+    return Control(*(part[rows] for part in control))

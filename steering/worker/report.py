@@ -1,0 +1,122 @@
+"""Reports: what steering did to a request, measured while it decodes.
+
+Lives in the worker. A row reports in the step that draws its token; the token itself is known
+one step later (or when the report is fetched), so a token-level entry waits with its scores.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+KEPT = 1024
+"""Reports kept for requests whose report is never fetched (aborted ones)."""
+
+
+@dataclass
+class _Pending:
+    """A drawn token whose id is not known yet."""
+
+    index: int
+    base: torch.Tensor
+    steered: torch.Tensor
+    entry: dict[str, Any]
+
+
+@dataclass
+class Tally:
+    """What one choice of a request has accumulated.
+
+    Args:
+        tokens: tokens drawn.
+        kl_sum: Σ KL(steered ‖ base) over the drawn tokens, nats.
+        changed: tokens at which the most likely id differs from the base's.
+        passes: forward passes by stream over the drawn tokens.
+        detail: one entry per token, when the report wants tokens.
+    """
+
+    tokens: int = 0
+    kl_sum: float = 0.0
+    changed: int = 0
+    passes: dict[str, int] = field(default_factory=dict)
+    detail: list[dict[str, Any]] = field(default_factory=list)
+    pending: _Pending | None = None
+
+    def settle(self, token_id: int) -> None:
+        """Tells the drawn token's id to the entry that waits for it."""
+        if self.pending is None:
+            return
+        waiting, self.pending = self.pending, None
+        self.detail.append(
+            {
+                "token_id": token_id,
+                "base_logprob": float(waiting.base[token_id]),
+                "steered_logprob": float(waiting.steered[token_id]),
+                **waiting.entry,
+            }
+        )
+
+    def add(
+        self, steered: torch.Tensor, base: torch.Tensor, index: int, streams: list[str], tokens: bool
+    ) -> None:
+        """Counts one drawn token.
+
+        Args:
+            steered: [V] log-probabilities that enter the sampler.
+            base: [V] the base's own.
+            index: the token's index in its request.
+            streams: streams that ran for it.
+            tokens: keep a token-level entry.
+        """
+        probability = steered.exp()
+        gap = torch.where(probability > 0, steered - base, 0.0)
+        kl = float((probability * gap).sum())
+        base_choice, choice = int(base.argmax()), int(steered.argmax())
+        self.tokens += 1
+        self.kl_sum += kl
+        self.changed += choice != base_choice
+        for name in streams:
+            self.passes[name] = self.passes.get(name, 0) + 1
+        if tokens:
+            entry = {"kl": kl, "base_choice": base_choice, "changed": choice != base_choice}
+            self.pending = _Pending(index, base.clone(), steered.clone(), entry)
+
+    def wire(self) -> dict[str, Any]:
+        """Plain data for the front end."""
+        return {
+            "tokens": self.tokens,
+            "kl_sum": self.kl_sum,
+            "changed": self.changed,
+            "passes": self.passes,
+            "detail": self.detail,
+        }
+
+
+class ReportBook:
+    """Tallies by tag and choice; the oldest are dropped beyond `KEPT` tags."""
+
+    def __init__(self) -> None:
+        self._tallies: OrderedDict[str, dict[str, Tally]] = OrderedDict()
+
+    def tally(self, tag: str, choice: str) -> Tally:
+        """The tally of one choice, new if it has none."""
+        choices = self._tallies.setdefault(tag, {})
+        if len(self._tallies) > KEPT:
+            self._tallies.popitem(last=False)
+        return choices.setdefault(choice, Tally())
+
+    def take(self, tag: str, finals: dict[str, int]) -> dict[str, dict[str, Any]]:
+        """The report of a request, which is then forgotten.
+
+        Args:
+            tag: the request's tag.
+            finals: choice → its last token's id, which no later step has seen.
+        """
+        choices = self._tallies.pop(tag, {})
+        for choice, tally in choices.items():
+            if choice in finals:
+                tally.settle(finals[choice])
+        return {choice: tally.wire() for choice, tally in choices.items()}

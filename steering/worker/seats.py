@@ -1,0 +1,148 @@
+"""Seats: the plans of the requests in this step, as tables that the step reads.
+
+Lives in the worker; one instance per steered model. A request gets its seat row when it is first
+seen in a step and loses it when the batch changes without it; the row is written whole, so
+nothing of an earlier request stays. While the same requests stay in the batch the tables are
+reused as they are: no per-row Python in steady decode.
+
+Letters: Q requests of this step, S streams (base first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from steering.plan import BASE, RuleKind
+from steering.wire import Freight
+from steering.worker.batches import Int32
+from steering.worker.layout import EXTRA, RULE_KIND, RULE_PARAM, RULE_STREAM
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One request's plan, ready for the tables.
+
+    Args:
+        control: [S + EXTRA] float32, the row's control columns (report left 0).
+        uses: [S] which streams run; base always.
+        offsets: [S] by how many tokens each stream's prompt is shorter than the request's.
+        prompts: per stream its own prompt, or None.
+        tag: the report this request belongs to, '' for none.
+        tokens: whether the report wants every token.
+    """
+
+    control: npt.NDArray[np.float32]
+    uses: npt.NDArray[np.bool_]
+    offsets: Int32
+    prompts: tuple[Int32 | None, ...]
+    tag: str = ""
+    tokens: bool = False
+
+
+def seat(freight: Freight | None, prompt_len: int, streams: Sequence[str]) -> Seat:
+    """The seat of a request.
+
+    Args:
+        freight: what the request carries; None for a plain request.
+        prompt_len: tokens of the vLLM request's prompt, its padding included.
+        streams: stream names, base first.
+
+    Raises:
+        KeyError: the plan names a stream that this model lacks (the front end checks names).
+    """
+    size = len(streams)
+    control = np.zeros(size + EXTRA, np.float32)
+    control[0] = 1.0
+    uses = np.zeros(size, np.bool_)
+    uses[0] = True
+    prompts: list[Int32 | None] = [None] * size
+    if freight is None:
+        return Seat(control, uses, np.zeros(size, np.int32), tuple(prompts))
+    index = {name: i for i, name in enumerate(streams)}
+    plan = freight.plan
+    control[0] = 0.0
+    for name, weight in plan.weights:
+        control[index[name]] = weight
+        uses[index[name]] = True
+    control[size + RULE_KIND] = float(plan.rule.kind)
+    control[size + RULE_STREAM] = index[plan.rule.stream] if plan.rule.kind else 0
+    control[size + RULE_PARAM] = plan.rule.param
+    offsets = np.full(size, freight.pad, np.int32)
+    for name, token_ids in plan.prompts:
+        if name != BASE:
+            prompts[index[name]] = np.asarray(token_ids, np.int32)
+            offsets[index[name]] = prompt_len - len(token_ids)
+    return Seat(control, uses, offsets, tuple(prompts), freight.tag, plan.report == "tokens")
+
+
+@dataclass(slots=True)
+class Tables:
+    """The seats of this step's requests, in the step's order.
+
+    Args:
+        control: [Q, S + EXTRA] float32.
+        uses: [Q, S] bool.
+        offsets: [Q, S] int32.
+        prompts: [S][Q] own prompts or None.
+        tagged: (row, seat) of requests that report.
+        steered: whether any row leaves the base's path or reports.
+        special: whether any row has a rule other than the plain sum.
+    """
+
+    control: npt.NDArray[np.float32]
+    uses: npt.NDArray[np.bool_]
+    offsets: Int32
+    prompts: list[list[Int32 | None]]
+    tagged: list[tuple[int, Seat]]
+    steered: bool
+    special: bool
+
+
+def tables(seats: Sequence[Seat], streams: int) -> Tables:
+    """Stacks seats into tables."""
+    control = np.stack([s.control for s in seats])
+    uses = np.stack([s.uses for s in seats])
+    offsets = np.stack([s.offsets for s in seats])
+    tagged = [(row, s) for row, s in enumerate(seats) if s.tag]
+    special = bool((control[:, streams + RULE_KIND] != RuleKind.SUM).any())
+    plain = np.zeros(streams + EXTRA, np.float32)
+    plain[0] = 1.0
+    steered = bool((control != plain).any() or offsets.any() or tagged)
+    prompts = [[s.prompts[i] for s in seats] for i in range(streams)]
+    return Tables(control, uses, offsets, prompts, tagged, steered, special)
+
+
+SeatLoader = Callable[[str], tuple[Freight | None, int]]
+"""Request id → (its freight, its prompt length in tokens)."""
+
+
+@dataclass
+class SeatBook:
+    """Keeps the tables of the current batch.
+
+    Args:
+        streams: stream names, base first.
+    """
+
+    streams: tuple[str, ...]
+    _seats: dict[str, Seat] = field(default_factory=dict)
+    _ids: list[str] = field(default_factory=list)
+    _tables: Tables | None = None
+
+    def update(self, ids: list[str], load: SeatLoader) -> Tables:
+        """The tables for a step that runs requests `ids`, in that order.
+
+        Args:
+            ids: request ids, in batch order.
+            load: gives a request's (freight, prompt length) when it is new to the batch.
+        """
+        if self._tables is not None and ids == self._ids:
+            return self._tables
+        self._seats = {i: self._seats.get(i) or seat(*load(i), self.streams) for i in ids}
+        self._ids = list(ids)
+        self._tables = tables([self._seats[i] for i in ids], len(self.streams))
+        return self._tables

@@ -1,0 +1,244 @@
+"""The seam to vLLM: the only file that touches the model runner's internals.
+
+Checked on vLLM 0.32.0, Model Runner V1 (CPU build). Another runner needs another seam; the rest
+of `steering.worker` does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
+from vllm.config.utils import replace
+from vllm.forward_context import get_forward_context, override_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models.utils import init_vllm_registered_model
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from steering.wire import Freight, unpack
+from steering.worker.batches import Step, StreamBatch
+
+# --- building the streams -----------------------------------------------------------------------
+
+
+def build_base(vllm_config: VllmConfig, architectures: list[str], prefix: str) -> nn.Module:
+    """The base model, unloaded, as its own architecture."""
+    return init_vllm_registered_model(vllm_config, prefix=prefix, architectures=architectures)
+
+
+def companion_config(vllm_config: VllmConfig, model: str) -> VllmConfig:
+    """The engine's configuration with another model in it: same dtype, context and device."""
+    base = vllm_config.model_config
+    model_config = ModelConfig(
+        model=model,
+        tokenizer=model,
+        dtype=base.dtype,
+        max_model_len=base.max_model_len,
+        enforce_eager=base.enforce_eager,
+        trust_remote_code=base.trust_remote_code,
+    )
+    # The sliding window is the model's own; everything else of the cache is shared.
+    cache_config = copy(vllm_config.cache_config)
+    cache_config.sliding_window = model_config.get_sliding_window()
+    config: VllmConfig = replace(
+        vllm_config, model_config=model_config, quant_config=None, cache_config=cache_config
+    )
+    # `replace` may copy it, but attention layers must register where the runner looks.
+    config.compilation_config = vllm_config.compilation_config
+    return config
+
+
+def build_companion(vllm_config: VllmConfig, prefix: str) -> nn.Module:
+    """A companion model, unloaded; `vllm_config` from `companion_config`."""
+    return initialize_model(vllm_config=vllm_config, prefix=prefix)
+
+
+def load_companion(companion: nn.Module, vllm_config: VllmConfig) -> None:
+    """Loads a companion's checkpoint. Repacking is left to the outer loader, which walks all."""
+    loader = get_model_loader(vllm_config.load_config)
+    loader.load_weights(companion, vllm_config.model_config)
+
+
+# --- twins --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A stream that runs another stream's module over KV of its own.
+
+    Attention layers are looked up by name in the forward context, so a second set of *layers*
+    (which own KV) is enough: the module, its weights and its compiled code are the original's.
+
+    Args:
+        layers: name under which the original's module asks for a layer → the layer that answers.
+    """
+
+    layers: dict[str, Attention]
+
+    def refresh(self, vllm_config: VllmConfig) -> None:
+        """Takes over what loading changed in the original's layers (scales and the like)."""
+        originals = vllm_config.compilation_config.static_forward_context
+        for name, layer in self.layers.items():
+            own = {"layer_name": layer.layer_name, "kv_cache": layer.kv_cache}
+            layer.__dict__.update({**originals[name].__dict__, **own})
+
+
+def build_twin(vllm_config: VllmConfig, original: str, prefix: str) -> Twin:
+    """Registers a second set of attention layers for the stream built under prefix `original`.
+
+    vLLM then allocates and binds KV for them like for any other layer.
+    """
+    registered = vllm_config.compilation_config.static_forward_context
+    layers = {}
+    for name in layer_names(vllm_config, original):
+        layer = copy(registered[name])
+        layer.layer_name = prefix + name.removeprefix(original)
+        layer.kv_cache = torch.tensor([])
+        registered[layer.layer_name] = layer
+        layers[name] = layer
+    return Twin(layers)
+
+
+def layer_names(vllm_config: VllmConfig, prefix: str) -> list[str]:
+    """Names of the attention layers of the stream built under `prefix`."""
+    registered = vllm_config.compilation_config.static_forward_context
+    return [name for name in registered if name.startswith(f"{prefix}.")]
+
+
+# --- one step -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _LayerGroup:
+    """Layers of one stream that share attention metadata: (KV layer, name it is asked for by)."""
+
+    kv_group: int
+    attention: Any
+    layers: tuple[tuple[str, str], ...]
+
+
+class Seam:
+    """Reads a V1 model runner during a step, and runs streams in contexts of their own.
+
+    Args:
+        runner: the worker's model runner, after its KV cache was initialised.
+        streams: per stream, KV layer name → name under which its module asks for the layer.
+    """
+
+    def __init__(self, runner: Any, streams: list[dict[str, str]]) -> None:
+        self._runner = runner
+        self._groups = [self._layer_groups(layers) for layers in streams]
+        self._twin = [any(kv != name for kv, name in layers.items()) for layers in streams]
+
+    def _layer_groups(self, layers: dict[str, str]) -> list[_LayerGroup]:
+        found = []
+        for kv_group, groups in enumerate(self._runner.attn_groups):
+            for group in groups:
+                pairs = tuple((n, layers[n]) for n in group.layer_names if n in layers)
+                if pairs:
+                    found.append(_LayerGroup(kv_group, group, pairs))
+        return found
+
+    @property
+    def scheduled(self) -> bool:
+        """False in vLLM's dummy and profiling runs, which have no requests."""
+        return bool(get_forward_context().attn_metadata)
+
+    def request_ids(self) -> list[str]:
+        """Ids of this step's requests, in batch order."""
+        ids: list[str] = self._runner.input_batch.req_ids
+        return ids
+
+    def freight(self, request_id: str) -> tuple[Freight | None, int]:
+        """(what a request carries, its prompt length in tokens)."""
+        request = self._runner.requests[request_id]
+        return unpack(request.sampling_params.extra_args), request.num_prompt_tokens
+
+    def step(self) -> Step:
+        """What vLLM scheduled in this step."""
+        batch = self._runner.input_batch
+        count = batch.num_reqs
+        return Step(
+            self._runner.query_start_loc.np[: count + 1],
+            batch.num_computed_tokens_cpu[:count],
+        )
+
+    def samples(self, row: int) -> bool:
+        """Whether this step draws a token for a row (False inside a chunked prompt)."""
+        return not self._runner.discard_request_mask.np[row]
+
+    def token(self, row: int, index: int) -> int:
+        """Token `index` of a row's request, counted from the start of its prompt."""
+        return int(self._runner.input_batch.token_ids_cpu[row, index])
+
+    @contextmanager
+    def stream_context(self, stream: int, batch: StreamBatch | None) -> Iterator[None]:
+        """Makes the stream's attention layers see `batch`; None is the step as scheduled.
+
+        Both the metadata and the context's slot mapping are swapped: the KV write takes its
+        slots from the latter.
+        """
+        if batch is None and not self._twin[stream]:
+            yield
+            return
+        outer = get_forward_context()
+        inner = copy(outer)
+        inner.attn_metadata = dict(outer.attn_metadata)
+        inner.slot_mapping = dict(outer.slot_mapping)
+        inner.no_compile_layers = dict(outer.no_compile_layers)
+        for group in self._groups[stream]:
+            if batch is not None:
+                metadata, slots = self._build(group, batch)
+            for kv_layer, name in group.layers:
+                if batch is None:
+                    metadata = outer.attn_metadata[kv_layer]
+                    slots = outer.slot_mapping[kv_layer]
+                inner.attn_metadata[name] = metadata
+                inner.slot_mapping[name] = slots
+                inner.no_compile_layers[name] = outer.no_compile_layers[kv_layer]
+        if batch is not None:
+            # Captured graphs have the step's padded shape; a stream batch has its own.
+            inner.cudagraph_runtime_mode = CUDAGraphMode.NONE
+            inner.batch_descriptor = None
+        with override_forward_context(inner):
+            yield
+
+    def _build(self, group: _LayerGroup, batch: StreamBatch) -> tuple[Any, torch.Tensor]:
+        table = self._runner.input_batch.block_table[group.kv_group]
+        blocks = table.block_table.np
+        slots = self.to_device(batch.slots(blocks, table.block_size))
+        starts = torch.from_numpy(batch.starts)
+        lengths = torch.from_numpy(batch.lengths)
+        common = CommonAttentionMetadata(
+            query_start_loc=self.to_device(batch.starts),
+            query_start_loc_cpu=starts,
+            seq_lens=self.to_device(batch.lengths),
+            seq_lens_cpu_upper_bound=lengths,
+            num_reqs=batch.rows.size,
+            num_actual_tokens=batch.tokens.size,
+            max_query_len=int(np.diff(batch.starts).max()),
+            max_seq_len=int(batch.lengths.max()),
+            block_table_tensor=self.to_device(blocks[batch.rows]),
+            slot_mapping=slots,
+        )
+        return group.attention.build_metadata(common), slots
+
+    def to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        """A host array on the model's device."""
+        return torch.from_numpy(array).to(self._runner.device, non_blocking=True)
+
+
+def choice_of(request_id: str) -> str:
+    """The choice index of a request: vLLM names the children of `n > 1` '<index>_<id>'."""
+    head, found, _ = request_id.partition("_")
+    return head if found and head.isdigit() else "0"
