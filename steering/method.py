@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic_core import PydanticCustomError
 
 from steering.plan import Recipe
 
@@ -29,6 +30,13 @@ Logits = npt.NDArray[np.float64]
 """[V] float64: one stream's raw scores at one position."""
 
 
+def log_softmax(logits: Logits) -> Logits:
+    """The log-probabilities, [V], for a method's `reference`; at least one score is finite."""
+    shifted = logits - logits.max()
+    normalised: Logits = shifted - np.log(np.exp(shifted).sum())
+    return normalised
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What callers may ask for (config section `steering`; a profile may narrow it).
@@ -36,10 +44,13 @@ class Limits:
     Args:
         strength: closed range for every field of type `Strength`.
         weight: closed range for every field of type `Weight`.
+        streams: what every field of type `StreamName` may name; None: anything. The caller of
+            `resolve` sets it from the snapshot.
     """
 
     strength: tuple[float, float] = (0.0, 10.0)
     weight: tuple[float, float] = (-10.0, 10.0)
+    streams: frozenset[str] | None = None
 
 
 def _limits(info: ValidationInfo) -> Limits:
@@ -50,8 +61,18 @@ def _limits(info: ValidationInfo) -> Limits:
 def _within(value: float, bounds: tuple[float, float], what: str) -> float:
     low, high = bounds
     if not low <= value <= high:
-        raise ValueError(f"{what} must be in [{low:g}, {high:g}]")
+        raise refusal(f"the {what} is out of range", f"[{low:g}, {high:g}]")
     return value
+
+
+def refusal(message: str, allowed: str | None = None) -> PydanticCustomError:
+    """What a validator of a config raises to refuse a value: becomes a `BadValue` with its field.
+
+    Args:
+        message: one sentence for a person.
+        allowed: what would be accepted, e.g. `[0, 10]`.
+    """
+    return PydanticCustomError("refused", "{message}", {"message": message, "allowed": allowed})
 
 
 def _check_strength(value: float, info: ValidationInfo) -> float:
@@ -62,13 +83,34 @@ def _check_weight(value: float, info: ValidationInfo) -> float:
     return _within(value, _limits(info).weight, "weight")
 
 
+def _check_fraction(value: float) -> float:
+    if not 0 < value <= 1:
+        raise refusal("the fraction is out of range", "(0, 1]")
+    return value
+
+
+def _check_stream(value: str, info: ValidationInfo) -> str:
+    known = _limits(info).streams
+    if known is not None and value not in known:
+        names = f"one of: {', '.join(sorted(known))}"
+        raise PydanticCustomError("unknown_stream", "no such stream", {"allowed": names})
+    return value
+
+
 Strength = Annotated[float, AfterValidator(_check_strength)]
 """How strongly to steer; finite, inside the server's `steering.strength` range."""
 
 Weight = Annotated[float, AfterValidator(_check_weight)]
 """A coefficient of the read-out sum; finite, inside the server's `steering.weight` range."""
 
-StreamName = Annotated[str, Field(min_length=1, max_length=64)]
+Fraction = Annotated[
+    float,
+    AfterValidator(_check_fraction),
+    Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 1}),
+]
+"""A share of probability; in (0, 1]."""
+
+StreamName = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_check_stream)]
 """The name of a stream from the server's configuration."""
 
 
@@ -118,6 +160,14 @@ class MethodConfig(BaseModel):
     )
 
 
+def merged(*terms: tuple[str, float]) -> dict[str, float]:
+    """Weights for a `Recipe`, from (stream, coefficient) terms; a stream named twice adds up."""
+    weights: dict[str, float] = {}
+    for stream, coefficient in terms:
+        weights[stream] = weights.get(stream, 0.0) + coefficient
+    return weights
+
+
 C = TypeVar("C", bound=MethodConfig)
 
 
@@ -137,8 +187,8 @@ class Method(ABC, Generic[C]):
 
     `name` is what requests write in `steering.method`. `config` is the typed model of its
     options. `resolve` is pure: equal input gives equal output, nothing is kept between calls.
-    The stream names in the returned recipe are checked by the caller (unknown ones give 404),
-    so a method need not check them.
+    Fields of type `StreamName` hold names that exist, and the caller checks the names in the
+    returned recipe once more (unknown ones give 404), so a method need not check them.
 
     Where `strength` multiplies the whole change, `strength: 0` must resolve to exactly
     `Recipe({"base": 1.0})`: the request then takes the base's own path, bit for bit.
@@ -164,5 +214,6 @@ class Method(ABC, Generic[C]):
             logits: stream name → [V] float64 raw scores of that stream.
 
         Returns:
-            [V] float64 scores, up to an additive constant; −∞ where an id is ruled out.
+            [V] float64 scores, up to an additive constant. An entry that is not finite rules its
+            id out: −∞, and also the NaN of −∞ − (−∞), so the formula needs no special cases.
         """

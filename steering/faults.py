@@ -1,0 +1,80 @@
+"""Pydantic's errors, told as ours: which field, which value, what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from steering.errors import BadValue, NotFound, SteeringError
+
+_MISSING = object()
+
+_BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+
+
+def fault(
+    error: ValidationError, given: object, model: type[BaseModel], field: str
+) -> SteeringError:
+    """The first fault of a failed validation.
+
+    Args:
+        error: what pydantic raised.
+        given: the value that was validated.
+        model: the model it was validated against.
+        field: where `given` stands, e.g. `steering`.
+
+    Returns:
+        `NotFound` for a stream name that does not exist, else `BadValue`; to be raised.
+    """
+    details: Sequence[Any] = error.errors(include_url=False)
+    first = details[0]
+    path, value = _locate(first["loc"], given)
+    where = ".".join((field, *path))
+    if first["type"] == "missing":
+        return BadValue("the field is required", field=where)
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(sorted(model.model_fields)) if len(path) == 1 else None
+        return BadValue("unknown field", field=where, value=value, allowed=known)
+    if first["type"] == "unknown_stream":
+        # In a mapping the name itself is at fault, not what stands beside it.
+        name = path[-1] if first["loc"][-1] == "[key]" else value
+        return NotFound(first["msg"], field=where, value=name, allowed=first["ctx"].get("allowed"))
+    same_place = [d for d in details if _locate(d["loc"], given)[0] == path]
+    message = "; or ".join(dict.fromkeys(_message(detail) for detail in same_place))
+    return BadValue(message, field=where, value=value, allowed=_allowed(first))
+
+
+def _locate(loc: Sequence[int | str], given: object) -> tuple[list[str], object]:
+    """The path inside `given` and the value there.
+
+    Pydantic's `loc` also names the branch of a union that failed, and says `[key]` for the key
+    of a mapping; neither is part of what the caller wrote.
+    """
+    path: list[str] = []
+    value = given
+    for part in loc:
+        if isinstance(value, Mapping) and part != "[key]":
+            value = value.get(part, _MISSING)
+        elif isinstance(value, list | tuple) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            break
+        path.append(str(part))
+    return path, None if value is _MISSING else value
+
+
+def _message(detail: Mapping[str, Any]) -> str:
+    message: str = detail["msg"]
+    return message.removeprefix("Value error, ")
+
+
+def _allowed(detail: Mapping[str, Any]) -> str | None:
+    context = detail.get("ctx", {})
+    if isinstance(context.get("allowed"), str):
+        return str(context["allowed"])
+    if "expected" in context:
+        return str(context["expected"])
+    bounds = [f"{sign} {context[name]:g}" for name, sign in _BOUNDS.items() if name in context]
+    return ", ".join(bounds) or None

@@ -1,0 +1,215 @@
+"""From a steering spec to a plan: the method's own checks, then ours. Pure; front end only.
+
+In two steps, because tokenising needs the server: `resolve` gives the plan and the own prompts
+that its streams read; `Resolved.with_prompts` adds their token ids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import ValidationError
+
+from steering.errors import BadValue, NotFound
+from steering.faults import fault
+from steering.method import Limits, Method, MethodConfig, OwnPrompt, Snapshot
+from steering.plan import BASE, Recipe, Report, Rule, RuleKind, SteeringPlan
+from steering.spec import FIELD, Profile
+
+Methods = Mapping[str, Method[Any]]
+"""Methods by name: `steering.plugins.Registry`, or a plain dict."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A plan whose own prompts are not tokenised yet.
+
+    Args:
+        plan: everything but the prompts.
+        prompts: stream → its own prompt, for the streams that the plan runs.
+        field: where the steering object stands, for errors.
+    """
+
+    plan: SteeringPlan
+    prompts: Mapping[str, OwnPrompt]
+    field: str = FIELD
+
+    def with_prompts(self, token_ids: Mapping[str, tuple[int, ...]]) -> SteeringPlan:
+        """The complete plan.
+
+        Args:
+            token_ids: stream → ids of that stream's own tokenizer, for each of `prompts`.
+
+        Raises:
+            BadValue: a prompt has no tokens.
+        """
+        assert token_ids.keys() == self.prompts.keys(), (set(token_ids), set(self.prompts))
+        for stream, ids in token_ids.items():
+            if not ids:
+                raise BadValue("the prompt has no tokens", field=f"{self.field}.prompts.{stream}")
+        ordered = tuple((stream, tuple(token_ids[stream])) for stream in sorted(token_ids))
+        return replace(self.plan, prompts=ordered)
+
+
+def resolve(
+    spec: Mapping[str, Any],
+    *,
+    methods: Methods,
+    snapshot: Snapshot,
+    limits: Limits,
+    field: str = FIELD,
+) -> Resolved:
+    """The plan of one steering object.
+
+    Args:
+        spec: the object, profiles folded in (`steering.spec.read_wish`).
+        methods: methods by name.
+        snapshot: the server's streams.
+        limits: the ranges that hold for this request.
+        field: where the object stands, for errors: `steering`, or `profiles.<name>`.
+
+    Raises:
+        NotFound: unknown method or stream.
+        BadValue: a value out of range, an unknown or missing field, fields that contradict each
+            other, a stream of the wrong head, a prompt that no stream would read.
+    """
+    method = _method(spec, methods, field)
+    config = parse(spec, method, snapshot, limits, field)
+    recipe = method.resolve(config, snapshot)
+    weights = _weights(recipe, config, snapshot, field)
+    plan = SteeringPlan(method.name, weights, _rule(recipe, weights, field), (), _report(config))
+    return Resolved(plan, _prompts(config, recipe, plan, field), field)
+
+
+def parse(
+    spec: Mapping[str, Any],
+    method: Method[Any],
+    snapshot: Snapshot,
+    limits: Limits,
+    field: str = FIELD,
+) -> MethodConfig:
+    """The method's own config, validated inside `limits` and with the snapshot's stream names.
+
+    Raises:
+        BadValue, NotFound: the first fault, with the dotted path of its field.
+    """
+    context = replace(limits, streams=frozenset(snapshot.streams))
+    try:
+        return method.config.model_validate(spec, context=context)
+    except ValidationError as error:
+        raise fault(error, spec, method.config, field) from None
+
+
+def check_profile(
+    name: str, profile: Profile, *, methods: Methods, snapshot: Snapshot, limits: Limits
+) -> Resolved:
+    """What a profile resolves to as it stands: run it before the profile is accepted.
+
+    Raises:
+        BadValue, NotFound: as `resolve`, with fields under `profiles.<name>`; also a profile
+            whose limits reach outside the server's.
+    """
+    field = f"profiles.{name}"
+    narrowed = profile.narrow(limits, field)
+    return resolve(profile.spec, methods=methods, snapshot=snapshot, limits=narrowed, field=field)
+
+
+def _method(spec: Mapping[str, Any], methods: Methods, field: str) -> Method[Any]:
+    known = f"one of: {', '.join(sorted(methods))}"
+    name = spec.get("method")
+    if not isinstance(name, str):
+        raise BadValue("give the method's name", field=f"{field}.method", value=name, allowed=known)
+    if name not in methods:
+        raise NotFound("no such method", field=f"{field}.method", value=name, allowed=known)
+    return methods[name]
+
+
+def _weights(
+    recipe: Recipe, config: MethodConfig, snapshot: Snapshot, field: str
+) -> tuple[tuple[str, float], ...]:
+    """(stream, c_i), base first, then by name, without zeros; names, heads and numbers checked."""
+    for stream, weight in recipe.weights.items():
+        where = _where(config, stream, field)
+        if stream not in snapshot.streams:
+            known = f"one of: {', '.join(sorted(snapshot.streams))}"
+            raise NotFound("no such stream", field=where, value=stream, allowed=known)
+        if not math.isfinite(weight):
+            raise BadValue(f"the weight of {stream} is not finite", field=where, value=weight)
+        head = snapshot.streams[stream]
+        if head != "lm":
+            models = sorted(name for name, head in snapshot.streams.items() if head == "lm")
+            raise BadValue(
+                f"the stream has a {head} head and cannot be mixed as a language model",
+                field=where,
+                value=stream,
+                allowed=f"one of: {', '.join(models)}",
+            )
+    if not any(recipe.weights.values()):
+        raise BadValue("all weights are 0, so every token would be as likely", field=field)
+    # Adding 0.0 turns −0.0 into 0.0.
+    base = (BASE, float(recipe.weights.get(BASE, 0.0)) + 0.0)
+    others = sorted((s, float(c)) for s, c in recipe.weights.items() if s != BASE and c != 0)
+    return (base, *others)
+
+
+def _rule(recipe: Recipe, weights: tuple[tuple[str, float], ...], field: str) -> Rule:
+    rule = recipe.rule
+    if rule.kind is RuleKind.SUM:
+        return Rule()  # SUM reads no arguments: equal plans must be equal
+    if rule.stream not in dict(weights):
+        raise BadValue(f"the rule reads the stream {rule.stream}, which has no weight", field=field)
+    if not 0 < rule.param <= 1:
+        raise BadValue("the rule's share is out of range", field=field, value=rule.param)
+    return rule
+
+
+def _report(config: MethodConfig) -> Report:
+    if config.report == "tokens":
+        return "tokens"
+    return "summary" if config.report else "off"
+
+
+def _prompts(
+    config: MethodConfig, recipe: Recipe, plan: SteeringPlan, field: str
+) -> Mapping[str, OwnPrompt]:
+    """Own prompts of the streams that run; a prompt that no field's stream could read is a fault.
+
+    A stream that is named but has weight 0 may keep its prompt: a caller may turn the strength
+    down to 0 and change nothing else.
+    """
+    named = {name for _, name in _texts(config)} | recipe.weights.keys()
+    for stream in config.prompts:
+        where = f"{field}.prompts.{stream}"
+        if stream == BASE:
+            raise BadValue("the request's own prompt is the base's", field=where)
+        if stream not in named:
+            used = ", ".join(sorted(recipe.weights.keys() - {BASE})) or "none"
+            raise BadValue("the plan does not use this stream", field=where, allowed=used)
+    return MappingProxyType({s: p for s, p in config.prompts.items() if s in plan.streams})
+
+
+def _where(config: MethodConfig, stream: str, field: str) -> str:
+    """The dotted path of the config field that names `stream`; `field` if none does."""
+    for path, text in _texts(config):
+        if text == stream:
+            return f"{field}.{path}"
+    return field
+
+
+def _texts(config: MethodConfig) -> Iterator[tuple[str, str]]:
+    """(dotted path, text) of every text and every mapping key in the method's own fields."""
+    own = config.model_dump(exclude={"method", "prompts", "report"})
+    pending: list[tuple[str, object]] = list(own.items())
+    while pending:
+        path, value = pending.pop(0)
+        if isinstance(value, str):
+            yield path, value
+        elif isinstance(value, Mapping):
+            yield from ((f"{path}.{key}", key) for key in value if isinstance(key, str))
+            pending += [(f"{path}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            pending += [(f"{path}.{i}", inner) for i, inner in enumerate(value)]

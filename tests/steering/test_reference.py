@@ -1,0 +1,97 @@
+"""The float64 definition of the read-out sum, on cases small enough to work out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steering.kernels.reference import log_softmax, mix_reference, nucleus
+from steering.plan import Recipe, Rule, RuleKind
+
+NEVER = -math.inf
+
+
+def log(*probabilities: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    with np.errstate(divide="ignore"):
+        return np.log(np.array(probabilities))
+
+
+def test_sum_adds_scaled_scores() -> None:
+    logits = {"base": np.array([1.0, 2.0]), "chat": np.array([3.0, 5.0])}
+    assert mix_reference(Recipe({"base": 1.0, "chat": -0.5}), logits).tolist() == [-0.5, -0.5]
+
+
+def test_base_left_out_counts_nothing() -> None:
+    logits = {"base": np.array([7.0, NEVER]), "chat": np.array([3.0, 5.0])}
+    assert mix_reference(Recipe({"chat": 1.0}), logits).tolist() == [3.0, 5.0]
+
+
+@pytest.mark.parametrize("weight", [1.0, -1.0])
+def test_an_id_that_any_used_stream_rules_out_stays_out(weight: float) -> None:
+    logits = {"base": np.array([1.0, NEVER, 1.0]), "chat": np.array([NEVER, NEVER, 2.0])}
+    z = mix_reference(Recipe({"base": 1.0, "chat": weight}), logits)
+    assert z.tolist() == [NEVER, NEVER, 1.0 + 2.0 * weight]
+
+
+def test_a_stream_with_coefficient_zero_is_not_in_the_sum() -> None:
+    logits = {"base": np.array([1.0, 2.0]), "chat": np.array([NEVER, math.nan])}
+    assert mix_reference(Recipe({"base": 1.0, "chat": 0.0}), logits).tolist() == [1.0, 2.0]
+
+
+def test_plausible_keeps_ids_at_the_threshold_and_above() -> None:
+    logits = {"base": log(0.5, 0.3, 0.15, 0.05)}
+    z = mix_reference(Recipe({"base": 1.0}, Rule(RuleKind.PLAUSIBLE, "base", 0.29)), logits)
+    assert np.isfinite(z).tolist() == [True, True, True, False]
+    z = mix_reference(Recipe({"base": 1.0}, Rule(RuleKind.PLAUSIBLE, "base", 1.0)), logits)
+    assert np.isfinite(z).tolist() == [True, False, False, False]
+
+
+def test_nucleus_masks_the_delta_and_keeps_the_ids() -> None:
+    logits = {
+        "base": log(0.1, 0.2, 0.7) + 5.0,
+        "chat": log(0.6, 0.3, 0.1),
+        "plain": log(0.3, 0.3, 0.4) - 2.0,
+    }
+    recipe = Recipe({"base": 2.0, "chat": 1.0, "plain": -2.0}, Rule(RuleKind.NUCLEUS, "chat", 0.7))
+    z = mix_reference(recipe, logits)
+    expected = [
+        math.log(0.6) + 2 * math.log(0.1 / 0.3),
+        math.log(0.3) + 2 * math.log(0.2 / 0.3),
+        math.log(0.1),
+    ]
+    assert z == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("p", "inside"),
+    [
+        (1e-9, [False, True, False, False]),
+        (0.5, [False, True, False, False]),
+        (0.51, [True, True, False, False]),
+        (0.75, [True, True, False, False]),
+        (0.8, [True, True, True, False]),
+        (1.0, [True, True, True, True]),
+    ],
+)
+def test_nucleus_is_the_smallest_set_that_reaches_p(p: float, inside: list[bool]) -> None:
+    # Powers of two, so that the running mass is exact; ids 2 and 3 are tied.
+    assert nucleus(np.log(np.array([0.25, 0.5, 0.125, 0.125])), p).tolist() == inside
+
+
+def test_nucleus_at_one_is_everything_even_where_rounding_reaches_one_early() -> None:
+    assert nucleus(np.array([100.0, 0.0, -50.0, NEVER]), 1.0).all()
+
+
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=40), st.floats(0.001, 1))
+def test_nucleus_is_minimal(scores: list[float], p: float) -> None:
+    array = np.array(scores)
+    probability = np.exp(log_softmax(array))
+    inside = nucleus(array, p)
+    mass = probability[inside].sum()
+    assert mass >= p - 1e-9
+    if p < 1:
+        assert mass - probability[inside].min() < p + 1e-9
