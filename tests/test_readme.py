@@ -1,0 +1,116 @@
+"""The README's promises: its examples run, its methods are all, its links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from load_tests.with_server import running_server
+from steering.method import ENTRY_POINT_GROUP
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ADDRESS = "http://127.0.0.1:8000"
+"""Where the README's examples look for the server."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A fenced block behind a comment `<!-- example: NAME -->`."""
+
+    name: str
+    language: str
+    code: str
+
+    @property
+    def body(self) -> dict[str, object]:
+        """The JSON that a curl example sends."""
+        words = shlex.split(self.code)
+        found: dict[str, object] = json.loads(words[words.index("-d") + 1])
+        return found
+
+
+EXAMPLES = [
+    Example(*found)
+    for found in re.findall(
+        r"^<!-- example: (\w+) -->\n```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE
+    )
+]
+CURL = [e for e in EXAMPLES if e.language == "bash"]
+PYTHON = [e for e in EXAMPLES if e.language == "python"]
+METHODS = sorted(
+    e.name for e in entry_points(group=ENTRY_POINT_GROUP) if e.value.startswith("steering.methods.")
+)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A server with the zoo."""
+    with running_server(ROOT / "zoo" / "server.yaml") as address:
+        yield address
+
+
+def test_every_runnable_block_is_an_example() -> None:
+    blocks = re.findall(r"^```(?:bash|python)$", README, flags=re.MULTILINE)
+    assert len(blocks) == len(EXAMPLES) > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_valid_example_for_curl_and_for_the_client(method: str) -> None:
+    example = next(e for e in CURL if e.name == method)
+    (point,) = entry_points(group=ENTRY_POINT_GROUP, name=method)
+    assert point.load().config.model_validate(example.body["steering"]).method == method
+    assert any(f'"method": "{method}"' in e.code for e in PYTHON)
+
+
+def test_links_to_files_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("example", CURL, ids=lambda e: e.name)
+def test_the_curl_examples_are_answered(example: Example, url: str) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    found = run(["bash", "-euo", "pipefail", "-c", example.code.replace(ADDRESS, url)])
+    answer = json.loads(found)
+    assert "error" not in answer
+    (choice,) = answer["choices"]
+    assert choice.get("text") or choice["message"]["content"]
+    steering = example.body["steering"]
+    assert isinstance(steering, dict)
+    assert ("steering" in answer) == bool(steering.get("report"))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("example", PYTHON, ids=lambda e: e.name)
+def test_the_python_examples_run(example: Example, url: str) -> None:
+    assert run([sys.executable, "-c", example.code.replace(ADDRESS, url)]).strip()
+
+
+def run(command: list[str]) -> str:
+    """The command's output; a failure shows what it said."""
+    # A proxy that the environment names must not stand between the example and this machine.
+    done = subprocess.run(
+        command,
+        env={**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
