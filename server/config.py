@@ -19,6 +19,7 @@ from server.validation import problems
 from steering.errors import BadValue
 from steering.method import Limits
 from steering.plan import BASE
+from steering.spec import Profile, Range
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
 """Names of streams and profiles: they appear in URLs and metric labels."""
@@ -32,8 +33,6 @@ RESERVED_ENGINE = {
     "hf_overrides": "Coxswain sets it",
 }
 """Engine arguments that the server fills in itself, and what to do instead."""
-
-Range = tuple[float, float]
 
 
 class ConfigInvalid(Exception):
@@ -83,41 +82,6 @@ class StreamConfig(Section):
         if self.on is not None and (self.head is None or self.path is None):
             raise ValueError("`on` needs `head` and `path`")
         return self
-
-
-class ProfileLimits(Section):
-    """Narrower ranges for requests that use the profile."""
-
-    strength: Range | None = Field(
-        None, description="Closed range for every strength. Absent: the server's range."
-    )
-    weight: Range | None = Field(
-        None, description="Closed range for every weight. Absent: the server's range."
-    )
-
-
-class ProfileConfig(BaseModel):
-    """A named piece of steering. Callers use it as the `model` or in the `steering` field.
-
-    Besides the fields below it takes the method's own options, exactly as in a request.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-
-    method: str = Field(description="The steering method, e.g. `proxy_tuning`.")
-    chat_template: str | None = Field(
-        None,
-        description="Jinja chat template for the base, as a file relative to this one or as the "
-        "text itself; used instead of the base's own for requests with this profile.",
-    )
-    limits: ProfileLimits | None = Field(
-        None, description="Narrower ranges for requests that use this profile."
-    )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What a request would write in its `steering` object."""
-        return {"method": self.method, **(self.model_extra or {})}
 
 
 class AdaptersConfig(Section):
@@ -237,7 +201,7 @@ class Config(Section):
     streams: dict[str, StreamConfig] = Field(
         default_factory=dict, description="The streams beside the base, by name."
     )
-    profiles: dict[str, ProfileConfig] = Field(
+    profiles: dict[str, Profile] = Field(
         default_factory=dict, description="Named steering, by name; also served as models."
     )
     steering: SteeringConfig = Field(default_factory=SteeringConfig)

@@ -1,0 +1,105 @@
+"""The last steps of a start: tokenizers of the streams, profiles, routes' parts, the greeting."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer
+
+from server import serving as parts
+from server.config import Config
+from server.doctor import Diagnosis, snapshot
+from server.launch import in_thread
+from server.own_prompts import Reader
+from server.profiles import Profiles
+from server.serving import Serving
+from server.state import Life
+from steering.plan import BASE
+
+if TYPE_CHECKING:
+    from server.launch import Loaded
+
+
+def readers(config: Config, diagnosis: Diagnosis) -> dict[str, Reader]:
+    """A tokenizer for each stream. Reads files: run in a thread."""
+    found: dict[str, Reader] = {}
+    by_folder: dict[str, Any] = {}
+    trusted = bool(config.engine.get("trust_remote_code", False))
+    for name, fact in diagnosis.streams.items():
+        folder = str(fact.checkpoint.folder)
+        if folder not in by_folder:
+            by_folder[folder] = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+        tokenizer = by_folder[folder]
+        found[name] = Reader(tokenizer, fact.checkpoint.vocabulary, bool(tokenizer.chat_template))
+    return found
+
+
+async def assemble(config: Config, life: Life, loaded: Loaded) -> Serving:
+    """Binds the engine and builds what the routes use.
+
+    Args:
+        config: the settings.
+        life: the server's phase.
+        loaded: the engine, and what the checks found out.
+    """
+    diagnosis = loaded.diagnosis
+    assert diagnosis.methods is not None
+    await loaded.engine.bind()
+    found = await in_thread(lambda: readers(config, diagnosis))
+    streams = snapshot(config)
+    profiles = Profiles(
+        config.profiles,
+        base_name=config.name,
+        methods=diagnosis.methods,
+        snapshot=streams,
+        limits=config.steering.limits,
+    )
+    shown = {name: fact.describe() for name, fact in diagnosis.streams.items()}
+    serving = parts.build(
+        config, life, loaded.engine, diagnosis.methods, profiles, streams, found, shown
+    )
+    serving.counters.register()
+    return serving
+
+
+def announce(serving: Serving, port: int, seconds: float) -> str:
+    """What a person should read once the server serves.
+
+    Args:
+        serving: the parts.
+        port: the one that was bound.
+        seconds: the start took.
+    """
+    config = serving.config
+    streams = ", ".join(name for name in serving.streams if name != BASE) or "(none)"
+    profiles = ", ".join(serving.profiles) or "(none)"
+    return "\n".join(
+        [
+            f"coxswain: ready after {seconds:.1f} s",
+            f"  base      {config.name}  ({config.model})",
+            f"  streams   {streams}",
+            f"  profiles  {profiles}",
+            f"  methods   {', '.join(serving.methods)}",
+            f"  try       {curl(serving, port)}",
+        ]
+    )
+
+
+def curl(serving: Serving, port: int) -> str:
+    """A request that works as it stands."""
+    config = serving.config
+    host = "127.0.0.1" if config.server.host in ("0.0.0.0", "::") else config.server.host
+    host = f"[{host}]" if ":" in host else host
+    model = next(iter(serving.profiles), config.name)
+    profile = serving.profiles.get(model)
+    body: dict[str, Any] = {"model": model, "max_tokens": 32}
+    if serving.has_template or (profile is not None and profile.chat_template):
+        path, body["messages"] = "chat/completions", [{"role": "user", "content": "Hello!"}]
+    else:
+        path, body["prompt"] = "completions", "Once upon a time"
+    key = ' -H "Authorization: Bearer $COXSWAIN_API_KEY"' if config.auth.api_keys else ""
+    return (
+        f"curl http://{host}:{port}/v1/{path} -H 'Content-Type: application/json'{key} "
+        f"-d '{json.dumps(body)}'"
+    )

@@ -1,0 +1,118 @@
+"""Every error leaves as `{"error": {message, type, param, code}}`, the shape of the OpenAI API.
+
+One table: HTTP status → (type, code). The class of a `SteeringError` decides its status.
+"""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from steering.errors import BadValue, DoesNotFit, NotFound, SteeringError
+
+_TABLE: dict[int, tuple[str, str]] = {
+    400: ("invalid_request_error", "invalid_value"),
+    401: ("authentication_error", "invalid_api_key"),
+    403: ("permission_error", "forbidden"),
+    404: ("not_found_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    409: ("conflict_error", "conflict"),
+    413: ("invalid_request_error", "body_too_large"),
+    415: ("invalid_request_error", "unsupported_media_type"),
+    422: ("unprocessable_entity_error", "does_not_fit"),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+    500: ("server_error", "internal_error"),
+    501: ("server_error", "not_implemented"),
+    503: ("service_unavailable_error", "unavailable"),
+}
+
+_STATUS: tuple[tuple[type[SteeringError], int], ...] = (
+    (NotFound, 404),
+    (DoesNotFit, 422),
+    (BadValue, 400),
+)
+
+
+class HttpError(Exception):
+    """An answer other than 2xx, decided by us.
+
+    Args:
+        status: HTTP status.
+        message: one sentence for a person.
+        param: the request field it is about.
+        code: a word for programs; default: from the table.
+        retry_after_s: seconds after which a retry makes sense (header `Retry-After`).
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends itself: an error is an ASGI application, so middleware can answer with it."""
+        await response(self)(scope, receive, send)
+
+
+def body(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """The error body for a status."""
+    kind, default = _TABLE.get(status, ("invalid_request_error", "error") if status < 500
+                               else _TABLE[500])  # fmt: skip
+    return {"error": {"message": message, "type": kind, "param": param, "code": code or default}}
+
+
+def response(error: HttpError) -> JSONResponse:
+    """The HTTP answer for an error."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(error.retry_after_s)
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    content = body(error.status, error.message, error.param, error.code)
+    return JSONResponse(content, error.status, headers)
+
+
+def from_steering(error: SteeringError) -> HttpError:
+    """A caller's fault as an HTTP error; `param` is the field."""
+    status = next(status for kind, status in _STATUS if isinstance(error, kind))
+    return HttpError(status, str(error), param=error.field)
+
+
+def from_vllm(error: dict[str, Any]) -> HttpError:
+    """The `error` object of one of vLLM's answers, with our types and codes.
+
+    Its `code` is the HTTP status; its `param` starts with `body.` for schema errors.
+    """
+    try:
+        status = HTTPStatus(int(error.get("code") or 500)).value
+    except ValueError:
+        status = 500
+    param = error.get("param")
+    if isinstance(param, str):
+        param = param.removeprefix("body.") or None
+    code = "model_not_found" if status == 404 and param == "model" else None
+    retry = 5 if status == 503 else None
+    return HttpError(status, str(error["message"]), param=param, code=code, retry_after_s=retry)
+
+
+def event(error: HttpError) -> str:
+    """The error as a server-sent event: for a stream whose first byte is out."""
+    content = body(error.status, error.message, error.param, error.code)
+    return f"data: {json.dumps(content)}\n\n"

@@ -1,0 +1,141 @@
+"""The outermost ASGI application: open before the engine is, closed while draining.
+
+Order for each request: health and readiness → phase → key → body size → the real application.
+Pure ASGI: Starlette's `BaseHTTPMiddleware` would break the cancellation of running requests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.auth import Auth
+from server.errors import HttpError
+from server.state import Life
+
+RETRY_AFTER_S = 5
+_INFERENCE = ("/v1/", "/tokenize", "/detokenize")
+
+
+class _TooLarge(Exception):
+    """The body grew past the limit while it was read."""
+
+
+class Gate:
+    """The application that the HTTP server runs from its first moment.
+
+    Args:
+        life: the phase, kept by `launch`.
+        auth: the keys.
+        max_body_bytes: larger request bodies get 413.
+    """
+
+    def __init__(self, life: Life, auth: Auth, max_body_bytes: int) -> None:
+        self.life = life
+        self.auth = auth
+        self.max_body_bytes = max_body_bytes
+        self.inner: ASGIApp | None = None
+        """The real application, once the engine is up."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1000})
+            return
+        path: str = scope["path"]
+        if path in ("/health", "/ready") and scope["method"] in ("GET", "HEAD"):
+            await self._probe(path)(scope, receive, send)
+            return
+        try:
+            self._refuse_by_phase(path)
+            headers = Headers(scope=scope)
+            self.auth.check(path, headers)
+            self._refuse_by_length(headers)
+        except HttpError as error:
+            await error(scope, receive, send)
+            return
+        await self._forward(path, scope, receive, send)
+
+    def _probe(self, path: str) -> JSONResponse:
+        life = self.life
+        status: dict[str, Any] = {"status": life.phase, "in_flight": life.in_flight}
+        if life.phase != "ready":
+            status["reason"] = life.reason
+        healthy = life.phase != "dead" if path == "/health" else life.phase == "ready"
+        retry = {"retry-after": str(RETRY_AFTER_S)}
+        return JSONResponse(status, 200 if healthy else 503, None if healthy else retry)
+
+    def _refuse_by_phase(self, path: str) -> None:
+        life = self.life
+        if self.inner is None or life.phase in ("starting", "dead"):
+            raise HttpError(503, f"The server is {life.phase}: {life.reason}", code=life.phase,
+                            retry_after_s=RETRY_AFTER_S)  # fmt: skip
+        if life.phase == "draining" and path.startswith(_INFERENCE):
+            raise HttpError(503, "The server is draining and takes no new requests.",
+                            code="draining", retry_after_s=RETRY_AFTER_S)  # fmt: skip
+
+    def _refuse_by_length(self, headers: Headers) -> None:
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self.max_body_bytes:
+            raise self._too_large()
+
+    def _too_large(self) -> HttpError:
+        return HttpError(413, f"The request body is larger than {self.max_body_bytes} bytes.")
+
+    async def _forward(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        assert self.inner is not None
+        read = 0
+        started = False
+
+        async def counted() -> MutableMapping[str, Any]:
+            """Also bodies without a length (chunked) must not grow past the limit."""
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.max_body_bytes:
+                raise _TooLarge
+            return message
+
+        async def watched(message: MutableMapping[str, Any]) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        counts = path.startswith(_INFERENCE)
+        if counts:
+            self.life.enter()
+        try:
+            await self.inner(scope, counted, watched)
+        except _TooLarge:
+            if not started:
+                await self._too_large()(scope, receive, send)
+        finally:
+            if counts:
+                self.life.leave()
+
+
+def strict_json(raw: bytes) -> object:
+    """Parses a request body.
+
+    Raises:
+        HttpError: 400, the bytes are not JSON, or contain a number that JSON does not have.
+    """
+    from server.validation import non_finite
+
+    try:
+        parsed = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise HttpError(400, f"The request body is not valid JSON: {error}") from error
+    found = non_finite(parsed)
+    if found is not None:
+        path, value = found
+        raise HttpError(
+            400, f"{path}: must be a finite number (got {value}); allowed: finite numbers",
+            param=path,
+        )  # fmt: skip
+    return parsed

@@ -1,0 +1,323 @@
+"""From a configuration to a running server, and to its orderly end.
+
+The HTTP port opens first; the checks, the weights and the engine follow in a thread, so that
+`/health` and `/ready` answer from the first moment. vLLM is imported there too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import uvicorn
+
+from server.auth import Auth
+from server.config import Config
+from server.console import Progress, say
+from server.gate import Gate
+from server.state import Life
+
+if TYPE_CHECKING:
+    from server.doctor import Diagnosis
+    from server.engine_vllm import SteeredLLM
+    from server.serving import Serving
+
+T = TypeVar("T")
+
+LINGER_S = 3.0
+"""How long a server whose engine died still answers, so that probes can read why."""
+
+WATCH_S = 0.2
+"""How often the engine's life is looked at."""
+
+SHUTDOWN_S = 5.0
+"""How long the engine gets to end by itself."""
+
+
+class StartFailed(Exception):
+    """The server cannot start; one line per reason."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(problems))
+
+
+@dataclass
+class Loaded:
+    """What the loading thread hands over."""
+
+    engine: SteeredLLM
+    diagnosis: Diagnosis
+
+
+def environment(config: Config) -> list[str]:
+    """Sets vLLM's environment, before it is imported; values that are set already win.
+
+    Returns:
+        What a person should know about it.
+    """
+    notes = []
+    if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") == "0":
+        notes.append("model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)")
+    quiet = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # Lets the CPU engine run its worker in its own process; see docs/decisions/0003.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    return notes
+
+
+def engine_arguments(config: Config, diagnosis: Diagnosis) -> dict[str, Any]:
+    """Keyword arguments for vLLM's `AsyncEngineArgs`."""
+    from vllm.platforms import current_platform
+
+    from steering.engine_args import StreamSource, steered_engine_args
+
+    engine = dict(config.engine)
+    engine.setdefault("load_format", "safetensors")
+    engine.setdefault("use_tqdm_on_load", False)
+    single = engine.get("tensor_parallel_size", 1) == 1
+    if current_platform.is_cpu() and single:
+        engine.setdefault("distributed_executor_backend", "uni")
+    streams = {
+        name: StreamSource(model=stream.model, same_as=stream.same_as, head=stream.head)
+        for name, stream in config.streams.items()
+    }
+    return steered_engine_args(config.model, streams, diagnosis.overlaps, **engine)
+
+
+def load(config: Config, progress: Progress, life: Life) -> Loaded:
+    """Checks the configuration and starts the engine. Blocks; runs in a thread.
+
+    Raises:
+        StartFailed: with every reason.
+    """
+
+    def stage(text: str) -> None:
+        life.reason = text
+        progress.stage(text)
+
+    stage("loading vLLM")
+    from server.doctor import diagnose
+    from server.engine_vllm import start_engine
+
+    stage("checking the configuration")
+    diagnosis = diagnose(config)
+    if diagnosis.problems:
+        raise StartFailed(diagnosis.problems)
+    stage("loading models: " + ", ".join([config.name, *config.streams]))
+    try:
+        return Loaded(start_engine(engine_arguments(config, diagnosis)), diagnosis)
+    except Exception as error:
+        lines = [line for line in str(error).strip().split("\n") if line.strip()]
+        raise StartFailed([f"engine: {type(error).__name__}: {' '.join(lines)[:600]}"]) from error
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Runs blocking work in a daemon thread: unlike an executor's, it does not hold up the exit."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        try:
+            outcome: tuple[T | None, BaseException | None] = (work(), None)
+        except BaseException as error:
+            outcome = (None, error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await future
+
+
+class _Http(uvicorn.Server):
+    """uvicorn without its own signal handlers: we drain first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bind(config: Config) -> socket.socket:
+    """The listening socket.
+
+    Raises:
+        StartFailed: the address is taken or not ours.
+    """
+    server = config.server
+    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((server.host, server.port))
+    except OSError as error:
+        sock.close()
+        where = f"{server.host}:{server.port}"
+        raise StartFailed([f"server.port: cannot bind {where}: {error.strerror}"]) from error
+    sock.set_inheritable(False)
+    return sock
+
+
+class Run:
+    """One server process, from its first moment to its last. Lives on the event loop.
+
+    Args:
+        config: the settings.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.life = Life()
+        self.gate = Gate(self.life, Auth(config), config.server.max_body_bytes)
+        self.engine: SteeredLLM | None = None
+
+    async def run(self) -> int:
+        """Serves until a signal, a drain or the engine's end.
+
+        Returns:
+            The exit status: 0 after an orderly end, else 1.
+        """
+        sock = bind(self.config)
+        http = _Http(uvicorn.Config(
+            self.gate, lifespan="off", log_config=None, access_log=False,
+            timeout_keep_alive=5, timeout_graceful_shutdown=2,
+        ))  # fmt: skip
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.life.drain.set)
+        served = asyncio.create_task(http.serve([sock]))
+        try:
+            status = await self._until_end(sock.getsockname()[1])
+        finally:
+            http.should_exit = True
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(served, SHUTDOWN_S)
+            await self._stop_engine()
+        return status
+
+    async def _until_end(self, port: int) -> int:
+        asked = asyncio.create_task(self.life.drain.wait())
+        loading = asyncio.create_task(self._load(port))
+        await asyncio.wait({asked, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            say("coxswain: stopped while loading")
+            return 0
+        try:
+            serving = loading.result()
+        except StartFailed as error:
+            self.life.phase, self.life.reason = "dead", str(error)
+            for problem in error.problems:
+                say(f"coxswain: {problem}")
+            say("coxswain: cannot start")
+            return 1
+        watching = asyncio.create_task(self._watch())
+        polling = asyncio.create_task(self._poll(serving))
+        await asyncio.wait({asked, watching}, return_when=asyncio.FIRST_COMPLETED)
+        polling.cancel()
+        if watching.done():
+            return await self._died(watching.result())
+        return await self._drain(watching)
+
+    async def _load(self, port: int) -> Serving:
+        with Progress() as progress:
+            loaded = await in_thread(lambda: load(self.config, progress, self.life))
+            self.engine = loaded.engine
+            self.life.reason = "starting the engine"
+            progress.stage(self.life.reason)
+            from server.assemble import announce, assemble
+
+            serving = await assemble(self.config, self.life, loaded)
+            seconds = progress.seconds
+        from server.app import build_app
+
+        self.gate.inner = build_app(serving)
+        self.life.phase, self.life.reason = "ready", ""
+        say(announce(serving, port, seconds))
+        return serving
+
+    async def _watch(self) -> str:
+        """Returns why the engine died, once it has."""
+        assert self.engine is not None
+        while not self.engine.errored:
+            await asyncio.sleep(WATCH_S)
+        codes = [
+            process.exitcode
+            for process in multiprocessing.active_children()
+            if process.exitcode is not None
+        ]
+        detail = f" (exit status {codes[0]})" if codes else ""
+        return f"the engine process ended{detail}; its own message is above, if it left one"
+
+    async def _poll(self, serving: Serving) -> None:
+        """Keeps the worker's counters fresh for `/metrics` and `/admin/streams`."""
+        while True:
+            with contextlib.suppress(Exception):  # a dead engine is `_watch`'s business
+                serving.counters.update(await serving.engine.counters())
+            await asyncio.sleep(self.config.server.counters_every_s)
+
+    async def _died(self, reason: str) -> int:
+        self.life.phase, self.life.reason = "dead", reason
+        await asyncio.sleep(LINGER_S)
+        say(f"coxswain: engine failure: {reason}. Exit status 1.")
+        return 1
+
+    async def _drain(self, watching: asyncio.Task[str]) -> int:
+        """Lets running requests finish."""
+        life, limit = self.life, self.config.server.drain_timeout_s
+        life.phase, life.reason = "draining", "the server is asked to end"
+        say(f"coxswain: draining, {life.in_flight} requests in flight, at most {limit:g} s")
+        idle = asyncio.create_task(life.idle.wait())
+        await asyncio.wait({idle, watching}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if watching.done():
+            return await self._died(watching.result())
+        if life.in_flight:
+            say(f"coxswain: {life.in_flight} requests did not finish in time")
+        say("coxswain: ended in order")
+        return 0
+
+    async def _stop_engine(self) -> None:
+        if self.engine is not None:
+            engine = self.engine
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(
+                    in_thread(lambda: engine.shutdown(timeout=SHUTDOWN_S)), 2 * SHUTDOWN_S
+                )
+        for process in multiprocessing.active_children():
+            process.kill()
+
+
+def serve(config: Config) -> int:
+    """Runs a server in this process until its end.
+
+    Returns:
+        The exit status.
+    """
+    notes = environment(config)
+    say(f"coxswain: opening http://{config.server.host}:{config.server.port}; {'; '.join(notes)}")
+    try:
+        return asyncio.run(Run(config).run())
+    except StartFailed as error:
+        for problem in error.problems:
+            say(f"coxswain: {problem}")
+        return 1

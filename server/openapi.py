@@ -1,0 +1,76 @@
+"""The OpenAPI schema of `steering`: one typed choice for each installed method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from steering.method import Method
+
+_BODIES = ("SteeredChatRequest", "SteeredCompletionRequest", "SteeredResponsesRequest")
+
+EXAMPLES: list[Any] = [
+    "my-profile",
+    {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain", "strength": 0.8},
+    {"profile": "my-profile", "strength": 0.5, "report": True},
+]
+
+
+def steering_schema(
+    methods: Mapping[str, Method[Any]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The schema of the field, and the component schemas that it refers to.
+
+    Args:
+        methods: the installed methods.
+    """
+    components: dict[str, Any] = {}
+    choices: list[dict[str, Any]] = [
+        {"type": "string", "description": "A profile's name.", "title": "Profile"}
+    ]
+    for name, method in methods.items():
+        schema = method.config.model_json_schema(ref_template="#/components/schemas/{model}")
+        components |= schema.pop("$defs", {})
+        title = f"steering_{name}"
+        components[title] = schema
+        choices.append({"$ref": f"#/components/schemas/{title}"})
+    choices.append(
+        {
+            "type": "object",
+            "title": "ProfileOverride",
+            "description": "A profile with some of its options changed. `profile` may be left "
+            "out where the request's model is a profile.",
+            "properties": {"profile": {"type": "string"}},
+        }
+    )
+    choices.append({"type": "null"})
+    field = {
+        "title": "Steering",
+        "description": "How this request is steered.",
+        "anyOf": choices,
+        "examples": EXAMPLES,
+    }
+    return field, components
+
+
+def install(app: FastAPI, methods: Mapping[str, Method[Any]]) -> None:
+    """Makes the application's schema show the methods."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(
+                title=app.title, version=app.version, description=app.description,
+                routes=app.routes,
+            )  # fmt: skip
+            field, components = steering_schema(methods)
+            schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+            schemas |= components
+            for body in _BODIES:
+                schemas[body]["properties"]["steering"] = field
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,70 @@
+"""vLLM's request models with one more field: `steering`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field, PrivateAttr
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.serve.tokenize.protocol import (
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+)
+from vllm.sampling_params import SamplingParams
+
+from server.steered import Steered
+from steering.wire import KEY
+
+
+class TemplateMixin(BaseModel):
+    """A request whose profile may bring the base's chat template."""
+
+    _template: str | None = PrivateAttr(None)
+
+    def build_chat_params(self, default_template: str | None, default_format: Any) -> Any:
+        """As vLLM's; the profile's template takes the place of the server's default."""
+        return super().build_chat_params(  # type: ignore[misc]
+            self._template or default_template, default_format
+        )
+
+
+class SteeringMixin(BaseModel):
+    """The field, and the way of its resolved form into the sampling parameters."""
+
+    # The real schema needs the installed methods; `server.openapi` puts it in. The value is
+    # checked by `server.steerer`, whose errors name the field, the value and the range.
+    steering: Any = Field(
+        None,
+        description="Steering for this request: a profile's name, or a method with its options. "
+        "With a profile as the model, an object overrides the profile's options.",
+    )
+    _steered: Steered | None = PrivateAttr(None)
+
+    def to_sampling_params(self, *args: Any, **options: Any) -> SamplingParams:
+        """As vLLM's, with the request's steering on board."""
+        params = super().to_sampling_params(*args, **options)  # type: ignore[misc]
+        if self._steered is not None:
+            params.extra_args = {**(params.extra_args or {}), KEY: self._steered}
+        return params
+
+
+class SteeredChatRequest(SteeringMixin, TemplateMixin, ChatCompletionRequest):
+    """Body of POST /v1/chat/completions."""
+
+
+class SteeredCompletionRequest(SteeringMixin, CompletionRequest):
+    """Body of POST /v1/completions."""
+
+
+class SteeredResponsesRequest(SteeringMixin, TemplateMixin, ResponsesRequest):
+    """Body of POST /v1/responses."""
+
+
+class TokenizeMessages(TemplateMixin, TokenizeChatRequest):
+    """Body of POST /tokenize with messages."""
+
+
+TokenizeAny = TokenizeCompletionRequest | TokenizeMessages
+SteeredRequest = SteeredChatRequest | SteeredCompletionRequest | SteeredResponsesRequest

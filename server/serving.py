@@ -1,0 +1,127 @@
+"""What the routes need, built once the engine is up: vLLM's serving classes and our own parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from server.config import Config
+from server.engine_vllm import SteeredLLM
+from server.metrics import StreamCounters
+from server.models import SteeredModels
+from server.own_prompts import OwnPrompts, Reader
+from server.profiles import Profiles
+from server.state import Life
+from server.steerer import Steerer
+from steering.method import Snapshot
+from steering.plugins import Registry
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Everything a route may use. One per process.
+
+    Args:
+        config: the settings.
+        life: the server's phase.
+        engine: the engine client.
+        methods: the installed methods.
+        profiles: the profiles.
+        steerer: resolves requests.
+        models, chat, completion, responses, tokenization: vLLM's serving classes.
+        counters: the worker's counters, as last polled.
+        streams: what `/admin/streams` shows, by name.
+    """
+
+    config: Config
+    life: Life
+    engine: SteeredLLM
+    methods: Registry
+    profiles: Profiles
+    steerer: Steerer
+    models: SteeredModels
+    chat: OpenAIServingChat
+    completion: OpenAIServingCompletion
+    responses: OpenAIServingResponses
+    tokenization: ServingTokenization
+    counters: StreamCounters = field(default_factory=StreamCounters)
+    streams: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def decode(self, token_id: int) -> str:
+        """The text of one of the base's tokens."""
+        return str(self.engine.renderer.tokenizer.decode([token_id]))
+
+    @property
+    def has_template(self) -> bool:
+        """Whether chat works without a profile's template."""
+        tokenizer = self.engine.renderer.tokenizer
+        return self.chat.chat_template is not None or bool(
+            getattr(tokenizer, "chat_template", True)
+        )
+
+
+def build(
+    config: Config,
+    life: Life,
+    engine: SteeredLLM,
+    methods: Registry,
+    profiles: Profiles,
+    snapshot: Snapshot,
+    readers: Mapping[str, Reader],
+    streams: Mapping[str, Mapping[str, Any]],
+) -> Serving:
+    """Puts the parts together.
+
+    Args:
+        config: the settings.
+        life: the server's phase.
+        engine: up and bound.
+        methods: the installed methods.
+        profiles: checked.
+        snapshot: the streams.
+        readers: tokenizers of the streams.
+        streams: what `/admin/streams` shows.
+    """
+    own_prompts = OwnPrompts(
+        readers, engine.model_config.max_model_len - 1, config.steering.chat_templates
+    )
+    steerer = Steerer(
+        config.name, methods, profiles, snapshot, config.steering.limits,
+        config.steering.inline, own_prompts,
+    )  # fmt: skip
+    models = SteeredModels(engine, config.name, config.model, profiles)
+    shared: dict[str, Any] = {
+        "request_logger": None,
+        "chat_template": config.chat.template,
+        "chat_template_content_format": config.chat.content_format,
+    }
+    parsers: dict[str, Any] = {
+        "enable_auto_tools": config.chat.tool_call_parser is not None,
+        "tool_parser": config.chat.tool_call_parser,
+        "reasoning_parser": config.chat.reasoning_parser or "",
+    }
+    renderer = OnlineRenderer(
+        model_config=engine.model_config, renderer=engine.renderer, **shared, **parsers
+    )
+    details = {"online_renderer": renderer, "enable_prompt_tokens_details": True}
+    return Serving(
+        config=config,
+        life=life,
+        engine=engine,
+        methods=methods,
+        profiles=profiles,
+        steerer=steerer,
+        models=models,
+        chat=OpenAIServingChat(engine, models, "assistant", **details, **shared, **parsers),
+        completion=OpenAIServingCompletion(engine, models, request_logger=None, **details),
+        responses=OpenAIServingResponses(engine, models, **details, **shared, **parsers),
+        tokenization=ServingTokenization(models, renderer, **shared),
+        streams=streams,
+    )

@@ -1,0 +1,127 @@
+"""One HTTP request's steering on its way through vLLM: from the route to the engine and back."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from steering.plan import SteeringPlan
+
+Report = Mapping[str, Mapping[str, Any]]
+"""What the worker measured for one prompt, by choice index (as text)."""
+
+
+@dataclass
+class Steered:
+    """Rides in `SamplingParams.extra_args` inside the API process; packed for the worker by
+    `engine_vllm`. One per HTTP request; owned by the event loop.
+
+    Args:
+        plans: the plan of each of the request's prompts, in order; a single one holds for all.
+        profile: the profile it came from, or None.
+        max_tokens: what the caller asked for explicitly, or None.
+        n: choices per prompt.
+    """
+
+    plans: Sequence[SteeringPlan]
+    profile: str | None = None
+    max_tokens: int | None = None
+    n: int = 1
+    tag: str = field(default_factory=lambda: secrets.token_hex(8))
+    reports: dict[int, Report] = field(default_factory=dict)
+    """Prompt index → the worker's report, once the prompt is finished."""
+    _started: int = 0
+
+    @property
+    def plan(self) -> SteeringPlan:
+        """The first prompt's plan; the others differ in own prompts only."""
+        return self.plans[0]
+
+    @property
+    def reporting(self) -> bool:
+        """Whether the response gets a `steering` object."""
+        return self.plan.report != "off"
+
+    def next_prompt(self) -> int:
+        """The index of the prompt that is handed to the engine now."""
+        index = self._started
+        self._started += 1
+        return index
+
+    def plan_of(self, index: int) -> SteeringPlan:
+        """The plan of prompt `index`."""
+        return self.plans[index] if len(self.plans) > 1 else self.plans[0]
+
+
+def summary(steered: Steered, decode: Callable[[int], str]) -> dict[str, Any]:
+    """The `steering` object of a response.
+
+    Args:
+        steered: finished; `reports` holds every prompt's report.
+        decode: token id → text, by the base's tokenizer.
+    """
+    plan = steered.plan
+    choices = {
+        prompt * steered.n + int(choice): found
+        for prompt, report in sorted(steered.reports.items())
+        for choice, found in sorted(report.items(), key=lambda item: int(item[0]))
+    }
+    found: dict[str, Any] = {"method": plan.method}
+    if steered.profile is not None:
+        found["profile"] = steered.profile
+    found["strengths"] = dict(plan.weights)
+    found["streams"] = list(plan.streams)
+    found |= _totals(list(choices.values()))
+    if plan.report == "tokens" or len(choices) > 1:
+        found["choices"] = [
+            {"index": index, **_totals([report]), **_detail(report, plan.report, decode)}
+            for index, report in choices.items()
+        ]
+    return found
+
+
+def _totals(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over the tokens of some choices; null where there was no token."""
+    tokens = sum(report["tokens"] for report in reports)
+    passes: dict[str, int] = {}
+    for report in reports:
+        for stream, count in report["passes"].items():
+            passes[stream] = passes.get(stream, 0) + count
+
+    def share(total: float) -> float | None:
+        return _finite(total / tokens) if tokens else None
+
+    return {
+        "tokens": tokens,
+        "forward_passes_per_token": {stream: share(count) for stream, count in passes.items()},
+        "mean_kl": share(sum(report["kl_sum"] for report in reports)),
+        "share_changed": share(sum(report["changed"] for report in reports)),
+    }
+
+
+def _detail(report: Mapping[str, Any], level: str, decode: Callable[[int], str]) -> dict[str, Any]:
+    if level != "tokens":
+        return {}
+    return {
+        "token_details": [
+            {
+                "token": decode(entry["token_id"]),
+                "token_id": entry["token_id"],
+                "base_logprob": _finite(entry["base_logprob"]),
+                "steered_logprob": _finite(entry["steered_logprob"]),
+                "kl": _finite(entry["kl"]),
+                "base_choice": decode(entry["base_choice"]),
+                "base_choice_id": entry["base_choice"],
+                "changed": entry["changed"],
+            }
+            for entry in report.get("detail", ())
+        ]
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinities: an impossible token's log-probability becomes null."""
+    return value if math.isfinite(value) else None
