@@ -97,16 +97,16 @@ def _check_stream(value: str, info: ValidationInfo) -> str:
     return value
 
 
-Strength = Annotated[float, AfterValidator(_check_strength)]
+Strength = Annotated[float, Field(strict=True), AfterValidator(_check_strength)]
 """How strongly to steer; finite, inside the server's `steering.strength` range."""
 
-Weight = Annotated[float, AfterValidator(_check_weight)]
+Weight = Annotated[float, Field(strict=True), AfterValidator(_check_weight)]
 """A coefficient of the read-out sum; finite, inside the server's `steering.weight` range."""
 
 Fraction = Annotated[
     float,
+    Field(strict=True, json_schema_extra={"exclusiveMinimum": 0, "maximum": 1}),
     AfterValidator(_check_fraction),
-    Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 1}),
 ]
 """A share of probability; in (0, 1]."""
 
