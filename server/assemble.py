@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
+from vllm.exceptions import VLLMClientError
 
 from server import serving as parts
 from server.config import Config
@@ -35,6 +37,22 @@ def readers(config: Config, diagnosis: Diagnosis) -> dict[str, Reader]:
     return found
 
 
+class _CallersFaults(logging.Filter):
+    """Keeps vLLM from logging a traceback for each bad value that a client sends."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """False for what the client is told anyway."""
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, (VLLMClientError, ValueError))
+
+
+def quiet_logs() -> None:
+    """Installs the filter where vLLM logs what went wrong in a stream."""
+    for api in ("chat_completion", "completion", "responses"):
+        name = f"vllm.entrypoints.openai.{api}.serving"
+        logging.getLogger(name).addFilter(_CallersFaults())
+
+
 async def assemble(config: Config, life: Life, loaded: Loaded) -> Serving:
     """Binds the engine and builds what the routes use.
 
@@ -45,6 +63,7 @@ async def assemble(config: Config, life: Life, loaded: Loaded) -> Serving:
     """
     diagnosis = loaded.diagnosis
     assert diagnosis.methods is not None
+    quiet_logs()
     await loaded.engine.bind()
     found = await in_thread(lambda: readers(config, diagnosis))
     streams = snapshot(config)

@@ -122,10 +122,7 @@ class SteeringConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _ordered(self) -> SteeringConfig:
-        for name, (low, high) in (("strength", self.strength), ("weight", self.weight)):
-            if low > high:
-                raise ValueError(f"{name}: the lower end {low:g} is above the upper end {high:g}")
+    def _not_negative(self) -> SteeringConfig:
         if self.strength[0] < 0:
             raise ValueError("strength: negative strengths undo a model's tuning; start at 0")
         return self

@@ -7,6 +7,7 @@ Pure ASGI: Starlette's `BaseHTTPMiddleware` would break the cancellation of runn
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -17,13 +18,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.auth import Auth
 from server.errors import HttpError
 from server.state import Life
+from server.validation import odd_value
 
 RETRY_AFTER_S = 5
+logger = logging.getLogger("coxswain")
 _INFERENCE = ("/v1/", "/tokenize", "/detokenize")
-
-
-class _TooLarge(Exception):
-    """The body grew past the limit while it was read."""
 
 
 class Gate:
@@ -90,7 +89,6 @@ class Gate:
     async def _forward(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         assert self.inner is not None
         read = 0
-        started = False
 
         async def counted() -> MutableMapping[str, Any]:
             """Also bodies without a length (chunked) must not grow past the limit."""
@@ -98,22 +96,18 @@ class Gate:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self.max_body_bytes:
-                raise _TooLarge
+                raise self._too_large()
             return message
-
-        async def watched(message: MutableMapping[str, Any]) -> None:
-            nonlocal started
-            started = True
-            await send(message)
 
         counts = path.startswith(_INFERENCE)
         if counts:
             self.life.enter()
         try:
-            await self.inner(scope, counted, watched)
-        except _TooLarge:
-            if not started:
-                await self._too_large()(scope, receive, send)
+            await self.inner(scope, counted, send)
+        except Exception:
+            # Starlette answers 500 and raises again; the application has logged it by now, and
+            # raising further would close the client's connection.
+            logger.debug("passed on from the application", exc_info=True)
         finally:
             if counts:
                 self.life.leave()
@@ -125,17 +119,12 @@ def strict_json(raw: bytes) -> object:
     Raises:
         HttpError: 400, the bytes are not JSON, or contain a number that JSON does not have.
     """
-    from server.validation import non_finite
-
     try:
-        parsed = json.loads(raw)
+        parsed: object = json.loads(raw)
+        odd = odd_value(raw, parsed)
     except (ValueError, RecursionError) as error:
         raise HttpError(400, f"The request body is not valid JSON: {error}") from error
-    found = non_finite(parsed)
-    if found is not None:
-        path, value = found
-        raise HttpError(
-            400, f"{path}: must be a finite number (got {value}); allowed: finite numbers",
-            param=path,
-        )  # fmt: skip
+    if odd is not None:
+        path, must = odd
+        raise HttpError(400, f"{path}: {must}", param=path)
     return parsed

@@ -74,6 +74,10 @@ def environment(config: Config) -> list[str]:
         # Lets the CPU engine run its worker in its own process; see docs/decisions/0003.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        # Noise of the processes that vLLM starts: its own deprecations, and the semaphores that
+        # an immediate exit leaves to the operating system.
+        "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker,"
+        "ignore::FutureWarning:vllm.triton_utils.dispatcher",
     }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
@@ -259,15 +263,10 @@ class Run:
     async def _watch(self) -> str:
         """Returns why the engine died, once it has."""
         assert self.engine is not None
-        while not self.engine.errored:
+        # vLLM has no event for it.
+        while not self.engine.errored:  # noqa: ASYNC110
             await asyncio.sleep(WATCH_S)
-        codes = [
-            process.exitcode
-            for process in multiprocessing.active_children()
-            if process.exitcode is not None
-        ]
-        detail = f" (exit status {codes[0]})" if codes else ""
-        return f"the engine process ended{detail}; its own message is above, if it left one"
+        return f"the engine process ended{_exit_detail(self.engine)}"
 
     async def _poll(self, serving: Serving) -> None:
         """Keeps the worker's counters fresh for `/metrics` and `/admin/streams`."""
@@ -305,6 +304,17 @@ class Run:
                 )
         for process in multiprocessing.active_children():
             process.kill()
+
+
+def _exit_detail(engine: Any) -> str:
+    """How vLLM's engine process ended, as far as it can be seen."""
+    manager = getattr(getattr(engine.engine_core, "resources", None), "engine_manager", None)
+    codes = [p.exitcode for p in getattr(manager, "processes", ()) if p.exitcode]
+    if not codes:
+        return "; its own message is above"
+    if codes[0] < 0:
+        return f" (killed by signal {-codes[0]}, {signal.Signals(-codes[0]).name})"
+    return f" (exit status {codes[0]}); its own message is above"
 
 
 def serve(config: Config) -> int:

@@ -79,7 +79,7 @@ def methods(allow: list[str]) -> int:
                     "required"
                     if info.is_required()
                     else f"default {info.get_default(call_default_factory=True)!r}"
-                )  # noqa: E501
+                )
                 print(f"    {field}: {info.description} ({need})")
         print()
     if registry.ignored:

@@ -21,12 +21,12 @@ class SteeredModels(OpenAIServingModels):
     Args:
         engine: the engine client.
         name: what clients call the base.
-        root: where the base comes from.
         profiles: the profiles; looked up at each request.
     """
 
-    def __init__(self, engine: Any, name: str, root: str, profiles: Profiles) -> None:
-        super().__init__(engine, [BaseModelPath(name, root)])
+    def __init__(self, engine: Any, name: str, profiles: Profiles) -> None:
+        # vLLM would show the base's folder as its root: no business of clients.
+        super().__init__(engine, [BaseModelPath(name, name)])
         self._profiles = profiles
 
     def is_base_model(self, model_name: str) -> bool:
@@ -51,4 +51,6 @@ class SteeredModels(OpenAIServingModels):
             )
             for name in self._profiles
         ]
+        for card in found.data:
+            card.owned_by = "coxswain"
         return found

@@ -96,7 +96,7 @@ def build(
         config.name, methods, profiles, snapshot, config.steering.limits,
         config.steering.inline, own_prompts,
     )  # fmt: skip
-    models = SteeredModels(engine, config.name, config.model, profiles)
+    models = SteeredModels(engine, config.name, profiles)
     shared: dict[str, Any] = {
         "request_logger": None,
         "chat_template": config.chat.template,

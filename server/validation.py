@@ -6,6 +6,7 @@ Used for request bodies and for the configuration file alike. Needs pydantic onl
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,10 @@ _WRAPPERS = frozenset(
 """Segments that pydantic puts into `loc` for its own schema, not for a field of ours."""
 
 
+_CLASS = re.compile(r"(?:[A-Z][a-z0-9]+){2,}")
+"""Names of classes: pydantic names the branch of a union that failed."""
+
+
 def dotted(loc: Iterable[object], skip: frozenset[str] = frozenset()) -> str:
     """The path of a field as a client would write it: `steering.weights.chat`.
 
@@ -36,7 +41,10 @@ def dotted(loc: Iterable[object], skip: frozenset[str] = frozenset()) -> str:
     kept = [
         part
         for part in parts
-        if part not in skip and part.lower() not in _WRAPPERS and not set(part) & set("[](){}")
+        if part not in skip
+        and part.lower() not in _WRAPPERS
+        and not set(part) & set("[](){}")
+        and not _CLASS.fullmatch(part)
     ]
     return ".".join(kept)
 
@@ -107,6 +115,21 @@ def problem(error: Mapping[str, Any], field: str) -> BadValue:
     )
 
 
+def _best_branch(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The findings without those of union branches that the value was never meant for.
+
+    A message with role `user` fails the branches of all other roles with a `literal_error`;
+    only the branch whose literals fit says what is wrong.
+    """
+    wrong = {tuple(e["loc"][:-1]) for e in errors if e["type"] == "literal_error" and e.get("loc")}
+    fitting = [
+        e
+        for e in errors
+        if not any(tuple(e.get("loc", ())[: len(branch)]) == branch for branch in wrong if branch)
+    ]
+    return fitting or list(errors)
+
+
 def problems(
     errors: Sequence[Mapping[str, Any]], prefix: str = "", skip: frozenset[str] = frozenset()
 ) -> list[BadValue]:
@@ -118,27 +141,43 @@ def problems(
         skip: see `dotted`.
     """
     found = []
-    for error in errors[:MAX_REPORTED]:
+    for error in _best_branch(errors)[:MAX_REPORTED]:
         path = dotted(error.get("loc", ()), skip)
         found.append(problem(error, ".".join(part for part in (prefix, path) if part) or "body"))
     return found
 
 
-def non_finite(body: object, path: str = "") -> tuple[str, float] | None:
-    """The first NaN or infinity in parsed JSON, with its path; None if there is none.
+_SUSPECT = re.compile(rb"NaN|Infinity|[eE]\+?\d{3}|\d{300}|\\u[dD][89a-fA-F]")
+"""Bytes without which a body holds neither an odd number nor half a surrogate pair."""
 
-    Python's parser accepts `NaN` and reads `1e999` as infinity; neither is JSON, and a NaN that
-    reaches the sampler would poison the key-value cache of later requests.
+
+def odd_value(raw: bytes, body: object) -> tuple[str, str] | None:
+    """The first value that JSON or Unicode does not have: (path, what it must be).
+
+    Python's parser accepts `NaN`, reads `1e999` as infinity and keeps lone surrogates. A NaN that
+    reaches the sampler would poison the key-value cache of later requests; a lone surrogate is
+    no text that a tokenizer could read.
+
+    Args:
+        raw: the bytes that `body` was parsed from; they are scanned first, because walking a
+            long list of token ids would take longer than parsing it.
+        body: the parsed JSON.
     """
-    if isinstance(body, float) and not math.isfinite(body):
-        return path or "body", body
+    return _walk(body, "") if _SUSPECT.search(raw) else None
+
+
+def _walk(value: object, path: str) -> tuple[str, str] | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return path or "body", f"must be a finite number (got {value}); allowed: finite numbers"
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        return path or "body", "must be Unicode text, without lone surrogates"
     children: Iterable[tuple[object, object]] = ()
-    if isinstance(body, dict):
-        children = body.items()
-    elif isinstance(body, list):
-        children = enumerate(body)
+    if isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, list):
+        children = enumerate(value)
     for key, child in children:
-        found = non_finite(child, f"{path}.{key}" if path else str(key))
+        found = _walk(child, f"{path}.{key}" if path else str(key))
         if found is not None:
             return found
     return None

@@ -1,0 +1,135 @@
+"""How a server ends: drained, killed engine, refused start. Each with a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.server.live import Server, document
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+
+BODY: dict[str, Any] = {
+    "model": "big-chat", "prompt": "Water boils", "max_tokens": 200, "ignore_eos": True,
+    "stream": True,
+}  # fmt: skip
+
+
+class Stream(threading.Thread):
+    """Reads one stream in the background."""
+
+    def __init__(self, server: Server, headers: dict[str, str] | None = None) -> None:
+        super().__init__()
+        self.server, self.headers = server, headers or {}
+        self.lines: list[str] = []
+        self.begun = threading.Event()
+
+    def run(self) -> None:
+        url = f"{self.server.url}/v1/completions"
+        with httpx.stream("POST", url, json=BODY, timeout=120, headers=self.headers) as answer:
+            for line in answer.iter_lines():
+                self.lines.append(line)
+                self.begun.set()
+
+
+def test_drain_finishes_what_runs_refuses_what_comes_and_exits_0(models: Path) -> None:
+    config = document(auth={"api_keys": ["key"], "admin_key": "boss"})
+    server = Server(models, config, flags=("--max-model-len", "224"))
+    key, boss = {"authorization": "Bearer key"}, {"authorization": "Bearer boss"}
+    try:
+        server.wait_ready()
+        assert server.get("/v1/models").status_code == 401
+        assert server.get("/v1/models", headers=key).status_code == 200
+        assert server.get("/admin/status", headers=key).status_code == 403
+        status = server.get("/admin/status", headers=boss).json()
+        assert status["max_model_len"] == 224, "the flag wins over the file"
+        stream = Stream(server, key)
+        stream.start()
+        assert stream.begun.wait(60)
+        assert server.post("/admin/drain", {}, headers=boss).status_code == 202
+        time.sleep(0.05)
+        refused = server.post("/v1/completions", {**BODY, "stream": False}, headers=key)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "draining"
+        assert int(refused.headers["retry-after"]) > 0
+        assert server.get("/health").status_code == 200
+        stream.join(120)
+        assert [line for line in stream.lines if line][-1] == "data: [DONE]"
+        assert server.process.wait(60) == 0
+    finally:
+        server.stop(signal.SIGKILL)
+    assert "ended in order" in server.log.read_text()
+
+
+def test_a_dead_engine_is_told_and_ends_the_process(models: Path) -> None:
+    server = Server(models, document())
+    try:
+        server.wait_ready()
+        stream = Stream(server)
+        stream.start()
+        assert stream.begun.wait(60)
+        os.kill(server.engine_process(), signal.SIGKILL)
+        reasons = []
+        while server.process.poll() is None:
+            try:
+                answer = server.get("/ready")
+                if answer.status_code == 503:
+                    reasons.append(answer.json().get("reason", ""))
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        stream.join(30)
+        assert server.process.wait(60) == 1
+    finally:
+        server.stop(signal.SIGKILL)
+    assert any("engine process ended" in reason for reason in reasons)
+    assert any('"error"' in line for line in stream.lines)
+    last = server.log.read_text().strip().splitlines()[-1]
+    assert last.startswith("coxswain: engine failure")
+    assert "SIGKILL" in last
+
+
+@pytest.mark.parametrize("command", ["doctor", "serve"])
+def test_a_bad_configuration_exits_1_with_one_line_per_reason(
+    models: Path, command: str, tmp_path: Path
+) -> None:
+    config = document(engine={"max_model_len": 9999, "max_modle_len": 3})
+    config["streams"]["gone"] = {"model": "./gone"}
+    file = models / f"bad-{command}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    flags = ["--port", "0"] if command == "serve" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "server.main", command, str(file), *flags],
+        capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2], check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    told = done.stdout + done.stderr
+    assert "streams.gone: no such folder" in told
+    assert "did you mean max_model_len?" in told
+    assert "streams.chat: holds 512 tokens, requests may have 9999" in told
+    assert "Traceback" not in told
+
+
+def test_sigterm_while_loading_ends_in_order(models: Path) -> None:
+    server = Server(models, document())
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                if server.get("/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        assert server.stop() == 0
+    finally:
+        server.stop(signal.SIGKILL)
