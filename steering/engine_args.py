@@ -8,6 +8,7 @@ from typing import Any
 
 ARCHITECTURE = "SteeredForCausalLM"
 WORKER_EXTENSION = "steering.worker.extension.WorkerExtension"
+SCHEDULER = "steering.worker.scheduler.SteeredScheduler"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ def steered_engine_args(
         "model": model,
         "hf_overrides": {"architectures": [ARCHITECTURE]},
         "worker_extension_cls": WORKER_EXTENSION,
+        "scheduler_cls": SCHEDULER,
         # One block table serves every stream: a stream's positions differ from the request's, so
         # blocks must not be given back by the base's sliding window.
         "disable_hybrid_kv_cache_manager": True,

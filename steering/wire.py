@@ -25,6 +25,18 @@ class Freight(msgspec.Struct, frozen=True):
     pad: int = 0
     tag: str = ""
 
+    def shared_tokens(self, prompt_len: int) -> int | None:
+        """How many leading tokens' KV blocks the request may share; None for no limit.
+
+        The length of the shortest prompt, if any stream's is shorter than the request's: the
+        stream writes the KV of its response into blocks that the request has left already.
+
+        Args:
+            prompt_len: tokens of the vLLM request's prompt, padding included.
+        """
+        lengths = [prompt_len - self.pad, *(len(ids) for _, ids in self.plan.prompts)]
+        return min(lengths) if min(lengths) < prompt_len else None
+
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Freight)

@@ -46,7 +46,10 @@ def mix(
 
 
 def weighted_sum(logits: Sequence[torch.Tensor | None], coef: torch.Tensor) -> torch.Tensor:
-    """`Σ_i c_i s_i`, [R, V]; a zero coefficient contributes 0 even where s_i is not finite."""
+    """`Σ_i c_i s_i`, [R, V]; a zero coefficient contributes 0 even where s_i is not finite.
+
+    An id that a stream of the sum rules out (−∞) is −∞, also under a negative coefficient.
+    """
     total: torch.Tensor | None = None
     for i, s in enumerate(logits):
         if s is None:
@@ -55,8 +58,7 @@ def weighted_sum(logits: Sequence[torch.Tensor | None], coef: torch.Tensor) -> t
         term = torch.where(c == 0, torch.zeros((), dtype=s.dtype, device=s.device), c * s)
         total = term if total is None else total + term
     assert total is not None, "no stream ran"
-    # −∞ − (−∞): an id that several streams rule out stays ruled out.
-    return torch.where(torch.isnan(total), NEVER, total)
+    return torch.where(torch.isfinite(total), total, NEVER)
 
 
 def _of_stream(logits: Sequence[torch.Tensor | None], stream: torch.Tensor) -> torch.Tensor:
@@ -108,4 +110,6 @@ def nucleus(s: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     order = torch.argsort(s, dim=-1, descending=True, stable=True)
     probability = s.softmax(-1).gather(-1, order)
     before = probability.cumsum(-1) - probability
-    return torch.zeros_like(s, dtype=torch.bool).scatter(-1, order, before < p[:, None])
+    # p = 1 is every id, also where rounding makes the mass reach 1 early.
+    inside = (before < p[:, None]) | (p >= 1)[:, None]
+    return torch.zeros_like(s, dtype=torch.bool).scatter(-1, order, inside)

@@ -15,7 +15,7 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from steering.plan import BASE
-
+from steering.vocabulary import Overlap
 from steering.worker import vllm_seam as seam
 from steering.worker.batches import OwnTokens, Step, stream_batch, whole
 from steering.worker.layout import REPORT, Layout
@@ -88,8 +88,6 @@ class SteeredForCausalLM(nn.Module):
             if wire is None:
                 vocabularies.append(Vocabulary())
                 continue
-            from steering.vocabulary import Overlap
-
             overlap = Overlap.from_wire(wire)
             unshared = np.flatnonzero(~overlap.shared)
             vocabularies.append(
@@ -139,6 +137,7 @@ class SteeredForCausalLM(nn.Module):
         """[T, H_0] when no row of this step is steered, else [T, layout.width]."""
         if self._seam is None or not self._seam.scheduled:
             return self._forward_all(input_ids, positions, inputs_embeds)
+        self._seam.hold_generators()
         tables = self._seats.update(self._seam.request_ids(), self._seam.freight)
         self.steps += 1
         if not tables.steered:

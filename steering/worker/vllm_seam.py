@@ -138,6 +138,7 @@ class Seam:
     def __init__(self, runner: Any, streams: list[dict[str, str]]) -> None:
         self._runner = runner
         self._groups = [self._layer_groups(layers) for layers in streams]
+        self._held: set[str] = set()
         self._twin = [any(kv != name for kv, name in layers.items()) for layers in streams]
 
     def _layer_groups(self, layers: dict[str, str]) -> list[_LayerGroup]:
@@ -180,6 +181,28 @@ class Seam:
     def token(self, row: int, index: int) -> int:
         """Token `index` of a row's request, counted from the start of its prompt."""
         return int(self._runner.input_batch.token_ids_cpu[row, index])
+
+    def hold_generators(self) -> None:
+        """Keeps the random generators of rows that draw no token in this step out of the sampler.
+
+        vLLM lets such rows (chunks of a prompt) draw all the same and then rewinds their
+        generators, which a CPU generator cannot do: one request with a seed and a long prompt
+        ended the engine.
+        """
+        batch = self._runner.input_batch
+        if self._runner.device.type != "cpu" or not (batch.generators or self._held):
+            return
+        discarded = self._runner.discard_request_mask.np
+        for row in [row for row in batch.generators if discarded[row]]:
+            del batch.generators[row]
+            self._held.add(batch.req_ids[row])
+        for request_id in list(self._held):
+            row = batch.req_id_to_index.get(request_id)
+            if request_id not in self._runner.requests:
+                self._held.remove(request_id)
+            elif row is not None and not discarded[row]:
+                self._held.remove(request_id)
+                batch.generators[row] = self._runner.requests[request_id].generator
 
     @contextmanager
     def stream_context(self, stream: int, batch: StreamBatch | None) -> Iterator[None]:

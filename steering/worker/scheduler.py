@@ -1,0 +1,49 @@
+"""Keeps prefix-cache sharing right for requests whose streams lag behind (`scheduler_cls`).
+
+A stream whose prompt is shorter by d tokens stores token t in the slot of its position t − d, so
+it goes on writing into a block for d more tokens after the request has left it. As long as those
+tokens belong to the stream's prompt, every request that shares the block writes the same values
+there. Once they belong to the response, the block must be the request's alone. So such a request
+may share blocks only up to its shortest prompt; later blocks get hashes that nobody else has.
+
+Runs in the engine core.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from steering.wire import unpack
+
+
+class SteeredScheduler(Scheduler):
+    """vLLM's scheduler; only the block hashes of lagging requests differ."""
+
+    def add_request(self, request: Any) -> None:
+        """Queues a request, its block hashes made private beyond what it may share."""
+        parameters = request.sampling_params
+        freight = unpack(parameters.extra_args) if parameters is not None else None
+        if freight is not None and request._block_hasher is not None:
+            shared = freight.shared_tokens(request.num_prompt_tokens)
+            if shared is not None:
+                _make_private(request, shared // self.hash_block_size)
+        super().add_request(request)
+
+
+def _make_private(request: Any, keep: int) -> None:
+    """Lets only the first `keep` block hashes of a request match another's."""
+    original, secret = request._block_hasher, request.request_id.encode()
+
+    def hasher(of: Any) -> list[bytes]:
+        start = len(of.block_hashes)
+        return [
+            h if start + i < keep else hashlib.sha256(h + secret).digest()
+            for i, h in enumerate(original(of))
+        ]
+
+    request._block_hasher = hasher
+    del request.block_hashes[:]
+    request.update_block_hashes()

@@ -1,0 +1,240 @@
+"""Drives a real vLLM engine with the steered model, in this process, as the server would."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_USE_V2_MODEL_RUNNER="0",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_NO_USAGE_STATS="1",
+)
+
+from steering.engine_args import StreamSource, steered_engine_args
+from steering.method import Limits, Snapshot
+from steering.plan import BASE, Recipe, SteeringPlan
+from steering.kernels.reference import mix_reference
+from steering.plugins import discover
+from steering.prompts import align
+from steering.resolve import resolve
+from steering.vocabulary import Overlap, load_vocabulary, overlap
+from steering.wire import Freight, pack
+from tests.models import make_model
+from tests.reference import Mix, Step, decode, load, over_vocabularies
+
+BLOCK = 32
+"""Tokens per KV block: small, so that many tests cross block boundaries."""
+
+METHODS = discover()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request.
+
+    Args:
+        prompt: the base's prompt ids.
+        spec: its steering object, or None.
+        own: stream → prompt ids of its own.
+        max_tokens: tokens to draw.
+        arrives: engine step before which it joins.
+        params: more sampling parameters.
+        report: 'off', 'summary' or 'tokens'.
+    """
+
+    prompt: Sequence[int]
+    spec: Mapping[str, Any] | None = None
+    own: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    max_tokens: int = 12
+    arrives: int = 0
+    params: Mapping[str, Any] = field(default_factory=dict)
+    report: str = "off"
+
+
+class Engine:
+    """A base with streams, and the `transformers` models that it must agree with.
+
+    Args:
+        folder: where the random models are written.
+        base: (architecture, table size).
+        streams: name → (architecture, table size), or the stream whose weights it shares.
+        engine: more vLLM engine arguments.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        base: tuple[str, int],
+        streams: Mapping[str, tuple[str, int] | str],
+        **engine: Any,
+    ) -> None:
+        from vllm import LLM
+
+        self.folders: dict[str, Path] = {}
+        for seed, (name, source) in enumerate({BASE: base, **streams}.items()):
+            if not isinstance(source, str):
+                architecture, table = source
+                self.folders[name] = make_model(
+                    folder / name, architecture, seed=seed, vocab_size=table
+                )
+        self.same_as = {n: s for n, s in streams.items() if isinstance(s, str)}
+        vocabularies = {n: load_vocabulary(str(f)) for n, f in self.folders.items()}
+        self.overlaps: dict[str, Overlap] = {
+            n: overlap(vocabularies[BASE], v, name=n) for n, v in vocabularies.items() if n != BASE
+        }
+        sources = {
+            n: StreamSource(same_as=s) if isinstance(s, str) else StreamSource(str(self.folders[n]))
+            for n, s in streams.items()
+        }
+        self.snapshot = Snapshot({name: "lm" for name in (BASE, *streams)})
+        defaults: dict[str, Any] = {
+            "dtype": "float32",
+            "max_model_len": 512,
+            "block_size": BLOCK,
+            "max_num_seqs": 24,
+            "max_num_batched_tokens": 96,
+            "kv_cache_memory_bytes": 128 << 20,
+            "distributed_executor_backend": "uni",
+            "disable_log_stats": False,
+            "enforce_eager": True,
+        }
+        wires = {n: o.to_wire() for n, o in self.overlaps.items()}
+        arguments = steered_engine_args(
+            str(self.folders[BASE]), sources, wires, **{**defaults, **engine}
+        )
+        self.llm = LLM(**arguments)
+        self.llm.collective_rpc("coxswain_bind")
+        self._served = 0
+
+    # --- the engine -----------------------------------------------------------------------------
+
+    def plan(self, case: Case) -> SteeringPlan | None:
+        """What the front end would make of the case."""
+        if case.spec is None:
+            return None
+        prompts = {name: {"token_ids": list(ids)} for name, ids in case.own.items()}
+        report = {"off": False, "summary": True, "tokens": "tokens"}[case.report]
+        spec = {**case.spec, "prompts": prompts, "report": report}
+        wide = Limits(strength=(0, 10), weight=(-10, 10))
+        resolved = resolve(spec, methods=METHODS, snapshot=self.snapshot, limits=wide)
+        return resolved.with_prompts({n: tuple(case.own[n]) for n in resolved.prompts})
+
+    def add(self, case: Case, *, salt: str = "") -> str:
+        """Submits a case; returns its tag, which is also its request id."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.inputs import TokensPrompt
+
+        self._served += 1
+        tag = f"case{self._served}"
+        params: dict[str, Any] = {"temperature": 0.0, "logprobs": 0, "ignore_eos": True}
+        params["output_kind"] = RequestOutputKind.FINAL_ONLY
+        params |= {"max_tokens": case.max_tokens, **case.params}
+        plan = self.plan(case)
+        ids, key = list(case.prompt), ""
+        if plan is not None and (plan.steers or plan.report != "off"):
+            ids, pad = align(case.prompt, plan)
+            key = plan.cache_key(pad)
+            params["extra_args"] = pack(Freight(plan, pad, tag if plan.report != "off" else ""))
+        prompt = TokensPrompt(prompt_token_ids=ids, cache_salt=salt + key or None)
+        self.llm.llm_engine.add_request(tag, prompt, SamplingParams(**params))
+        return tag
+
+    def run(self, cases: Sequence[Case], *, salt: str = "") -> list[Any]:
+        """Runs cases together, each joining at its step; their final outputs in order."""
+        waiting = sorted(enumerate(cases), key=lambda pair: pair[1].arrives)
+        tags: dict[int, str] = {}
+        outputs: dict[str, Any] = {}
+        step = 0
+        while waiting or self.llm.llm_engine.has_unfinished_requests():
+            while waiting and waiting[0][1].arrives <= step:
+                index, case = waiting.pop(0)
+                tags[index] = self.add(case, salt=salt)
+            for output in self.llm.llm_engine.step():
+                if output.finished:
+                    outputs[output.request_id] = output
+            step += 1
+        self.tags = [tags[i] for i in range(len(cases))]
+        return [outputs[tag] for tag in self.tags]
+
+    def counters(self) -> dict[str, Any]:
+        """The worker's cumulative counters."""
+        found: dict[str, Any] = self.llm.collective_rpc("coxswain_counters")[0]
+        return found
+
+    def report(self, tag: str, output: Any) -> dict[str, Any]:
+        """A finished request's report, by choice."""
+        finals = {str(o.index): o.token_ids[-1] for o in output.outputs}
+        found: dict[str, Any] = self.llm.collective_rpc("coxswain_report", args=(tag, finals))[0]
+        return found
+
+    def preemptions(self) -> int:
+        """Requests preempted since start."""
+        metrics = {m.name: m for m in self.llm.get_metrics()}
+        return int(metrics["vllm:num_preemptions"].value)
+
+    # --- the reference --------------------------------------------------------------------------
+
+    def streams(self, case: Case) -> tuple[str, ...]:
+        """Base and companions that the case uses."""
+        plan = self.plan(case)
+        return (BASE, *(plan.streams if plan else ()))
+
+    def mix(self, case: Case) -> Mix:
+        """The case's method by its own reference, over this engine's vocabularies."""
+        plan = self.plan(case)
+        if case.spec is None or plan is None or not plan.steers:
+            return lambda logits: logits[BASE]
+        unshared: set[int] = set()
+        for name in plan.streams:
+            if name in self.overlaps:
+                unshared |= set(np.flatnonzero(~self.overlaps[name].shared).tolist())
+        if not unshared:
+            method = METHODS[case.spec["method"]]
+            return partial(method.reference, method.config.model_validate(case.spec))
+        return over_vocabularies(
+            partial(mix_reference, Recipe(dict(plan.weights), plan.rule)), unshared, self.padded
+        )
+
+    @property
+    def padded(self) -> list[int]:
+        """Rows of the base's table that are no token."""
+        first = next(iter(self.overlaps.values()))
+        return [int(i) for i in first.padded]
+
+    def reference(self, case: Case, **options: Any) -> list[Step]:
+        """What the case must give."""
+        names = self.streams(case)
+        models = {n: load(self.folders[self.same_as.get(n, n)]) for n in names}
+        read_as = {
+            n: self.overlaps[n].read_as.tolist()
+            for n in names
+            if n in self.overlaps and self.overlaps[n].read_as is not None
+        }
+        return decode(
+            models,
+            {BASE: case.prompt, **{n: p for n, p in case.own.items() if n in names}},
+            self.mix(case),
+            max_tokens=case.max_tokens,
+            read_as=read_as,
+            **options,
+        )
+
+
+def tokens(output: Any, choice: int = 0) -> list[int]:
+    """The drawn ids of one choice."""
+    return list(output.outputs[choice].token_ids)
+
+
+def logprobs(output: Any, choice: int = 0) -> list[float]:
+    """The log-probability of each drawn id."""
+    drawn = output.outputs[choice]
+    return [entry[t].logprob for entry, t in zip(drawn.logprobs, drawn.token_ids, strict=True)]
