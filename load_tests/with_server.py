@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 480.0
+"""The first start on a new machine reads everything from a cold disk and compiles bytecode."""
 STOP_TIMEOUT_S = 60.0
 LOG_TAIL_CHARACTERS = 4000
 

@@ -80,6 +80,7 @@ def test_links_to_files_lead_somewhere() -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(600)  # the first test waits for the server to start
 @pytest.mark.parametrize("example", CURL, ids=lambda e: e.name)
 def test_the_curl_examples_are_answered(example: Example, url: str) -> None:
     if shutil.which("curl") is None:
@@ -95,6 +96,7 @@ def test_the_curl_examples_are_answered(example: Example, url: str) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(600)  # the first test waits for the server to start
 @pytest.mark.parametrize("example", PYTHON, ids=lambda e: e.name)
 def test_the_python_examples_run(example: Example, url: str) -> None:
     assert run([sys.executable, "-c", example.code.replace(ADDRESS, url)]).strip()
