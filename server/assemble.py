@@ -11,8 +11,9 @@ from vllm.exceptions import VLLMClientError
 
 from server import serving as parts
 from server.config import Config
-from server.doctor import Diagnosis, snapshot
-from server.launch import in_thread
+from server.diagnosis import Diagnosis
+from server.doctor import snapshot
+from server.loading import in_thread
 from server.own_prompts import Reader
 from server.profiles import Profiles
 from server.serving import Serving
@@ -20,7 +21,7 @@ from server.state import Life
 from steering.plan import BASE
 
 if TYPE_CHECKING:
-    from server.launch import Loaded
+    from server.loading import Loaded
 
 
 def readers(config: Config, diagnosis: Diagnosis) -> dict[str, Reader]:

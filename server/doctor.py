@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from server.checkpoints import Checkpoint, Unusable, inspect
+from server.capacity import contexts, memory
+from server.checkpoints import Unusable, inspect
 from server.config import RESERVED_ENGINE, Config
-from server.console import table
-from steering.errors import SteeringError
+from server.diagnosis import Diagnosis, StreamFacts, where
 from steering.method import Snapshot
 from steering.plan import BASE
-from steering.plugins import PluginError, Registry, discover
+from steering.plugins import Registry, discover
 from steering.resolve import check_profile
 from steering.vocabulary import Overlap, Vocabulary, load_vocabulary, overlap
 
@@ -40,90 +38,10 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class StreamFacts:
-    """One line of the table.
-
-    Args:
-        name: the stream's name; `base` for the base.
-        source: folder or id, or `same as base`.
-        checkpoint: its files; the base's for a stream that shares the base's weights.
-        shared: ids that mean the same token as in the base.
-        kv_bytes: bytes of its key-value cache per token.
-        owns_weights: False if it shares another stream's.
-    """
-
-    name: str
-    source: str
-    checkpoint: Checkpoint
-    shared: int
-    kv_bytes: int
-    owns_weights: bool = True
-
-    def describe(self) -> dict[str, Any]:
-        """For `/admin/streams`."""
-        point = self.checkpoint
-        return {
-            "source": self.source,
-            "architecture": point.architecture,
-            "parameters": point.parameters,
-            "vocabulary": point.vocabulary,
-            "shared_ids": self.shared,
-            "context": point.context,
-            "kv_bytes_per_token": self.kv_bytes,
-        }
-
-
-@dataclass
-class Diagnosis:
-    """Everything that was found."""
-
-    problems: list[str] = field(default_factory=list)
-    streams: dict[str, StreamFacts] = field(default_factory=dict)
-    overlaps: dict[str, dict[str, Any]] = field(default_factory=dict)
-    methods: Registry | None = None
-
-    def guard(self, field: str, check: Callable[[], None]) -> None:
-        """Runs one check; what it raises becomes a line that starts with the field."""
-        try:
-            check()
-        except SteeringError as error:
-            self.problems.append(str(error))
-        except (Unusable, PluginError) as error:
-            self.problems.append(f"{field}: {error}")
-        except Exception as error:  # a tokenizer or config that its library cannot read
-            first = str(error).strip().split("\n")[0] or "no details"
-            self.problems.append(f"{field}: {type(error).__name__}: {first}")
-
-    def table(self) -> str:
-        """The streams in columns."""
-        head = ("stream", "architecture", "parameters", "vocabulary", "shared ids", "context",
-                "KV bytes/token")  # fmt: skip
-        rows = [
-            (
-                fact.name,
-                fact.checkpoint.architecture,
-                _short(fact.checkpoint.parameters) if fact.owns_weights else "(shared)",
-                f"{fact.checkpoint.vocabulary}",
-                f"{fact.shared}",
-                f"{fact.checkpoint.context or '?'}",
-                f"{fact.kv_bytes}",
-            )
-            for fact in self.streams.values()
-        ]
-        return table([head, *rows])
-
-
 def snapshot(config: Config) -> Snapshot:
     """The streams as the methods see them."""
     heads = {name: stream.head or "lm" for name, stream in config.streams.items()}
     return Snapshot({BASE: "lm", **heads})
-
-
-def context_length(config: Config, base: Checkpoint) -> int | None:
-    """Tokens of the longest request: `engine.max_model_len`, else what the base reaches."""
-    asked = config.engine.get("max_model_len")
-    return asked if isinstance(asked, int) and asked > 0 else base.context
 
 
 def diagnose(config: Config) -> Diagnosis:
@@ -133,19 +51,15 @@ def diagnose(config: Config) -> Diagnosis:
     found.guard("plugins", lambda: _methods(config, found))
     found.problems += engine_problems(config.engine)
     for name, source, owns in _sources(config):
-        found.guard(_where(name), lambda n=name, s=source, o=owns: _stream(config, found, n, s, o))  # type: ignore[misc]
+        found.guard(where(name), lambda n=name, s=source, o=owns: _stream(config, found, n, s, o))  # type: ignore[misc]
     if found.methods is not None:
         _profiles(config, found, found.methods)
     if BASE in found.streams:
         _vocabularies(config, found)
         found.problems += _architectures(found)
-        found.problems += _contexts(config, found)
-        found.problems += _memory(config, found)
+        found.problems += contexts(config, found)
+        found.problems += memory(config, found)
     return found
-
-
-def _where(name: str) -> str:
-    return "model" if name == BASE else f"streams.{name}"
 
 
 def _sources(config: Config) -> list[tuple[str, str, bool]]:
@@ -265,11 +179,11 @@ def _architectures(found: Diagnosis) -> list[str]:
             continue
         why = _unsupported(ModelRegistry, fact.checkpoint.architecture)
         if why is not None:
-            lines.append(f"{_where(name)}: {why}")
+            lines.append(f"{where(name)}: {why}")
         size = fact.checkpoint.head_size
         if sizes is not None and size and size not in sizes:
             allowed = ", ".join(map(str, sizes))
-            lines.append(f"{_where(name)}: attention heads of size {size}; the CPU backend has "
+            lines.append(f"{where(name)}: attention heads of size {size}; the CPU backend has "
                          f"{allowed}")  # fmt: skip
     return lines
 
@@ -286,69 +200,3 @@ def _unsupported(registry: Any, architecture: str) -> str | None:
     if info.has_inner_state or info.is_attention_free or info.is_hybrid:
         return f"{architecture} is recurrent; streams are plain decoder models"
     return None
-
-
-def _contexts(config: Config, found: Diagnosis) -> list[str]:
-    """Streams that cannot hold the longest request."""
-    length = context_length(config, found.streams[BASE].checkpoint)
-    if length is None:
-        return ["engine.max_model_len: is required, because the base does not say its context"]
-    return [
-        f"{_where(name)}: holds {fact.checkpoint.context} tokens, requests may have {length}; "
-        f"set engine.max_model_len to at most {fact.checkpoint.context}"
-        for name, fact in found.streams.items()
-        if fact.checkpoint.context is not None and fact.checkpoint.context < length
-    ]
-
-
-def _memory(config: Config, found: Diagnosis) -> list[str]:
-    """Whether the weights fit, and the key-value cache of one request of full length."""
-    length = context_length(config, found.streams[BASE].checkpoint) or 0
-    dtype = str(config.engine.get("dtype", "auto"))
-    weights = sum(
-        f.checkpoint.weight_bytes(dtype) for f in found.streams.values() if f.owns_weights
-    )
-    cache = length * sum(fact.kv_bytes for fact in found.streams.values())
-    machine, what = _machine(config)
-    given = config.engine.get("kv_cache_memory_bytes")
-    lines = []
-    if isinstance(given, int) and cache > given:
-        lines.append(
-            f"engine.kv_cache_memory_bytes: {_size(given)} cannot hold one request of {length} "
-            f"tokens, which takes {_size(cache)}"
-        )
-    needed = weights + (given if isinstance(given, int) else cache)
-    if needed > machine:
-        lines.append(
-            f"memory: {_size(weights)} of weights and {_size(needed - weights)} of key-value cache "
-            f"are more than the {_size(machine)} of {what}"
-        )
-    return lines
-
-
-def _machine(config: Config) -> tuple[int, str]:
-    """(bytes, name) of the memory that the models go into."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        psutil: Any = importlib.import_module("psutil")  # without type hints
-        return int(psutil.virtual_memory().available), "free memory"
-    cards = int(config.engine.get("tensor_parallel_size", 1))
-    share = float(config.engine.get("gpu_memory_utilization", 0.92))
-    return int(current_platform.get_device_total_memory() * cards * share), "GPU memory"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} GiB"
-
-
-def _short(count: float) -> str:
-    for unit in ("", " k", " M"):
-        if count < 1000:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g} G"

@@ -47,10 +47,12 @@ class Gate:
                 await send({"type": "websocket.close", "code": 1000})
             return
         path: str = scope["path"]
-        if path in ("/health", "/ready") and scope["method"] in ("GET", "HEAD"):
-            await self._probe(path)(scope, receive, send)
-            return
         try:
+            if path in ("/health", "/ready"):
+                if scope["method"] not in ("GET", "HEAD"):
+                    raise HttpError(405, f"{scope['method']} is not possible on {path}")
+                await self._probe(path)(scope, receive, send)
+                return
             self._refuse_by_phase(path)
             headers = Headers(scope=scope)
             self.auth.check(path, headers)

@@ -9,13 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
-import os
 import signal
 import socket
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -23,14 +20,12 @@ from server.auth import Auth
 from server.config import Config
 from server.console import Progress, say
 from server.gate import Gate
+from server.loading import StartFailed, environment, in_thread, load
 from server.state import Life
 
 if TYPE_CHECKING:
-    from server.doctor import Diagnosis
     from server.engine_vllm import SteeredLLM
     from server.serving import Serving
-
-T = TypeVar("T")
 
 LINGER_S = 3.0
 """How long a server whose engine died still answers, so that probes can read why."""
@@ -40,119 +35,6 @@ WATCH_S = 0.2
 
 SHUTDOWN_S = 5.0
 """How long the engine gets to end by itself."""
-
-
-class StartFailed(Exception):
-    """The server cannot start; one line per reason."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("; ".join(problems))
-
-
-@dataclass
-class Loaded:
-    """What the loading thread hands over."""
-
-    engine: SteeredLLM
-    diagnosis: Diagnosis
-
-
-def environment(config: Config) -> list[str]:
-    """Sets vLLM's environment, before it is imported; values that are set already win.
-
-    Returns:
-        What a person should know about it.
-    """
-    notes = []
-    if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") == "0":
-        notes.append("model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)")
-    quiet = {
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        # Lets the CPU engine run its worker in its own process; see docs/decisions/0003.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-        # Noise of the processes that vLLM starts: its own deprecations, and the semaphores that
-        # an immediate exit leaves to the operating system.
-        "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker,"
-        "ignore::FutureWarning:vllm.triton_utils.dispatcher",
-    }
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-    return notes
-
-
-def engine_arguments(config: Config, diagnosis: Diagnosis) -> dict[str, Any]:
-    """Keyword arguments for vLLM's `AsyncEngineArgs`."""
-    from vllm.platforms import current_platform
-
-    from steering.engine_args import StreamSource, steered_engine_args
-
-    engine = dict(config.engine)
-    engine.setdefault("load_format", "safetensors")
-    engine.setdefault("use_tqdm_on_load", False)
-    single = engine.get("tensor_parallel_size", 1) == 1
-    if current_platform.is_cpu() and single:
-        engine.setdefault("distributed_executor_backend", "uni")
-    streams = {
-        name: StreamSource(model=stream.model, same_as=stream.same_as, head=stream.head)
-        for name, stream in config.streams.items()
-    }
-    return steered_engine_args(config.model, streams, diagnosis.overlaps, **engine)
-
-
-def load(config: Config, progress: Progress, life: Life) -> Loaded:
-    """Checks the configuration and starts the engine. Blocks; runs in a thread.
-
-    Raises:
-        StartFailed: with every reason.
-    """
-
-    def stage(text: str) -> None:
-        life.reason = text
-        progress.stage(text)
-
-    stage("loading vLLM")
-    from server.doctor import diagnose
-    from server.engine_vllm import start_engine
-
-    stage("checking the configuration")
-    diagnosis = diagnose(config)
-    if diagnosis.problems:
-        raise StartFailed(diagnosis.problems)
-    stage("loading models: " + ", ".join([config.name, *config.streams]))
-    try:
-        return Loaded(start_engine(engine_arguments(config, diagnosis)), diagnosis)
-    except Exception as error:
-        lines = [line for line in str(error).strip().split("\n") if line.strip()]
-        raise StartFailed([f"engine: {type(error).__name__}: {' '.join(lines)[:600]}"]) from error
-
-
-async def in_thread(work: Callable[[], T]) -> T:
-    """Runs blocking work in a daemon thread: unlike an executor's, it does not hold up the exit."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        try:
-            outcome: tuple[T | None, BaseException | None] = (work(), None)
-        except BaseException as error:
-            outcome = (None, error)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, *outcome)
-
-    threading.Thread(target=run, name="load", daemon=True).start()
-    return await future
 
 
 class _Http(uvicorn.Server):

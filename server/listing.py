@@ -22,7 +22,7 @@ def profiles(source: str) -> int:
         if found is None:
             return 1
     else:
-        from server.config import load
+        from server.config_file import load
 
         found = {name: {"origin": "config", **p.spec}
                  for name, p in load(Path(source)).profiles.items()}  # fmt: skip

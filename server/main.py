@@ -110,9 +110,10 @@ def _commands(given: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _serve(given: argparse.Namespace, rest: list[str]) -> int:
-    from server.config import load
+    from server.config_file import load
     from server.flags import engine_flags, with_overrides
-    from server.launch import environment, serve
+    from server.launch import serve
+    from server.loading import environment
 
     config: Config = load(given.config)
     environment(config)  # before the flags: their parser imports vLLM
@@ -120,8 +121,8 @@ def _serve(given: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _doctor(path: Path) -> int:
-    from server.config import load
-    from server.launch import environment
+    from server.config_file import load
+    from server.loading import environment
 
     config = load(path)
     environment(config)

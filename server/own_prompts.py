@@ -7,15 +7,22 @@ tokenizer's own (`transformers`); rendering runs in a thread, because it can tak
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from steering.errors import BadValue
 from steering.method import OwnPrompt
 
+T = TypeVar("T")
+
 LONGEST_TEMPLATE = 64 * 1024
 """Characters of a chat template in a request."""
+
+RENDER_S = 2.0
+"""Seconds that a template from a request may run; nested loops could run for days."""
 
 LONGEST_RENDERED = 16 * 1024 * 1024
 """Characters that a rendered prompt may have before it is tokenised."""
@@ -104,8 +111,9 @@ class OwnPrompts:
             where = f"{field}.prompts.{stream}"
             if prompt.chat_template is not None and not trusted:
                 self._refuse_template(prompt.chat_template, where)
-            args = (stream, prompt, conversation, where, default_template)
-            found[stream] = await asyncio.to_thread(self._one, *args)
+            args: tuple[Any, ...] = (stream, prompt, conversation, where, default_template)
+            limit_s = None if trusted or prompt.chat_template is None else RENDER_S
+            found[stream] = await asyncio.to_thread(_within, limit_s, self._one, *args)
         return found
 
     def _refuse_template(self, template: str, where: str) -> None:
@@ -150,6 +158,29 @@ class OwnPrompts:
             if token_id >= reader.table:
                 raise BadValue("not a token of this stream", field=f"{where}.{place}",
                                value=token_id, allowed=f"[0, {reader.table - 1}]")  # fmt: skip
+
+
+def _within(limit_s: float | None, work: Callable[..., T], *args: Any) -> T:
+    """Runs `work` in this thread for at most `limit_s` seconds; None: without a limit.
+
+    A compiled template is Python, so a trace function sees each of its lines. One line that
+    allocates far too much is not caught: operators who fear that set
+    `steering.chat_templates: false`.
+    """
+    if limit_s is None:
+        return work(*args)
+    end = time.monotonic() + limit_s
+
+    def trace(_frame: Any, _event: str, _arg: Any) -> Any:
+        if time.monotonic() > end:
+            raise TimeoutError(f"it ran for more than {limit_s:g} s")
+        return trace
+
+    sys.settrace(trace)
+    try:
+        return work(*args)
+    finally:
+        sys.settrace(None)
 
 
 def _encode(reader: Reader, text: str, special: bool, where: str) -> list[int]:

@@ -20,8 +20,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(models: Path) -> Iterator[Server]:
-    """A running server; ends with the session."""
-    found = Server(models, document())
+    """A running server; `test_live_end.py`, the last to use it, drains it."""
+    found = Server(models, document(), flags=("--max-model-len", "224"))
     try:
         found.wait_ready()
         yield found

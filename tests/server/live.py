@@ -73,6 +73,8 @@ def document(**changes: Any) -> dict[str, Any]:
             "kv_cache_memory_bytes": 256 * 1024 * 1024,
             "enforce_eager": True,
             "max_num_seqs": 16,
+            # A random model would fill its room with the white space that JSON allows.
+            "structured_outputs_config": {"disable_any_whitespace": True, "backend": "xgrammar"},
         },
         **changes,
     }

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from server import config
-from server.config import Config, ConfigInvalid, load, parse
+from server.config import Config, ConfigInvalid
+from server.config_file import load, parse
 from server.reference import reference
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from server.auth import Auth, is_loopback
-from server.config import parse
+from server.config_file import parse
 from server.errors import HttpError, from_vllm
 from server.gate import Gate, strict_json
 from server.state import Life

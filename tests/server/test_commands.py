@@ -1,0 +1,47 @@
+"""The commands that need no engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from server.main import run
+
+
+def test_methods_lists_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["methods"]) == 0
+    told = capsys.readouterr().out
+    assert "proxy_tuning  (coxswain" in told
+    assert "strength:" in told
+    assert run(["methods", "--allow", "no-such-package"]) == 1
+
+
+def test_profiles_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("model: a\nprofiles: {p: {method: mix, weights: {base: 1}}}\n")
+    assert run(["profiles", str(file)]) == 0
+    assert "mix" in capsys.readouterr().out
+
+
+def test_problems_are_lines_not_tracebacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["profiles", str(tmp_path / "gone.yaml")]) == 1
+    assert run(["profiles", "http://127.0.0.1:9"]) == 1
+    told = capsys.readouterr().err
+    assert told.count("coxswain: ") == 2
+
+
+def test_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(["--help"])
+    assert caught.value.code == 0
+    told = capsys.readouterr().out
+    for words in ("coxswain serve zoo.yaml --port 9000", "proxy_tuning", "COXSWAIN_API_KEYS"):
+        assert words in told
+
+
+def test_reference_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["reference"]) == 0
+    assert capsys.readouterr().out.startswith("# Configuration")
