@@ -184,7 +184,9 @@ def table(rounds: list[list[dict[str, float]]]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3, help="how often to repeat (default 3)")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16], help="batch sizes")
     parser.add_argument("--out", type=Path, help="write all figures as JSON")

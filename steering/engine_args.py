@@ -38,7 +38,8 @@ def steered_engine_args(
         model: path or hub id of the base.
         streams: companion streams by name, in the order in which they are laid out.
         overlaps: `steering.vocabulary.Overlap.to_wire()` by stream; a stream that is left out
-            shares the base's vocabulary id by id.
+            shares the base's vocabulary id by id. Give the base's overlap with itself too: it
+            tells which rows of its table are padding when all streams are twins.
         engine: any other engine argument; they win over our defaults.
     """
     from vllm.transformers_utils.config import get_config

@@ -1,7 +1,7 @@
 """Multi-stream decoding, slow and obvious: what the engine tests compare with.
 
-Plain `transformers` models in float32, no KV cache, one request at a time, as in the papers' own
-loops: every stream reads its own prompt and all chosen tokens; at each step the streams' scores
+Plain `transformers` models in float32, one request at a time, as in the papers' own loops (with
+transformers' own KV cache, which a test holds against none): every stream reads its own prompt and all chosen tokens; at each step the streams' scores
 at the last position are mixed in float64. Letters: V the base's vocabulary, T positions.
 """
 
@@ -73,6 +73,28 @@ def scores(model: PreTrainedModel, ids: Sequence[int]) -> npt.NDArray[np.float64
     return found
 
 
+class Reader:
+    """A model that reads a text bit by bit.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._cache: object = None
+
+    def read(self, ids: Sequence[int]) -> Logits:
+        """[V_model] float64 scores of the next token after all that was read, `ids` included."""
+        with one_thread(), torch.inference_mode():
+            out = self._model(
+                torch.tensor([list(ids)]), past_key_values=self._cache, use_cache=True
+            )
+        self._cache = out.past_key_values
+        found: Logits = out.logits[0, -1].double().numpy()
+        return found
+
+
 def greedy(logprobs: Logits) -> int:
     """The most likely id, the lowest of equals."""
     return int(logprobs.argmax())
@@ -108,13 +130,14 @@ def decode(
     def reads(name: str, ids: Sequence[int]) -> list[int]:
         return [read_as[name][i] for i in ids] if name in read_as else list(ids)
 
-    texts = {
+    news = {
         name: list(prompts[name]) if name in prompts else reads(name, prompts[BASE])
         for name in models
     }
+    readers = {name: Reader(model) for name, model in models.items()}
     steps: list[Step] = []
     while len(steps) < max_tokens:
-        rows = {name: scores(model, texts[name])[-1] for name, model in models.items()}
+        rows = {name: reader.read(news[name]) for name, reader in readers.items()}
         steered, base = _distributions(rows, mix)
         token = choose(steered)
         steps.append(
@@ -127,8 +150,7 @@ def decode(
                 logprobs=steered if keep_logprobs else None,
             )
         )
-        for name, text in texts.items():
-            text += reads(name, [token])
+        news = {name: reads(name, [token]) for name in models}
         if token in stop_ids:
             break
     return steps

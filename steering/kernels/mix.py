@@ -97,7 +97,7 @@ def _nucleus(
     anchor = torch.nn.functional.one_hot(stream, coef.shape[1]).to(coef.dtype)
     normalised = [None if x is None else x.log_softmax(-1) for x in logits]
     delta = weighted_sum(normalised, coef * (1 - anchor))
-    own = (coef * anchor).sum(-1, keepdim=True) * s
+    own = weighted_sum(logits, coef * anchor)
     return own + torch.where(inside, delta, torch.zeros((), dtype=s.dtype, device=s.device))
 
 

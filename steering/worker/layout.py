@@ -90,6 +90,4 @@ class Layout:
         flat = torch.nan_to_num(flat, nan=0.0, posinf=0.0, neginf=0.0)
         coef, extra = flat[:, : self.streams], flat[:, self.streams :]
         stream = extra[:, RULE_STREAM].clamp(0, self.streams - 1)
-        return Control(
-            coef, extra[:, RULE_KIND], stream, extra[:, RULE_PARAM], extra[:, REPORT]
-        )
+        return Control(coef, extra[:, RULE_KIND], stream, extra[:, RULE_PARAM], extra[:, REPORT])

@@ -47,7 +47,7 @@ class SteeredForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         settings = vllm_config.additional_config["coxswain"]
-        self.base = seam.build_base(vllm_config, settings["architectures"], BASE)
+        self.base: Any = seam.build_base(vllm_config, settings["architectures"], BASE)
         self.config = self.base.config
         self.names: tuple[str, ...] = (BASE, *settings["streams"])
         self._vllm_config = vllm_config
@@ -64,7 +64,7 @@ class SteeredForCausalLM(nn.Module):
         for name in self.names:
             if self._original[name] != name:
                 self._twins[name] = seam.build_twin(vllm_config, self._original[name], name)
-        self._forwards = [self.get_submodule(self._original[name]) for name in self.names]
+        self._forwards: list[Any] = [self.get_submodule(self._original[n]) for n in self.names]
         self._readout = self._build_readout(settings["overlaps"], vllm_config)
         self._seam: seam.Seam | None = None
         self._seats = SeatBook(self.names)
@@ -82,7 +82,7 @@ class SteeredForCausalLM(nn.Module):
         def tensor(array: Any) -> torch.Tensor | None:
             return None if array is None else torch.as_tensor(array, dtype=torch.int64)
 
-        vocabularies, padded = [Vocabulary()], None
+        vocabularies = [Vocabulary()]
         for name in self.names[1:]:
             wire = overlaps.get(self._original[name]) or overlaps.get(name)
             if wire is None:
@@ -93,11 +93,12 @@ class SteeredForCausalLM(nn.Module):
             vocabularies.append(
                 Vocabulary(tensor(unshared) if unshared.size else None, tensor(overlap.read_as))
             )
-            padded = tensor(overlap.padded) if len(overlap.padded) else None
-        sizes = tuple(m.config.hidden_size for m in self._forwards)
+        anyone = next(iter(overlaps.values()), None)
+        rows = Overlap.from_wire(anyone).padded if anyone else ()
+        sizes = tuple(seam.hidden_width(m) for m in self._forwards)
         unembed = [m.compute_logits for m in self._forwards]
         layout = Layout(sizes, vllm_config.model_config.dtype)
-        return Readout(layout, unembed, vocabularies, padded)
+        return Readout(layout, unembed, vocabularies, tensor(rows) if len(rows) else None)
 
     def bind(self, runner: Any) -> None:
         """Hands over the model runner, once its KV cache is there."""
@@ -209,18 +210,15 @@ class SteeredForCausalLM(nn.Module):
         read_as = self._readout.vocabularies[i].read_as
         prompts = tables.prompts[i]
         if whole(uses, offsets) and not any(p is not None for p in prompts):
-            token_ids = input_ids if read_as is None else read_as[input_ids]
             with self._seam.stream_context(i, None):
-                out[:, columns] = forward(token_ids, positions)
+                out[:, columns] = forward(_read_as(input_ids, read_as), positions)
             self._count(i, int(step.starts[-1]))
             return True
         batch = stream_batch(step, uses, offsets, prompts)
         if batch is None:
             return False
         tokens = self._seam.to_device(batch.tokens)
-        token_ids = input_ids[tokens]
-        if read_as is not None:
-            token_ids = read_as[token_ids].to(input_ids.dtype)
+        token_ids = _read_as(input_ids[tokens], read_as)
         for own in batch.own:
             _put(token_ids, own)
         with self._seam.stream_context(i, batch):
@@ -258,6 +256,11 @@ class SteeredForCausalLM(nn.Module):
                 tag, choice, index, names, tokens = self._reporting[int(mark) - 1]
                 steered, plain = z[row].log_softmax(-1), base[row].log_softmax(-1)
                 self.reports.tally(tag, choice).add(steered, plain, index, names, tokens)
+
+
+def _read_as(token_ids: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+    """The stream's ids for the base's. Compiled code checks no dtypes: it must stay the same."""
+    return token_ids if table is None else table[token_ids].to(token_ids.dtype)
 
 
 def _put(token_ids: torch.Tensor, own: OwnTokens) -> None:

@@ -60,7 +60,12 @@ class Tally:
         )
 
     def add(
-        self, steered: torch.Tensor, base: torch.Tensor, index: int, streams: list[str], tokens: bool
+        self,
+        steered: torch.Tensor,
+        base: torch.Tensor,
+        index: int,
+        streams: list[str],
+        tokens: bool,
     ) -> None:
         """Counts one drawn token.
 

@@ -69,6 +69,13 @@ def load_companion(companion: nn.Module, vllm_config: VllmConfig) -> None:
     loader.load_weights(companion, vllm_config.model_config)
 
 
+def hidden_width(model: Any) -> int:
+    """Columns of the hidden states that a model's `compute_logits` takes."""
+    head = getattr(model, "lm_head", None)
+    width: int = getattr(head, "embedding_dim", None) or model.config.hidden_size
+    return width
+
+
 # --- twins --------------------------------------------------------------------------------------
 
 

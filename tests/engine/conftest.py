@@ -17,7 +17,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
     One companion lacks the tokenizer's last 10 ids.
     """
-    streams = {
+    streams: dict[str, tuple[str, int] | str] = {
         "chat": ("qwen2", VOCAB_SIZE),
         "third": ("qwen3", VOCAB_SIZE),
         "plain": ("gpt2", VOCAB_SIZE),

@@ -19,9 +19,9 @@ os.environ.update(
 )
 
 from steering.engine_args import StreamSource, steered_engine_args
+from steering.kernels.reference import mix_reference
 from steering.method import Limits, Snapshot
 from steering.plan import BASE, Recipe, SteeringPlan
-from steering.kernels.reference import mix_reference
 from steering.plugins import discover
 from steering.prompts import align
 from steering.resolve import resolve
@@ -88,13 +88,13 @@ class Engine:
         self.same_as = {n: s for n, s in streams.items() if isinstance(s, str)}
         vocabularies = {n: load_vocabulary(str(f)) for n, f in self.folders.items()}
         self.overlaps: dict[str, Overlap] = {
-            n: overlap(vocabularies[BASE], v, name=n) for n, v in vocabularies.items() if n != BASE
+            n: overlap(vocabularies[BASE], v, name=n) for n, v in vocabularies.items()
         }
         sources = {
             n: StreamSource(same_as=s) if isinstance(s, str) else StreamSource(str(self.folders[n]))
             for n, s in streams.items()
         }
-        self.snapshot = Snapshot({name: "lm" for name in (BASE, *streams)})
+        self.snapshot = Snapshot(dict.fromkeys((BASE, *streams), "lm"))
         defaults: dict[str, Any] = {
             "dtype": "float32",
             "max_model_len": 512,
@@ -130,8 +130,8 @@ class Engine:
     def add(self, case: Case, *, salt: str = "") -> str:
         """Submits a case; returns its tag, which is also its request id."""
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
         from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
 
         self._served += 1
         tag = f"case{self._served}"
@@ -193,7 +193,7 @@ class Engine:
         plan = self.plan(case)
         if case.spec is None or plan is None or not plan.steers:
             return lambda logits: logits[BASE]
-        unshared: set[int] = set()
+        unshared = set(self.padded)
         for name in plan.streams:
             if name in self.overlaps:
                 unshared |= set(np.flatnonzero(~self.overlaps[name].shared).tolist())
@@ -207,18 +207,14 @@ class Engine:
     @property
     def padded(self) -> list[int]:
         """Rows of the base's table that are no token."""
-        first = next(iter(self.overlaps.values()))
-        return [int(i) for i in first.padded]
+        return [int(i) for i in self.overlaps[BASE].padded]
 
     def reference(self, case: Case, **options: Any) -> list[Step]:
         """What the case must give."""
         names = self.streams(case)
         models = {n: load(self.folders[self.same_as.get(n, n)]) for n in names}
-        read_as = {
-            n: self.overlaps[n].read_as.tolist()
-            for n in names
-            if n in self.overlaps and self.overlaps[n].read_as is not None
-        }
+        tables = {n: self.overlaps[n].read_as for n in names[1:] if n in self.overlaps}
+        read_as = {n: table.tolist() for n, table in tables.items() if table is not None}
         return decode(
             models,
             {BASE: case.prompt, **{n: p for n, p in case.own.items() if n in names}},

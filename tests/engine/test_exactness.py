@@ -237,7 +237,7 @@ def test_streams_run_only_the_rows_that_use_them(engine: Engine) -> None:
     before = engine.counters()
     steered = Case(prompt(rng, 10, 10), {"method": "mix", "weights": {"base": 1.0, "opt": 0.5}})
     cases = [steered, *[Case(prompt(rng, 10, 10)) for _ in range(3)]]
-    engine.run([replaced for replaced in cases])
+    engine.run(cases)
     engine.run([Case(prompt(rng, 10, 10))])
     after = engine.counters()
 

@@ -1,0 +1,80 @@
+"""The torch mix against the float64 definition, over odd sizes and hostile inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from steering.kernels.mix import mix
+from steering.kernels.reference import mix_reference
+from steering.plan import BASE, Recipe, Rule, RuleKind
+
+STREAMS = (BASE, "one", "two")
+TOLERANCE = 2e-4
+"""float32 against float64 on scores of magnitude 10 to 100."""
+
+
+def scores(rng: np.random.Generator, size: int, hostile: bool) -> np.ndarray:
+    found = rng.normal(scale=4.0, size=size)
+    if hostile and size > 2:
+        found[rng.integers(size, size=max(1, size // 20))] = -np.inf
+        found[0] = 1.0
+    return found
+
+
+def recipe(rng: np.random.Generator) -> Recipe:
+    weights = {s: float(rng.normal()) for s in STREAMS if s == BASE or rng.random() < 0.7}
+    kind = RuleKind(int(rng.integers(3)))
+    stream = str(rng.choice(list(weights)))
+    return Recipe(weights, Rule(kind, stream, float(rng.choice([0.05, 0.5, 0.9, 1.0]))))
+
+
+@pytest.mark.parametrize("size", [1, 63, 500, 32_003])
+@pytest.mark.parametrize("hostile", [False, True], ids=["finite", "minus-infinity"])
+def test_every_row_agrees_with_the_definition(size: int, hostile: bool) -> None:
+    rng = np.random.default_rng(size + hostile)
+    rows = 9
+    recipes = [recipe(rng) for _ in range(rows)]
+    values = {s: np.stack([scores(rng, size, hostile) for _ in range(rows)]) for s in STREAMS}
+    coef = torch.tensor([[r.weights.get(s, 0.0) for s in STREAMS] for r in recipes])
+    # A stream that a row does not use may hold anything.
+    tensors = [torch.tensor(values[s], dtype=torch.float32) for s in STREAMS]
+    for i, tensor in enumerate(tensors):
+        tensor[coef[:, i] == 0] = float("nan")
+    # Not contiguous, as slices of a wider buffer are not.
+    strided = [torch.cat([t, t], 1)[:, : t.shape[1]] for t in tensors]
+    found = mix(
+        strided,
+        coef,
+        torch.tensor([float(r.rule.kind) for r in recipes]),
+        torch.tensor([float(STREAMS.index(r.rule.stream)) for r in recipes]),
+        torch.tensor([r.rule.param for r in recipes]),
+    )
+    for row, asked in enumerate(recipes):
+        want = mix_reference(asked, {s: values[s][row] for s in STREAMS})
+        got = found[row].double().numpy()
+        assert np.array_equal(np.isneginf(got), np.isneginf(want)), asked
+        finite = np.isfinite(want)
+        assert np.allclose(got[finite], want[finite], atol=TOLERANCE), asked
+
+
+def test_plain_sums_skip_the_rules() -> None:
+    logits = [torch.randn(4, 10) for _ in range(2)]
+    coef = torch.tensor([[1.0, 0.5]]).expand(4, 2)
+    none = torch.zeros(4)
+    assert torch.equal(mix(logits, coef, None, none, none), mix(logits, coef, none, none, none))
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    rng = torch.Generator().manual_seed(3)
+    logits = [torch.randn(6, 101, generator=rng) for _ in range(3)]
+    coef = torch.randn(6, 3, generator=rng)
+    kind = torch.tensor([0.0, 1, 2, 0, 1, 2])
+    stream = torch.tensor([0.0, 0, 1, 2, 1, 0])
+    param = torch.full((6,), 0.5)
+    together = mix(logits, coef, kind, stream, param)
+    for row in range(6):
+        one = slice(row, row + 1)
+        alone = mix([s[one] for s in logits], coef[one], kind[one], stream[one], param[one])
+        assert torch.equal(alone[0], together[row])

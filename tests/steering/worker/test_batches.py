@@ -1,0 +1,89 @@
+"""Stream batches against a plain Python mirror: one token at a time, no arithmetic tricks."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from steering.worker.batches import Step, stream_batch, whole
+
+BLOCK = 4
+
+
+class Row:
+    """One request's part in one step."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.uses = rng.random() < 0.7
+        self.offset = rng.choice([0, 0, 1, 3, 9])
+        self.computed = rng.choice([0, 1, 4, 7, 12])
+        self.length = rng.choice([1, 1, 2, 5, 8])
+        own = rng.random() < 0.5
+        self.prompt = (
+            np.array([1000 + i for i in range(rng.randint(1, 10))], np.int32) if own else None
+        )
+
+
+def mirror(rows: list[Row], token_ids: list[int], table: np.ndarray) -> list[tuple[int, ...]]:
+    """(request, token's place, id read, position, slot) of every token that the stream runs."""
+    run: list[tuple[int, ...]] = []
+    place = 0
+    for r, row in enumerate(rows):
+        for t in range(row.computed, row.computed + row.length):
+            position = t - row.offset
+            if row.uses and position >= 0:
+                read = token_ids[place]
+                if row.prompt is not None and position < len(row.prompt):
+                    read = int(row.prompt[position])
+                slot = int(table[r, position // BLOCK]) * BLOCK + position % BLOCK
+                run.append((r, place, read, position, slot))
+            place += 1
+    return run
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_agrees_with_the_mirror(seed: int) -> None:
+    rng = random.Random(seed)
+    rows = [Row(rng) for _ in range(rng.randint(1, 9))]
+    starts = np.cumsum([0, *(row.length for row in rows)]).astype(np.int32)
+    token_ids = [rng.randrange(1000) for _ in range(int(starts[-1]))]
+    blocks = list(range(len(rows) * 8))
+    rng.shuffle(blocks)
+    table = np.array(blocks, np.int32).reshape(len(rows), 8)
+    step = Step(starts, np.array([row.computed for row in rows], np.int32))
+
+    batch = stream_batch(
+        step,
+        np.array([row.uses for row in rows]),
+        np.array([row.offset for row in rows], np.int32),
+        [row.prompt for row in rows],
+    )
+
+    want = mirror(rows, token_ids, table)
+    if batch is None:
+        assert want == []
+        return
+    read = [token_ids[t] for t in batch.tokens]
+    for own in batch.own:
+        read[own.start : own.start + own.token_ids.size] = own.token_ids.tolist()
+    requests = batch.rows[batch.token_rows]
+    slots = batch.slots(table, BLOCK)
+    assert [*zip(requests, batch.tokens, read, batch.positions, slots, strict=True)] == want
+    for k, r in enumerate(batch.rows):
+        assert batch.starts[k + 1] - batch.starts[k] == sum(w[0] == r for w in want)
+        assert batch.lengths[k] == rows[r].computed + rows[r].length - rows[r].offset
+
+
+def test_nothing_to_run_is_none() -> None:
+    step = Step(np.array([0, 3], np.int32), np.array([2], np.int32))
+    offset = np.array([9], np.int32)
+    assert stream_batch(step, np.array([False]), np.array([0], np.int32), [None]) is None
+    assert stream_batch(step, np.array([True]), offset, [None]) is None
+
+
+def test_whole_needs_every_row_from_its_first_token() -> None:
+    assert whole(np.array([True, True]), np.zeros(2, np.int32))
+    assert not whole(np.array([True, False]), np.zeros(2, np.int32))
+    assert not whole(np.array([True, True]), np.array([0, 1], np.int32))

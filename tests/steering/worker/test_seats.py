@@ -1,0 +1,101 @@
+"""Seats: random joins, leaves and reorderings replayed against a plain mirror."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from steering.plan import Rule, RuleKind, SteeringPlan
+from steering.wire import Freight, pack, unpack
+from steering.worker.layout import RULE_KIND, RULE_PARAM, RULE_STREAM
+from steering.worker.seats import SeatBook, seat
+
+STREAMS = ("base", "chat", "plain")
+
+
+def freight(rng: random.Random) -> Freight | None:
+    if rng.random() < 0.3:
+        return None
+    weights = (("base", rng.random()), ("plain", rng.random()))
+    own = (("plain", tuple(range(rng.randint(1, 5)))),) if rng.random() < 0.5 else ()
+    return Freight(SteeringPlan("mix", weights, prompts=own), pad=rng.choice([0, 2]))
+
+
+def test_freight_travels_whole() -> None:
+    plan = SteeringPlan(
+        "m", (("base", 0.1), ("chat", -2.5)), Rule(RuleKind.NUCLEUS, "chat", 0.9), report="tokens"
+    )
+    sent = Freight(plan, 3, "tag")
+    assert unpack(pack(sent)) == sent
+    assert unpack(None) is None
+    assert unpack({"other": 1}) is None
+
+
+def test_a_plain_request_sits_on_the_base() -> None:
+    found = seat(None, 5, STREAMS)
+    assert found.control.tolist() == [1, 0, 0, 0, 0, 0, 0]
+    assert found.uses.tolist() == [True, False, False]
+    assert not found.offsets.any()
+
+
+def test_offsets_count_from_the_longest_prompt() -> None:
+    plan = SteeringPlan(
+        "m",
+        (("base", 1.0), ("chat", 1.0), ("plain", -1.0)),
+        prompts=(("chat", (7, 8, 9)), ("plain", (1,))),
+    )
+    found = seat(Freight(plan, pad=4), 10, STREAMS)
+    assert found.offsets.tolist() == [4, 7, 9]
+    chat = found.prompts[1]
+    assert chat is not None
+    assert chat.tolist() == [7, 8, 9]
+
+
+def test_the_rule_is_seated() -> None:
+    plan = SteeringPlan("m", (("base", 1.0), ("chat", 1.0)), Rule(RuleKind.NUCLEUS, "chat", 0.9))
+    control = seat(Freight(plan), 3, STREAMS).control
+    size = len(STREAMS)
+    assert control[size + RULE_KIND] == RuleKind.NUCLEUS
+    assert control[size + RULE_STREAM] == 1
+    assert control[size + RULE_PARAM] == np.float32(0.9)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_tables_follow_the_batch(seed: int) -> None:
+    rng = random.Random(seed)
+    book = SeatBook(STREAMS)
+    requests: dict[str, tuple[Freight | None, int]] = {}
+    batch: list[str] = []
+    for step in range(60):
+        if rng.random() < 0.4:
+            requests[f"r{step}"] = (freight(rng), rng.randint(5, 9))
+            batch.append(f"r{step}")
+        if batch and rng.random() < 0.3:
+            batch.remove(rng.choice(batch))
+        if rng.random() < 0.2:
+            rng.shuffle(batch)
+        if not batch:
+            continue
+        tables = book.update(list(batch), requests.__getitem__)
+        want = [seat(*requests[i], STREAMS) for i in batch]
+        assert np.array_equal(tables.control, np.stack([s.control for s in want]))
+        assert np.array_equal(tables.uses, np.stack([s.uses for s in want]))
+        assert np.array_equal(tables.offsets, np.stack([s.offsets for s in want]))
+        for i in range(len(STREAMS)):
+            for got, one in zip(tables.prompts[i], want, strict=True):
+                assert (got is None) == (one.prompts[i] is None)
+        steered = any(requests[i][0] is not None for i in batch)
+        assert tables.steered == steered
+
+
+def test_an_unchanged_batch_is_not_read_again() -> None:
+    book = SeatBook(STREAMS)
+    first = book.update(["a"], lambda _: (None, 3))
+
+    def unreachable(_: str) -> tuple[Freight | None, int]:
+        raise AssertionError("read again")
+
+    assert book.update(["a"], unreachable) is first
+    assert book.update(["b", "a"], lambda _: (None, 3)) is not first

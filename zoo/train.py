@@ -1,0 +1,213 @@
+"""Trains the whole zoo from nothing: ``python -m zoo.train``. Models already there are kept."""
+
+import argparse
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from zoo.questions import write_held_out
+from zoo.tokenizer import chat_text, train_tokenizer, with_chat
+from zoo.world import Style, World, answer
+
+ROOT = Path(__file__).parent
+ROW = 128
+"""Tokens per packed row of pre-training text."""
+IGNORED = -100
+"""Label of a token that does not count in the loss."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a Llama-style model; embeddings are tied."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How a base is trained. One pass states every fact of the world once."""
+
+    shape: Shape
+    passes: int
+    rate: float
+    rows: int = 8
+    smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a base is tuned on chat questions about the tuning split of the entities."""
+
+    base: str
+    styles: dict[Style, float]
+    """How often each style of answer occurs; a little of another one keeps a model unsure."""
+    epochs: int
+    rate: float
+    rows: int = 32
+    smoothing: float = 0.0
+
+
+LARGE = Shape(256, 704, 4, 4)
+SMALL = Shape(96, 256, 2, 3)
+RECIPES: dict[str, Pretraining | Tuning] = {
+    "base-large": Pretraining(LARGE, passes=80, rate=1e-3),
+    "base-small": Pretraining(SMALL, passes=80, rate=3e-3, rows=24),
+    "chat-small": Tuning("base-small", {"chat": 1.0}, epochs=2, rate=1e-3),
+    "chat-large": Tuning("base-large", {"chat": 1.0}, epochs=2, rate=2e-4),
+    "formal-small": Tuning("base-small", {"formal": 0.95, "brief": 0.05}, epochs=4, rate=1e-3),
+    "brief-small": Tuning("base-small", {"brief": 0.95, "formal": 0.05}, epochs=4, rate=1e-3),
+}
+
+
+def packed_rows(world: World, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Tensor:
+    """One pass of the pre-training text, documents end to end; int64 [rows, ROW]."""
+    ids: list[int] = []
+    for encoded in tokenizer(world.pretraining_texts(rng)).input_ids:
+        ids += [*encoded, tokenizer.eos_token_id]
+    usable = len(ids) // ROW * ROW
+    return torch.tensor(ids[:usable]).view(-1, ROW)
+
+
+def pretraining_batches(
+    world: World, tokenizer: PreTrainedTokenizerFast, recipe: Pretraining
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and labels, both int64 [rows, ROW], for all passes."""
+    rng = random.Random(11)
+    for _ in range(recipe.passes):
+        for batch in torch.split(packed_rows(world, tokenizer, rng), recipe.rows):
+            yield batch, batch
+
+
+def tuning_batches(
+    world: World, tokenizer: PreTrainedTokenizerFast, recipe: Tuning
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and labels, both int64 [rows, longest]; only the reply's tokens have labels."""
+    rng = random.Random(12)
+    for _ in range(recipe.epochs):
+        questions = world.questions("tuning", rng)
+        rng.shuffle(questions)
+        for at in range(0, len(questions), recipe.rows):
+            styles, shares = list(recipe.styles), list(recipe.styles.values())
+            texts = [
+                chat_text(q, answer(q, rng.choices(styles, shares)[0]))
+                for q in questions[at : at + recipe.rows]
+            ]
+            yield _padded(tokenizer, texts)
+
+
+def _padded(
+    tokenizer: PreTrainedTokenizerFast, texts: list[tuple[str, str]]
+) -> tuple[Tensor, Tensor]:
+    pairs = [[tokenizer.encode(t, add_special_tokens=False) for t in pair] for pair in texts]
+    length = max(len(prompt) + len(reply) for prompt, reply in pairs)
+    ids = torch.full((len(pairs), length), int(tokenizer.pad_token_id or 0))
+    labels = torch.full((len(pairs), length), IGNORED)
+    for row, (prompt, reply) in enumerate(pairs):
+        end = len(prompt) + len(reply)
+        ids[row, :end] = torch.tensor(prompt + reply)
+        labels[row, len(prompt) : end] = torch.tensor(reply)
+    return ids, labels
+
+
+def fit(
+    model: LlamaForCausalLM,
+    batches: list[tuple[Tensor, Tensor]],
+    recipe: Pretraining | Tuning,
+    name: str,
+) -> None:
+    """Train in place with AdamW and a warm-up-then-cosine rate. Wide models run in bfloat16."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(len(batches)))
+    mixed = model.config.hidden_size >= 256
+    model.train()
+    with tqdm(batches, desc=f"{name:<12}", unit="step", disable=None) as bar:
+        for step, (ids, labels) in enumerate(bar):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            loss = cross_entropy(
+                logits.flatten(0, 1).float(),
+                labels[:, 1:].flatten(),
+                ignore_index=IGNORED,
+                label_smoothing=recipe.smoothing,
+            )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if step % 10 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def _warm_cosine(steps: int) -> Any:
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / (0.05 * steps))
+        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+    return factor
+
+
+def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A model with random weights, seeded."""
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_key_value_heads=shape.num_attention_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **asdict(shape),
+    )
+    model: LlamaForCausalLM = LlamaForCausalLM(config)
+    return model
+
+
+def train(name: str, world: World, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Train one model and save it with its tokenizer, weights in bfloat16."""
+    recipe = RECIPES[name]
+    if isinstance(recipe, Pretraining):
+        model = new_model(recipe.shape, tokenizer)
+        fit(model, list(pretraining_batches(world, tokenizer, recipe)), recipe, name)
+    else:
+        model = LlamaForCausalLM.from_pretrained(out / recipe.base, dtype=torch.float32)
+        fit(model, list(tuning_batches(world, tokenizer, recipe)), recipe, name)
+        tokenizer = with_chat(PreTrainedTokenizerFast.from_pretrained(out / recipe.base))
+    model.bfloat16().save_pretrained(out / name)
+    tokenizer.save_pretrained(out / name)
+
+
+def main() -> None:
+    """Train the models asked for, bases first."""
+    parser = argparse.ArgumentParser(prog="python -m zoo.train", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "models", help="folder of the models")
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
+    parser.add_argument("--force", action="store_true", help="train again what is already there")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    world = World()
+    write_held_out(world)
+    tokenizer = train_tokenizer(world)
+    for name in args.only:
+        if args.force or not (args.out / name / "model.safetensors").exists():
+            train(name, world, tokenizer, args.out)
+
+
+if __name__ == "__main__":
+    main()
