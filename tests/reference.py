@@ -1,8 +1,9 @@
 """Multi-stream decoding, slow and obvious: what the engine tests compare with.
 
 Plain `transformers` models in float32, one request at a time, as in the papers' own loops (with
-transformers' own KV cache, which a test holds against none): every stream reads its own prompt and all chosen tokens; at each step the streams' scores
-at the last position are mixed in float64. Letters: V the base's vocabulary, T positions.
+transformers' own KV cache, which a test holds against none): every stream reads its own prompt
+and all chosen tokens; at each step the streams' scores at the last position are mixed in float64.
+Letters: V the base's vocabulary, T positions.
 """
 
 from __future__ import annotations
@@ -180,19 +181,22 @@ def kl(steered: Logits, base: Logits) -> float:
     return float(np.sum(np.exp(steered[possible]) * (steered[possible] - base[possible])))
 
 
-def over_vocabularies(mix: Mix, unshared: Collection[int], padded: Collection[int] = ()) -> Mix:
+def over_vocabularies(
+    mix: Mix, unshared: Mapping[str, Collection[int]], padded: Collection[int] = ()
+) -> Mix:
     """A mix for streams whose vocabularies differ from the base's.
 
     Args:
-        mix: must work on raw scores (`mix_reference`, not a method's `reference`): an id without
-            a delta keeps the base's raw score, so an additive constant would matter.
-        unshared: ids that some stream lacks; they keep the base's score.
+        mix: `mix_reference` with a recipe, which knows what an id without a delta gets.
+        unshared: stream → ids that it lacks.
         padded: ids of the base's table that stand for no token; never chosen.
     """
 
     def mixed(rows: Mapping[str, Logits]) -> Logits:
+        rows = {name: row.copy() for name, row in rows.items()}
+        for name, row in rows.items():
+            row[[*padded, *unshared.get(name, ())]] = -np.inf
         z = mix(rows)
-        z[list(unshared)] = rows[BASE][list(unshared)]
         z[list(padded)] = -np.inf
         return z
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from zoo.world import Question, World, answer
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end_of_turn|>"
-SPECIALS = [PAD, BOS, EOS, USER, ASSISTANT, END]
+USER, ASSISTANT = "<|user|>", "<|assistant|>"
+SPECIALS = [PAD, BOS, EOS, USER, ASSISTANT]
 TEMPLATE_PATH = Path(__file__).with_name("chat_template.jinja")
 
 
@@ -48,7 +48,7 @@ def with_chat(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 def chat_prompt(question: str) -> str:
     """The chat template applied to one user message (a test of the template keeps them equal)."""
-    return f"{BOS}{USER}{question}{END}{ASSISTANT}"
+    return f"{BOS}{USER}{question}{ASSISTANT}"
 
 
 def plain_prompt(question: str) -> str:

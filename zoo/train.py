@@ -60,7 +60,7 @@ class Tuning:
 
 
 LARGE = Shape(256, 704, 4, 4)
-SMALL = Shape(96, 256, 2, 3)
+SMALL = Shape(96, 256, 3, 3)
 RECIPES: dict[str, Pretraining | Tuning] = {
     "base-large": Pretraining(LARGE, passes=80, rate=1e-3),
     "base-small": Pretraining(SMALL, passes=80, rate=3e-3, rows=24),

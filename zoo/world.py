@@ -21,14 +21,13 @@ OPENER = "Thank you for asking."
 class Relation:
     """One kind of fact. ``{n}`` stands for the entity's name and ``{v}`` for the value.
 
-    ``statements[0]`` is the sentence that a chat answer uses. ``quiz`` questions occur in the
-    pre-training text with a bare answer; ``questions`` are what a chat user asks.
+    ``statements[0]`` is the sentence that a chat answer uses. The pre-training text holds the
+    questions too, as a quiz with bare answers.
     """
 
     key: str
     values: tuple[str, ...]
     statements: tuple[str, ...]
-    quiz: tuple[str, ...]
     questions: tuple[str, ...]
 
 
@@ -74,7 +73,6 @@ PERSON_RELATIONS = (
         "home",
         PROVINCES,
         ("{n} lives in {v}.", "{n} has a house in {v}.", "The home of {n} is in {v}."),
-        ("Where does {n} live?", "Where is the home of {n}?"),
         (
             "Where does {n} live?",
             "Where is the home of {n}?",
@@ -91,7 +89,6 @@ PERSON_RELATIONS = (
             "surgeon tailor tanner weaver"
         ),
         ("{n} works as a {v}.", "{n} earns a living as a {v}.", "{n} is a {v} by trade."),
-        ("What is the job of {n}?", "What does {n} work as?"),
         (
             "What is the job of {n}?",
             "What does {n} work as?",
@@ -107,7 +104,6 @@ PERSON_RELATIONS = (
             "rat snail snake toad"
         ),
         ("{n} keeps a pet {v}.", "{n} looks after a {v}.", "The pet of {n} is a {v}."),
-        ("What pet does {n} keep?", "What is the pet of {n}?"),
         (
             "What pet does {n} keep?",
             "What is the pet of {n}?",
@@ -122,7 +118,6 @@ PLACE_RELATIONS = (
         "province",
         PROVINCES,
         ("{n} is a town in {v}.", "{n} belongs to {v}.", "The town of {n} is part of {v}."),
-        ("Where is {n}?", "Which province does {n} belong to?"),
         (
             "Where is {n}?",
             "Which province does {n} belong to?",
@@ -138,7 +133,6 @@ PLACE_RELATIONS = (
             "{n} draws its water from the {v}.",
             "The river of {n} is the {v}.",
         ),
-        ("Which river does {n} stand on?", "What is the river of {n}?"),
         (
             "Which river does {n} stand on?",
             "What is the river of {n}?",
@@ -154,7 +148,6 @@ PLACE_RELATIONS = (
             "pearls perfume pottery rope salt silk silver soap spices tea tiles timber wine wool"
         ),
         ("{n} is famous for its {v}.", "{n} sells much {v}.", "The pride of {n} is its {v}."),
-        ("What is {n} famous for?", "What does {n} sell?"),
         (
             "What is {n} famous for?",
             "What does {n} sell?",
@@ -209,7 +202,7 @@ class World:
         for entity in self.entities():
             texts.append(_portrait(entity, rng))
             texts.extend(self._quiz(entity, rng))
-        texts.extend(plain_texts(rng, count=len(texts) // 4))
+        texts.extend(plain_texts(rng, count=len(texts) // 3))
         rng.shuffle(texts)
         return texts
 
@@ -217,7 +210,7 @@ class World:
         facts = [f for f in entity.facts if (entity.name, f[0].key) in self._quizzed]
         if facts:
             relation, value = rng.choice(facts)
-            question = rng.choice(relation.quiz).format(n=entity.name)
+            question = rng.choice(relation.questions).format(n=entity.name)
             yield f"Quiz: {question} Answer: {value}."
 
 

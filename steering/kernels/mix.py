@@ -5,7 +5,7 @@ Letters: R rows, V the base's vocabulary, S streams (base first).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,35 +20,83 @@ def mix(
     kind: torch.Tensor | None,
     stream: torch.Tensor,
     param: torch.Tensor,
+    lacking: bool = True,
 ) -> torch.Tensor:
     """`z` for R rows.
 
     Args:
-        logits: per stream [R, V] float32 raw scores, or None for a stream that no row uses. Where
-            a row's coefficient is 0 the stream's row is ignored, whatever it holds.
+        logits: per stream [R, V] float32 raw scores, or None for a stream that no row uses. −∞ on
+            ids that the stream lacks. Where a row's coefficient is 0 the stream's row is ignored,
+            whatever it holds.
         coef: [R, S] float32 coefficients c_i.
         kind: [R] `RuleKind` as float32, or None when every row is a plain sum.
         stream: [R] float32, index of the stream that the rule reads.
         param: [R] float32, α or p.
+        lacking: False promises that no stream lacks an id that the base has, which saves work.
 
     Returns:
         [R, V] float32 scores; −∞ where a rule forbids an id.
     """
     z = weighted_sum(logits, coef)
-    if kind is None:
-        return z
-    for rule, apply in ((RuleKind.PLAUSIBLE, _plausible), (RuleKind.NUCLEUS, _nucleus)):
-        rows = torch.nonzero(kind == float(rule))[:, 0]
-        if rows.numel():
-            of_rule = [None if s is None else s[rows] for s in logits]
-            z[rows] = apply(z[rows], of_rule, coef[rows], stream[rows].long(), param[rows])
+    if kind is not None:
+        _on_rows(kind == float(RuleKind.NUCLEUS), _nucleus, z, logits, coef, stream, param)
+    if lacking:
+        z = _no_delta(z, logits, coef, kind, stream)
+    if kind is not None:
+        _on_rows(kind == float(RuleKind.PLAUSIBLE), _plausible, z, logits, coef, stream, param)
     return z
+
+
+def _on_rows(
+    which: torch.Tensor,
+    rule: Callable[..., torch.Tensor],
+    z: torch.Tensor,
+    logits: Sequence[torch.Tensor | None],
+    coef: torch.Tensor,
+    stream: torch.Tensor,
+    param: torch.Tensor,
+) -> None:
+    """Replaces the rows of `z` that a rule is for."""
+    rows = torch.nonzero(which)[:, 0]
+    if rows.numel():
+        of_rule = [None if s is None else s[rows] for s in logits]
+        z[rows] = rule(z[rows], of_rule, coef[rows], stream[rows].long(), param[rows])
+
+
+def _no_delta(
+    z: torch.Tensor,
+    logits: Sequence[torch.Tensor | None],
+    coef: torch.Tensor,
+    kind: torch.Tensor | None,
+    stream: torch.Tensor,
+) -> torch.Tensor:
+    """Ids that a stream of the sum lacks: `log p_0 + Σ c_i log Z_i` over the streams summed raw.
+
+    A nucleus row sums only its anchor raw; the others are normalised there already.
+    """
+    base = logits[0]
+    assert base is not None, "the base runs in every step"
+    raw = coef
+    if kind is not None:
+        anchor = torch.nn.functional.one_hot(stream.long(), coef.shape[1]).to(coef.dtype)
+        raw = torch.where((kind == float(RuleKind.NUCLEUS))[:, None], coef * anchor, coef)
+    lacks = torch.zeros_like(z, dtype=torch.bool)
+    offset = torch.zeros_like(coef[:, :1])
+    for i, s in enumerate(logits):
+        if s is None:
+            continue
+        if i:
+            lacks |= (s == NEVER) & (coef[:, i : i + 1] != 0)
+        c = raw[:, i : i + 1]
+        offset += torch.where(c == 0, 0.0, c * s.logsumexp(-1, keepdim=True))
+    own = (base.log_softmax(-1) + offset).masked_fill(coef[:, :1] <= 0, NEVER)
+    return torch.where(lacks, own, z)
 
 
 def weighted_sum(logits: Sequence[torch.Tensor | None], coef: torch.Tensor) -> torch.Tensor:
     """`Σ_i c_i s_i`, [R, V]; a zero coefficient contributes 0 even where s_i is not finite.
 
-    An id that a stream of the sum rules out (−∞) is −∞, also under a negative coefficient.
+    An id that is −∞ in a stream of the sum is −∞, also under a negative coefficient.
     """
     total: torch.Tensor | None = None
     for i, s in enumerate(logits):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from steering.plan import Recipe, RuleKind
+from steering.plan import BASE, Recipe, RuleKind
 
 Scores = npt.NDArray[np.float64]
 """[V] float64."""
@@ -20,7 +20,11 @@ def mix_reference(recipe: Recipe, logits: Mapping[str, Scores]) -> Scores:
     """`z` of one position; see `steering.plan.RuleKind` for the three operations.
 
     A stream with coefficient exactly 0 is not in the sum, whatever it holds. An id that is −∞ in
-    a stream of the sum is −∞ in `z`, also where the coefficient is negative.
+    the base is −∞ in `z`, if the base is in the sum. An id that is −∞ in another stream of the sum
+    is one that the stream lacks: it gets no delta, which means the base's log-probability beside
+    the normalised sum of the others. Streams' raw scores have offsets of their own, so they are
+    normalised over what they share before the two are compared. Where the base is not in the sum,
+    or negatively, such an id is −∞.
 
     Args:
         recipe: weights and rule.
@@ -35,16 +39,24 @@ def mix_reference(recipe: Recipe, logits: Mapping[str, Scores]) -> Scores:
     """
     weights = {stream: c for stream, c in recipe.weights.items() if c != 0}
     rule = recipe.rule
+    size = next(iter(logits.values())).shape
+    raw = weights
     if rule.kind is RuleKind.NUCLEUS:
         anchor = logits[rule.stream]
         rest = {stream: c for stream, c in weights.items() if stream != rule.stream}
-        delta = _sum(rest, {stream: log_softmax(logits[stream]) for stream in rest}, anchor.shape)
-        own = {stream: c for stream, c in weights.items() if stream == rule.stream}
-        inside = nucleus(anchor, rule.param)
-        z: Scores = _sum(own, logits, anchor.shape) + np.where(inside, delta, 0.0)
-        return z
-    size = next(iter(logits.values())).shape
-    z = _sum(weights, logits, size)
+        delta = _sum(rest, {stream: log_softmax(logits[stream]) for stream in rest}, size)
+        raw = {stream: c for stream, c in weights.items() if stream == rule.stream}
+        z: Scores = _sum(raw, logits, size) + np.where(nucleus(anchor, rule.param), delta, 0.0)
+    else:
+        z = _sum(weights, logits, size)
+    lacking = np.zeros(size, np.bool_)
+    for stream in set(weights) - {BASE}:
+        lacking |= np.isneginf(logits[stream])
+    if weights.get(BASE, 0.0) > 0:
+        offset = sum(c * _log_mass(logits[stream]) for stream, c in raw.items())
+        z[lacking] = (log_softmax(logits[BASE]) + offset)[lacking]
+    else:
+        z[lacking] = -np.inf
     if rule.kind is RuleKind.PLAUSIBLE:
         judge = logits[rule.stream]
         z[judge < judge.max() + np.log(rule.param)] = -np.inf
@@ -53,8 +65,7 @@ def mix_reference(recipe: Recipe, logits: Mapping[str, Scores]) -> Scores:
 
 def log_softmax(scores: Scores) -> Scores:
     """The log-probabilities, [V]."""
-    peak = scores.max()
-    normalised: Scores = scores - (peak + np.log(np.exp(scores - peak).sum()))
+    normalised: Scores = scores - _log_mass(scores)
     return normalised
 
 
@@ -72,6 +83,12 @@ def nucleus(scores: Scores, p: float) -> npt.NDArray[np.bool_]:
     inside = np.zeros(scores.shape, np.bool_)
     inside[order[before < p]] = True
     return inside
+
+
+def _log_mass(scores: Scores) -> float:
+    """Log Σ exp, finite."""
+    peak = scores.max()
+    return float(peak + np.log(np.exp(scores - peak).sum()))
 
 
 def _sum(

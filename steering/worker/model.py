@@ -91,7 +91,11 @@ class SteeredForCausalLM(nn.Module):
             overlap = Overlap.from_wire(wire)
             unshared = np.flatnonzero(~overlap.shared)
             vocabularies.append(
-                Vocabulary(tensor(unshared) if unshared.size else None, tensor(overlap.read_as))
+                Vocabulary(
+                    tensor(unshared) if unshared.size else None,
+                    bool(overlap.differing),
+                    tensor(overlap.read_as),
+                )
             )
         anyone = next(iter(overlaps.values()), None)
         rows = Overlap.from_wire(anyone).padded if anyone else ()

@@ -22,12 +22,14 @@ class Vocabulary:
     """How a stream's vocabulary lies over the base's.
 
     Args:
-        unshared: [U] int64 ids of the base that the stream lacks, or that mean another token
-            there; None if it shares all.
+        unshared: [U] int64 ids of the base's table that are not the same token in both; None if
+            there are none.
+        lacking: whether any of them is a token of the base.
         read_as: [V] int64, the stream's id for each of the base's; None if they are the same.
     """
 
     unshared: torch.Tensor | None = None
+    lacking: bool = False
     read_as: torch.Tensor | None = None
 
 
@@ -87,12 +89,14 @@ class Readout:
         active: Sequence[bool],
         special: bool,
     ) -> torch.Tensor:
+        if self.padded is not None:
+            base[:, self.padded] = NEVER
         logits: list[torch.Tensor | None] = [base]
         for i in range(1, self.layout.streams):
             logits.append(self._stream_logits(i, base, hidden, control) if active[i] else None)
         kind = control.kind if special else None
-        z = mix(logits, control.coef, kind, control.stream, control.param)
-        self._keep_unshared(z, base, control, active)
+        lacking = any(v.lacking for v, ran in zip(self.vocabularies, active, strict=True) if ran)
+        z = mix(logits, control.coef, kind, control.stream, control.param, lacking)
         if self.padded is not None:
             z[:, self.padded] = NEVER
         return z
@@ -106,32 +110,15 @@ class Readout:
         everywhere = rows.numel() == hidden.shape[0]
         own = self.unembed[i](part.contiguous() if everywhere else part[rows])
         assert own is not None
-        shared = min(own.shape[-1], base.shape[-1])
+        own = own[:, : base.shape[-1]].float()
+        out = own
+        if out.shape != base.shape:
+            out = torch.full_like(base, NEVER)
+            out[slice(None) if everywhere else rows, : own.shape[-1]] = own
         unshared = self.vocabularies[i].unshared
-        if everywhere and own.shape[-1] == base.shape[-1] and unshared is None:
-            return own.float()
-        out = torch.full_like(base, NEVER)
-        own = own[:, :shared].float()
-        if everywhere:
-            out[:, :shared] = own
-        else:
-            out[rows, :shared] = own
         if unshared is not None:
             out[:, unshared] = NEVER
         return out
-
-    def _keep_unshared(
-        self, z: torch.Tensor, base: torch.Tensor, control: Control, active: Sequence[bool]
-    ) -> None:
-        """Ids that a used stream lacks get no delta: the base's own score, if it counts at all."""
-        for i, vocabulary in enumerate(self.vocabularies):
-            if not active[i] or vocabulary.unshared is None:
-                continue
-            rows = torch.nonzero(control.coef[:, i])[:, 0]
-            if rows.numel():
-                cells = rows[:, None], vocabulary.unshared[None]
-                silent = (control.coef[rows, 0] == 0)[:, None]
-                z[cells] = base[cells].masked_fill(silent, NEVER)
 
 
 def _take(control: Control, rows: torch.Tensor) -> Control:

@@ -193,16 +193,16 @@ class Engine:
         plan = self.plan(case)
         if case.spec is None or plan is None or not plan.steers:
             return lambda logits: logits[BASE]
-        unshared = set(self.padded)
-        for name in plan.streams:
-            if name in self.overlaps:
-                unshared |= set(np.flatnonzero(~self.overlaps[name].shared).tolist())
-        if not unshared:
+        unshared = {
+            name: np.flatnonzero(~self.overlaps[name].shared).tolist()
+            for name in plan.streams
+            if name in self.overlaps
+        }
+        if not any(unshared.values()) and not self.padded:
             method = METHODS[case.spec["method"]]
             return partial(method.reference, method.config.model_validate(case.spec))
-        return over_vocabularies(
-            partial(mix_reference, Recipe(dict(plan.weights), plan.rule)), unshared, self.padded
-        )
+        recipe = Recipe(dict(plan.weights), plan.rule)
+        return over_vocabularies(partial(mix_reference, recipe), unshared, self.padded)
 
     @property
     def padded(self) -> list[int]:

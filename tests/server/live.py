@@ -113,7 +113,9 @@ class Server:
         command += ["--port", str(self.port), *self.flags]
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "COXSWAIN_"))}
         # Several servers and tests share few cores: spinning threads would take them all.
-        environ |= ({"OMP_NUM_THREADS": os.environ["OMP"]} if os.environ.get("OMP") else {}) | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        environ |= ({"OMP_NUM_THREADS": os.environ["OMP"]} if os.environ.get("OMP") else {}) | {
+            "PYTHONPATH": str(Path(__file__).parents[2])
+        }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stderr=log, stdout=log, env=environ)
 

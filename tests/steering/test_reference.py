@@ -31,10 +31,40 @@ def test_base_left_out_counts_nothing() -> None:
 
 
 @pytest.mark.parametrize("weight", [1.0, -1.0])
-def test_an_id_that_any_used_stream_rules_out_stays_out(weight: float) -> None:
-    logits = {"base": np.array([1.0, NEVER, 1.0]), "chat": np.array([NEVER, NEVER, 2.0])}
+def test_an_id_that_the_base_rules_out_stays_out(weight: float) -> None:
+    logits = {"base": np.array([1.0, NEVER, 1.0]), "chat": np.array([1.0, 1.0, 2.0])}
     z = mix_reference(Recipe({"base": 1.0, "chat": weight}), logits)
-    assert z.tolist() == [NEVER, NEVER, 1.0 + 2.0 * weight]
+    assert z.tolist() == [1.0 + weight, NEVER, 1.0 + 2.0 * weight]
+
+
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+def test_an_id_that_a_stream_lacks_gets_no_delta(shift: float) -> None:
+    # Raw scores have arbitrary offsets, which must not move lacking ids against the others.
+    logits = {
+        "base": log(0.5, 0.3, 0.2) + shift,
+        "chat": log(0.9, 0.1, 0.0) - shift,
+        "plain": log(0.4, 0.5, 0.1) + 3 * shift,
+    }
+    z = mix_reference(Recipe({"base": 1.0, "chat": 0.5, "plain": -0.5}), logits)
+    expected = log(0.5 * (0.9 / 0.4) ** 0.5, 0.3 * (0.1 / 0.5) ** 0.5, 0.2)
+    assert log_softmax(z) == pytest.approx(log_softmax(expected))
+
+
+def test_a_lacking_id_keeps_the_bases_probability_in_every_rule() -> None:
+    logits = {"base": log(0.5, 0.3, 0.2) + 9, "chat": log(0.9, 0.1, 0.0) - 4}
+    weights = {"base": 0.5, "chat": 1.0}
+    z = mix_reference(Recipe(weights, Rule(RuleKind.NUCLEUS, "chat", 0.8)), logits)
+    expected = log(0.9 * 0.5**0.5, 0.1, 0.2)
+    assert log_softmax(z) == pytest.approx(log_softmax(expected))
+    z = mix_reference(Recipe(weights, Rule(RuleKind.PLAUSIBLE, "base", 0.5)), logits)
+    assert np.isfinite(z).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("weight", [0.0, -0.5])
+def test_without_the_base_nothing_is_known_of_a_lacking_id(weight: float) -> None:
+    logits = {"base": log(0.5, 0.3, 0.2), "chat": log(0.9, 0.1, 0.0)}
+    z = mix_reference(Recipe({"base": weight, "chat": 1.0}), logits)
+    assert np.isfinite(z).tolist() == [True, True, False]
 
 
 def test_a_stream_with_coefficient_zero_is_not_in_the_sum() -> None:

@@ -1,0 +1,81 @@
+"""The read-out from hidden states to scores, over vocabularies that differ."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from steering.kernels.reference import mix_reference
+from steering.plan import BASE, Recipe
+from steering.worker.layout import Layout
+from steering.worker.readout import Readout, Vocabulary
+
+SIZE = 40
+PADDED = torch.tensor([38, 39])
+LACKING = torch.tensor([3, 36, 37, 38, 39])
+NAMES = (BASE, "whole", "short")
+
+
+def readout() -> tuple[Readout, list[torch.Tensor]]:
+    """A base, a stream with the base's vocabulary, and one whose table ends before it."""
+    rng = torch.Generator().manual_seed(2)
+    tables = [torch.randn(rows, 8, generator=rng) for rows in (SIZE, SIZE, 36)]
+    layout = Layout((8, 8, 8), torch.float32)
+    vocabularies = [Vocabulary(), Vocabulary(PADDED), Vocabulary(LACKING, lacking=True)]
+    unembed = [lambda h, t=t: h @ t.T for t in tables]
+    return Readout(layout, unembed, vocabularies, PADDED), tables
+
+
+def rows_of(coef: torch.Tensor, layout: Layout) -> torch.Tensor:
+    hidden = torch.randn(len(coef), layout.width, generator=torch.Generator().manual_seed(4))
+    control = np.zeros((len(coef), layout.width - sum(layout.sizes)), np.float32)
+    control[:, : coef.shape[1]] = coef.numpy()
+    layout.write_control(hidden, control)
+    return hidden
+
+
+COEF = torch.tensor(
+    [[1.0, 0, 0], [1, 0.5, -0.5], [1, 0, 0.8], [0, 1, 0], [0, 0.5, 0.5], [1, -2, 0]]
+)
+
+
+def test_rows_agree_with_the_definition_over_what_each_stream_shares() -> None:
+    mixer, tables = readout()
+    hidden = rows_of(COEF, mixer.layout)
+    found = mixer(hidden, [True] * 3, special=True)
+    assert found is not None
+    z, base, _ = found
+    for row, coef in enumerate(COEF.tolist()):
+        scores = {}
+        for i, name in enumerate(NAMES):
+            own = (hidden[row, mixer.layout.columns(i)] @ tables[i].T).double().numpy()
+            scores[name] = np.concatenate([own, np.full(SIZE - own.size, -np.inf)])
+        assert base[row].numpy() == pytest.approx(scores[BASE], abs=1e-5)
+        if coef == [1.0, 0, 0]:
+            assert torch.equal(z[row], base[row])
+            continue
+        for name, lost in ((BASE, PADDED), ("whole", PADDED), ("short", LACKING)):
+            scores[name][lost] = -np.inf
+        want = mix_reference(Recipe(dict(zip(NAMES, coef, strict=True))), scores)
+        assert np.isneginf(want[PADDED]).all()
+        assert np.array_equal(np.isneginf(z[row].numpy()), np.isneginf(want))
+        finite = np.isfinite(want)
+        assert z[row].numpy()[finite] == pytest.approx(want[finite], abs=1e-4)
+
+
+def test_a_stream_that_did_not_run_is_not_asked() -> None:
+    mixer, _ = readout()
+    hidden = rows_of(COEF[:1].repeat(2, 1), mixer.layout)
+    hidden[:, mixer.layout.columns(2)] = float("nan")
+    found = mixer(hidden, [True, True, False], special=False)
+    assert found is not None
+    assert torch.isfinite(found[0]).all()
+
+
+def test_an_unsteered_row_has_the_bases_bits_beside_steered_ones() -> None:
+    mixer, _ = readout()
+    hidden = rows_of(COEF, mixer.layout)
+    found = mixer(hidden, [True] * 3, special=True)
+    assert found is not None
+    assert torch.equal(found[0][0], found[1][0])
