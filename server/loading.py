@@ -53,6 +53,9 @@ def environment(config: Config) -> list[str]:
         # Lets the CPU engine run its worker in its own process; see docs/decisions/0003.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        # OpenMP threads that wait for each other sleep after about 0.1 ms instead of several: on
+        # a machine that does other work too, steps took 50 times as long.
+        "GOMP_SPINCOUNT": "20000",
         # Noise of the processes that vLLM starts: its own deprecations, and the semaphores that
         # an immediate exit leaves to the operating system.
         "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker,"

@@ -112,10 +112,10 @@ class Server:
         command = [sys.executable, "-m", "server.main", "serve", str(self.file)]
         command += ["--port", str(self.port), *self.flags]
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "COXSWAIN_"))}
-        # Several servers and tests share few cores: spinning threads would take them all.
-        environ |= ({"OMP_NUM_THREADS": os.environ["OMP"]} if os.environ.get("OMP") else {}) | {
-            "PYTHONPATH": str(Path(__file__).parents[2])
-        }
+        environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+        # Models this small gain nothing from a second thread, and threads that wait for each
+        # other crawl when something else uses the cores.
+        environ["OMP_NUM_THREADS"] = "1"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stderr=log, stdout=log, env=environ)
 
