@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+import os
 
 from server.checkpoints import Checkpoint
 from server.config import Config
 from server.diagnosis import Diagnosis, where
 from steering.plan import BASE
+
+ROOM = 64
+"""Requests of full length that the key-value cache has room for by default, on CPUs."""
 
 
 def context_length(config: Config, base: Checkpoint) -> int | None:
@@ -32,39 +34,76 @@ def contexts(config: Config, found: Diagnosis) -> list[str]:
 
 def memory(config: Config, found: Diagnosis) -> list[str]:
     """Whether the weights fit, and the key-value cache of one request of full length."""
-    length = context_length(config, found.streams[BASE].checkpoint) or 0
-    dtype = str(config.engine.get("dtype", "auto"))
-    weights = sum(
-        f.checkpoint.weight_bytes(dtype) for f in found.streams.values() if f.owns_weights
-    )
-    cache = length * sum(fact.kv_bytes for fact in found.streams.values())
+    weights, one = _weights(config, found), _one_request(config, found)
     machine, what = _machine(config)
     given = config.engine.get("kv_cache_memory_bytes")
+    cache = given * _ranks(config) if isinstance(given, int) else one
     lines = []
-    if isinstance(given, int) and cache > given:
+    if one > cache:
+        length = context_length(config, found.streams[BASE].checkpoint)
         lines.append(
-            f"engine.kv_cache_memory_bytes: {_size(given)} cannot hold one request of {length} "
-            f"tokens, which takes {_size(cache)}"
+            f"engine.kv_cache_memory_bytes: {_size(cache)} cannot hold one request of {length} "
+            f"tokens, which takes {_size(one)}"
         )
-    needed = weights + (given if isinstance(given, int) else cache)
-    if needed > machine:
+    if weights + cache > machine:
         lines.append(
-            f"memory: {_size(weights)} of weights and {_size(needed - weights)} of key-value cache "
+            f"memory: {_size(weights)} of weights and {_size(cache)} of key-value cache "
             f"are more than the {_size(machine)} of {what}"
         )
     return lines
+
+
+def cpu_cache_bytes(config: Config, found: Diagnosis) -> int | None:
+    """Bytes of each rank's key-value cache on a CPU, where nobody says how many.
+
+    vLLM's own default takes 92 % of the machine's memory, and refuses to start where something
+    else uses more than the rest. Ours has room for `ROOM` requests of full length (fewer where
+    fewer may run), but leaves half of the memory that is free.
+
+    Returns:
+        None where vLLM's own rule holds: on GPUs, and where it was told how much to take.
+    """
+    from vllm.platforms import current_platform
+
+    told = {"kv_cache_memory_bytes", "gpu_memory_utilization"} & config.engine.keys()
+    if told or os.environ.get("VLLM_CPU_KVCACHE_SPACE") or not current_platform.is_cpu():
+        return None
+    one, (free, _) = _one_request(config, found), _machine(config)
+    running = config.engine.get("max_num_seqs")
+    room = min(ROOM, running) if isinstance(running, int) and running > 0 else ROOM
+    half = int(free - _weights(config, found)) // 2
+    return max(one, min(room * one, half)) // _ranks(config)
+
+
+def _weights(config: Config, found: Diagnosis) -> int:
+    """Bytes of all weights, once loaded."""
+    dtype = str(config.engine.get("dtype", "auto"))
+    return sum(f.checkpoint.weight_bytes(dtype) for f in found.streams.values() if f.owns_weights)
+
+
+def _one_request(config: Config, found: Diagnosis) -> int:
+    """Bytes of the key-value cache of one request of full length, all streams together."""
+    length = context_length(config, found.streams[BASE].checkpoint) or 0
+    return length * sum(fact.kv_bytes for fact in found.streams.values())
+
+
+def _ranks(config: Config) -> int:
+    return int(config.engine.get("tensor_parallel_size", 1))
 
 
 def _machine(config: Config) -> tuple[int, str]:
     """(bytes, name) of the memory that the models go into."""
     from vllm.platforms import current_platform
 
+    ranks = _ranks(config)
     if current_platform.is_cpu():
-        psutil: Any = importlib.import_module("psutil")  # without type hints
-        return int(psutil.virtual_memory().available), "free memory"
-    cards = int(config.engine.get("tensor_parallel_size", 1))
+        from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
+
+        # vLLM binds each rank to the memory of one NUMA node.
+        nodes = list(dict.fromkeys(cpu.numa_node for cpu in get_allowed_cpu_list()))[:ranks]
+        return sum(int(get_memory_node_info(n).available_memory) for n in nodes), "free memory"
     share = float(config.engine.get("gpu_memory_utilization", 0.92))
-    return int(current_platform.get_device_total_memory() * cards * share), "GPU memory"
+    return int(current_platform.get_device_total_memory() * ranks * share), "GPU memory"
 
 
 def _size(count: float) -> str:

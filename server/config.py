@@ -151,6 +151,11 @@ class ServerConfig(Section):
     max_body_bytes: int = Field(
         4 * 1024 * 1024, ge=1024, description="Largest request body, in bytes; larger: 413."
     )
+    max_in_flight: int = Field(
+        1024,
+        ge=1,
+        description="Inference requests that may run or wait at the same time; one more: 429.",
+    )
     drain_timeout_s: float = Field(
         30.0,
         ge=0,
@@ -209,7 +214,9 @@ class Config(Section):
     )
     engine: dict[str, Any] = Field(
         default_factory=dict,
-        description="Any vLLM engine argument by its Python name, e.g. `max_model_len: 4096`.",
+        description="Any vLLM engine argument by its Python name, e.g. `max_model_len: 4096`. On "
+        "a CPU, `kv_cache_memory_bytes` is by default room for 64 requests of full length, but "
+        "at most half of the memory that is free.",
     )
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from server.capacity import contexts, memory
@@ -50,6 +51,7 @@ def diagnose(config: Config) -> Diagnosis:
     found.problems += _not_yet(config)
     found.guard("plugins", lambda: _methods(config, found))
     found.problems += engine_problems(config.engine)
+    found.problems += _parsers(config)
     for name, source, owns in _sources(config):
         found.guard(where(name), lambda n=name, s=source, o=owns: _stream(config, found, n, s, o))  # type: ignore[misc]
     if found.methods is not None:
@@ -118,6 +120,21 @@ def engine_problems(engine: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def _parsers(config: Config) -> list[str]:
+    """Parsers that vLLM does not have: it would look for them after the weights are loaded."""
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    found = []
+    for key, manager in (("tool_call_parser", ToolParserManager),
+                         ("reasoning_parser", ReasoningParserManager)):  # fmt: skip
+        name, known = getattr(config.chat, key), manager.list_registered()
+        if name is not None and name not in known:
+            found.append(f"chat.{key}: no such parser (got {name!r}); "
+                         f"allowed: one of: {', '.join(known)}")  # fmt: skip
+    return found
+
+
 def _stream(config: Config, found: Diagnosis, name: str, source: str, owns: bool) -> None:
     point = inspect(source)
     kinds = (("encoder-decoder", point.encoder_decoder), ("multimodal", point.multimodal),
@@ -145,20 +162,21 @@ def _check_profile(config: Config, methods: Registry, name: str, profile: Any) -
 
 
 def _vocabularies(config: Config, found: Diagnosis) -> None:
-    """Compares each stream's tokens with the base's."""
-    loaded: list[Vocabulary] = []
-    found.guard("model", lambda: loaded.append(
-        load_vocabulary(str(found.streams[BASE].checkpoint.folder))))  # fmt: skip
-    if not loaded:
-        return
-    for name, fact in list(found.streams.items()):
-        if name != BASE and fact.owns_weights:
-            found.guard(f"streams.{name}", lambda n=name: _overlap(found, n, loaded[0]))  # type: ignore[misc]
+    """Compares each stream's tokens with the base's; the base's own tell its table's padding."""
+    loaded: dict[Path, Vocabulary] = {}
+    for name in list(found.streams):
+        found.guard(where(name), lambda n=name: _overlap(found, n, loaded))  # type: ignore[misc]
+        if not loaded:
+            return
 
 
-def _overlap(found: Diagnosis, name: str, base: Vocabulary) -> None:
+def _overlap(found: Diagnosis, name: str, loaded: dict[Path, Vocabulary]) -> None:
     fact = found.streams[name]
-    laid: Overlap = overlap(base, load_vocabulary(str(fact.checkpoint.folder)), name=name)
+    for folder in (found.streams[BASE].checkpoint.folder, fact.checkpoint.folder):
+        if folder not in loaded:
+            loaded[folder] = load_vocabulary(str(folder))
+    base = loaded[found.streams[BASE].checkpoint.folder]
+    laid: Overlap = overlap(base, loaded[fact.checkpoint.folder], name=name)
     found.overlaps[name] = laid.to_wire()
     found.streams[name] = dataclasses.replace(fact, shared=int(laid.shared.sum()))
 

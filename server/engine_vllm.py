@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import signal
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -205,6 +207,10 @@ def start_engine(arguments: dict[str, Any]) -> SteeredLLM:
     """
     args = AsyncEngineArgs(**arguments)
     config = args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    # A terminal's Ctrl-C reaches every process of its group, and an engine that gets it drops its
+    # requests. The processes that this thread starts inherit its mask; we alone answer, and drain.
+    resource_tracker.ensure_running()  # its own start would lift the mask
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     engine: SteeredLLM = SteeredLLM.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,

@@ -1,11 +1,13 @@
 """The outermost ASGI application: open before the engine is, closed while draining.
 
-Order for each request: health and readiness → phase → key → body size → the real application.
+Order for each request: health and readiness → phase → key → body size → load → the real
+application.
 Pure ASGI: Starlette's `BaseHTTPMiddleware` would break the cancellation of running requests.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import MutableMapping
@@ -16,6 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.auth import Auth
+from server.config import ServerConfig
 from server.errors import HttpError
 from server.state import Life
 from server.validation import odd_value
@@ -31,13 +34,14 @@ class Gate:
     Args:
         life: the phase, kept by `launch`.
         auth: the keys.
-        max_body_bytes: larger request bodies get 413.
+        limits: section `server`: sizes and counts from which on requests are refused.
     """
 
-    def __init__(self, life: Life, auth: Auth, max_body_bytes: int) -> None:
+    def __init__(self, life: Life, auth: Auth, limits: ServerConfig) -> None:
         self.life = life
         self.auth = auth
-        self.max_body_bytes = max_body_bytes
+        self.max_body_bytes = limits.max_body_bytes
+        self.max_in_flight = limits.max_in_flight
         self.inner: ASGIApp | None = None
         """The real application, once the engine is up."""
 
@@ -57,6 +61,7 @@ class Gate:
             headers = Headers(scope=scope)
             self.auth.check(path, headers)
             self._refuse_by_length(headers)
+            self._refuse_by_load(path)
         except HttpError as error:
             await error(scope, receive, send)
             return
@@ -85,6 +90,11 @@ class Gate:
         if length.isdigit() and int(length) > self.max_body_bytes:
             raise self._too_large()
 
+    def _refuse_by_load(self, path: str) -> None:
+        if self.life.in_flight >= self.max_in_flight and path.startswith(_INFERENCE):
+            raise HttpError(429, f"The server is at its limit of {self.max_in_flight} requests.",
+                            retry_after_s=1)  # fmt: skip
+
     def _too_large(self) -> HttpError:
         return HttpError(413, f"The request body is larger than {self.max_body_bytes} bytes.")
 
@@ -101,11 +111,23 @@ class Gate:
                 raise self._too_large()
             return message
 
+        begun = False
+
+        async def noted(message: MutableMapping[str, Any]) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         counts = path.startswith(_INFERENCE)
         if counts:
             self.life.enter()
         try:
-            await self.inner(scope, counted, send)
+            await self.inner(scope, counted, noted)
+        except asyncio.CancelledError:
+            # The HTTP server ends and this request did not finish in time.
+            if not begun:
+                await HttpError(503, "The server ended before it could answer.", code="draining",
+                                retry_after_s=RETRY_AFTER_S)(scope, receive, send)  # fmt: skip
         except Exception:
             # Starlette answers 500 and raises again; the application has logged it by now, and
             # raising further would close the client's connection.

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import multiprocessing
 import signal
 import socket
+import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +77,10 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.life = Life()
-        self.gate = Gate(self.life, Auth(config), config.server.max_body_bytes)
+        self.gate = Gate(self.life, Auth(config), config.server)
         self.engine: SteeredLLM | None = None
+        self.signals = 0
+        self.hurry = asyncio.Event()
 
     async def run(self) -> int:
         """Serves until a signal, a drain or the engine's end.
@@ -91,32 +95,44 @@ class Run:
         ))  # fmt: skip
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.life.drain.set)
+            loop.add_signal_handler(number, self._signalled)
         served = asyncio.create_task(http.serve([sock]))
         try:
-            status = await self._until_end(sock.getsockname()[1])
+            status, last_line = await self._until_end(sock.getsockname()[1])
         finally:
             http.should_exit = True
+            # uvicorn shows a traceback for each request that it cuts off.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(served, SHUTDOWN_S)
             await self._stop_engine()
+        say(f"coxswain: {last_line}")
         return status
 
-    async def _until_end(self, port: int) -> int:
+    def _signalled(self) -> None:
+        """The first signal asks for an orderly end, the second for an immediate one."""
+        self.signals += 1
+        self.life.drain.set()
+        if self.signals > 1:
+            self.hurry.set()
+
+    async def _until_end(self, port: int) -> tuple[int, str]:
+        """Serves; returns the exit status and what to say last."""
         asked = asyncio.create_task(self.life.drain.wait())
         loading = asyncio.create_task(self._load(port))
         await asyncio.wait({asked, loading}, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
-            say("coxswain: stopped while loading")
-            return 0
+            return 0, "stopped while loading"
         try:
             serving = loading.result()
         except StartFailed as error:
             self.life.phase, self.life.reason = "dead", str(error)
             for problem in error.problems:
                 say(f"coxswain: {problem}")
-            say("coxswain: cannot start")
-            return 1
+            return 1, "cannot start"
+        except Exception as error:
+            traceback.print_exc()
+            return 1, f"cannot start: {type(error).__name__}: {error}"
         watching = asyncio.create_task(self._watch())
         polling = asyncio.create_task(self._poll(serving))
         await asyncio.wait({asked, watching}, return_when=asyncio.FIRST_COMPLETED)
@@ -157,29 +173,32 @@ class Run:
                 serving.counters.update(await serving.engine.counters())
             await asyncio.sleep(self.config.server.counters_every_s)
 
-    async def _died(self, reason: str) -> int:
+    async def _died(self, reason: str) -> tuple[int, str]:
         self.life.phase, self.life.reason = "dead", reason
         await asyncio.sleep(LINGER_S)
-        say(f"coxswain: engine failure: {reason}. Exit status 1.")
-        return 1
+        return 1, f"engine failure: {reason}. Exit status 1."
 
-    async def _drain(self, watching: asyncio.Task[str]) -> int:
+    async def _drain(self, watching: asyncio.Task[str]) -> tuple[int, str]:
         """Lets running requests finish."""
         life, limit = self.life, self.config.server.drain_timeout_s
         life.phase, life.reason = "draining", "the server is asked to end"
-        say(f"coxswain: draining, {life.in_flight} requests in flight, at most {limit:g} s")
+        say(f"coxswain: draining, {life.in_flight} requests in flight, at most {limit:g} s "
+            "(a second signal: at once)")  # fmt: skip
         idle = asyncio.create_task(life.idle.wait())
-        await asyncio.wait({idle, watching}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        hurry = asyncio.create_task(self.hurry.wait())
+        await asyncio.wait(
+            {idle, hurry, watching}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
+        )
         if watching.done():
             return await self._died(watching.result())
-        if life.in_flight:
-            say(f"coxswain: {life.in_flight} requests did not finish in time")
-        say("coxswain: ended in order")
-        return 0
+        cut = f"; {life.in_flight} requests were cut off" if life.in_flight else ""
+        return 0, f"ended in order{cut}"
 
     async def _stop_engine(self) -> None:
         if self.engine is not None:
             engine = self.engine
+            # vLLM takes the end that we ask for, too, for a failure, and shows a traceback.
+            logging.getLogger("vllm").setLevel(logging.CRITICAL)
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(
                     in_thread(lambda: engine.shutdown(timeout=SHUTDOWN_S)), 2 * SHUTDOWN_S

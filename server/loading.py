@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from server.capacity import cpu_cache_bytes
 from server.config import Config
 from server.console import Progress
 from server.state import Life
@@ -50,12 +51,13 @@ def environment(config: Config) -> list[str]:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        # Lets the CPU engine run its worker in its own process; see docs/decisions/0003.
+        # Lets a CPU engine run its worker in the engine's own process: docs/decisions/0003.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "TOKENIZERS_PARALLELISM": "false",
         # OpenMP threads that wait for each other sleep after about 0.1 ms instead of several: on
         # a machine that does other work too, steps took 50 times as long.
         "GOMP_SPINCOUNT": "20000",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         # Noise of the processes that vLLM starts: its own deprecations, and the semaphores that
         # an immediate exit leaves to the operating system.
         "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker,"
@@ -75,6 +77,8 @@ def engine_arguments(config: Config, diagnosis: Diagnosis) -> dict[str, Any]:
     engine = dict(config.engine)
     engine.setdefault("load_format", "safetensors")
     engine.setdefault("use_tqdm_on_load", False)
+    if (cache := cpu_cache_bytes(config, diagnosis)) is not None:
+        engine["kv_cache_memory_bytes"] = cache
     single = engine.get("tensor_parallel_size", 1) == 1
     if current_platform.is_cpu() and single:
         engine.setdefault("distributed_executor_backend", "uni")

@@ -117,7 +117,10 @@ class Server:
         # other crawl when something else uses the cores.
         environ["OMP_NUM_THREADS"] = "1"
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stderr=log, stdout=log, env=environ)
+            # A group of its own, so that a test can play the terminal that signals all of it.
+            self.process = subprocess.Popen(
+                command, stderr=log, stdout=log, env=environ, start_new_session=True
+            )
 
     @property
     def url(self) -> str:

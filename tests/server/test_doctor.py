@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
+from server.capacity import ROOM, cpu_cache_bytes
 from server.checkpoints import Unusable, inspect
 from server.config_file import parse
 from server.doctor import diagnose
+from server.loading import engine_arguments
 from server.main import run
+from steering.vocabulary import Overlap
 from tests.models import make_model
 from tests.server.live import document
 
@@ -26,7 +29,7 @@ def problems(models: Path, **changes: Any) -> list[str]:
 def test_a_good_configuration_has_no_problems_and_a_table(models: Path) -> None:
     found = diagnose(parse(document(), models, {}))
     assert found.problems == []
-    assert set(found.overlaps) == {"chat", "plain"}
+    assert set(found.overlaps) == {"base", "chat", "plain", "twin"}
     text = found.table()
     for word in ("stream", "LlamaForCausalLM", "Qwen2ForCausalLM", "KV bytes/token", "(shared)"):
         assert word in text
@@ -62,6 +65,8 @@ def test_the_command_prints_the_reasons_and_exits_1(
         ({"engine": {"enable_dbo": True}}, "engine.enable_dbo: refused"),
         ({"engine": {"enable_prompt_embeds": True}}, "engine.enable_prompt_embeds: refused"),
         ({"engine": {"load_format": "pt"}}, "engine.load_format: refused"),
+        ({"chat": {"tool_call_parser": "nope"}}, "chat.tool_call_parser: no such parser"),
+        ({"chat": {"reasoning_parser": "nope"}}, "chat.reasoning_parser: no such parser"),
         ({"engine": {"pipeline_parallel_size": "x"}}, "engine.pipeline_parallel_size: not a"),
         ({"engine": {"max_model_len": 1000}}, "streams.chat: holds 512 tokens, requests may have"),
         ({"engine": {"kv_cache_memory_bytes": 1000, "max_model_len": 512}},
@@ -73,6 +78,35 @@ def test_a_setting_that_cannot_be_served_is_one_line(
     models: Path, changes: dict[str, Any], line: str
 ) -> None:
     assert any(line in found for found in problems(models, **changes))
+
+
+def test_the_base_s_padded_rows_are_known_even_if_all_streams_are_twins(tmp_path: Path) -> None:
+    make_model(tmp_path / "base", "llama", vocab_size=512)
+    config = parse({"model": "./base", "streams": {"twin": {"same_as": "base"}}}, tmp_path, {})
+    found = diagnose(config)
+    assert found.problems == []
+    for name in ("base", "twin"):
+        assert Overlap.from_wire(found.overlaps[name]).padded.tolist() == list(range(500, 512))
+        assert found.streams[name].shared == 500
+    settings = engine_arguments(config, found)["additional_config"]["coxswain"]
+    assert settings["overlaps"] == found.overlaps
+
+
+def test_on_a_cpu_the_cache_leaves_memory_to_others(models: Path) -> None:
+    def cache(**engine: Any) -> int | None:
+        config = parse(document(engine={"dtype": "float32", **engine}), models, {})
+        return cpu_cache_bytes(config, diagnose(config))
+
+    # base and twin 1024 bytes per token each; chat and plain, see make_model.
+    one = cache(max_num_seqs=1, max_model_len=512)
+    assert one is not None
+    assert one % 512 == 0
+    assert one // 512 > 2 * 1024
+    assert cache(max_num_seqs=3, max_model_len=512) == 3 * one
+    assert cache(max_model_len=512) == ROOM * one
+    assert cache(max_num_seqs=1, max_model_len=256) == one // 2
+    assert cache(kv_cache_memory_bytes=1) is None
+    assert cache(gpu_memory_utilization=0.5) is None
 
 
 def test_streams_with_heads_are_not_served_yet(models: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -35,8 +38,9 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def gate(**config: Any) -> Gate:
-    parsed = parse({"model": "m", **config}, Path("/nowhere"), {})
-    found = Gate(Life(), Auth(parsed), BODY_LIMIT)
+    server = {"max_body_bytes": BODY_LIMIT, **config.pop("server", {})}
+    parsed = parse({"model": "m", "server": server, **config}, Path("/nowhere"), {})
+    found = Gate(Life(), Auth(parsed), parsed.server)
     found.inner = echo
     found.life.phase = "ready"
     return found
@@ -144,6 +148,51 @@ async def test_a_body_at_the_limit_passes() -> None:
     async with client(gate()) as http:
         answer = await http.post("/v1/completions", content=b"x" * BODY_LIMIT)
         assert answer.json() == {"length": BODY_LIMIT}
+
+
+async def test_one_request_more_than_the_limit_is_told_to_come_back() -> None:
+    app = gate(server={"max_in_flight": 1})
+    running, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        running.set()
+        await go_on.wait()
+        await echo(scope, receive, send)
+
+    app.inner = slow
+    async with client(app) as http:
+        first = asyncio.create_task(http.post("/v1/completions"))
+        await running.wait()
+        refused = await http.post("/v1/completions")
+        assert refused.status_code == 429
+        assert error_of(refused)["code"] == "rate_limit_exceeded"
+        assert int(refused.headers["retry-after"]) > 0
+        assert (await http.get("/health")).status_code == 200
+        go_on.set()
+        assert (await first).status_code == 200
+        assert (await http.post("/v1/completions")).status_code == 200
+
+
+async def test_a_request_that_is_cut_off_before_its_answer_is_told() -> None:
+    app = gate()
+
+    async def endless(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        await asyncio.Event().wait()
+
+    app.inner = endless
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    task = asyncio.create_task(app(scope, AsyncMock(), send))
+    await asyncio.sleep(0)
+    task.cancel()
+    await task
+    assert sent[0]["status"] == 503
+    assert json.loads(sent[1]["body"])["error"]["code"] == "draining"
+    assert app.life.in_flight == 0
 
 
 async def test_requests_in_flight_are_counted_and_a_crash_is_contained() -> None:

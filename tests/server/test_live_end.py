@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -28,18 +29,26 @@ BODY: dict[str, Any] = {
 class Stream(threading.Thread):
     """Reads one stream in the background."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, body: dict[str, Any] = BODY) -> None:
         super().__init__()
         self.server = server
+        self.body = body
         self.lines: list[str] = []
         self.begun = threading.Event()
 
     def run(self) -> None:
         url = f"{self.server.url}/v1/completions"
-        with httpx.stream("POST", url, json=BODY, timeout=120) as answer:
+        with (
+            contextlib.suppress(httpx.RemoteProtocolError),  # the server may end before the stream
+            httpx.stream("POST", url, json=self.body, timeout=120) as answer,
+        ):
             for line in answer.iter_lines():
                 self.lines.append(line)
                 self.begun.set()
+
+
+def last_line(server: Server) -> str:
+    return server.log.read_text().strip().splitlines()[-1]
 
 
 def test_drain_finishes_what_runs_refuses_what_comes_and_exits_0(server: Server) -> None:
@@ -48,6 +57,8 @@ def test_drain_finishes_what_runs_refuses_what_comes_and_exits_0(server: Server)
     stream.start()
     assert stream.begun.wait(60)
     assert server.post("/admin/drain", {}).status_code == 202
+    # Ctrl-C on a terminal reaches the engine's process, too.
+    os.killpg(server.process.pid, signal.SIGINT)
     time.sleep(0.05)
     refused = server.post("/v1/completions", {**BODY, "stream": False})
     assert refused.status_code == 503
@@ -58,7 +69,7 @@ def test_drain_finishes_what_runs_refuses_what_comes_and_exits_0(server: Server)
     stream.join(120)
     assert [line for line in stream.lines if line][-1] == "data: [DONE]"
     assert server.process.wait(60) == 0
-    assert "ended in order" in server.log.read_text()
+    assert last_line(server) == "coxswain: ended in order"
 
 
 def test_a_dead_engine_is_told_and_ends_the_process(models: Path) -> None:
@@ -84,9 +95,30 @@ def test_a_dead_engine_is_told_and_ends_the_process(models: Path) -> None:
         server.stop(signal.SIGKILL)
     assert any("engine process ended" in reason for reason in reasons)
     assert any('"error"' in line for line in stream.lines)
-    last = server.log.read_text().strip().splitlines()[-1]
-    assert last.startswith("coxswain: engine failure")
-    assert "SIGKILL" in last
+    assert last_line(server).startswith("coxswain: engine failure")
+    assert "SIGKILL" in last_line(server)
+
+
+def test_a_second_signal_cuts_off_what_runs(models: Path) -> None:
+    config = document()
+    config["engine"]["max_num_seqs"] = 1
+    server = Server(models, config)
+    try:
+        server.wait_ready()
+        stream = Stream(server, {**BODY, "n": 32, "temperature": 1})
+        stream.start()
+        assert stream.begun.wait(60)
+        server.process.send_signal(signal.SIGTERM)
+        while server.get("/ready").json()["status"] != "draining":
+            time.sleep(0.02)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        stream.join(30)
+        assert "data: [DONE]" not in stream.lines
+    finally:
+        server.stop(signal.SIGKILL)
+    assert last_line(server) == "coxswain: ended in order; 1 requests were cut off"
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_a_bad_configuration_stops_the_start_with_one_line_per_reason(models: Path) -> None:
