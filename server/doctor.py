@@ -16,6 +16,7 @@ from server.capacity import contexts, memory
 from server.checkpoints import Unusable, inspect
 from server.config import RESERVED_ENGINE, Config
 from server.diagnosis import Diagnosis, StreamFacts, where
+from server.templates import check_profile_templates, check_template
 from steering.method import Snapshot
 from steering.plan import BASE
 from steering.plugins import Registry, discover
@@ -52,6 +53,8 @@ def diagnose(config: Config) -> Diagnosis:
     found.guard("plugins", lambda: _methods(config, found))
     found.problems += engine_problems(config.engine)
     found.problems += _parsers(config)
+    if (template := config.chat.template) is not None:
+        found.guard("chat.template", lambda: check_template(template, "chat.template"))
     for name, source, owns in _sources(config):
         found.guard(where(name), lambda n=name, s=source, o=owns: _stream(config, found, n, s, o))  # type: ignore[misc]
     if found.methods is not None:
@@ -156,9 +159,10 @@ def _profiles(config: Config, found: Diagnosis, methods: Registry) -> None:
 
 
 def _check_profile(config: Config, methods: Registry, name: str, profile: Any) -> None:
-    check_profile(
+    resolved = check_profile(
         name, profile, methods=methods, snapshot=snapshot(config), limits=config.steering.limits
     )
+    check_profile_templates(name, profile, resolved)
 
 
 def _vocabularies(config: Config, found: Diagnosis) -> None:

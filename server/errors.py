@@ -6,6 +6,7 @@ One table: HTTP status → (type, code). The class of a `SteeringError` decides 
 from __future__ import annotations
 
 import json
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -95,11 +96,19 @@ def from_steering(error: SteeringError) -> HttpError:
     return HttpError(status, str(error), param=error.field)
 
 
+_APPENDED = re.compile(r" \(parameter=\w+(, value=.*)?\)$", re.DOTALL)
+"""What vLLM appends to a message and also says in `param`."""
+
+_FIELD_FIRST = re.compile(r"([a-z][a-z_]*)(?:=\S+)? (?:must|cannot|can only|is only|is not) ")
+"""How vLLM's messages begin where it leaves `param` out: `n must be at least 1`."""
+
+
 def from_vllm(error: dict[str, Any]) -> HttpError:
     """The `error` object of one of vLLM's answers, with our types and codes.
 
     Its `code` is the HTTP status; its `param` starts with `body.` for schema errors.
     """
+    message = str(error["message"])
     try:
         status = HTTPStatus(int(error.get("code") or 500)).value
     except ValueError:
@@ -107,9 +116,12 @@ def from_vllm(error: dict[str, Any]) -> HttpError:
     param = error.get("param")
     if isinstance(param, str):
         param = param.removeprefix("body.") or None
+    elif status == 400 and (field := _FIELD_FIRST.match(message)):
+        param = field[1]
     code = "model_not_found" if status == 404 and param == "model" else None
     retry = 5 if status == 503 else None
-    return HttpError(status, str(error["message"]), param=param, code=code, retry_after_s=retry)
+    message = _APPENDED.sub("", message)
+    return HttpError(status, message, param=param, code=code, retry_after_s=retry)
 
 
 def event(error: HttpError) -> str:

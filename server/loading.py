@@ -54,6 +54,8 @@ def environment(config: Config) -> list[str]:
         # Lets a CPU engine run its worker in the engine's own process: docs/decisions/0003.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        # Choices per request, as in the OpenAI API; vLLM's own limit is 16384.
+        "VLLM_MAX_N_SEQUENCES": "128",
         # OpenMP threads that wait for each other sleep after about 0.1 ms instead of several: on
         # a machine that does other work too, steps took 50 times as long.
         "GOMP_SPINCOUNT": "20000",

@@ -56,6 +56,26 @@ def steering_schema(
     return field, components
 
 
+def _error_schema() -> dict[str, Any]:
+    null_or_text = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+    fields = {"message": {"type": "string"}, "type": {"type": "string"},
+              "param": null_or_text, "code": null_or_text}  # fmt: skip
+    error = {"type": "object", "properties": fields, "required": list(fields)}
+    return {"type": "object", "properties": {"error": error}, "required": ["error"]}
+
+
+def _tell_errors(schema: dict[str, Any]) -> None:
+    """Our one shape of errors in place of FastAPI's own."""
+    schema["components"]["schemas"]["Error"] = _error_schema()
+    reference = {"schema": {"$ref": "#/components/schemas/Error"}}
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+            operation["responses"]["default"] = {
+                "description": "Any error.", "content": {"application/json": reference},
+            }  # fmt: skip
+
+
 def install(app: FastAPI, methods: Mapping[str, Method[Any]]) -> None:
     """Makes the application's schema show the methods."""
 
@@ -70,6 +90,7 @@ def install(app: FastAPI, methods: Mapping[str, Method[Any]]) -> None:
             schemas |= components
             for body in _BODIES:
                 schemas[body]["properties"]["steering"] = field
+            _tell_errors(schema)
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from server.config import NAME
 from server.errors import HttpError
+from server.templates import check_profile_templates
 from server.validation import problems
 from steering.errors import BadValue, NotFound
 from steering.method import Limits, Snapshot
@@ -114,6 +115,7 @@ class Profiles(Mapping[str, Profile]):
                             "there and restart.", param="name")  # fmt: skip
 
     def _check(self, name: str, profile: Profile) -> None:
-        check_profile(
+        resolved = check_profile(
             name, profile, methods=self._methods, snapshot=self._snapshot, limits=self._limits
         )
+        check_profile_templates(name, profile, resolved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from pydantic import BaseModel, Field, PrivateAttr
@@ -15,7 +16,18 @@ from vllm.entrypoints.serve.tokenize.protocol import (
 from vllm.sampling_params import SamplingParams
 
 from server.steered import Steered
+from steering.errors import BadValue
 from steering.wire import KEY
+
+HARMLESS = frozenset(
+    {
+        "metadata", "modalities", "moderation", "prediction", "prompt_cache_key",
+        "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "service_tier",
+        "store", "stream_options", "verbosity",
+    }
+)  # fmt: skip
+"""Fields of the OpenAI API that vLLM does not have and whose absence changes no answer's meaning:
+common clients send them."""
 
 
 class TemplateMixin(BaseModel):
@@ -64,6 +76,21 @@ class SteeredResponsesRequest(SteeringMixin, TemplateMixin, ResponsesRequest):
 
 class TokenizeMessages(TemplateMixin, TokenizeChatRequest):
     """Body of POST /tokenize with messages."""
+
+
+def refuse_unknown(request: BaseModel) -> None:
+    """Refuses fields that nobody would read.
+
+    vLLM ignores them: a misspelt `steering` or `seed` would go unnoticed.
+
+    Raises:
+        BadValue: the first such field, with the one that may be meant.
+    """
+    known = type(request).model_fields
+    for name in sorted((request.model_extra or {}).keys() - HARMLESS):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise BadValue(f"unknown field{hint}", field=name)
 
 
 TokenizeAny = TokenizeCompletionRequest | TokenizeMessages

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+from vllm.renderers.chat_utils import has_non_text_content
 
 from server import errors, sse
 from server.errors import HttpError
@@ -23,6 +24,7 @@ from server.protocol import (
     SteeredResponsesRequest,
     TokenizeAny,
     TokenizeMessages,
+    refuse_unknown,
 )
 from server.routes.strict import StrictRoute
 from server.serving import Serving
@@ -43,6 +45,8 @@ async def _steer(
     request: Any, raw: Request, traits: Callable[[Any, Serving], Any]
 ) -> Steered | None:
     """Resolves the request's steering and puts it on board."""
+    refuse_unknown(request)
+    _text_only(request)
     parts = serving(raw)
     labels: Labels = raw.scope.get(SCOPE_KEY) or Labels()
     asked_model.set(parts.steerer.profile_of_model(request.model))
@@ -60,6 +64,14 @@ async def _steer(
     request._steered = await parts.steerer.prepare(*wished, found)
     steered: Steered = request._steered
     return steered
+
+
+def _text_only(request: Any) -> None:
+    """Refuses media before anything looks at them: vLLM's parser would fetch their URLs."""
+    for field in ("messages", "input"):
+        if has_non_text_content(getattr(request, field, None)):
+            raise HttpError(400, f"{field}: the content must be text; this server reads no images, "
+                            "audio, video or files", param=field)  # fmt: skip
 
 
 def _need_template(request: Any, parts: Serving) -> None:
@@ -174,6 +186,8 @@ async def _tokens(
     request: Any, raw: Request, call: Callable[[Any, Request], Awaitable[Any]]
 ) -> Response:
     parts = serving(raw)
+    refuse_unknown(request)
+    _text_only(request)
     name = parts.steerer.profile_of_model(request.model)
     if name is not None and isinstance(request, TokenizeMessages):
         request._template = parts.profiles[name].chat_template

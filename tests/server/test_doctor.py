@@ -66,6 +66,7 @@ def test_the_command_prints_the_reasons_and_exits_1(
         ({"engine": {"enable_prompt_embeds": True}}, "engine.enable_prompt_embeds: refused"),
         ({"engine": {"load_format": "pt"}}, "engine.load_format: refused"),
         ({"chat": {"tool_call_parser": "nope"}}, "chat.tool_call_parser: no such parser"),
+        ({"chat": {"template": "{% for"}}, "chat.template: not a chat template: unexpected"),
         ({"chat": {"reasoning_parser": "nope"}}, "chat.reasoning_parser: no such parser"),
         ({"engine": {"pipeline_parallel_size": "x"}}, "engine.pipeline_parallel_size: not a"),
         ({"engine": {"max_model_len": 1000}}, "streams.chat: holds 512 tokens, requests may have"),
@@ -119,11 +120,17 @@ def test_a_profile_is_resolved_at_start(models: Path) -> None:
         "a": {"method": "mix", "weights": {"nope": 1}},
         "b": {"method": "nope"},
         "c": {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain", "strength": 99},
+        "d": {
+            "method": "mix",
+            "weights": {"base": 1, "chat": 1},
+            "prompts": {"chat": {"chat_template": "{{ x"}},
+        },
     }
     found = problems(models, profiles=profiles)
     assert any(line.startswith("profiles.a.weights.nope: no such stream") for line in found)
     assert any(line.startswith("profiles.b.method: no such method") for line in found)
     assert any(line.startswith("profiles.c.strength:") and "[0, 10]" in line for line in found)
+    assert any(line.startswith("profiles.d.prompts.chat.chat_template: not a") for line in found)
 
 
 def _broken(models: Path, tmp_path: Path, change: Callable[[Path], None]) -> list[str]:

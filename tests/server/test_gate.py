@@ -239,6 +239,12 @@ def test_vllm_errors_get_our_shape() -> None:
     found = from_vllm({"message": "no", "type": "NotFoundError", "param": "model", "code": 404})
     assert (found.status, found.code) == (404, "model_not_found")
     assert from_vllm({"message": "x", "param": "body.top_p", "code": 400}).param == "top_p"
+    appended = "top_p must be in (0, 1], got 3.0. (parameter=top_p, value=3.0)"
+    found = from_vllm({"message": appended, "param": "top_p", "code": 400})
+    assert (found.param, found.message) == ("top_p", "top_p must be in (0, 1], got 3.0.")
+    unnamed = from_vllm({"message": "n must be at least 1, got 0.", "param": None, "code": 400})
+    assert unnamed.param == "n"
+    assert from_vllm({"message": "Failed to transform", "param": None, "code": 400}).param is None
 
 
 @pytest.mark.parametrize(

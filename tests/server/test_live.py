@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 PROXY = {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain"}
 PROMPT = "Water boils at"
+IMAGE = [{"role": "user", "content": [
+    {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}]}]  # fmt: skip
 GREEDY = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 
 
@@ -292,6 +294,8 @@ def test_the_schema_documents_every_method(server: Server) -> None:
     assert all(ref in schema["components"]["schemas"] for ref in refs if ref)
     assert "strength" in schema["components"]["schemas"]["steering_proxy_tuning"]["properties"]
     assert field["examples"]
+    answers = schema["paths"]["/v1/completions"]["post"]["responses"]
+    assert set(answers) == {"200", "default"}
 
 
 # ---- prompts of their own -----------------------------------------------------------------
@@ -550,6 +554,16 @@ def test_what_is_not_json_is_refused(
         ("/v1/responses", {"model": "nope", "input": "a"}, 404, "model"),
         ("/v1/responses", {"model": "big-chat", "input": "a", "stream": True,
                            "steering": {"strength": -1}}, 400, "steering.strength"),
+        ("/v1/completions", {"model": "big", "prompt": "a", "n": 0}, 400, "n"),
+        ("/v1/completions", {"model": "big", "prompt": "a", "n": 129, "temperature": 1}, 400, "n"),
+        ("/v1/completions", {"model": "big", "prompt": "a", "sterring": PROXY}, 400, "sterring"),
+        ("/v1/chat/completions", {"model": "big-chat", "guided_json": {}, "messages": []}, 400,
+         "guided_json"),
+        ("/v1/chat/completions", {"model": "big-chat", "messages": IMAGE}, 400, "messages"),
+        ("/v1/chat/completions", {"model": "big", "messages": IMAGE}, 400, "messages"),
+        ("/v1/responses", {"model": "big-chat", "input": [{"role": "user", "content": [
+            {"type": "input_image", "image_url": "http://127.0.0.1:9/x.png"}]}]}, 400, "input"),
+        ("/tokenize", {"model": "big-chat", "messages": IMAGE}, 400, "messages"),
         ("/tokenize", {"model": "nope", "prompt": "a"}, 404, "model"),
         ("/nowhere", {}, 404, None),
         ("/health", {}, 405, None),
@@ -603,6 +617,7 @@ def test_profiles_over_the_admin_api(server: Server) -> None:
         ("bad", {"method": "mix", "weights": {"chat": 1}, "limits": {"weight": [-99, 99]}}, 400),
         ("bad", {"weights": {"chat": 1}}, 400),
         ("bad", [], 400),
+        ("bad", {"method": "mix", "weights": {"chat": 1}, "chat_template": "{% for"}, 400),
         ("big", {"method": "mix", "weights": {"chat": 1}}, 409),
         ("big-chat", {"method": "mix", "weights": {"chat": 1}}, 409),
         ("not ok", {"method": "mix", "weights": {"chat": 1}}, 400),
