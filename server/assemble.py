@@ -38,20 +38,22 @@ def readers(config: Config, diagnosis: Diagnosis) -> dict[str, Reader]:
     return found
 
 
-class _CallersFaults(logging.Filter):
-    """Keeps vLLM from logging a traceback for each bad value that a client sends."""
+class _OrdinaryFaults(logging.Filter):
+    """Keeps vLLM from logging a traceback for each bad value that a client sends, and for each
+    tool call that a model breaks off.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """False for what the client is told anyway."""
+        """False for what the client sees anyway."""
         error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, (VLLMClientError, ValueError))
+        where = record.name.startswith(("vllm.entrypoints.openai.", "vllm.tool_parsers."))
+        return not (where and isinstance(error, (VLLMClientError, ValueError)))
 
 
 def quiet_logs() -> None:
-    """Installs the filter where vLLM logs what went wrong in a stream."""
-    for api in ("chat_completion", "completion", "responses"):
-        name = f"vllm.entrypoints.openai.{api}.serving"
-        logging.getLogger(name).addFilter(_CallersFaults())
+    """Installs the filter in this process."""
+    for handler in logging.getLogger("vllm").handlers:
+        handler.addFilter(_OrdinaryFaults())
 
 
 async def assemble(config: Config, life: Life, loaded: Loaded) -> Serving:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from server.config import RESERVED_ENGINE, Config, ConfigInvalid
+from pydantic import ValidationError
+
+from server.config import RESERVED_ENGINE, Config, ConfigInvalid, ServerConfig
+from server.validation import problems
 
 
 def engine_flags(argv: list[str]) -> dict[str, Any]:
@@ -41,15 +44,16 @@ def engine_flags(argv: list[str]) -> dict[str, Any]:
 def with_overrides(
     config: Config, host: str | None, port: int | None, engine: dict[str, Any]
 ) -> Config:
-    """The settings with what the command line says."""
-    server: dict[str, Any] = {}
-    if host is not None:
-        server["host"] = host
-    if port is not None:
-        server["port"] = port
-    return config.model_copy(
-        update={
-            "server": config.server.model_copy(update=server),
-            "engine": {**config.engine, **engine},
-        }
-    )
+    """The settings with what the command line says.
+
+    Raises:
+        ConfigInvalid: a port that cannot be.
+    """
+    given = {"host": host, "port": port}
+    said = {name: value for name, value in given.items() if value is not None}
+    try:
+        server = ServerConfig.model_validate({**config.server.model_dump(), **said})
+    except ValidationError as error:
+        found = problems([dict(e) for e in error.errors()])
+        raise ConfigInvalid([f"command line: --{problem}" for problem in found]) from error
+    return config.model_copy(update={"server": server, "engine": {**config.engine, **engine}})

@@ -114,8 +114,8 @@ def load(config: Config, progress: Progress, life: Life) -> Loaded:
     try:
         return Loaded(start_engine(engine_arguments(config, diagnosis)), diagnosis)
     except Exception as error:
-        lines = [line for line in str(error).strip().split("\n") if line.strip()]
-        raise StartFailed([f"engine: {type(error).__name__}: {' '.join(lines)[:600]}"]) from error
+        text = " ".join(str(error).split()).split(" Failed core proc(s)")[0]
+        raise StartFailed([f"engine: {type(error).__name__}: {text[:600]}"]) from error
 
 
 async def in_thread(work: Callable[[], T]) -> T:

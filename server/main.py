@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from server.config import Config
+
+# vLLM says that it does without Triton before its logging is set up, in every process.
+logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
 _EPILOG = """\
 examples:

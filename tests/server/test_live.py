@@ -330,6 +330,35 @@ def test_a_stream_reads_its_own_prompt_and_usage_is_the_base_s(
     assert details["cached_tokens"] <= again["usage"]["prompt_tokens"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_padding_for_a_longer_prompt_is_never_seen(server: Server, stream: bool) -> None:
+    body = {"model": "big", **GREEDY, "steering": own({"prompt": LONG + PROMPT}), "stream": stream}
+
+    def choices(**more: Any) -> list[dict[str, Any]]:
+        asked = {**body, **more}
+        if stream:
+            return [c["choices"][0] for c in events(server, "/v1/completions", asked)]
+        found: list[dict[str, Any]] = server.post("/v1/completions", asked).json()["choices"]
+        return found
+
+    echoed = "".join(choice["text"] for choice in choices(echo=True))
+    answer = "".join(choice["text"] for choice in choices())
+    assert echoed == PROMPT + answer
+    ids = server.post("/tokenize", {"model": "big", "prompt": PROMPT}).json()["tokens"]
+    told = [c["prompt_token_ids"] for c in choices(return_token_ids=True)]
+    assert [t for t in told if t] == [ids]
+
+
+def test_the_log_stays_quiet(server: Server) -> None:
+    broken: dict[str, Any] = {
+        "model": "big-chat", "max_tokens": 4, "tool_choice": "required",
+        "messages": [{"role": "user", "content": "Row"}],
+        "tools": [{"type": "function", "function": {"name": "row"}}],
+    }  # fmt: skip
+    assert server.post("/v1/chat/completions", broken).status_code == 200
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_the_same_prompt_given_as_its_own_changes_nothing(server: Server) -> None:
     assert text(complete(server, own({"prompt": PROMPT}))) == text(complete(server, PROXY))
     template = {"chat_template": "{{ messages[0].content }}"}
