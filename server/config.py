@@ -112,8 +112,8 @@ class SteeringConfig(Section):
     weight: Range = Field((-10.0, 10.0), description="Closed range for every weight.")
     chat_templates: bool = Field(
         True,
-        description="Whether requests may bring chat templates for streams (sandboxed Jinja; a "
-        "hostile template can still cost processor time).",
+        description="Whether requests may bring chat templates for streams. They are rendered in "
+        "a process of their own, for at most 2 s and 512 MiB each.",
     )
 
     @model_validator(mode="after")

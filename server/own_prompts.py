@@ -1,28 +1,22 @@
 """Prompts of their own: what a stream reads instead of the request's prompt, as token ids.
 
-Rendered and tokenised with the stream's own tokenizer. Templates run in the same sandbox as the
-tokenizer's own (`transformers`); rendering runs in a thread, because it can take long.
+Rendered and tokenised with the stream's own tokenizer, in a thread, because it can take long.
+Templates that requests bring are rendered in a process of their own.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
+from server.sandbox import RenderFailed, Sandbox
 from steering.errors import BadValue
 from steering.method import OwnPrompt
 
-T = TypeVar("T")
-
 LONGEST_TEMPLATE = 64 * 1024
 """Characters of a chat template in a request."""
-
-RENDER_S = 2.0
-"""Seconds that a template from a request may run; nested loops could run for days."""
 
 LONGEST_RENDERED = 16 * 1024 * 1024
 """Characters that a rendered prompt may have before it is tokenised."""
@@ -30,6 +24,11 @@ LONGEST_RENDERED = 16 * 1024 * 1024
 
 class Tokenizer(Protocol):
     """The part of a `transformers` tokenizer that we use."""
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, Any]:
+        """What templates call `bos_token` and the like."""
+        ...
 
     def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]:
         """Token ids of a text."""
@@ -78,11 +77,13 @@ class OwnPrompts:
         readers: stream name → what it can read.
         longest: tokens that a prompt may have (the context, less one token to generate).
         chat_templates: whether requests may bring templates.
+        sandbox: renders those.
     """
 
     readers: Mapping[str, Reader]
     longest: int
     chat_templates: bool = True
+    sandbox: Sandbox = field(default_factory=Sandbox)
 
     async def token_ids(
         self,
@@ -111,9 +112,11 @@ class OwnPrompts:
             where = f"{field}.prompts.{stream}"
             if prompt.chat_template is not None and not trusted:
                 self._refuse_template(prompt.chat_template, where)
-            args: tuple[Any, ...] = (stream, prompt, conversation, where, default_template)
-            limit_s = None if trusted or prompt.chat_template is None else RENDER_S
-            found[stream] = await asyncio.to_thread(_within, limit_s, self._one, *args)
+            sandbox = None if trusted or prompt.chat_template is None else self.sandbox
+            found[stream] = await asyncio.get_running_loop().run_in_executor(
+                sandbox.line if sandbox else None,
+                self._one, stream, prompt, conversation, where, default_template, sandbox,
+            )  # fmt: skip
         return found
 
     def _refuse_template(self, template: str, where: str) -> None:
@@ -132,6 +135,7 @@ class OwnPrompts:
         conversation: Conversation | None,
         where: str,
         default_template: str | None,
+        sandbox: Sandbox | None,
     ) -> tuple[int, ...]:
         reader = self.readers[stream]
         if prompt.token_ids is not None:
@@ -140,7 +144,7 @@ class OwnPrompts:
         elif prompt.prompt is not None:
             ids = _encode(reader, prompt.prompt, True, f"{where}.prompt")
         else:
-            text = _render(reader, prompt, conversation, where, default_template)
+            text = _render(reader, prompt, conversation, where, default_template, sandbox)
             ids = _encode(reader, text, False, where)
         if not ids:
             raise BadValue("the prompt has no tokens", field=where)
@@ -158,29 +162,6 @@ class OwnPrompts:
             if token_id >= reader.table:
                 raise BadValue("not a token of this stream", field=f"{where}.{place}",
                                value=token_id, allowed=f"[0, {reader.table - 1}]")  # fmt: skip
-
-
-def _within(limit_s: float | None, work: Callable[..., T], *args: Any) -> T:
-    """Runs `work` in this thread for at most `limit_s` seconds; None: without a limit.
-
-    A compiled template is Python, so a trace function sees each of its lines. One line that
-    allocates far too much is not caught: operators who fear that set
-    `steering.chat_templates: false`.
-    """
-    if limit_s is None:
-        return work(*args)
-    end = time.monotonic() + limit_s
-
-    def trace(_frame: Any, _event: str, _arg: Any) -> Any:
-        if time.monotonic() > end:
-            raise TimeoutError(f"it ran for more than {limit_s:g} s")
-        return trace
-
-    sys.settrace(trace)
-    try:
-        return work(*args)
-    finally:
-        sys.settrace(None)
 
 
 def _encode(reader: Reader, text: str, special: bool, where: str) -> list[int]:
@@ -206,6 +187,7 @@ def _render(
     conversation: Conversation | None,
     where: str,
     default_template: str | None,
+    sandbox: Sandbox | None,
 ) -> str:
     """The text of a prompt that is given as a template or as messages."""
     if prompt.messages is not None:
@@ -226,6 +208,9 @@ def _render(
             prompt.chat_template,
         )
     try:
+        if sandbox is not None and template is not None:
+            variables = {**reader.tokenizer.special_tokens_map, **options}
+            return sandbox.render(template, messages, variables)
         text = reader.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             chat_template=template,
@@ -233,8 +218,8 @@ def _render(
             **options,
         )
     except Exception as error:
-        # Jinja runs the caller's template: it may raise anything, and all of it is their fault.
-        detail = " ".join(str(error).split())[:300]
-        raise BadValue(f"the template does not render: {type(error).__name__}: {detail}",
-                       field=place) from error  # fmt: skip
+        detail = str(error)
+        if not isinstance(error, RenderFailed):
+            detail = f"{type(error).__name__}: {' '.join(detail.split())[:300]}"
+        raise BadValue(f"the template does not render: {detail}", field=place) from error
     return str(text)

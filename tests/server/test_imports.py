@@ -13,7 +13,7 @@ LIGHT = (
     "main", "config", "config_file", "validation", "errors", "auth", "gate", "state", "launch",
     "loading", "console", "flags", "listing", "reference", "metrics", "sse", "profiles",
     "own_prompts", "steered", "steerer", "openapi", "checkpoints", "diagnosis", "capacity",
-    "doctor", "templates",
+    "doctor", "templates", "sandbox",
 )  # fmt: skip
 
 

@@ -510,6 +510,7 @@ BAD_STEERING: list[tuple[Any, int, str | None]] = [
     (own({"chat_template": "{{ 1 / 0 }}"}), 400, "steering.prompts.chat.chat_template"),
     (own({"chat_template": "{{ ''.__class__.__mro__ }}"}), 400,
      "steering.prompts.chat.chat_template"),
+    (own({"chat_template": "{{ 'x' * 10**11 }}"}), 400, "steering.prompts.chat.chat_template"),
     (own({"chat_template": "x" * 70_000}), 400, "steering.prompts.chat.chat_template"),
     ({**PROXY, "prompts": {"twin": {"prompt": "a"}}}, 400, "steering.prompts.twin"),
     ({**PROXY, "prompts": {"base": {"prompt": "a"}}}, 400, "steering.prompts.base"),

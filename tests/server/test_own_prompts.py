@@ -9,6 +9,7 @@ import pytest
 from server.errors import HttpError
 from server.own_prompts import Conversation, OwnPrompts, Reader
 from server.profiles import MOST, Profiles
+from server.sandbox import Sandbox
 from server.steered import Steered, summary
 from server.steerer import Steerer, Traits
 from steering.errors import BadValue, NotFound, SteeringError
@@ -21,6 +22,7 @@ from tests.models import CHAT_TEMPLATE, make_tokenizer
 TOKENIZER: Any = make_tokenizer()
 SNAPSHOT = Snapshot({"base": "lm", "chat": "lm", "plain": "lm"})
 PROXY = {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain"}
+SANDBOX = Sandbox()
 TALK = Conversation([{"role": "user", "content": "Hello river"}])
 
 
@@ -29,7 +31,7 @@ def own_prompts(**changes: Any) -> OwnPrompts:
         "chat": Reader(TOKENIZER, 500, True),
         "plain": Reader(TOKENIZER, 490, False),
     }
-    return OwnPrompts(readers, 50, **changes)
+    return OwnPrompts(readers, 50, **{"sandbox": SANDBOX, **changes})
 
 
 async def ids_of(prompt: dict[str, Any], stream: str = "chat", **options: Any) -> list[int]:
@@ -97,8 +99,38 @@ async def test_a_bad_prompt_names_stream_and_field(
 
 async def test_a_template_that_never_ends_is_stopped() -> None:
     loops = "{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    found = own_prompts()
     with pytest.raises(BadValue, match="more than 2 s"):
-        await ids_of({"chat_template": loops})
+        await found.token_ids({"chat": OwnPrompt(chat_template=loops)}, TALK)
+    assert await found.token_ids({"chat": OwnPrompt(chat_template="x")}, TALK), "the next one runs"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'x' * 10**10 }}",
+        "{{ 'x'.ljust(10**10) }}",
+        (
+            "{% set n = namespace(t='x') %}{% for i in range(40) %}{% set n.t = n.t ~ n.t %}"
+            "{% endfor %}"
+        ),
+    ],
+)
+async def test_a_template_that_takes_all_memory_is_stopped(template: str) -> None:
+    found = own_prompts()
+    with pytest.raises(BadValue, match="too much memory"):
+        await found.token_ids({"chat": OwnPrompt(chat_template=template)}, TALK)
+    assert await found.token_ids({"chat": OwnPrompt(chat_template="x")}, TALK), "the next one runs"
+
+
+async def test_a_request_s_template_sees_what_the_tokenizer_s_own_would() -> None:
+    own = await ids_of({"chat_template": "{{ bos_token }}" + CHAT_TEMPLATE})
+    text = TOKENIZER.apply_chat_template(
+        TALK.messages, chat_template="{{ bos_token }}" + CHAT_TEMPLATE, tokenize=False,
+        add_generation_prompt=True,
+    )  # fmt: skip
+    assert text.startswith("<s>")
+    assert own == TOKENIZER.encode(text, add_special_tokens=False)
 
 
 async def test_templates_of_requests_can_be_forbidden_but_not_the_profile_s() -> None:
