@@ -37,7 +37,7 @@ def memory(config: Config, found: Diagnosis) -> list[str]:
     weights, one = _weights(config, found), _one_request(config, found)
     machine, what = _machine(config)
     given = config.engine.get("kv_cache_memory_bytes")
-    cache = given * _ranks(config) if isinstance(given, int) else one
+    cache = given * ranks_of(config) if isinstance(given, int) else one
     lines = []
     if one > cache:
         length = context_length(config, found.streams[BASE].checkpoint)
@@ -72,7 +72,7 @@ def cpu_cache_bytes(config: Config, found: Diagnosis) -> int | None:
     running = config.engine.get("max_num_seqs")
     room = min(ROOM, running) if isinstance(running, int) and running > 0 else ROOM
     half = int(free - _weights(config, found)) // 2
-    return max(one, min(room * one, half)) // _ranks(config)
+    return max(one, min(room * one, half)) // ranks_of(config)
 
 
 def _weights(config: Config, found: Diagnosis) -> int:
@@ -87,15 +87,17 @@ def _one_request(config: Config, found: Diagnosis) -> int:
     return length * sum(fact.kv_bytes for fact in found.streams.values())
 
 
-def _ranks(config: Config) -> int:
-    return int(config.engine.get("tensor_parallel_size", 1))
+def ranks_of(config: Config) -> int:
+    """Devices that the models are split over."""
+    asked = config.engine.get("tensor_parallel_size")
+    return asked if isinstance(asked, int) and asked > 0 else 1
 
 
 def _machine(config: Config) -> tuple[int, str]:
     """(bytes, name) of the memory that the models go into."""
     from vllm.platforms import current_platform
 
-    ranks = _ranks(config)
+    ranks = ranks_of(config)
     if current_platform.is_cpu():
         from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
 

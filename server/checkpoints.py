@@ -29,7 +29,7 @@ class Checkpoint:
         file_bytes: bytes of its tensors as stored.
         quantized: config.json has a quantization section.
         dtype: what config.json says, e.g. `bfloat16`.
-        layers, kv_heads, head_size: of its attention.
+        layers, heads, kv_heads, head_size: of its attention.
         context: tokens that its positions reach, or None if config.json does not say.
         vocabulary: rows of its embedding table.
         encoder_decoder, multimodal, recurrent: kinds that cannot be streams.
@@ -42,6 +42,7 @@ class Checkpoint:
     quantized: bool
     dtype: str
     layers: int
+    heads: int
     kv_heads: int
     head_size: int
     context: int | None
@@ -116,6 +117,7 @@ def inspect(model: str) -> Checkpoint:
         quantized="quantization_config" in config,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         layers=_number(shape, "num_hidden_layers", "n_layer", "num_layers"),
+        heads=heads,
         kv_heads=shape.get("num_key_value_heads") or heads,
         head_size=shape.get("head_dim") or (hidden // heads if heads else 0),
         context=_context(shape),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from server.capacity import contexts, memory
+from server.capacity import contexts, memory, ranks_of
 from server.checkpoints import Unusable, inspect
 from server.config import RESERVED_ENGINE, Config
 from server.diagnosis import Diagnosis, StreamFacts, where
@@ -61,7 +61,7 @@ def diagnose(config: Config) -> Diagnosis:
         _profiles(config, found, found.methods)
     if BASE in found.streams:
         _vocabularies(config, found)
-        found.problems += _architectures(found)
+        found.problems += _architectures(config, found)
         found.problems += contexts(config, found)
         found.problems += memory(config, found)
     return found
@@ -185,7 +185,7 @@ def _overlap(found: Diagnosis, name: str, loaded: dict[Path, Vocabulary]) -> Non
     found.streams[name] = dataclasses.replace(fact, shared=int(laid.shared.sum()))
 
 
-def _architectures(found: Diagnosis) -> list[str]:
+def _architectures(config: Config, found: Diagnosis) -> list[str]:
     """What vLLM and its attention backend can run."""
     from vllm import ModelRegistry
     from vllm.platforms import current_platform
@@ -202,6 +202,10 @@ def _architectures(found: Diagnosis) -> list[str]:
         why = _unsupported(ModelRegistry, fact.checkpoint.architecture)
         if why is not None:
             lines.append(f"{where(name)}: {why}")
+        heads, ranks = fact.checkpoint.heads, ranks_of(config)
+        if heads % ranks:
+            lines.append(f"{where(name)}: {heads} attention heads cannot be split over "
+                         f"engine.tensor_parallel_size: {ranks}")  # fmt: skip
         size = fact.checkpoint.head_size
         if sizes is not None and size and size not in sizes:
             allowed = ", ".join(map(str, sizes))

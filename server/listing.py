@@ -49,7 +49,10 @@ def _of_server(url: str) -> Mapping[str, Mapping[str, Any]] | None:
         print(f"coxswain: {url}: {error}", file=sys.stderr)
         return None
     if answer.status_code != 200:
-        message = answer.json().get("error", {}).get("message", answer.text)
+        try:
+            message = answer.json()["error"]["message"]
+        except (ValueError, LookupError, TypeError):
+            message = "not an answer of Coxswain"
         print(f"coxswain: {url}: {answer.status_code}: {message}", file=sys.stderr)
         return None
     return {entry["name"]: entry for entry in answer.json()["profiles"]}

@@ -5,7 +5,8 @@ The routes call `Steerer.prepare`; what it raises becomes a 4xx answer, also for
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,15 +34,15 @@ class Traits:
     """What steering must know about a request beside its `steering` field.
 
     Args:
-        conversations: for each prompt, its messages; None where it has none (token ids that are
-            not text).
+        conversations: gives, for each prompt, its messages; None where it has none (token ids
+            that are not text). Asked only where a template needs them, in a thread.
         max_tokens: asked for explicitly, or None.
         n: choices per prompt.
         beam_search: beam search, which has no place for a plan.
         prompt_logprobs: log-probabilities of the prompt are asked for.
     """
 
-    conversations: Sequence[Conversation | None]
+    conversations: Callable[[], Sequence[Conversation | None]]
     max_tokens: int | None = None
     n: int = 1
     beam_search: bool = False
@@ -123,15 +124,16 @@ class Steerer:
         if resolved.prompts:
             plans = [
                 resolved.with_prompts(await self._ids(wish, resolved.prompts, conversation))
-                for conversation in self._distinct(resolved, traits)
+                for conversation in await self._distinct(resolved, traits)
             ]
         return Steered(plans, wish.profile, traits.max_tokens, traits.n)
 
     @staticmethod
-    def _distinct(resolved: Resolved, traits: Traits) -> Sequence[Conversation | None]:
+    async def _distinct(resolved: Resolved, traits: Traits) -> Sequence[Conversation | None]:
         """The conversations for which own prompts differ: one, unless a template renders them."""
-        rendered = any(p.chat_template is not None for p in resolved.prompts.values())
-        return traits.conversations if rendered else traits.conversations[:1]
+        if any(p.chat_template is not None for p in resolved.prompts.values()):
+            return await asyncio.to_thread(traits.conversations)
+        return [None]
 
     async def _ids(
         self, wish: Wish, prompts: Mapping[str, OwnPrompt], conversation: Conversation | None

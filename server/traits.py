@@ -37,7 +37,7 @@ def chat_traits(request: SteeredChatRequest, parts: Serving) -> Traits:
         options.pop(key, None)
     asked = request.max_completion_tokens
     return Traits(
-        conversations=[_conversation(request.messages, parts, options)],
+        conversations=lambda: [_conversation(request.messages, parts, options)],
         max_tokens=asked if asked is not None else request.max_tokens,
         n=request.n or 1,
         beam_search=bool(request.use_beam_search),
@@ -48,12 +48,16 @@ def chat_traits(request: SteeredChatRequest, parts: Serving) -> Traits:
 
 def completion_traits(request: SteeredCompletionRequest, parts: Serving) -> Traits:
     """Of a text completion: each prompt is one message of a user."""
-    texts = [_text(prompt, parts) for prompt in _prompts(request.prompt)]
-    return Traits(
-        conversations=[
+
+    def conversations() -> list[Conversation | None]:
+        texts = [_text(prompt, parts) for prompt in _prompts(request.prompt)]
+        return [
             None if text is None else Conversation([{"role": "user", "content": text}])
             for text in texts
-        ],
+        ]
+
+    return Traits(
+        conversations=conversations,
         max_tokens=request.max_tokens if "max_tokens" in request.model_fields_set else None,
         n=request.n or 1,
         beam_search=bool(request.use_beam_search),
@@ -64,11 +68,15 @@ def completion_traits(request: SteeredCompletionRequest, parts: Serving) -> Trai
 
 def responses_traits(request: SteeredResponsesRequest, parts: Serving) -> Traits:
     """Of a request to the Responses API."""
-    messages = construct_input_messages(
-        request_instructions=request.instructions, request_input=request.input
-    )
+
+    def conversations() -> list[Conversation | None]:
+        messages = construct_input_messages(
+            request_instructions=request.instructions, request_input=request.input
+        )
+        return [_conversation(messages, parts, {"add_generation_prompt": True})]
+
     return Traits(
-        conversations=[_conversation(messages, parts, {"add_generation_prompt": True})],
+        conversations=conversations,
         max_tokens=request.max_output_tokens,
     )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
@@ -29,10 +29,13 @@ from server.protocol import (
 from server.routes.strict import StrictRoute
 from server.serving import Serving
 from server.steered import Steered, summary
+from server.steerer import Traits
 from server.traits import chat_traits, completion_traits, responses_traits
 
 router = APIRouter(route_class=StrictRoute)
 _JSON = [Depends(validate_json_request)]
+_LAST = ("response.completed", "response.incomplete")
+logger = logging.getLogger("coxswain")
 
 
 def serving(request: Request) -> Serving:
@@ -42,7 +45,7 @@ def serving(request: Request) -> Serving:
 
 
 async def _steer(
-    request: Any, raw: Request, traits: Callable[[Any, Serving], Any]
+    request: Any, raw: Request, traits: Callable[[Any, Serving], Traits]
 ) -> Steered | None:
     """Resolves the request's steering and puts it on board."""
     refuse_unknown(request)
@@ -60,8 +63,7 @@ async def _steer(
     _need_template(request, parts)
     if wished is None:
         return None
-    found = await asyncio.to_thread(traits, request, parts)
-    request._steered = await parts.steerer.prepare(*wished, found)
+    request._steered = await parts.steerer.prepare(*wished, traits(request, parts))
     steered: Steered = request._steered
     return steered
 
@@ -156,12 +158,18 @@ async def _response_events(
     events: AsyncGenerator[Any, None], report: Callable[[], dict[str, Any] | None]
 ) -> AsyncGenerator[str, None]:
     """Events of the Responses API; the last one carries the report."""
-    async for event in events:
-        kind = getattr(event, "type", "unknown")
-        data = event.model_dump(mode="json", by_alias=True)
-        if kind == "response.completed" and (found := report()) is not None:
-            data["response"]["steering"] = found
-        yield f"event: {kind}\ndata: {json.dumps(data)}\n\n"
+    try:
+        async for event in events:
+            kind = getattr(event, "type", "unknown")
+            data = event.model_dump(mode="json", by_alias=True)
+            if kind in _LAST and (found := report()) is not None:
+                data["response"]["steering"] = found
+            yield f"event: {kind}\ndata: {json.dumps(data)}\n\n"
+    except Exception as error:  # the status is out: what remains is an event
+        logger.debug("a stream of the Responses API broke", exc_info=error)
+        told = {"type": "error", "code": "server_error", "param": None,
+                "message": "The engine could not finish this request."}  # fmt: skip
+        yield f"event: error\ndata: {json.dumps(told)}\n\n"
 
 
 @router.get("/v1/models")

@@ -62,6 +62,8 @@ def test_the_command_prints_the_reasons_and_exits_1(
         ({"engine": {"pipeline_parallel_size": 2}}, "engine.pipeline_parallel_size: refused"),
         ({"engine": {"decode_context_parallel_size": 2}}, "engine.decode_context_parallel_size"),
         ({"engine": {"prefill_context_parallel_size": 2}}, "engine.prefill_context_parallel_size"),
+        ({"engine": {"tensor_parallel_size": 3}},
+         "streams.chat: 2 attention heads cannot be split over engine.tensor_parallel_size: 3"),
         ({"engine": {"enable_dbo": True}}, "engine.enable_dbo: refused"),
         ({"engine": {"enable_prompt_embeds": True}}, "engine.enable_prompt_embeds: refused"),
         ({"engine": {"load_format": "pt"}}, "engine.load_format: refused"),

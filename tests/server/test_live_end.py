@@ -29,18 +29,19 @@ BODY: dict[str, Any] = {
 class Stream(threading.Thread):
     """Reads one stream in the background."""
 
-    def __init__(self, server: Server, body: dict[str, Any] = BODY) -> None:
+    def __init__(
+        self, server: Server, body: dict[str, Any] = BODY, path: str = "/v1/completions"
+    ) -> None:
         super().__init__()
-        self.server = server
+        self.url = server.url + path
         self.body = body
         self.lines: list[str] = []
         self.begun = threading.Event()
 
     def run(self) -> None:
-        url = f"{self.server.url}/v1/completions"
         with (
             contextlib.suppress(httpx.RemoteProtocolError),  # the server may end before the stream
-            httpx.stream("POST", url, json=self.body, timeout=120) as answer,
+            httpx.stream("POST", self.url, json=self.body, timeout=120) as answer,
         ):
             for line in answer.iter_lines():
                 self.lines.append(line)
@@ -77,8 +78,11 @@ def test_a_dead_engine_is_told_and_ends_the_process(models: Path) -> None:
     try:
         server.wait_ready()
         stream = Stream(server)
-        stream.start()
-        assert stream.begun.wait(60)
+        told = {"model": "big-chat", "input": "Water", "max_output_tokens": 200, "stream": True}
+        responses = Stream(server, told, "/v1/responses")
+        for reader in (stream, responses):
+            reader.start()
+            assert reader.begun.wait(60)
         os.kill(server.engine_process(), signal.SIGKILL)
         reasons = []
         while server.process.poll() is None:
@@ -90,11 +94,13 @@ def test_a_dead_engine_is_told_and_ends_the_process(models: Path) -> None:
                 pass
             time.sleep(0.1)
         stream.join(30)
+        responses.join(30)
         assert server.process.wait(60) == 1
     finally:
         server.stop(signal.SIGKILL)
     assert any("engine process ended" in reason for reason in reasons)
     assert any('"error"' in line for line in stream.lines)
+    assert "event: error" in responses.lines
     assert last_line(server).startswith("coxswain: engine failure")
     assert "SIGKILL" in last_line(server)
 

@@ -195,7 +195,7 @@ def steerer(inline: bool = True, **configured: dict[str, Any]) -> Steerer:
 async def prepared(found: Steerer, steering: Any, *talks: Conversation | None) -> Steered:
     wished = found.resolve(Request(steering))
     assert wished is not None
-    return await found.prepare(*wished, Traits(talks or (TALK,)))
+    return await found.prepare(*wished, Traits(lambda: talks or (TALK,)))
 
 
 async def test_each_prompt_of_a_batch_gets_its_own_rendering() -> None:
@@ -233,11 +233,11 @@ async def test_combinations_without_meaning_are_refused() -> None:
     wished = found.resolve(Request(PROXY))
     assert wished is not None
     with pytest.raises(BadValue, match="use_beam_search"):
-        await found.prepare(*wished, Traits([TALK], beam_search=True))
+        await found.prepare(*wished, Traits(lambda: [TALK], beam_search=True))
     wished = found.resolve(Request({**PROXY, "prompts": {"chat": {"prompt": "x"}}}))
     assert wished is not None
     with pytest.raises(BadValue, match=r"steering\.prompts"):
-        await found.prepare(*wished, Traits([TALK], prompt_logprobs=True))
+        await found.prepare(*wished, Traits(lambda: [TALK], prompt_logprobs=True))
 
 
 def test_a_summary_adds_up_over_prompts_and_choices() -> None:
