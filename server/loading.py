@@ -56,8 +56,8 @@ def environment(config: Config) -> list[str]:
         "TOKENIZERS_PARALLELISM": "false",
         # Choices per request, as in the OpenAI API; vLLM's own limit is 16384.
         "VLLM_MAX_N_SEQUENCES": "128",
-        # OpenMP threads that wait for each other sleep after about 0.1 ms instead of several: on
-        # a machine that does other work too, steps took 50 times as long.
+        # OpenMP threads that wait for each other spin a fifteenth of libgomp's default before they
+        # sleep: where something else used the cores, some steps took 50 times as long.
         "GOMP_SPINCOUNT": "20000",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         # Noise of the processes that vLLM starts: its own deprecations, and the semaphores that

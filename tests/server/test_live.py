@@ -351,7 +351,7 @@ def test_padding_for_a_longer_prompt_is_never_seen(server: Server, stream: bool)
 
 def test_the_log_stays_quiet(server: Server) -> None:
     broken: dict[str, Any] = {
-        "model": "big-chat", "max_tokens": 4, "tool_choice": "required",
+        "model": "big-chat", "max_tokens": 40, "temperature": 0, "tool_choice": "required",
         "messages": [{"role": "user", "content": "Row"}],
         "tools": [{"type": "function", "function": {"name": "row"}}],
     }  # fmt: skip
