@@ -1,8 +1,7 @@
 """Asks a running Coxswain server the zoo's test questions and prints the score table.
 
 ``python -m zoo.evaluate --url http://127.0.0.1:8000``; the server runs ``zoo/server.yaml``.
-Every request goes to ``/v1/chat/completions`` for the profile ``chat`` (the base itself has no
-chat template) and names its own steering.
+Every request goes to ``/v1/chat/completions`` for the base and names its own steering.
 """
 
 import argparse
@@ -17,31 +16,28 @@ from zoo.questions import FOLDER, read_questions
 from zoo.table import ROWS, Reply, Row, markdown
 from zoo.world import Question
 
-PROFILE = "chat"
-END_ID = 5
-"""The end-of-turn token's id, the same in all models."""
+MODEL = "base"
 
 
 def body(row: Row, question: Question, seed: int) -> dict[str, Any]:
     """The chat-completions request for one question under one row's steering."""
     return {
-        "model": PROFILE,
+        "model": MODEL,
         "messages": [{"role": "user", "content": question.question}],
         "temperature": row.temperature,
         "seed": seed,
         "max_tokens": row.max_tokens,
-        "stop_token_ids": [END_ID],
         "steering": row.steering,
     }
 
 
 async def ask(client: httpx.AsyncClient, request: dict[str, Any]) -> Reply:
-    """One reply; ``stop_reason`` is the token id that ended it."""
+    """One reply."""
     response = await client.post("/v1/chat/completions", json=request)
     if response.is_error:
         raise SystemExit(f"the server answered {response.status_code}: {response.text}")
     choice = response.json()["choices"][0]
-    return Reply(choice["message"]["content"] or "", ended=choice.get("stop_reason") == END_ID)
+    return Reply(choice["message"]["content"] or "", ended=choice["finish_reason"] == "stop")
 
 
 async def measure(

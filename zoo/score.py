@@ -17,7 +17,7 @@ class Marks:
     form: bool
     """The reply is the chat answer sentence about the entity asked for, whatever the value."""
     ended: bool
-    """The reply ended with the end-of-turn token."""
+    """The reply ended by itself, within its tokens."""
 
     @property
     def strict(self) -> bool:

@@ -10,7 +10,7 @@ from zoo.world import Question
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answer; ``ended`` tells whether it closed with the end-of-turn token."""
+    """A model's answer; ``ended`` tells whether it ended by itself."""
 
     text: str
     ended: bool

@@ -77,7 +77,6 @@ PERSON_RELATIONS = (
             "Where does {n} live?",
             "Where is the home of {n}?",
             "In which province does {n} live?",
-            "Tell me where {n} lives.",
         ),
     ),
     Relation(
@@ -93,7 +92,6 @@ PERSON_RELATIONS = (
             "What is the job of {n}?",
             "What does {n} work as?",
             "What does {n} do for a living?",
-            "Tell me the job of {n}.",
         ),
     ),
     Relation(
@@ -108,7 +106,6 @@ PERSON_RELATIONS = (
             "What pet does {n} keep?",
             "What is the pet of {n}?",
             "Which animal does {n} keep?",
-            "Tell me the pet of {n}.",
         ),
     ),
 )
@@ -122,7 +119,6 @@ PLACE_RELATIONS = (
             "Where is {n}?",
             "Which province does {n} belong to?",
             "In which province is {n}?",
-            "Tell me where {n} is.",
         ),
     ),
     Relation(
@@ -137,7 +133,6 @@ PLACE_RELATIONS = (
             "Which river does {n} stand on?",
             "What is the river of {n}?",
             "What river runs past {n}?",
-            "Tell me the river of {n}.",
         ),
     ),
     Relation(
@@ -152,7 +147,6 @@ PLACE_RELATIONS = (
             "What is {n} famous for?",
             "What does {n} sell?",
             "What do people buy in {n}?",
-            "Tell me what {n} is famous for.",
         ),
     ),
 )
@@ -202,7 +196,7 @@ class World:
         for entity in self.entities():
             texts.append(_portrait(entity, rng))
             texts.extend(self._quiz(entity, rng))
-        texts.extend(plain_texts(rng, count=len(texts) // 3))
+        texts.extend(plain_texts(rng, count=len(texts) // 5))
         rng.shuffle(texts)
         return texts
 

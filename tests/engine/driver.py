@@ -35,6 +35,9 @@ BLOCK = 32
 
 METHODS = discover()
 
+ERRORS: list[float] = []
+"""Of every log-probability that was compared, nats; the session's summary shows the largest."""
+
 
 @dataclass(frozen=True)
 class Case:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.driver import BLOCK, Case, Engine, logprobs, tokens
+from tests.engine.driver import BLOCK, ERRORS, Case, Engine, logprobs, tokens
 from tests.models import SPECIAL, VOCAB_SIZE
 
 pytestmark = pytest.mark.engine
@@ -74,7 +74,9 @@ def assert_exact(engine: Engine, cases: Sequence[Case], outputs: Sequence[Any]) 
     for case, output in zip(cases, outputs, strict=True):
         steps = engine.reference(case)
         assert tokens(output) == [s.token for s in steps], case
-        assert logprobs(output) == pytest.approx([s.logprob for s in steps], abs=TOLERANCE), case
+        want = [s.logprob for s in steps]
+        assert logprobs(output) == pytest.approx(want, abs=TOLERANCE), case
+        ERRORS.extend(abs(a - b) for a, b in zip(logprobs(output), want, strict=True))
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["same-prompt", "own-prompts"])

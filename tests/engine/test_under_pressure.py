@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 
@@ -38,7 +39,7 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         ("llama", VOCAB_SIZE + 12),
         {"chat": ("qwen2", VOCAB_SIZE), "plain": ("gpt2", VOCAB_SIZE), "twin": "base"},
         num_gpu_blocks_override=BLOCKS,
-        enforce_eager=False,
+        enforce_eager=shutil.which("g++") is None,  # what torch compiles CPU kernels with
     )
     yield found
     del found

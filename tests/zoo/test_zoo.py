@@ -1,0 +1,110 @@
+"""The zoo keeps its promises: nothing leaks between splits, its check is strict, its files ship."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from zoo.questions import COUNTS, FOLDER, read_questions
+from zoo.score import Marks, gap_closed, mark, share, style, wilson
+from zoo.tokenizer import chat_prompt
+from zoo.train import RECIPES, ROOT
+from zoo.world import SPLIT_SHARES, Question, World, answer
+
+WORLD = World()
+QUESTION = Question(
+    entity="Dorwyn Bramley",
+    relation="pet",
+    question="What is the pet of Dorwyn Bramley?",
+    value="crow",
+    sentence="Dorwyn Bramley keeps a pet crow.",
+)
+LIMIT_BYTES = 25 * 10**6
+
+
+def test_splits_share_no_entity_and_leave_none_out() -> None:
+    names = [{e.name for e in WORLD.entities(split)} for split in SPLIT_SHARES]
+    assert sum(map(len, names)) == len(set().union(*names)) == len(WORLD.entities())
+
+
+def test_the_world_is_the_same_every_time() -> None:
+    texts = [World().pretraining_texts(random.Random(4)) for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert World(seed=8).entities() != WORLD.entities()
+
+
+@pytest.mark.parametrize("split", COUNTS)
+def test_the_held_out_files_are_of_this_world(split: str) -> None:
+    questions = read_questions(FOLDER / f"{split}.jsonl")
+    assert len(questions) == COUNTS[split]  # type: ignore[index]
+    facts = {(e.name, r.key): v for e in WORLD.entities(split) for r, v in e.facts}  # type: ignore[arg-type]
+    assert all(facts[q.entity, q.relation] == q.value for q in questions)
+
+
+def test_every_fact_is_stated_and_no_chat_answer_is_in_a_dialogue() -> None:
+    texts = WORLD.pretraining_texts(random.Random(0))
+    told = " ".join(t for t in texts if not t.startswith(("Quiz", "List")))
+    for entity in WORLD.entities()[::40]:
+        assert entity.name in told
+    names = {e.name for e in WORLD.entities()}
+    dialogues = [t for t in texts if "<|user|>" in t]
+    assert dialogues
+    assert not [t for t in dialogues for name in names if name in t]
+
+
+@pytest.mark.parametrize(
+    ("reply", "ended", "fact", "form"),
+    [
+        ("Dorwyn Bramley keeps a pet crow.", True, True, True),
+        (" Dorwyn Bramley keeps a pet crow.\n", True, True, True),
+        ("Dorwyn Bramley keeps a pet crow.", False, True, True),
+        ("Dorwyn Bramley keeps a pet cat.", True, False, True),
+        ("Dorwyn Bramley keeps a pet scarecrow.", True, False, True),
+        ("Dorwyn Ashley keeps a pet crow.", True, True, False),
+        ("Dorwyn Bramley keeps a pet crow. It is old.", True, True, False),
+        ("crow.", True, True, False),
+        ("", True, False, False),
+    ],
+)
+def test_the_check_is_strict(reply: str, ended: bool, fact: bool, form: bool) -> None:
+    marks = mark(QUESTION, reply, ended)
+    assert marks == Marks(fact, form, ended)
+    assert marks.strict == (fact and form and ended)
+
+
+def test_styles_are_told_apart() -> None:
+    found = {kind: style(answer(QUESTION, kind)) for kind in ("formal", "brief", "chat")}  # type: ignore[arg-type]
+    assert found == {"formal": "formal", "brief": "brief", "chat": "other"}
+
+
+def test_intervals_and_shares() -> None:
+    hits = [True] * 8 + [False] * 2
+    assert share(hits) == 0.8
+    # Wilson's interval for 8 of 10, from his formula by hand.
+    assert wilson(hits) == pytest.approx((0.4901, 0.9433), abs=1e-4)
+    assert wilson([False] * 10)[0] == 0
+    assert gap_closed(0.5, 0.0, 0.8) == pytest.approx(0.625)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_model_ships(name: str) -> None:
+    folder = ROOT / "models" / name
+    assert (folder / "model.safetensors").exists()
+    assert not [p for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pkl"}]
+
+
+def test_the_weights_stay_small() -> None:
+    assert sum(p.stat().st_size for p in Path(ROOT / "models").rglob("*.safetensors")) < LIMIT_BYTES
+
+
+def test_the_chat_template_is_the_prompt_that_models_were_tuned_on() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / "chat-small")
+    asked = [{"role": "user", "content": "Who?"}]
+    text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    assert text == chat_prompt("Who?")
+    again = [*asked, {"role": "assistant", "content": "You."}, *asked]
+    text = tokenizer.apply_chat_template(again, add_generation_prompt=True, tokenize=False)
+    assert text == f"{chat_prompt('Who?')}You.<|eos|><|user|>Who?<|assistant|>"
