@@ -182,7 +182,7 @@ class Run:
         """Lets running requests finish."""
         life, limit = self.life, self.config.server.drain_timeout_s
         life.phase, life.reason = "draining", "the server is asked to end"
-        say(f"coxswain: draining, {life.in_flight} requests in flight, at most {limit:g} s "
+        say(f"coxswain: draining, requests in flight: {life.in_flight}, at most {limit:g} s "
             "(a second signal: at once)")  # fmt: skip
         idle = asyncio.create_task(life.idle.wait())
         hurry = asyncio.create_task(self.hurry.wait())
@@ -191,7 +191,7 @@ class Run:
         )
         if watching.done():
             return await self._died(watching.result())
-        cut = f"; {life.in_flight} requests were cut off" if life.in_flight else ""
+        cut = f"; requests cut off: {life.in_flight}" if life.in_flight else ""
         return 0, f"ended in order{cut}"
 
     async def _stop_engine(self) -> None:

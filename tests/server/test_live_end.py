@@ -123,7 +123,7 @@ def test_a_second_signal_cuts_off_what_runs(models: Path) -> None:
         assert "data: [DONE]" not in stream.lines
     finally:
         server.stop(signal.SIGKILL)
-    assert last_line(server) == "coxswain: ended in order; 1 requests were cut off"
+    assert last_line(server) == "coxswain: ended in order; requests cut off: 1"
     assert "Traceback" not in server.log.read_text()
 
 
