@@ -1,12 +1,18 @@
 """Errors of the adapter layer.
 
     AdapterError
-    ├── BadSource     a name or a place that we do not take                             → 400
-    ├── NotFound      no adapter of that name                                           → 404
-    ├── Conflict      it exists with another content, or its state does not allow this  → 409
-    ├── BadAdapter    the files are broken, unsafe or of a kind that is not served      → 422
-    ├── DoesNotFit    sound files, but for another base, or too large for this server   → 422
-    └── RegistryAway  our fault: the registry does not answer                           → 503
+    ├── the artefact's fault
+    │   ├── BadAdapter   the files are broken, unsafe or of a kind that is not served    → 422
+    │   │   └── TooLarge more bytes or files than this server takes                      → 413
+    │   └── DoesNotFit   sound files, but for another base, or too large for this server → 422
+    ├── the caller's fault
+    │   ├── BadSource    a source that is not allowed, or not written as one             → 400
+    │   ├── NoAdapter    no adapter of this name                                         → 404
+    │   └── Conflict     the name is taken, or the state forbids it                      → 409
+    └── nobody's fault here
+        ├── SourceAway   the source does not answer; trying again may help               → 503
+        ├── StoreFull    no room for the files                                           → 507
+        └── RegistryAway Redis does not answer, or speaks another schema                 → 503
 
 The fields are those of `steering.errors.SteeringError`, which this layer must not import.
 """
@@ -15,12 +21,12 @@ from __future__ import annotations
 
 
 class AdapterError(Exception):
-    """What went wrong with an adapter, where, what was found and what is allowed.
+    """A fault of an artefact, a request or a place that adapters come from.
 
     Args:
         message: one sentence for a person.
-        field: where the fault is: a request's field, `<file>`, `<file>: <tensor>` or
-            `<file>: <key>`.
+        field: where the fault is: `<file>`, `<file>: <tensor>` or `<file>: <key>`, or the
+            request's field; empty: the message says it all.
         value: what was found (shown with `repr`, cut to 80 characters).
         allowed: what would be accepted.
     """
@@ -44,25 +50,37 @@ class AdapterError(Exception):
         return text
 
 
-class BadSource(AdapterError):
-    """A name or a source that is not allowed or does not exist."""
-
-
-class NotFound(AdapterError):
-    """An adapter that this server does not have."""
-
-
-class Conflict(AdapterError):
-    """The name is taken by another content, or the adapter's state does not allow this."""
-
-
 class BadAdapter(AdapterError):
     """Files that are broken, unsafe, or use a feature that is not served."""
+
+
+class TooLarge(BadAdapter):
+    """More bytes or files than this server takes."""
 
 
 class DoesNotFit(AdapterError):
     """An adapter that does not fit the base model or this server's limits."""
 
 
+class BadSource(AdapterError):
+    """A source that this server does not load from, or that is not written as one."""
+
+
+class NoAdapter(AdapterError):
+    """No adapter of this name (or of this version) is known."""
+
+
+class Conflict(AdapterError):
+    """The name is taken by other content, or the adapter's state does not allow the change."""
+
+
+class SourceAway(AdapterError):
+    """The source did not answer, broke off or was too slow."""
+
+
+class StoreFull(AdapterError):
+    """The store's disk is full; it holds what it held before."""
+
+
 class RegistryAway(AdapterError):
-    """The registry does not answer, or holds what we cannot read."""
+    """Redis does not answer, or its registry has another schema version."""
