@@ -1,0 +1,1 @@
+"""Which adapters there are: records in Redis, shared by all replicas of a server."""

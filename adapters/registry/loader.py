@@ -1,0 +1,34 @@
+"""What the engine side has to offer to the registry side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from adapters.registry.record import Content, Facts
+
+
+class Loader(Protocol):
+    """Puts contents into the engine of this replica. Called on the event loop, awaited.
+
+    For one name the calls never overlap; for different names they may.
+    """
+
+    async def load(self, content: Content, folder: Path) -> Facts:
+        """Makes a content answerable, beside an older one of the same name that still answers.
+
+        Args:
+            content: `digest` is set; (name, digest) is new to the engine, or was unloaded.
+            folder: its files, read-only, there until `unload` has returned.
+
+        Raises:
+            AdapterError: `DoesNotFit` or `BadAdapter`: the engine is as it was.
+        """
+        ...
+
+    async def unload(self, content: Content) -> None:
+        """Gives the memory back, once the requests that run on it are done.
+
+        From before this call no new request is given this content. Unknown contents are fine.
+        """
+        ...
