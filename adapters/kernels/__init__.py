@@ -1,0 +1,1 @@
+"""The adapter sum: its definition, and what computes it."""

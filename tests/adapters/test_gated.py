@@ -1,0 +1,188 @@
+"""The torch kernel against the definition, over sizes that hurt."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from adapters.kernels.gated import Group, Route, add_adapters
+from adapters.kernels.reference import Float, Term, adapter_sum, routing
+
+SLOTS, ROOM = 3, 40
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.15}
+"""Absolute, on sums of about 1 to 10; the gates are float32 in every dtype."""
+
+
+class Layer:
+    """Packed layers with random W, and slots full of numbers that must not be read.
+
+    Args:
+        into: columns of x.
+        sizes: output columns of each packed layer.
+        dtype: of everything but the gates.
+        seed: of the weights.
+    """
+
+    def __init__(self, into: int, sizes: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+        self.into, self.sizes, self.dtype = into, sizes, dtype
+        self.weight = self.draw(sum(sizes), into) / np.sqrt(into)
+        # What lies outside a set's own rows and columns may be anything, even NaN.
+        self.a = [torch.full((SLOTS, 1, ROOM, into), torch.nan, dtype=dtype) for _ in sizes]
+        self.b = [torch.full((SLOTS, 1, n, ROOM), torch.nan, dtype=dtype) for n in sizes]
+
+    def draw(self, *shape: int) -> Float:
+        """Normal numbers that the dtype holds exactly."""
+        values = torch.from_numpy(self.random.standard_normal(shape)).to(self.dtype)
+        found: Float = values.double().numpy()
+        return found
+
+    def fill(self, slot: int, columns: int, gates: int) -> list[tuple[Float, Float, Float]]:
+        """Per packed layer A, B and W_gate, written into the slot."""
+        found = []
+        for a_all, b_all, size in zip(self.a, self.b, self.sizes, strict=True):
+            a, b, gate = (
+                self.draw(columns, self.into),
+                self.draw(size, columns),
+                self.draw(gates, self.into),
+            )
+            a_all[slot, 0, : columns + gates] = torch.from_numpy(np.concatenate([a, gate]))
+            b_all[slot, 0, :size, :columns] = torch.from_numpy(b)
+            found.append((a, b, gate))
+        return found
+
+
+def close(y: torch.Tensor, want: Float) -> None:
+    """Within the dtype's tolerance, as a share of the largest value."""
+    scale = max(1.0, float(np.abs(want).max(initial=0)))
+    assert np.abs(y.double().numpy() - want).max(initial=0) <= TOLERANCE[y.dtype] * scale
+
+
+SIZES = [(1, (1,)), (7, (5, 3, 3)), (64, (64, 32, 32)), (129, (257,)), (63, (31, 33))]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("into", "sizes"), SIZES)
+@pytest.mark.parametrize("tokens", [1, 2, 63])
+def test_constant_gates(into: int, sizes: tuple[int, ...], tokens: int, dtype: torch.dtype) -> None:
+    layer = Layer(into, sizes, dtype, tokens)
+    ranks = (1, 3)
+    weights = layer.fill(1, sum(ranks), 0)
+    x, gate = layer.draw(tokens, into), layer.draw(tokens, 2)
+    used = np.flatnonzero(np.arange(tokens) % 3 != 1)
+    base = x @ layer.weight.T
+    y = torch.from_numpy(base).to(dtype)
+    untouched = y.clone()
+    columns = torch.from_numpy(np.repeat(gate[used], ranks, axis=1)).float()
+    group = Group(1, torch.from_numpy(used), sum(ranks), sum(ranks), columns)
+    add_adapters(y, torch.from_numpy(x).to(dtype), layer.a, layer.b, sizes, [group])
+    masked = np.where(np.isin(np.arange(tokens), used)[:, None], gate, 0.0)
+    close(y, expected(layer, x, weights, ranks, [masked] * len(sizes)))
+    others = np.setdiff1d(np.arange(tokens), used)
+    assert torch.equal(y[others], untouched[others])
+
+
+def expected(
+    layer: Layer,
+    x: Float,
+    weights: list[tuple[Float, Float, Float]],
+    ranks: tuple[int, ...],
+    gates: list[Float],
+) -> Float:
+    """By the definition; gates [T, M] per packed layer."""
+    found, ends, start = [], np.cumsum(ranks), 0
+    for (a, b, _), size, gate in zip(weights, layer.sizes, gates, strict=True):
+        terms = [
+            Term(a[end - r : end], b[:, end - r : end], 1.0, gate[:, j])
+            for j, (r, end) in enumerate(zip(ranks, ends, strict=True))
+        ]
+        found.append(adapter_sum(x, layer.weight[start : start + size], terms))
+        start += size
+    return np.concatenate(found, axis=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("into", "sizes"), SIZES)
+@pytest.mark.parametrize("members", [1, 2, 7])
+def test_learned_gates_beside_a_constant_one(
+    into: int, sizes: tuple[int, ...], members: int, dtype: torch.dtype
+) -> None:
+    tokens, lora = 23, 2
+    layer = Layer(into, sizes, dtype, members)
+    own = tuple(1 + j % 3 for j in range(members))
+    ranks, columns = (lora, *own), lora + sum(own)
+    weights = layer.fill(2, columns, members)
+    x = layer.draw(tokens, into)
+    constant, weight = layer.draw(tokens), layer.draw(tokens)
+    top_k = layer.random.integers(1, members + 1, tokens)
+    temperature = layer.random.choice([0.5, 1.0, 15.0], tokens)
+    gate = np.ones((tokens, columns), np.float32)
+    gate[:, :lora] = constant[:, None]
+    route = Route(
+        slice(lora, columns),
+        slice(columns, columns + members),
+        torch.from_numpy(np.repeat(np.arange(members), own)),
+        torch.from_numpy(weight).float(),
+        torch.from_numpy(top_k),
+        int(top_k.max()),
+        torch.from_numpy(temperature).float(),
+    )
+    group = Group(2, None, columns, columns + members, torch.from_numpy(gate), (route,))
+    y = torch.from_numpy(x @ layer.weight.T).to(dtype)
+    add_adapters(y, torch.from_numpy(x).to(dtype), layer.a, layer.b, sizes, [group])
+    gates = []
+    for _, _, w_gate in weights:
+        scores = x @ w_gate.T
+        rows = [
+            routing(scores[t : t + 1], int(top_k[t]), float(temperature[t])) * weight[t]
+            for t in range(tokens)
+        ]
+        gates.append(np.concatenate([constant[:, None], np.concatenate(rows)], axis=1))
+    close(y, expected(layer, x, weights, ranks, gates))
+
+
+def test_groups_do_not_mix() -> None:
+    layer = Layer(16, (24,), torch.float32, 1)
+    slots = {slot: layer.fill(slot, 4 + slot, 0) for slot in range(SLOTS)}
+    x = layer.draw(30, 16)
+    order = layer.random.permutation(30)
+    groups = [
+        Group(slot, torch.from_numpy(order[slot * 8 : slot * 8 + 8]), 4 + slot, 4 + slot, None)
+        for slot in range(SLOTS)
+    ]
+    together = torch.from_numpy(x @ layer.weight.T).float()
+    base = together.clone()
+    inputs = torch.from_numpy(x).float()
+    add_adapters(together, inputs, layer.a, layer.b, (24,), groups)
+    for slot, group in enumerate(groups):
+        alone = base.clone()
+        add_adapters(alone, inputs, layer.a, layer.b, (24,), [group])
+        assert torch.equal(together[group.tokens], alone[group.tokens])
+        want = expected(layer, x, slots[slot], (4 + slot,), [np.ones((30, 1))])
+        close(alone[group.tokens], want[order[slot * 8 : slot * 8 + 8]])
+    assert torch.equal(together[order[24:]], base[order[24:]])
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    layer = Layer(16, (8, 8), torch.float32, 2)
+    layer.fill(0, 4, 0)
+    x, y = torch.randn(16, 9).T, torch.zeros(16, 9).T
+    group = Group(0, None, 4, 4, None)
+    add_adapters(y, x, layer.a, layer.b, (8, 8), [group])
+    same = torch.zeros(9, 16)
+    add_adapters(same, x.contiguous(), layer.a, layer.b, (8, 8), [group])
+    assert torch.allclose(y, same, atol=1e-6)
+    assert y.abs().max() > 0.1
+
+
+def test_routing_is_the_papers_code_path() -> None:
+    """topk, then softmax over the chosen; over all and renormalised only at T = 1."""
+    scores = np.random.default_rng(3).standard_normal((50, 6))
+    for top_k in (1, 2, 6):
+        everything = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        kept = everything * (np.argsort(np.argsort(-scores)) < top_k)
+        renormalised = kept / kept.sum(-1, keepdims=True)
+        assert routing(scores, top_k, 1.0) == pytest.approx(renormalised)
+    assert (routing(scores, 1, 7.0).max(-1) == 1).all()
+    assert routing(scores, 6, 1e9) == pytest.approx(np.full((50, 6), 1 / 6))
