@@ -1,0 +1,385 @@
+"""Brings this replica to what the registry says, and the registry to what was asked for.
+
+Level-triggered: after every look at the registry each adapter that is not as its record says
+gets one task, which takes steps (`decide`) until nothing is left to do. No step relies on having
+seen the ones before, so a restart, a lost message or a Redis that was away need no other code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from adapters.errors import AdapterError, NoAdapter, RegistryAway, SourceAway, StoreFull
+from adapters.registry.connection import Connection
+from adapters.registry.decide import Step, decide
+from adapters.registry.feed import Feed
+from adapters.registry.loader import Loader
+from adapters.registry.record import Content, Record, check_name
+from adapters.registry.registry import Registry
+from adapters.registry.store import Snapshot
+from adapters.sources.fetch import Fetched, Fetcher
+from adapters.sources.source import parse_source
+
+logger = logging.getLogger("coxswain")
+
+_PROGRESS_S = 1.0
+_RETRY_S = 5.0
+_COLLECT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter that answers here.
+
+    Args:
+        content: with its digest.
+        folder: its files.
+    """
+
+    content: Content
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why this replica could not load what a record says is serving.
+
+    Args:
+        key: of that content; another one is tried at once.
+        reason: for a person.
+        again_s: `time.monotonic()` at which to try again anyway; None: never.
+    """
+
+    key: tuple[str, str | None]
+    reason: str
+    again_s: float | None
+
+
+class _SupersededError(Exception):
+    """Our work is not wanted any more: replaced, unloaded or taken over."""
+
+
+class Manager:
+    """One per replica, on its event loop. `run` is its life.
+
+    Args:
+        connection: the registry's Redis.
+        fetcher: gets files.
+        loader: the engine.
+        parallel: adapters fetched or loaded at the same time.
+        every_s: longest time between two looks at the registry, seconds.
+        alive_s: after how many seconds of silence others take over this replica's work.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        fetcher: Fetcher,
+        loader: Loader,
+        *,
+        parallel: int = 2,
+        every_s: float = 3.0,
+        alive_s: float = 10.0,
+    ) -> None:
+        replica = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.registry = Registry(connection.store, replica)
+        self.feed = Feed(connection.client, connection.store, replica, self._see,
+                         every_s=every_s, alive_s=alive_s)  # fmt: skip
+        self._fetcher, self._loader = fetcher, loader
+        self._here: dict[str, Loaded] = {}
+        self._failed: dict[str, Failure] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(parallel)
+
+    # What requests and the admin API ask.
+
+    def lookup(self, name: str, version: str | None = None) -> Loaded:
+        """What answers under a name here and now.
+
+        Raises:
+            NoAdapter: nothing, or another version.
+        """
+        loaded, record = self._here.get(name), self.records.get(name)
+        if loaded is None or record is None or record.state == "unloading":
+            why = f"it is {record.state}" if record else "there is none"
+            why = self.failure(name) or why
+            raise NoAdapter(f"no adapter of this name is ready here: {why}", field="model",
+                            value=name)  # fmt: skip
+        if version is not None and loaded.content.version != version:
+            raise NoAdapter("this version of the adapter is not loaded", field="model",
+                            value=f"{name}@{version}", allowed=loaded.content.version)  # fmt: skip
+        return loaded
+
+    @property
+    def records(self) -> Mapping[str, Record]:
+        """The registry as this replica saw it last."""
+        return self.feed.latest.records
+
+    @property
+    def loaded(self) -> dict[str, Loaded]:
+        """Everything that answers here, by name."""
+        return dict(self._here)
+
+    def failure(self, name: str) -> str | None:
+        """Why this replica could not load what the registry says is ready; None: no trouble."""
+        failed = self._failed.get(name)
+        return failed.reason if failed else None
+
+    async def submit(
+        self,
+        name: str,
+        source: str,
+        *,
+        version: str = "1",
+        stream: str = "base",
+        replace: bool = False,
+        pin: bool = False,
+        by: str = "",
+    ) -> Record:
+        """Asks for an adapter and returns at once; its record goes to ready or failed.
+
+        Raises:
+            BadSource: the name, version or source cannot be used.
+            Conflict: the name is taken.
+            RegistryAway: Redis does not answer.
+        """
+        place = parse_source(source)
+        await asyncio.to_thread(self._fetcher.allowed.check, place)
+        want = Content(check_name(name, "name"), check_name(version, "version"), str(place), stream)
+        record = await self.registry.submit(want, replace=replace, pin=pin, by=by)
+        await self.look()
+        return record
+
+    async def remove(self, name: str) -> Record:
+        """Begins to unload everywhere; new requests here no longer find it from now on."""
+        record = await self.registry.remove(name)
+        await self.look()
+        return record
+
+    async def look(self) -> None:
+        """Looks at the registry now instead of waiting for the feed."""
+        with contextlib.suppress(RegistryAway):
+            await self.feed.look()
+
+    # Life.
+
+    async def run(self) -> None:
+        """Converges until it is cancelled; what is loaded stays with the engine."""
+        await asyncio.to_thread(self._fetcher.store.sweep)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.feed.run())
+                group.create_task(self._tick())
+                group.create_task(self._collect())
+        finally:
+            tasks = list(self._tasks.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.feed.leave()
+
+    def _see(self, snapshot: Snapshot) -> None:
+        for name, loaded in self._here.items():
+            record = snapshot.records.get(name)
+            if record and record.serving and record.serving.key == loaded.content.key:
+                self._here[name] = Loaded(record.serving, loaded.folder)
+        self._settle()
+
+    async def _tick(self) -> None:
+        """Failures that may pass, and owners that died, are noticed without any write."""
+        while True:
+            await asyncio.sleep(1.0)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Starts a task for every adapter that has something to do and none under way."""
+        if self.feed.away is not None:
+            return
+        for name in {*self.records, *self._here} - self._tasks.keys():
+            if self._next(name) != "nothing":
+                task = asyncio.create_task(self._steps(name), name=f"adapter {name}")
+                self._tasks[name] = task
+                task.add_done_callback(lambda done, n=name: self._done(n, done))  # type: ignore[misc]
+
+    def _done(self, name: str, task: asyncio.Task[None]) -> None:
+        del self._tasks[name]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("adapter %s: unexpected", name, exc_info=error)
+
+    def _next(self, name: str) -> Step:
+        record, here = self.records.get(name), self._here.get(name)
+        failed = self._failed.get(name)
+        if failed is not None:
+            serving = record.serving.key if record and record.serving else None
+            over = failed.again_s is not None and time.monotonic() > failed.again_s
+            if failed.key != serving or over:
+                del self._failed[name]
+        alive = self.feed.latest.alive if self.feed.trusts_leases else None
+        return decide(record, here=here.content if here else None, replica=self.registry.replica,
+                      alive=alive, can_follow=name not in self._failed)  # fmt: skip
+
+    async def _steps(self, name: str) -> None:
+        """Steps until there is nothing to do, or Redis is away: its return starts them again."""
+        while (step := self._next(name)) != "nothing":
+            record = self.records.get(name)
+            try:
+                if step == "drop":
+                    await self._drop(name)
+                    continue
+                assert record is not None
+                await self._step(step, record)
+                await self.feed.look()
+            except RegistryAway as error:
+                logger.debug("adapter %s: %s", name, error)
+                return
+
+    async def _step(self, step: Step, record: Record) -> None:
+        if step == "take":
+            await self.registry.take(record)
+        elif step == "forget":
+            await self.registry.forget(record)
+        elif step == "work":
+            await self._work(record)
+        elif step == "follow":
+            await self._follow(record)
+
+    # The steps.
+
+    async def _work(self, job: Record) -> None:
+        """Fetch, load, ready; the record says how far it is and, if it fails, why."""
+        try:
+            async with self._slots:
+                await self._fetch_and_load(job)
+        except _SupersededError:
+            return
+        except RegistryAway:
+            raise
+        except AdapterError as error:
+            await self.registry.advance(job, "failed", reason=str(error))
+        except Exception as error:
+            logger.error("adapter %s: unexpected", job.name, exc_info=error)
+            await self.registry.advance(job, "failed", reason=f"internal error: {error!r}")
+
+    async def _fetch_and_load(self, job: Record) -> None:
+        if job.state != "pending":
+            # Redis was away in the middle of it.
+            job = _still(await self.registry.advance(job, "pending"))
+        job = _still(await self.registry.advance(job, "downloading"))
+        fetched = await self._fetch(job)
+        want = msgspec.structs.replace(job.want, digest=fetched.digest)
+        job = _still(await self.registry.advance(job, "loading", want=want))
+        old = self._here.get(job.name)
+        if old is not None and old.content.key == want.key and old.content.facts is not None:
+            ready = _still(await self.registry.ready(job, old.content.facts))
+        else:
+            facts = await self._loader.load(want, fetched.folder)
+            try:
+                ready = _still(await self.registry.ready(job, facts))
+            except BaseException:
+                await self._loader.unload(want)
+                raise
+        assert ready.serving is not None
+        await self._switch(Loaded(ready.serving, fetched.folder))
+
+    async def _fetch(self, job: Record) -> Fetched:
+        """In a thread; says in the registry how far it is, and ends early if superseded."""
+        loop = asyncio.get_running_loop()
+        done = 0
+        over = False
+
+        def report(count: int) -> None:
+            nonlocal done
+            done = count
+            if over:
+                raise _SupersededError
+
+        async def tell() -> None:
+            nonlocal over
+            said = 0
+            while True:
+                await asyncio.sleep(_PROGRESS_S)
+                with contextlib.suppress(RegistryAway):
+                    if done != said and await self.registry.progress(job, done) is None:
+                        over = True
+                        return
+                    said = done
+
+        source = parse_source(job.want.source)
+        telling = loop.create_task(tell())
+        try:
+            return await asyncio.to_thread(self._fetcher.fetch, source, report)
+        finally:
+            over = True
+            telling.cancel()
+
+    async def _follow(self, record: Record) -> None:
+        """Loads what the registry says is serving: after a start, or what another loaded."""
+        want = record.serving
+        assert want is not None
+        try:
+            async with self._slots:
+                folder = await self._folder(want)
+                await self._loader.load(want, folder)
+        except Exception as error:
+            if not isinstance(error, AdapterError):
+                logger.error("adapter %s: unexpected", record.name, exc_info=error)
+            passing = isinstance(error, SourceAway | StoreFull)
+            again_s = time.monotonic() + _RETRY_S if passing else None
+            self._failed[record.name] = Failure(want.key, str(error), again_s)
+            logger.warning("adapter %s cannot be served here: %s", record.name, error)
+            return
+        await self._switch(Loaded(want, folder))
+
+    async def _folder(self, want: Content) -> Path:
+        """The content's files, checked; fetched again where they are missing or were changed."""
+        assert want.digest is not None
+        with contextlib.suppress(AdapterError):
+            return await asyncio.to_thread(self._fetcher.store.verify, want.digest)
+        fetched = await asyncio.to_thread(self._fetcher.fetch, parse_source(want.source))
+        if fetched.digest != want.digest:
+            raise AdapterError(
+                f"its files are not here, and {want.source} has other content now (digest "
+                f"{fetched.digest[:12]}…, registered {want.digest[:12]}…)", field="source"
+            )  # fmt: skip
+        return fetched.folder
+
+    async def _switch(self, new: Loaded) -> None:
+        """From here on new requests get the new content; the old one goes when they are done."""
+        old = self._here.get(new.content.name)
+        self._here[new.content.name] = new
+        if old is not None and old.content.key != new.content.key:
+            await self._loader.unload(old.content)
+
+    async def _drop(self, name: str) -> None:
+        await self._loader.unload(self._here.pop(name).content)
+
+    async def _collect(self) -> None:
+        """Deletes stored contents that no record refers to, from time to time."""
+        while True:
+            await asyncio.sleep(_COLLECT_S)
+            if self.feed.away is None:
+                await asyncio.to_thread(self._fetcher.store.collect, self.digests())
+
+    def digests(self) -> frozenset[str]:
+        """The contents that must stay in the store, as far as this replica knows."""
+        recorded = [record.digests() for record in self.records.values()]
+        here = [{h.content.digest for h in self._here.values() if h.content.digest}]
+        return frozenset().union(*recorded, *here)
+
+
+def _still(record: Record | None) -> Record:
+    """The record after a change of ours, if we still had the work."""
+    if record is None:
+        raise _SupersededError
+    return record

@@ -1,0 +1,129 @@
+"""Real adapters on disk, a loader that reads them, and replicas: what the registry tests use."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from adapters.errors import DoesNotFit
+from adapters.registry.connection import Connection, connect
+from adapters.registry.loader import Loader
+from adapters.registry.manager import Manager
+from adapters.registry.record import Content, Facts
+from adapters.sources.fetch import Fetcher
+from adapters.sources.origin import Limits
+from adapters.sources.source import Allowed
+from adapters.sources.store import ContentStore
+
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+def make_lora(folder: Path, value: float = 1.0, size: int = 16) -> Path:
+    """A PEFT adapter of rank 4 on one layer; `value` fills its A."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"],
+              "base_model_name_or_path": "tiny"}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    prefix = f"base_model.model.{MODULE}.lora_"
+    tensors = {f"{prefix}A.weight": np.full((4, size), value, np.float32),
+               f"{prefix}B.weight": np.ones((size, 4), np.float32)}  # fmt: skip
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+class ReadingLoader:
+    """A `Loader` whose engine is a dictionary: it reads every tensor, as an engine would.
+
+    It fails the test if the manager breaks the protocol: a content loaded twice, a folder that
+    is not there, calls for one name that overlap.
+    """
+
+    def __init__(self, pause_s: float = 0.0) -> None:
+        self.engine: dict[tuple[str, str | None, str], float] = {}
+        self.pause_s = pause_s
+        self.loads = 0
+        self.unloads = 0
+        self._busy: set[str] = set()
+
+    async def load(self, content: Content, folder: Path) -> Facts:
+        key = (content.name, content.digest, content.stream)
+        assert key not in self.engine, f"{key} is loaded already"
+        assert content.name not in self._busy, f"{content.name}: overlapping calls"
+        self._busy.add(content.name)
+        try:
+            await asyncio.sleep(self.pause_s)
+            tensors = load_file(folder / "adapter_model.safetensors")
+            a = tensors[f"base_model.model.{MODULE}.lora_A.weight"]
+            if a.shape[1] != 16:
+                raise DoesNotFit("its shape does not fit the base", field="lora_A", value=a.shape)
+            self.engine[key] = float(a[0, 0])
+            self.loads += 1
+            return Facts("lora", "tiny", sum(t.nbytes for t in tensors.values()))
+        finally:
+            self._busy.remove(content.name)
+
+    async def unload(self, content: Content) -> None:
+        await asyncio.sleep(self.pause_s)
+        if self.engine.pop((content.name, content.digest, content.stream), None) is not None:
+            self.unloads += 1
+
+
+class Replica:
+    """One server as the registry sees it: a manager, its loader and its store."""
+
+    def __init__(
+        self, connection: Connection, root: Path, store: Path, *, limits: Limits | None = None,
+        pause_s: float = 0.0, every_s: float = 0.3, alive_s: float = 1.0,
+    ) -> None:  # fmt: skip
+        self.loader = ReadingLoader(pause_s)
+        loader: Loader = self.loader
+        allowed = Allowed((root,), ("http://127.0.0.1",))
+        self.fetcher = Fetcher(ContentStore(store), allowed, limits or Limits())
+        self.manager = Manager(connection, self.fetcher, loader, every_s=every_s, alive_s=alive_s)
+        self.connection = connection
+
+    def answers(self, name: str) -> float | None:
+        """What a request for this adapter would get here; None: it is not found."""
+        loaded = self.manager.loaded.get(name)
+        if loaded is None:
+            return None
+        content = loaded.content
+        return self.loader.engine[content.name, content.digest, content.stream]
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Replica]:
+        """With the manager's life around it."""
+        task = asyncio.create_task(self.manager.run())
+        try:
+            yield self
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+@asynccontextmanager
+async def replica(
+    url: str, namespace: str, root: Path, store: Path, **settings: Any
+) -> AsyncIterator[Replica]:
+    """A running replica with a connection of its own."""
+    async with (
+        connect(url, namespace=namespace) as connection,
+        Replica(connection, root, store, **settings).running() as found,
+    ):
+        yield found
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Waits until the condition holds; fails the test after so many seconds."""
+    for _ in range(int(seconds / 0.01)):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"not true after {seconds} s")

@@ -1,0 +1,381 @@
+"""Fetching from folders, a web server, an S3 server and a hub, all real; and all that is bad."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from adapters.errors import AdapterError, BadAdapter, BadSource, SourceAway, TooLarge
+from adapters.formats.inspect import read_artefact
+from adapters.sources.fetch import Fetcher
+from adapters.sources.origin import Limits
+from adapters.sources.source import Allowed, parse_source
+from adapters.sources.store import ContentStore
+from tests.adapters.registry.kit import MODULE, make_lora
+from tests.adapters.sources.servers import (
+    Server,
+    break_off,
+    endless,
+    folder,
+    hub,
+    in_turn,
+    send,
+    status,
+)
+
+WEIGHTS = "adapter_model.safetensors"
+QUICK = Limits(max_bytes=1 << 20, max_file_bytes=1 << 20, connect_s=2, read_s=0.5, tries=2)
+
+
+@pytest.fixture
+def fetcher(tmp_path: Path) -> Fetcher:
+    remotes = ("http://127.0.0.1", "hf://acme", "s3://adapters")
+    return Fetcher(ContentStore(tmp_path / "store"), Allowed((tmp_path / "in",), remotes), QUICK)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server({}).running() as found:
+        yield found
+
+
+def on(fetcher: Fetcher, server: Server) -> Fetcher:
+    """The fetcher with this server's port allowed."""
+    return replace(fetcher, allowed=replace(fetcher.allowed, remotes=(server.url,)))
+
+
+def left(fetcher: Fetcher) -> list[str]:
+    """Everything that the store holds, half-written things included."""
+    root = fetcher.store.root
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p != root / ".tmp")
+
+
+def refused(fetcher: Fetcher, source: str, error: type[AdapterError], says: str) -> None:
+    """The fetch fails so, and the store is as it was."""
+    before = left(fetcher)
+    with pytest.raises(error, match=says):
+        fetcher.fetch(parse_source(source))
+    assert left(fetcher) == before
+
+
+def make_pack(path: Path) -> Path:
+    """A native MeteoRA pack of two tasks."""
+    for task in ("one", "two"):
+        make_lora(path / task)
+    config = {"layout": "native", "top_k": 1, "temperature": 1, "tasks": ["one", "two"]}
+    (path / "meteora.json").write_text(json.dumps(config))
+    gates = {f"{MODULE}.moe_gate.weight": np.ones((2, 16), np.float32)}
+    save_file(gates, path / "gates.safetensors")
+    return path
+
+
+def test_a_local_adapter_is_copied_whole_and_read_only(fetcher: Fetcher, tmp_path: Path) -> None:
+    source = make_lora(tmp_path / "in/a", 2.0)
+    (source / "training_args.bin").write_bytes(pickle.dumps("evil"))
+    (source / "README.md").write_text("hello")
+    seen: list[int] = []
+    found = fetcher.fetch(parse_source(str(source)), seen.append)
+    assert sorted(p.name for p in found.folder.iterdir()) == ["adapter_config.json", WEIGHTS]
+    for name in ("adapter_config.json", WEIGHTS):
+        assert (found.folder / name).read_bytes() == (source / name).read_bytes()
+        assert (found.folder / name).stat().st_mode & 0o777 == 0o444
+    assert found.folder.stat().st_mode & 0o777 == 0o555
+    assert found.digest == read_artefact(source).digest() == found.folder.name
+    assert seen[-1] == found.size_bytes == sum(f.stat().st_size for f in found.folder.iterdir())
+    assert fetcher.fetch(parse_source(str(source))) == found, "again: the same folder"
+
+
+def test_a_pack_is_fetched_with_its_tasks_from_a_folder_and_from_the_web(
+    fetcher: Fetcher, tmp_path: Path, server: Server
+) -> None:
+    pack = make_pack(tmp_path / "in/pack")
+    local = fetcher.fetch(parse_source(str(pack)))
+    assert local.kind == "meteora"
+    assert (local.folder / "two" / WEIGHTS).is_file()
+    server.answers = folder(pack, "/p")
+    web = on(fetcher, server).fetch(parse_source(f"{server.url}/p"))
+    assert web.digest == local.digest
+
+
+def test_the_same_adapter_from_everywhere_has_one_digest(
+    fetcher: Fetcher, tmp_path: Path, server: Server, s3: str
+) -> None:
+    source = make_lora(tmp_path / "in/a", 2.0)
+    local = fetcher.fetch(parse_source(str(source)))
+    server.answers = folder(source, "/x/a b") | hub(tmp_path / "in", "acme/lora")
+    web = on(fetcher, server).fetch(parse_source(f"{server.url}/x/a%20b/"))
+    with_hub = replace(fetcher, hub_endpoint=server.url)
+    from_hub = with_hub.fetch(parse_source("hf://acme/lora@v1/a"))
+    put(s3, "some/a", source)
+    from_s3 = replace(fetcher, s3_endpoint=s3).fetch(parse_source("s3://adapters/some/a"))
+    assert local.digest == web.digest == from_hub.digest == from_s3.digest
+    assert fetcher.store.digests() == {local.digest}
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """An S3-compatible server with the bucket `adapters`."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        served = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        served.start()
+        host, port = served.get_host_and_port()
+        url = f"http://{host}:{port}"
+        boto3.client("s3", endpoint_url=url).create_bucket(Bucket="adapters")
+        yield url
+        served.stop()
+
+
+def put(url: str, prefix: str, source: Path) -> None:
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=url)
+    for file in source.iterdir():
+        client.upload_file(str(file), "adapters", f"{prefix}/{file.name}")
+
+
+def test_buckets_refuse_what_other_places_refuse(fetcher: Fetcher, tmp_path: Path, s3: str) -> None:
+    fetcher = replace(fetcher, s3_endpoint=s3)
+    big = make_lora(tmp_path / "in/big", size=80_000)
+    put(s3, "big", big)
+    refused(fetcher, "s3://adapters/big", TooLarge, "too large")
+    refused(fetcher, "s3://adapters/nothing", BadAdapter, "no adapter here")
+    refused(fetcher, "s3://other/a", BadSource, "not an allowed place")
+    # Nothing listens there.
+    away = replace(fetcher, s3_endpoint="http://127.0.0.1:9")
+    refused(away, "s3://adapters/big", SourceAway, ".")
+
+
+def test_a_hub_refuses_what_other_places_refuse(
+    fetcher: Fetcher, tmp_path: Path, server: Server
+) -> None:
+    fetcher = replace(fetcher, hub_endpoint=server.url)
+    make_lora(tmp_path / "in/big", size=80_000)
+    (tmp_path / "in/pickled").mkdir()
+    (tmp_path / "in/pickled/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "in/pickled/adapter_model.bin").write_bytes(pickle.dumps([1]))
+    server.answers = hub(tmp_path / "in", "acme/lora")
+    refused(fetcher, "hf://acme/lora/big", TooLarge, "too large")
+    refused(fetcher, "acme/lora/pickled".replace("acme", "hf://acme"), BadAdapter, "pickle")
+    refused(fetcher, "acme/lora", BadAdapter, "no adapter here")
+    refused(fetcher, "hf://other/lora", BadSource, "not an allowed place")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "not a safetensors file"),
+        (pickle.dumps({"lora": [1.0] * 100}), "a pickle"),
+        (struct.pack("<Q", 1 << 40) + b"{}" * 20, "not a safetensors file"),
+        (struct.pack("<Q", 20) + b'{"a": ' + b"[" * 14, "broken header"),
+        (b"\x1f\x8b" + b"0" * 64, "gzip"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_named(
+    fetcher: Fetcher, tmp_path: Path, content: bytes, says: str
+) -> None:
+    source = make_lora(tmp_path / "in/a")
+    (source / WEIGHTS).write_bytes(content)
+    refused(fetcher, str(source), BadAdapter, says)
+
+
+def header(entries: dict[str, Any], data: bytes) -> bytes:
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [4, 16], "data_offsets": [0, 255]},
+        {"dtype": "F32", "shape": [4, 16], "data_offsets": [0, 1 << 50]},
+        {"dtype": "F32", "shape": [4, 16], "data_offsets": [-256, 0]},
+        {"dtype": "F31", "shape": [4, 16], "data_offsets": [0, 256]},
+        {"dtype": "F32", "shape": [4, -16], "data_offsets": [0, 256]},
+        {"dtype": "F32", "shape": [4, 16], "data_offsets": [8, 264]},
+        "text",
+    ],
+)
+def test_headers_that_lie_are_refused(fetcher: Fetcher, tmp_path: Path, entry: object) -> None:
+    source = make_lora(tmp_path / "in/a")
+    (source / WEIGHTS).write_bytes(header({f"base_model.model.{MODULE}.lora_A.weight": entry},
+                                          bytes(256)))  # fmt: skip
+    refused(fetcher, str(source), BadAdapter, WEIGHTS)
+
+
+def test_every_truncation_of_a_file_is_refused(fetcher: Fetcher, tmp_path: Path) -> None:
+    source = make_lora(tmp_path / "in/a")
+    whole = (source / WEIGHTS).read_bytes()
+    for length in [0, 7, 8, 9, 100, *range(len(whole) - 600, len(whole), 37), len(whole) - 1]:
+        (source / WEIGHTS).write_bytes(whole[:length])
+        refused(fetcher, str(source), BadAdapter, ".")
+    (source / WEIGHTS).write_bytes(whole + b"\0")
+    refused(fetcher, str(source), BadAdapter, "cut off|behind")
+    (source / WEIGHTS).write_bytes(whole)
+    assert fetcher.fetch(parse_source(str(source))).kind == "lora"
+
+
+def test_links_pipes_and_devices_do_not_lead_out_of_the_root(
+    fetcher: Fetcher, tmp_path: Path
+) -> None:
+    outside = make_lora(tmp_path / "secret")
+    source = make_lora(tmp_path / "in/a")
+    (tmp_path / "in/link").symlink_to(outside)
+    refused(fetcher, str(tmp_path / "in/link"), BadSource, "not under an allowed root")
+    refused(fetcher, str(tmp_path / "secret"), BadSource, "not under an allowed root")
+    (source / WEIGHTS).unlink()
+    (source / WEIGHTS).symlink_to(outside / WEIGHTS)
+    refused(fetcher, str(source), BadSource, "leads out")
+    (source / WEIGHTS).unlink()
+    os.mkfifo(source / WEIGHTS)
+    refused(fetcher, str(source), BadSource, "not a regular file")
+    (source / WEIGHTS).unlink()
+    (source / WEIGHTS).mkdir()
+    refused(fetcher, str(source), BadSource, "not a regular file")
+    (source / WEIGHTS).rmdir()
+    # A link that stays inside, as in the hub's own cache, is fine.
+    inside = make_lora(tmp_path / "in/blobs", 7.0)
+    (source / WEIGHTS).symlink_to(inside / WEIGHTS)
+    found = fetcher.fetch(parse_source(str(source)))
+    assert not (found.folder / WEIGHTS).is_symlink()
+    assert load_file(found.folder / WEIGHTS)[f"base_model.model.{MODULE}.lora_A.weight"][0, 0] == 7
+
+
+def test_a_pack_cannot_name_folders_outside(fetcher: Fetcher, tmp_path: Path) -> None:
+    make_lora(tmp_path / "in/other")
+    pack = make_pack(tmp_path / "in/pack")
+    for task in ("../other", "/etc", "", ".", "a/b", 7):
+        config = {"layout": "native", "tasks": ["one", task]}
+        (pack / "meteora.json").write_text(json.dumps(config))
+        refused(fetcher, str(pack), BadAdapter, "not the name of a folder")
+    (pack / "meteora.json").write_text(json.dumps({"layout": "native", "tasks": ["x"] * 9999}))
+    refused(fetcher, str(pack), TooLarge, "tasks")
+
+
+def test_an_archive_is_not_unpacked(fetcher: Fetcher, tmp_path: Path) -> None:
+    bomb = tmp_path / "in/bomb.zip"
+    bomb.parent.mkdir()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(WEIGHTS, bytes(50_000_000))
+    with pytest.raises(BadSource, match="archives"):
+        parse_source(str(bomb))
+    source = make_lora(tmp_path / "in/a")
+    bomb.rename(source / WEIGHTS)
+    refused(fetcher, str(source), BadAdapter, "zip")
+
+
+def test_sizes_are_limited_by_what_is_said_and_by_what_comes(
+    fetcher: Fetcher, tmp_path: Path, server: Server
+) -> None:
+    fetcher = on(fetcher, server)
+    config = (make_lora(tmp_path / "in/a") / "adapter_config.json").read_bytes()
+    server.answers["/a/adapter_config.json"] = send(config)
+    ten_gb = send(b"", content_length=str(10 << 30))
+    server.answers[f"/a/{WEIGHTS}"] = ten_gb
+    refused(fetcher, f"{server.url}/a", TooLarge, "too large")
+    server.answers[f"/a/{WEIGHTS}"] = endless
+    refused(fetcher, f"{server.url}/a", TooLarge, "too large")
+    server.answers["/a/adapter_config.json"] = send(b" " * (1 << 20) + config)
+    refused(fetcher, f"{server.url}/a", TooLarge, "too large")
+    total = replace(fetcher, limits=replace(QUICK, max_bytes=700))
+    refused(total, str(tmp_path / "in/a"), TooLarge, "too large")
+
+
+def test_redirects_stay_on_the_host(fetcher: Fetcher, tmp_path: Path, server: Server) -> None:
+    fetcher = on(fetcher, server)
+    source = make_lora(tmp_path / "in/a")
+    server.answers = folder(source, "/real")
+    for name in ("adapter_config.json", WEIGHTS):
+        server.answers[f"/a/{name}"] = status(302, location=f"/real/{name}")
+    assert fetcher.fetch(parse_source(f"{server.url}/a")).kind == "lora"
+    with Server(folder(source, "/real")).running() as other:
+        for target in (f"{other.url}/real/{WEIGHTS}", "http://localhost:1/x", "file:///etc/passwd",
+                       "//127.0.0.1:1/x"):  # fmt: skip
+            server.answers[f"/a/{WEIGHTS}"] = status(301, location=target)
+            refused(fetcher, f"{server.url}/a", BadSource, "another host")
+        assert other.asked == []
+    server.answers[f"/a/{WEIGHTS}"] = status(302, location=f"/a/{WEIGHTS}")
+    refused(fetcher, f"{server.url}/a", BadSource, "more than 5 redirects")
+
+
+def test_what_may_pass_is_tried_again_and_what_may_not_is_not(
+    fetcher: Fetcher, tmp_path: Path, server: Server
+) -> None:
+    fetcher = on(fetcher, server)
+    source = make_lora(tmp_path / "in/a")
+    whole = (source / WEIGHTS).read_bytes()
+    for trouble in (status(503), break_off(whole, 100), break_off(whole, 0)):
+        server.answers = folder(source, "/a")
+        server.answers[f"/a/{WEIGHTS}"] = in_turn(trouble, send(whole))
+        server.asked.clear()
+        assert fetcher.fetch(parse_source(f"{server.url}/a")).size_bytes > len(whole)
+        assert server.asked.count(f"/a/{WEIGHTS}") == 2
+        server.answers[f"/a/{WEIGHTS}"] = trouble
+        refused(fetcher, f"{server.url}/a", SourceAway, ".")
+    server.answers[f"/a/{WEIGHTS}"] = status(403)
+    server.asked.clear()
+    refused(fetcher, f"{server.url}/a", BadSource, "403")
+    assert server.asked.count(f"/a/{WEIGHTS}") == 1
+    server.answers[f"/a/{WEIGHTS}"] = send(whole, content_encoding="gzip")
+    refused(fetcher, f"{server.url}/a", BadSource, "compresses")
+
+
+def test_silence_and_slowness_end(fetcher: Fetcher, tmp_path: Path, server: Server) -> None:
+    source = make_lora(tmp_path / "in/a")
+    over = threading.Event()
+
+    def hang(request: Any) -> None:
+        over.wait(20)
+
+    server.answers = folder(source, "/a")
+    server.answers[f"/a/{WEIGHTS}"] = hang
+    silent = replace(on(fetcher, server), limits=replace(QUICK, tries=1))
+    refused(silent, f"{server.url}/a", SourceAway, "ReadTimeout")
+    over.set()
+
+    def drip(request: Any) -> None:
+        request.send_response(200)
+        request.send_header("content-length", "1000")
+        request.end_headers()
+        for _ in range(1000):
+            request.wfile.write(b"\x10" + bytes(7))
+            over.wait(0)
+            threading.Event().wait(0.05)
+
+    server.answers[f"/a/{WEIGHTS}"] = drip
+    slow = replace(silent, limits=replace(QUICK, tries=3, timeout_s=0.4))
+    begun = time.monotonic()
+    refused(slow, f"{server.url}/a", SourceAway, "too slow")
+    assert time.monotonic() - begun < 2
+
+
+def test_a_fetch_that_is_called_off_leaves_nothing(fetcher: Fetcher, tmp_path: Path) -> None:
+    source = make_lora(tmp_path / "in/a")
+
+    def report(done: int) -> None:
+        if done > 300:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetcher.fetch(parse_source(str(source)), report)
+    assert left(fetcher) == []
