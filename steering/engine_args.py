@@ -26,6 +26,28 @@ class StreamSource:
     head: str | None = None
 
 
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The sizes of slots that vLLM offers."""
+
+
+def adapter_engine_args(max_sets: int, max_rank: int) -> dict[str, Any]:
+    """More engine arguments, for a server that adapts.
+
+    Args:
+        max_sets: different sets of adapters in one step, ≥ 1; each slot takes memory in every
+            layer of every stream, used or not.
+        max_rank: rank indices of a set (`adapters.sets.AdapterSet.rank`), 1 to 512.
+    """
+    rank = next(size for size in _RANKS if size >= max_rank)
+    return {
+        "enable_lora": True,
+        "max_loras": max_sets,
+        # Sets that wait in host memory: reloading one takes a disk read inside a step.
+        "max_cpu_loras": 4 * max_sets,
+        "max_lora_rank": rank,
+    }
+
+
 def steered_engine_args(
     model: str,
     streams: Mapping[str, StreamSource],

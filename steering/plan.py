@@ -62,6 +62,25 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """One adapter in a request: what it is multiplied by in one stream's adapter sum.
+
+    Args:
+        digest: of the adapter's content.
+        stream: the stream whose layers it changes.
+        weight: g of a LoRA adapter, finite; multiplies the whole of a MeteoRA pack.
+        top_k: members of a pack that each token is routed to, 1 to its members; 0 for a LoRA.
+        temperature: T > 0 of a pack's softmax; 1 for a LoRA.
+    """
+
+    digest: str
+    stream: str = BASE
+    weight: float = 1.0
+    top_k: int = 0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class SteeringPlan:
     """One request's steering, resolved: names are checked, numbers are in range.
 
@@ -72,6 +91,8 @@ class SteeringPlan:
         prompts: (stream, token ids) for streams that read a prompt of their own; ids of that
             stream's own tokenizer.
         report: what to measure while decoding.
+        adapters: what the adapter sums add, sorted, at most one use per stream and digest.
+            The request's LoRARequest must hold all of them (`adapters.sets.AdapterSet`).
     """
 
     method: str
@@ -79,6 +100,7 @@ class SteeringPlan:
     rule: Rule = Rule()
     prompts: tuple[tuple[str, tuple[int, ...]], ...] = ()
     report: Report = "off"
+    adapters: tuple[AdapterUse, ...] = ()
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -87,20 +109,23 @@ class SteeringPlan:
 
     @property
     def steers(self) -> bool:
-        """False if the plan takes the base's own path, bit for bit."""
+        """False if the read-out takes the base's own path, bit for bit; adapters or not."""
         return self.weights != ((BASE, 1.0),) or self.rule.kind is not RuleKind.SUM
 
     def cache_key(self, pad: int) -> str:
         """Names the prefix cache this request may share: '' for the base's own.
 
         A stream's KV is valid for a later request only if that request runs the same streams,
-        each with the same prompt at the same offset. Coefficients do not matter: KV does not
-        depend on them.
+        each with the same prompt at the same offset and the same adapters at the same weights.
+        The read-out's coefficients do not matter: KV does not depend on them.
 
         Args:
             pad: how many tokens the request's prompt was lengthened by (`steering.prompts.align`).
         """
-        if not self.streams and not pad:
+        if not self.streams and not pad and not self.adapters:
             return ""
-        state = (self.streams, tuple(p for p in self.prompts if p[0] in self.streams), pad)
+        prompts = tuple(p for p in self.prompts if p[0] in self.streams)
+        state: tuple[object, ...] = (self.streams, prompts, pad)
+        if self.adapters:
+            state += (self.adapters,)
         return hashlib.sha256(repr(state).encode()).hexdigest()[:32]

@@ -7,6 +7,7 @@ speculation, structured output and sampler work on it unchanged. Lives in the wo
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,17 @@ from vllm.config import VllmConfig
 
 from steering.plan import BASE
 from steering.vocabulary import Overlap
+from steering.worker import lora_seam
 from steering.worker import vllm_seam as seam
-from steering.worker.batches import OwnTokens, Step, stream_batch, whole
+from steering.worker.adapting import Adapted
+from steering.worker.batches import (
+    Int64,
+    OwnTokens,
+    Step,
+    StreamBatch,
+    stream_batch,
+    whole,
+)
 from steering.worker.layout import REPORT, Layout
 from steering.worker.readout import Readout, Vocabulary
 from steering.worker.report import ReportBook
@@ -67,6 +77,8 @@ class SteeredForCausalLM(nn.Module):
         self._forwards: list[Any] = [self.get_submodule(self._original[n]) for n in self.names]
         self._readout = self._build_readout(settings["overlaps"], vllm_config)
         self._seam: seam.Seam | None = None
+        self._lora: lora_seam.LoraSeam | None = None
+        self._adapted: Adapted | None = None
         self._seats = SeatBook(self.names)
         self._active = [True] * len(self.names)
         self._special = True
@@ -75,6 +87,7 @@ class SteeredForCausalLM(nn.Module):
         self.steps = 0
         self.passes = dict.fromkeys(self.names, 0)
         self.tokens = dict.fromkeys(self.names, 0)
+        lora_seam.prepare(self, vllm_config)
 
     def _build_readout(
         self, overlaps: dict[str, dict[str, Any]], vllm_config: VllmConfig
@@ -115,6 +128,7 @@ class SteeredForCausalLM(nn.Module):
             else:
                 layers.append({n: n for n in seam.layer_names(self._vllm_config, name)})
         self._seam = seam.Seam(runner, layers)
+        self._lora = lora_seam.LoraSeam(runner) if runner.lora_config else None
 
     # --- what vLLM calls ------------------------------------------------------------------------
 
@@ -144,10 +158,12 @@ class SteeredForCausalLM(nn.Module):
             return self._forward_all(input_ids, positions, inputs_embeds)
         self._seam.hold_generators()
         tables = self._seats.update(self._seam.request_ids(), self._seam.freight)
+        self._adapted = self._lora.adapted(tables.adapters) if self._lora else None
         self.steps += 1
         if not tables.steered:
             self._count(0, positions.shape[0])
-            return self._forwards[0](input_ids, positions, None, inputs_embeds)
+            with self._adapting(0, None, positions):
+                return self._forwards[0](input_ids, positions, None, inputs_embeds)
         return self._forward_steered(tables, input_ids, positions)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -214,7 +230,7 @@ class SteeredForCausalLM(nn.Module):
         read_as = self._readout.vocabularies[i].read_as
         prompts = tables.prompts[i]
         if whole(uses, offsets) and not any(p is not None for p in prompts):
-            with self._seam.stream_context(i, None):
+            with self._seam.stream_context(i, None), self._adapting(i, None, positions):
                 out[:, columns] = forward(_read_as(input_ids, read_as), positions)
             self._count(i, int(step.starts[-1]))
             return True
@@ -225,11 +241,29 @@ class SteeredForCausalLM(nn.Module):
         token_ids = _read_as(input_ids[tokens], read_as)
         for own in batch.own:
             _put(token_ids, own)
-        with self._seam.stream_context(i, batch):
-            hidden = forward(token_ids, self._seam.to_device(batch.positions))
+        positions = self._seam.to_device(batch.positions)
+        with self._seam.stream_context(i, batch), self._adapting(i, batch, positions):
+            hidden = forward(token_ids, positions)
         out[tokens, columns] = hidden
         self._count(i, batch.tokens.size)
         return True
+
+    def _adapting(
+        self, i: int, batch: StreamBatch | None, positions: torch.Tensor
+    ) -> AbstractContextManager[None]:
+        """Makes stream i's layers add its requests' adapters; None is the step as scheduled."""
+        if self._adapted is None:
+            return nullcontext()
+        assert self._seam is not None and self._lora is not None
+        if batch is None:
+            lengths = self._seam.step().lengths
+            requests: Int64 = np.repeat(np.arange(lengths.size), lengths)
+        else:
+            requests = batch.rows[batch.token_rows]
+        name, total = self.names[i], positions.shape[0]
+        return self._lora.adapting(
+            self._adapted.groups(name, self._original[name], requests, total, positions.device)
+        )
 
     def _count(self, i: int, tokens: int) -> None:
         self.passes[self.names[i]] += 1

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from steering.plan import BASE, RuleKind
+from steering.plan import BASE, AdapterUse, RuleKind
 from steering.wire import Freight
 from steering.worker.batches import Int32
 from steering.worker.layout import EXTRA, RULE_KIND, RULE_PARAM, RULE_STREAM
@@ -33,6 +33,7 @@ class Seat:
         prompts: per stream its own prompt, or None.
         tag: the report this request belongs to, '' for none.
         tokens: whether the report wants every token.
+        adapters: the request's adapters.
     """
 
     control: npt.NDArray[np.float32]
@@ -41,6 +42,7 @@ class Seat:
     prompts: tuple[Int32 | None, ...]
     tag: str = ""
     tokens: bool = False
+    adapters: tuple[AdapterUse, ...] = ()
 
 
 def seat(freight: Freight | None, prompt_len: int, streams: Sequence[str]) -> Seat:
@@ -76,7 +78,8 @@ def seat(freight: Freight | None, prompt_len: int, streams: Sequence[str]) -> Se
         if name != BASE:
             prompts[index[name]] = np.asarray(token_ids, np.int32)
             offsets[index[name]] = prompt_len - len(token_ids)
-    return Seat(control, uses, offsets, tuple(prompts), freight.tag, plan.report == "tokens")
+    tokens = plan.report == "tokens"
+    return Seat(control, uses, offsets, tuple(prompts), freight.tag, tokens, plan.adapters)
 
 
 @dataclass(slots=True)
@@ -91,6 +94,7 @@ class Tables:
         tagged: (row, seat) of requests that report.
         steered: whether any row leaves the base's path or reports.
         special: whether any row has a rule other than the plain sum.
+        adapters: [Q] the requests' adapters.
     """
 
     control: npt.NDArray[np.float32]
@@ -100,6 +104,7 @@ class Tables:
     tagged: list[tuple[int, Seat]]
     steered: bool
     special: bool
+    adapters: list[tuple[AdapterUse, ...]]
 
 
 def tables(seats: Sequence[Seat], streams: int) -> Tables:
@@ -113,7 +118,8 @@ def tables(seats: Sequence[Seat], streams: int) -> Tables:
     plain[0] = 1.0
     steered = bool((control != plain).any() or offsets.any() or tagged)
     prompts = [[s.prompts[i] for s in seats] for i in range(streams)]
-    return Tables(control, uses, offsets, prompts, tagged, steered, special)
+    adapters = [s.adapters for s in seats]
+    return Tables(control, uses, offsets, prompts, tagged, steered, special, adapters)
 
 
 SeatLoader = Callable[[str], tuple[Freight | None, int]]

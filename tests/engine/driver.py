@@ -18,6 +18,11 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
 )
 
+from adapters.formats.artefact import Artefact
+from adapters.formats.base import base_shapes
+from adapters.formats.inspect import inspect
+from adapters.sets import AdapterSet
+from steering.adapters import Chosen, adapt
 from steering.engine_args import StreamSource, steered_engine_args
 from steering.kernels.reference import mix_reference
 from steering.method import Limits, Snapshot
@@ -27,6 +32,8 @@ from steering.prompts import align
 from steering.resolve import resolve
 from steering.vocabulary import Overlap, load_vocabulary, overlap
 from steering.wire import Freight, pack
+from tests.adapters.models import Applied
+from tests.adapters.models import adapted as adapted_model
 from tests.models import make_model
 from tests.reference import Mix, Step, decode, load, over_vocabularies
 
@@ -51,6 +58,7 @@ class Case:
         arrives: engine step before which it joins.
         params: more sampling parameters.
         report: 'off', 'summary' or 'tokens'.
+        adapters: what the streams' layers add.
     """
 
     prompt: Sequence[int]
@@ -60,6 +68,26 @@ class Case:
     arrives: int = 0
     params: Mapping[str, Any] = field(default_factory=dict)
     report: str = "off"
+    adapters: Sequence[Use] = ()
+
+
+@dataclass(frozen=True)
+class Use:
+    """One adapter of a request.
+
+    Args:
+        name: as in `Engine.adapters`.
+        weight: what it is multiplied by.
+        stream: the stream whose layers it changes.
+        top_k: of a pack; None: the pack's own.
+        temperature: of a pack; None: the pack's own.
+    """
+
+    name: str
+    weight: float = 1.0
+    stream: str = BASE
+    top_k: int | None = None
+    temperature: float | None = None
 
 
 class Engine:
@@ -116,6 +144,15 @@ class Engine:
         self.llm = LLM(**arguments)
         self.llm.collective_rpc("coxswain_bind")
         self._served = 0
+        self.adapters: dict[str, Artefact] = {}
+        self._digests: dict[str, str] = {}
+
+    def load_adapters(self, folders: Mapping[str, Path], stream: str = BASE) -> None:
+        """Makes adapters known that are made for the model of `stream`."""
+        shapes = base_shapes(self.folders[stream])
+        for name, folder in folders.items():
+            self.adapters[name] = inspect(folder, shapes, max_rank=512)
+            self._digests[name] = self.adapters[name].digest()
 
     # --- the engine -----------------------------------------------------------------------------
 
@@ -130,10 +167,30 @@ class Engine:
         resolved = resolve(spec, methods=METHODS, snapshot=self.snapshot, limits=wide)
         return resolved.with_prompts({n: tuple(case.own[n]) for n in resolved.prompts})
 
+    def adapted(self, case: Case) -> tuple[SteeringPlan | None, AdapterSet | None]:
+        """The case's plan with its adapters, and their set."""
+        plan = self.plan(case)
+        if not case.adapters:
+            return plan, None
+        chosen = [
+            Chosen(
+                self.adapters[use.name],
+                self._digests[use.name],
+                use.stream,
+                use.weight,
+                use.top_k,
+                use.temperature,
+            )
+            for use in case.adapters
+        ]
+        owners = {name: self.same_as.get(name, name) for name in self.snapshot.streams}
+        return adapt(plan or SteeringPlan("base"), chosen, owners)
+
     def add(self, case: Case, *, salt: str = "") -> str:
         """Submits a case; returns its tag, which is also its request id."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
+        from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
 
         self._served += 1
@@ -141,14 +198,15 @@ class Engine:
         params: dict[str, Any] = {"temperature": 0.0, "logprobs": 0, "ignore_eos": True}
         params["output_kind"] = RequestOutputKind.FINAL_ONLY
         params |= {"max_tokens": case.max_tokens, **case.params}
-        plan = self.plan(case)
+        plan, adapters = self.adapted(case)
+        lora = LoRARequest(**adapters.lora_request()) if adapters else None
         ids, key = list(case.prompt), ""
-        if plan is not None and (plan.steers or plan.report != "off"):
+        if plan is not None and (plan.steers or plan.report != "off" or plan.adapters):
             ids, pad = align(case.prompt, plan)
             key = plan.cache_key(pad)
             params["extra_args"] = pack(Freight(plan, pad, tag if plan.report != "off" else ""))
         prompt = TokensPrompt(prompt_token_ids=ids, cache_salt=salt + key or None)
-        self.llm.llm_engine.add_request(tag, prompt, SamplingParams(**params))
+        self.llm.llm_engine.add_request(tag, prompt, SamplingParams(**params), lora_request=lora)
         return tag
 
     def run(self, cases: Sequence[Case], *, salt: str = "") -> list[Any]:
@@ -207,6 +265,20 @@ class Engine:
         recipe = Recipe(dict(plan.weights), plan.rule)
         return over_vocabularies(partial(mix_reference, recipe), unshared, self.padded)
 
+    def model(self, stream: str, uses: Sequence[Use] = ()) -> Any:
+        """A stream's model in `transformers`, with its adapters."""
+        folder = self.folders[self.same_as.get(stream, stream)]
+        own = [use for use in uses if use.stream == stream]
+        if not own:
+            return load(folder)
+        return adapted_model(
+            folder,
+            tuple(
+                Applied(self.adapters[use.name].folder, use.weight, use.top_k, use.temperature)
+                for use in own
+            ),
+        )
+
     @property
     def padded(self) -> list[int]:
         """Rows of the base's table that are no token."""
@@ -215,7 +287,7 @@ class Engine:
     def reference(self, case: Case, **options: Any) -> list[Step]:
         """What the case must give."""
         names = self.streams(case)
-        models = {n: load(self.folders[self.same_as.get(n, n)]) for n in names}
+        models = {n: self.model(n, case.adapters) for n in names}
         tables = {n: self.overlaps[n].read_as for n in names[1:] if n in self.overlaps}
         read_as = {n: table.tolist() for n, table in tables.items() if table is not None}
         return decode(

@@ -1,0 +1,121 @@
+"""Puts a request's adapters into its plan, and into one set for the engine. Front end; no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from adapters.formats.artefact import Artefact
+from adapters.sets import AdapterSet, Member
+from steering.errors import BadValue, NotFound
+from steering.plan import BASE, AdapterUse, SteeringPlan
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One adapter that a request names.
+
+    Args:
+        artefact: what the name stands for, inspected.
+        digest: of its content (`Artefact.digest`, kept by whoever loaded it).
+        stream: the stream that it shall change.
+        weight: what it is multiplied by; 0 leaves it out.
+        top_k: for a pack, members per token; None: the pack's own.
+        temperature: for a pack, T; None: the pack's own.
+        field: where it stands in the request, for errors, e.g. `adapters.0`.
+    """
+
+    artefact: Artefact
+    digest: str
+    stream: str = BASE
+    weight: float = 1.0
+    top_k: int | None = None
+    temperature: float | None = None
+    field: str = "adapters"
+
+
+def adapt(
+    plan: SteeringPlan,
+    chosen: Sequence[Chosen],
+    owners: Mapping[str, str],
+    *,
+    weight: tuple[float, float] = (-10.0, 10.0),
+    max_rank: int = 512,
+) -> tuple[SteeringPlan, AdapterSet | None]:
+    """The plan with its adapters, and the set for the engine; (plan, None) if there are none.
+
+    Give `LoRARequest(**set.lora_request())` to the engine's `add_lora` once, and with every
+    request that has this plan.
+
+    Args:
+        plan: the request's, without adapters.
+        chosen: what the request names.
+        owners: every stream of this server → the stream whose weights it runs; itself, but for
+            a twin its original.
+        weight: lowest and highest weight.
+        max_rank: rank indices that a set may take.
+
+    Raises:
+        NotFound: a stream that this server does not have.
+        BadValue: a number out of range, the same adapter twice on one stream, or more rank
+            than a set may take.
+    """
+    uses: dict[tuple[str, str], AdapterUse] = {}
+    members = []
+    for one in chosen:
+        if one.stream not in owners:
+            raise NotFound(
+                "no such stream",
+                field=f"{one.field}.stream",
+                value=one.stream,
+                allowed=", ".join(owners),
+            )
+        use = _use(one, weight)
+        if (use.stream, use.digest) in uses:
+            raise BadValue("names the same adapter twice for one stream", field=one.field)
+        uses[use.stream, use.digest] = use
+        members.append(Member.of(one.artefact, one.digest, owners[one.stream]))
+    kept = tuple(use for _, use in sorted(uses.items()) if use.weight)
+    if not kept:
+        return plan, None
+    found = AdapterSet.of(members)
+    if found.rank > max_rank:
+        raise BadValue(
+            "the adapters' ranks together",
+            field=chosen[0].field.rsplit(".", 1)[0],
+            value=found.rank,
+            allowed=f"≤ {max_rank}",
+        )
+    return replace(plan, adapters=kept), found
+
+
+def _use(one: Chosen, weight: tuple[float, float]) -> AdapterUse:
+    low, high = weight
+    if not low <= one.weight <= high:
+        raise BadValue(
+            "out of range",
+            field=f"{one.field}.weight",
+            value=one.weight,
+            allowed=f"[{low}, {high}]",
+        )
+    artefact = one.artefact
+    if not artefact.gates:
+        for name in ("top_k", "temperature"):
+            if getattr(one, name) is not None:
+                raise BadValue("only a MeteoRA pack has this", field=f"{one.field}.{name}")
+        return AdapterUse(one.digest, one.stream, float(one.weight))
+    top_k = artefact.top_k if one.top_k is None else one.top_k
+    temperature = artefact.temperature if one.temperature is None else one.temperature
+    if not 1 <= top_k <= len(artefact.members):
+        raise BadValue(
+            "out of range",
+            field=f"{one.field}.top_k",
+            value=top_k,
+            allowed=f"1 to {len(artefact.members)}",
+        )
+    if not 0 < temperature < math.inf:
+        raise BadValue(
+            "out of range", field=f"{one.field}.temperature", value=temperature, allowed="> 0"
+        )
+    return AdapterUse(one.digest, one.stream, float(one.weight), top_k, float(temperature))

@@ -1,0 +1,155 @@
+"""The seam to vLLM's LoRA: its slots, layer wrappers and loading are used, its arithmetic is not.
+
+vLLM keeps one slot per LoRA request, wraps every linear layer and lets the scheduler admit at most
+`max_loras` different ones per step. A slot of ours holds a *set* of adapters; what a token adds in
+each layer is decided by `adapters.kernels.gated`. Besides the gates this cures a bug of the CPU
+build, whose operations index the slots with −1 for tokens without an adapter, which gives them
+another request's (vLLM issue 48421).
+
+Checked on vLLM 0.32.0, Model Runner V1 (CPU build).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.platforms import current_platform
+
+from adapters.errors import DoesNotFit
+from adapters.kernels.gated import Group, add_adapters
+from adapters.load import load_set
+from adapters.sets import AdapterSet, Layout
+from steering.plan import AdapterUse
+from steering.worker.adapting import Adapted
+
+
+def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
+    """Makes vLLM use our arithmetic in this process; before it wraps the model's layers.
+
+    Raises:
+        ValueError: the engine would record the layers' work once and replay it, which is not
+            possible for groups that change with every step.
+    """
+    if vllm_config.lora_config is None:
+        return
+    if not current_platform.is_cpu() and not vllm_config.model_config.enforce_eager:
+        raise ValueError("adapters on this platform need enforce_eager: true")
+    wrapper = f"{AdapterPunica.__module__}.{AdapterPunica.__qualname__}"
+    type(current_platform).get_punica_wrapper = classmethod(lambda cls: wrapper)
+    # Else vLLM would also wrap the unembeddings; an adapter for one is refused when it is read.
+    for module in model.modules():
+        if getattr(module, "embedding_modules", None):
+            vars(module)["embedding_modules"] = {}
+
+
+class AdapterPunica(PunicaWrapperCPU):
+    """What vLLM's LoRA layers call with their input and the base's output.
+
+    `groups` are those of the stream that runs; `LoraSeam` sets them around each stream's forward.
+    """
+
+    groups: Sequence[Group] = ()
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        buffer: tuple[torch.Tensor, ...] | None = None,
+        **_: Any,
+    ) -> None:
+        """Adds the adapters' part to `y` [T, out] in place."""
+        if self.groups:
+            flat = y.view(-1, y.shape[-1])
+            x = x.reshape(-1, x.shape[-1])
+            add_adapters(flat, x, lora_a_stacked, lora_b_stacked, output_slices, self.groups)
+
+
+class SetManager(LRUCacheWorkerLoRAManager):
+    """vLLM's cache of adapters; what it loads is a set."""
+
+    layouts: dict[int, dict[str, Layout]]
+
+    def _load_adapter(self, lora_request: Any) -> LoRAModel:
+        found = AdapterSet.from_path(lora_request.lora_path)
+        limit = self.lora_config.max_lora_rank
+        if found.rank > limit:
+            raise DoesNotFit(
+                "the set's rank", field=found.name, value=found.rank, allowed=f"≤ {limit}"
+            )
+        weights = {}
+        for owner in found.owners:
+            for module, a, b in load_set(found, owner, self.lora_config.lora_dtype):
+                name = self._name(owner, module)
+                weights[name] = LoRALayerWeights(name, a.shape[0], a.shape[0], a, b, scaling=1.0)
+        cached = self.list_adapters()
+        self.layouts = {i: layout for i, layout in self.layouts.items() if i in cached}
+        self.layouts[lora_request.lora_int_id] = {o: found.layout(o) for o in found.owners}
+        return LoRAModel(lora_request.lora_int_id, found.rank, weights)
+
+    def _name(self, owner: str, module: str) -> str:
+        """The module of the steered model for one of a checkpoint.
+
+        Raises:
+            DoesNotFit: the engine has no such layer, or cannot adapt it.
+        """
+        manager = self._adapter_manager
+        mapper = getattr(manager.model.get_submodule(owner), "hf_to_vllm_mapper", None)
+        names = mapper.get_rename_mapper().apply_list([module]) if mapper else [module]
+        name = f"{owner}.{names[0]}" if names else ""
+        packed = {n for children in manager.packed_modules.values() for n in children}
+        if name not in packed and name not in manager.modules:
+            raise DoesNotFit("the engine cannot adapt this layer", field=f"{owner}: {module}")
+        return name
+
+
+class LoraSeam:
+    """Reads a V1 model runner's LoRA state during a step, and runs streams with their adapters.
+
+    Args:
+        runner: the worker's model runner, with LoRA enabled.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        manager = runner.lora_manager
+        # The runner names the class itself; nothing else of it is ours to choose.
+        manager.__class__ = SetManager
+        manager.layouts = {}
+        self._manager = manager._adapter_manager
+        (self._wrapper,) = self._manager.punica_wrapper_mapping.values()
+        self._wrapper.groups = ()
+
+    def adapted(self, uses: Sequence[tuple[AdapterUse, ...]]) -> Adapted | None:
+        """The adapters of this step's requests, None if no request has any.
+
+        Args:
+            uses: [Q] the requests' adapters.
+        """
+        if not any(uses):
+            return None
+        sets = self._runner.input_batch.request_lora_mapping[: len(uses)]
+        slots = {i: slot for slot, i in enumerate(self._manager.lora_index_to_id) if i is not None}
+        return Adapted(uses, sets, slots, self._runner.lora_manager.layouts)
+
+    @contextmanager
+    def adapting(self, groups: Sequence[Group]) -> Iterator[None]:
+        """Makes the layers that run inside add what `groups` say."""
+        self._wrapper.groups = groups
+        try:
+            yield
+        finally:
+            self._wrapper.groups = ()

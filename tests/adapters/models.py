@@ -1,0 +1,132 @@
+"""Adapted models by other people's code: PEFT for LoRA, plain hooks for MeteoRA.
+
+Nothing here uses our loading or our kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+
+@dataclass(frozen=True)
+class Applied:
+    """An adapter as a request uses it.
+
+    Args:
+        folder: the adapter's.
+        weight: what it is multiplied by.
+        top_k: of a pack; None: its own.
+        temperature: of a pack; None: its own.
+    """
+
+    folder: Path
+    weight: float = 1.0
+    top_k: int | None = None
+    temperature: float | None = None
+
+
+@functools.cache
+def adapted(base: Path, adapters: tuple[Applied, ...]) -> Any:
+    """The model with its adapters, float32."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    for applied in adapters:
+        if (applied.folder / "meteora.json").is_file():
+            _hook_meteora(model, applied)
+    loras = [a for a in adapters if not (a.folder / "meteora.json").is_file()]
+    return _with_peft(model, loras).eval() if loras else model
+
+
+def _with_peft(model: Any, loras: Sequence[Applied]) -> Any:
+    names = [f"adapter{i}" for i in range(len(loras))]
+    wrapped = PeftModel.from_pretrained(model, loras[0].folder, adapter_name=names[0])
+    for name, applied in zip(names[1:], loras[1:], strict=True):
+        wrapped.load_adapter(applied.folder, adapter_name=name)
+    wrapped.base_model.set_adapter(names)
+    for module in wrapped.modules():
+        if isinstance(module, LoraLayer):
+            for name, applied in zip(names, loras, strict=True):
+                if name in module.scaling:
+                    module.scaling[name] *= applied.weight
+    return wrapped
+
+
+def _hook_meteora(model: Any, applied: Applied) -> None:
+    config = json.loads((applied.folder / "meteora.json").read_text())
+    top_k = applied.top_k or config["top_k"]
+    temperature = applied.temperature or config["temperature"]
+    for name, module in model.named_modules():
+        gate, tasks = _released(applied.folder, config, name)
+        if config["layout"] == "native":
+            gate, tasks = _native(applied.folder, config, name)
+        if gate is not None:
+            hook = _hook(gate, tasks, top_k, temperature, applied.weight)
+            module.register_forward_hook(hook)
+
+
+Tasks = list[tuple[torch.Tensor, torch.Tensor, float] | None]
+"""Per task A, B and scale, or None where a task leaves the layer alone."""
+
+
+def _released(folder: Path, config: Any, module: str) -> tuple[torch.Tensor | None, Tasks]:
+    if config["layout"] != "released":
+        return None, []
+    tensors, prefix, rank = (
+        load_file(folder / "model.safetensors"),
+        _PREFIX + module,
+        config["rank"],
+    )
+    if f"{prefix}.moe_gate.weight" not in tensors:
+        return None, []
+    a, b = tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"]
+    tasks: Tasks = []
+    for j in range(len(config["tasks"])):
+        own = slice(j * rank, (j + 1) * rank)
+        tasks.append((a[own], b[:, own], config["alpha"] / rank))
+    return tensors[f"{prefix}.moe_gate.weight"], tasks
+
+
+def _native(folder: Path, config: Any, module: str) -> tuple[torch.Tensor | None, Tasks]:
+    tasks: Tasks = []
+    for task in config["tasks"]:
+        own = json.loads((folder / task / "adapter_config.json").read_text())
+        tensors, prefix = load_file(folder / task / "adapter_model.safetensors"), _PREFIX + module
+        if f"{prefix}.lora_A.weight" not in tensors:
+            tasks.append(None)
+            continue
+        a, b = tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"]
+        tasks.append((a, b, own["lora_alpha"] / own["r"]))
+    return load_file(folder / "gates.safetensors").get(f"{module}.moe_gate.weight"), tasks
+
+
+def _hook(
+    gate: torch.Tensor, tasks: Tasks, top_k: int, temperature: float, weight: float
+) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
+    """The authors' forward: choose, softmax over the chosen, add one chosen task at a time."""
+
+    def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        (x,) = inputs
+        scores, chosen = (x @ gate.T).topk(top_k)
+        shares = (scores / temperature).softmax(-1)
+        for j, task in enumerate(tasks):
+            if task is None:
+                continue
+            a, b, scale = task
+            share = (shares * (chosen == j)).sum(-1, keepdim=True)
+            output = output + weight * share * scale * ((x @ a.T) @ b.T)
+        return output
+
+    return hook
+
+
+_PREFIX = "base_model.model."
