@@ -18,7 +18,6 @@ from adapters.registry.loader import Loader
 from adapters.registry.manager import Manager
 from adapters.registry.record import Content, Facts
 from adapters.sources.fetch import Fetcher
-from adapters.sources.origin import Limits
 from adapters.sources.source import Allowed
 from adapters.sources.store import ContentStore
 
@@ -79,13 +78,12 @@ class Replica:
     """One server as the registry sees it: a manager, its loader and its store."""
 
     def __init__(
-        self, connection: Connection, root: Path, store: Path, *, limits: Limits | None = None,
+        self, connection: Connection, root: Path, store: Path, *, remotes: tuple[str, ...] = (),
         pause_s: float = 0.0, every_s: float = 0.3, alive_s: float = 1.0,
     ) -> None:  # fmt: skip
         self.loader = ReadingLoader(pause_s)
         loader: Loader = self.loader
-        allowed = Allowed((root,), ("http://127.0.0.1",))
-        self.fetcher = Fetcher(ContentStore(store), allowed, limits or Limits())
+        self.fetcher = Fetcher(ContentStore(store), Allowed((root,), remotes))
         self.manager = Manager(connection, self.fetcher, loader, every_s=every_s, alive_s=alive_s)
         self.connection = connection
 
