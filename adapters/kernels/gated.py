@@ -19,6 +19,19 @@ import torch
 
 
 @dataclass(frozen=True)
+class Tally:
+    """How often tokens were routed to which member.
+
+    Args:
+        requests: [n] int64, the request of each token of a group.
+        counts: [Q, M] int64, by request and member; grows with every layer that runs.
+    """
+
+    requests: torch.Tensor
+    counts: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Route:
     """Learned gates of one routed artefact, for the n tokens of a group.
 
@@ -30,6 +43,8 @@ class Route:
         top_k: [n] int64, members that each token is routed to, 1 to M.
         widest: the largest of `top_k`.
         temperature: [n] float32, T > 0.
+        tally: counts how often a token of each request was routed to each member, over all
+            layers; None to count nothing.
     """
 
     columns: slice
@@ -39,6 +54,7 @@ class Route:
     top_k: torch.Tensor
     widest: int
     temperature: torch.Tensor
+    tally: Tally | None = None
 
     def gates(self, scores: torch.Tensor) -> torch.Tensor:
         """[n, M] float32 gates of one layer.
@@ -49,6 +65,11 @@ class Route:
         values, chosen = scores.float().topk(self.widest, dim=-1)
         place = torch.arange(self.widest, device=scores.device)
         beyond = place >= self.top_k[:, None]
+        if self.tally is not None:
+            picked = torch.zeros_like(scores, dtype=torch.int64).scatter_(
+                -1, chosen, (~beyond).long()
+            )
+            self.tally.counts.index_add_(0, self.tally.requests, picked)
         exponents = (values / self.temperature[:, None]).masked_fill(beyond, -torch.inf)
         weights = exponents.softmax(-1) * self.weight[:, None]
         return torch.zeros_like(scores, dtype=torch.float32).scatter_(-1, chosen, weights)

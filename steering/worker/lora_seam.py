@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from adapters.errors import DoesNotFit
 from adapters.kernels.gated import Group, add_adapters
@@ -32,15 +34,29 @@ from steering.plan import AdapterUse
 from steering.worker.adapting import Adapted
 
 
+def keep_compiling(vllm_config: VllmConfig) -> None:
+    """Lets the CPU build compile the streams although LoRA is on; before they are built.
+
+    vLLM switches compilation off there, for its own operations. Ours is one opaque operation.
+    """
+    compilation = vllm_config.compilation_config
+    # Only vLLM's decision to compile, which it took back, leaves this behind.
+    decided = "cpp.dynamic_threads" in compilation.inductor_compile_config
+    if current_platform.is_cpu() and vllm_config.lora_config is not None and decided:
+        compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
+
+
 def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
     """Makes vLLM use our arithmetic in this process; before it wraps the model's layers.
 
     Raises:
         ValueError: the engine would record the layers' work once and replay it, which is not
-            possible for groups that change with every step.
+            possible for groups that change with every step; or it would split A by its rank.
     """
     if vllm_config.lora_config is None:
         return
+    if vllm_config.lora_config.fully_sharded_loras:
+        raise ValueError("adapters do not work with fully_sharded_loras")
     if not current_platform.is_cpu() and not vllm_config.model_config.enforce_eager:
         raise ValueError("adapters on this platform need enforce_eager: true")
     wrapper = f"{AdapterPunica.__module__}.{AdapterPunica.__qualname__}"
@@ -51,13 +67,29 @@ def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
             vars(module)["embedding_modules"] = {}
 
 
+_groups: Sequence[Group] = ()
+"""Of the stream that runs, in this process; `LoraSeam` sets them around each stream's forward."""
+
+
+def _adapter_sum(
+    y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], sizes: list[int]
+) -> None:
+    if _groups:
+        add_adapters(y, x, a, b, sizes, _groups)
+
+
+def _nothing(
+    y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], sizes: list[int]
+) -> None:
+    """What a compiler needs to know: it changes `y` in place and returns nothing."""
+
+
+_library = torch.library.Library("coxswain", "FRAGMENT")
+direct_register_custom_op("adapter_sum", _adapter_sum, ["y"], _nothing, _library)
+
+
 class AdapterPunica(PunicaWrapperCPU):
-    """What vLLM's LoRA layers call with their input and the base's output.
-
-    `groups` are those of the stream that runs; `LoraSeam` sets them around each stream's forward.
-    """
-
-    groups: Sequence[Group] = ()
+    """What vLLM's LoRA layers call with their input and the base's output."""
 
     def add_lora_linear(
         self,
@@ -71,11 +103,13 @@ class AdapterPunica(PunicaWrapperCPU):
         buffer: tuple[torch.Tensor, ...] | None = None,
         **_: Any,
     ) -> None:
-        """Adds the adapters' part to `y` [T, out] in place."""
-        if self.groups:
-            flat = y.view(-1, y.shape[-1])
-            x = x.reshape(-1, x.shape[-1])
-            add_adapters(flat, x, lora_a_stacked, lora_b_stacked, output_slices, self.groups)
+        """Adds the adapters' part to `y` [T, out] in place; x is [T, in].
+
+        An operation of its own, because the groups change with every step: compiled code calls
+        it and knows nothing of them.
+        """
+        a, b, sizes = list(lora_a_stacked), list(lora_b_stacked), list(output_slices)
+        torch.ops.coxswain.adapter_sum(y, x, a, b, sizes)
 
 
 class SetManager(LRUCacheWorkerLoRAManager):
@@ -85,6 +119,12 @@ class SetManager(LRUCacheWorkerLoRAManager):
 
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
         found = AdapterSet.from_path(lora_request.lora_path)
+        if (
+            any(member.routed for member in found.members)
+            and get_tensor_model_parallel_world_size() > 1
+        ):
+            # A split layer sees a part of x, and scores of a part are not the gate's.
+            raise DoesNotFit("packs are not served under tensor parallelism", field=found.name)
         limit = self.lora_config.max_lora_rank
         if found.rank > limit:
             raise DoesNotFit(
@@ -130,26 +170,26 @@ class LoraSeam:
         manager.__class__ = SetManager
         manager.layouts = {}
         self._manager = manager._adapter_manager
-        (self._wrapper,) = self._manager.punica_wrapper_mapping.values()
-        self._wrapper.groups = ()
 
-    def adapted(self, uses: Sequence[tuple[AdapterUse, ...]]) -> Adapted | None:
+    def adapted(self, uses: Sequence[tuple[AdapterUse, ...]], counting: bool) -> Adapted | None:
         """The adapters of this step's requests, None if no request has any.
 
         Args:
             uses: [Q] the requests' adapters.
+            counting: whether routes are counted.
         """
         if not any(uses):
             return None
         sets = self._runner.input_batch.request_lora_mapping[: len(uses)]
         slots = {i: slot for slot, i in enumerate(self._manager.lora_index_to_id) if i is not None}
-        return Adapted(uses, sets, slots, self._runner.lora_manager.layouts)
+        return Adapted(uses, sets, slots, self._runner.lora_manager.layouts, counting)
 
     @contextmanager
     def adapting(self, groups: Sequence[Group]) -> Iterator[None]:
         """Makes the layers that run inside add what `groups` say."""
-        self._wrapper.groups = groups
+        global _groups
+        _groups = groups
         try:
             yield
         finally:
-            self._wrapper.groups = ()
+            _groups = ()

@@ -57,6 +57,7 @@ class SteeredForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         settings = vllm_config.additional_config["coxswain"]
+        lora_seam.keep_compiling(vllm_config)
         self.base: Any = seam.build_base(vllm_config, settings["architectures"], BASE)
         self.config = self.base.config
         self.names: tuple[str, ...] = (BASE, *settings["streams"])
@@ -69,6 +70,7 @@ class SteeredForCausalLM(nn.Module):
                 self._original[name] = source["same_as"]
             else:
                 config = seam.companion_config(vllm_config, source["model"])
+                lora_seam.keep_compiling(config)
                 self._companions[name] = config
                 self.add_module(name, seam.build_companion(config, name))
         for name in self.names:
@@ -158,7 +160,8 @@ class SteeredForCausalLM(nn.Module):
             return self._forward_all(input_ids, positions, inputs_embeds)
         self._seam.hold_generators()
         tables = self._seats.update(self._seam.request_ids(), self._seam.freight)
-        self._adapted = self._lora.adapted(tables.adapters) if self._lora else None
+        counting = bool(tables.tagged)
+        self._adapted = self._lora.adapted(tables.adapters, counting) if self._lora else None
         self.steps += 1
         if not tables.steered:
             self._count(0, positions.shape[0])
@@ -208,6 +211,7 @@ class SteeredForCausalLM(nn.Module):
         )
         for i in range(layout.streams):
             self._active[i] = self._run_stream(i, tables, step, input_ids, positions, out)
+        self._report_routes(tables)
         self._special = tables.special
         control = np.repeat(tables.control, step.lengths, axis=0)
         self._mark_reports(tables, step, control)
@@ -287,6 +291,16 @@ class SteeredForCausalLM(nn.Module):
                 self._reporting.append((seat.tag, choice, end, names, seat.tokens))
                 last = int(step.starts[row + 1]) - 1
                 control[last, len(self.names) + REPORT] = len(self._reporting)
+
+    def _report_routes(self, tables: Tables) -> None:
+        if self._adapted is None or self._seam is None:
+            return
+        ids = self._seam.request_ids()
+        for stream, digest, counts in self._adapted.routed:
+            for row, seat in tables.tagged:
+                if any(u.stream == stream and u.digest == digest for u in seat.adapters):
+                    tally = self.reports.tally(seat.tag, seam.choice_of(ids[row]))
+                    tally.route(stream, digest, counts[row].tolist())
 
     def _report(self, z: torch.Tensor, base: torch.Tensor, marks: torch.Tensor) -> None:
         for row, mark in enumerate(marks.tolist()):

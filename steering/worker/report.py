@@ -36,6 +36,8 @@ class Tally:
         changed: tokens at which the most likely id differs from the base's.
         passes: forward passes by stream over the drawn tokens.
         detail: one entry per token, when the report wants tokens.
+        routed: by stream and digest of a MeteoRA pack: how often a token was routed to each
+            member, over all layers; prompt tokens too, unless they came from the prefix cache.
     """
 
     tokens: int = 0
@@ -43,7 +45,14 @@ class Tally:
     changed: int = 0
     passes: dict[str, int] = field(default_factory=dict)
     detail: list[dict[str, Any]] = field(default_factory=list)
+    routed: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     pending: _Pending | None = None
+
+    def route(self, stream: str, digest: str, counts: list[int]) -> None:
+        """Adds one step's routes of a pack in a stream, per member."""
+        packs = self.routed.setdefault(stream, {})
+        before = packs.get(digest, [0] * len(counts))
+        packs[digest] = [a + b for a, b in zip(before, counts, strict=True)]
 
     def settle(self, token_id: int) -> None:
         """Tells the drawn token's id to the entry that waits for it."""
@@ -97,6 +106,7 @@ class Tally:
             "changed": self.changed,
             "passes": self.passes,
             "detail": self.detail,
+            "routed": self.routed,
         }
 
 

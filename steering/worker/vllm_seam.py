@@ -1,4 +1,4 @@
-"""The seam to vLLM: the only file that touches the model runner's internals.
+"""The seam to vLLM: the only file that touches the model runner's internals, but for LoRA.
 
 Checked on vLLM 0.32.0, Model Runner V1 (CPU build). Another runner needs another seam; the rest
 of `steering.worker` does not change.

@@ -118,6 +118,7 @@ def _hook(
         (x,) = inputs
         scores, chosen = (x @ gate.T).topk(top_k)
         shares = (scores / temperature).softmax(-1)
+        module.routed = torch.bincount(chosen.flatten(), minlength=len(tasks))
         for j, task in enumerate(tasks):
             if task is None:
                 continue
@@ -130,3 +131,12 @@ def _hook(
 
 
 _PREFIX = "base_model.model."
+
+
+def routed(model: Any, ids: Sequence[int]) -> list[int]:
+    """How often tokens of a text are routed to each task, over all layers."""
+    with torch.inference_mode():
+        model(torch.tensor([list(ids)]), use_cache=False)
+    counts = [module.routed for module in model.modules() if hasattr(module, "routed")]
+    found: list[int] = torch.stack(counts).sum(0).tolist()
+    return found

@@ -26,7 +26,7 @@ from steering.adapters import Chosen, adapt
 from steering.engine_args import StreamSource, steered_engine_args
 from steering.kernels.reference import mix_reference
 from steering.method import Limits, Snapshot
-from steering.plan import BASE, Recipe, SteeringPlan
+from steering.plan import BASE, Recipe, Report, SteeringPlan
 from steering.plugins import discover
 from steering.prompts import align
 from steering.resolve import resolve
@@ -67,7 +67,7 @@ class Case:
     max_tokens: int = 12
     arrives: int = 0
     params: Mapping[str, Any] = field(default_factory=dict)
-    report: str = "off"
+    report: Report = "off"
     adapters: Sequence[Use] = ()
 
 
@@ -145,24 +145,24 @@ class Engine:
         self.llm.collective_rpc("coxswain_bind")
         self._served = 0
         self.adapters: dict[str, Artefact] = {}
-        self._digests: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
 
     def load_adapters(self, folders: Mapping[str, Path], stream: str = BASE) -> None:
         """Makes adapters known that are made for the model of `stream`."""
         shapes = base_shapes(self.folders[stream])
         for name, folder in folders.items():
             self.adapters[name] = inspect(folder, shapes, max_rank=512)
-            self._digests[name] = self.adapters[name].digest()
+            self.digests[name] = self.adapters[name].digest()
 
     # --- the engine -----------------------------------------------------------------------------
 
     def plan(self, case: Case) -> SteeringPlan | None:
         """What the front end would make of the case."""
         if case.spec is None:
-            return None
+            return None if case.report == "off" else SteeringPlan("base", report=case.report)
         prompts = {name: {"token_ids": list(ids)} for name, ids in case.own.items()}
-        report = {"off": False, "summary": True, "tokens": "tokens"}[case.report]
-        spec = {**case.spec, "prompts": prompts, "report": report}
+        wish = {"off": False, "summary": True, "tokens": "tokens"}[case.report]
+        spec = {**case.spec, "prompts": prompts, "report": wish}
         wide = Limits(strength=(0, 10), weight=(-10, 10))
         resolved = resolve(spec, methods=METHODS, snapshot=self.snapshot, limits=wide)
         return resolved.with_prompts({n: tuple(case.own[n]) for n in resolved.prompts})
@@ -175,7 +175,7 @@ class Engine:
         chosen = [
             Chosen(
                 self.adapters[use.name],
-                self._digests[use.name],
+                self.digests[use.name],
                 use.stream,
                 use.weight,
                 use.top_k,
@@ -236,6 +236,11 @@ class Engine:
         finals = {str(o.index): o.token_ids[-1] for o in output.outputs}
         found: dict[str, Any] = self.llm.collective_rpc("coxswain_report", args=(tag, finals))[0]
         return found
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the streams run as compiled code."""
+        return bool(self.llm.llm_engine.vllm_config.compilation_config.mode)
 
     def preemptions(self) -> int:
         """Requests preempted since start."""

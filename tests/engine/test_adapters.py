@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import random
+import shutil
 from collections.abc import Iterator
 
 import pytest
 
 from steering.engine_args import adapter_engine_args
 from tests.adapters.make import ATTENTION, make_lora, make_native, make_released
+from tests.adapters.models import routed
 from tests.engine.driver import BLOCK, Case, Engine, Use, logprobs, tokens
 from tests.engine.test_exactness import TOLERANCE, assert_exact, prompt
 from tests.models import VOCAB_SIZE
@@ -163,13 +165,35 @@ def test_several_choices_are_all_adapted(adapting: Engine) -> None:
         assert logprobs(output, i) == pytest.approx([s.logprob for s in steps], abs=TOLERANCE)
 
 
-def test_preempted_requests_resume_with_their_adapters(
+def test_reports_count_the_routes(adapting: Engine) -> None:
+    rng = random.Random(9)
+    uses = [(Use("native"),), (Use("released", top_k=1), Use("one")), (Use("native", top_k=3),)]
+    uses.append((Use("native", stream="twin"),))
+    specs = [None, PROXY, None, GUIDANCE]
+    cases = [
+        Case(prompt(rng, 20, 60), spec, report="summary" if i else "off", adapters=own)
+        for i, (spec, own) in enumerate(zip(specs, uses, strict=True))
+    ]
+    outputs = adapting.run([*cases, Case(prompt(rng, 20, 20), PROXY, report="summary")])
+    tags = adapting.tags
+    assert adapting.report(tags[4], outputs[4])["0"]["routed"] == {}
+    for case, output, tag in list(zip(cases, outputs, tags, strict=False))[1:]:
+        use = case.adapters[0]
+        text = [*case.prompt, *tokens(output)[:-1]]
+        want = routed(adapting.model(use.stream, case.adapters), text)
+        found = adapting.report(tag, output)["0"]["routed"]
+        assert found == {use.stream: {adapting.digests[use.name]: want}}
+
+
+def test_preempted_requests_resume_with_their_adapters_compiled(
     tmp_path_factory: pytest.TempPathFactory, adapting: Engine
 ) -> None:
     folder = tmp_path_factory.mktemp("models")
     streams: dict[str, tuple[str, int] | str] = {"twin": "base"}
     slots = {**adapter_engine_args(3, 16), "num_gpu_blocks_override": 28}
+    slots["enforce_eager"] = shutil.which("g++") is None  # what torch compiles CPU kernels with
     tight = Engine(folder, ("llama", VOCAB_SIZE), streams, **slots)
+    assert tight.compiled or slots["enforce_eager"]
     names = ("one", "two", "native")
     # The same base: weights depend on the seed, which is the stream's place.
     tight.load_adapters({name: adapting.adapters[name].folder for name in names})
