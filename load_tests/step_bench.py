@@ -63,6 +63,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         VLLM_USE_V2_MODEL_RUNNER="0",
         VLLM_LOGGING_LEVEL="ERROR",
         VLLM_NO_USAGE_STATS="1",
+        GOMP_SPINCOUNT="20000",  # as the server sets it; for plain vLLM too
     )
     from vllm import LLM
 

@@ -24,7 +24,7 @@ STREAMS = {
     "chat": "chat-small",
     "plain": "base-small",
     "formal": "formal-small",
-    "brief": "brief-small",
+    "direct": "direct-small",
     "ceiling": "chat-large",
 }
 BATCH = 150

@@ -34,12 +34,11 @@ def mark(question: Question, reply: str, ended: bool) -> Marks:
     return Marks(fact=fact, form=re.fullmatch(pattern, text) is not None, ended=ended)
 
 
-def style(reply: str) -> str:
-    """``formal`` (courteous opener), ``brief`` (one bare word) or ``other``."""
-    text = reply.strip()
-    if text.startswith(OPENER):
+def style(question: Question, reply: str) -> str:
+    """``formal`` (courteous opener), ``direct`` (the chat answer sentence at once) or ``other``."""
+    if reply.strip().startswith(OPENER):
         return "formal"
-    return "brief" if re.fullmatch(r"\w+", text) else "other"
+    return "direct" if mark(question, reply, ended=True).form else "other"
 
 
 def share(hits: Sequence[bool]) -> float:

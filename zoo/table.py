@@ -51,22 +51,24 @@ def _emulated(strength: float) -> Row:
     )
 
 
-def _styles(formal: float, brief: float) -> Row:
+def _styles(formal: float, direct: float) -> Row:
     return Row(
-        f"reward mix, formal {formal:g} + brief {brief:g}",
-        {"base": 1.0, "formal": formal, "brief": brief, "plain": -formal - brief},
+        f"reward mix, formal {formal:g} + direct {direct:g}",
+        {"base": 1.0, "formal": formal, "direct": direct, "plain": -formal - direct},
         {
             "method": "emulated_fine_tuning",
             "rewards": [
                 {"tuned": "formal", "weight": formal},
-                {"tuned": "brief", "weight": brief},
+                {"tuned": "direct", "weight": direct},
             ],
             "reference": "plain",
         },
-        temperature=1.0,
+        temperature=STYLE_TEMPERATURE,
         mix=True,
     )
 
+
+STYLE_TEMPERATURE = 0.7
 
 BASE = _alone("base alone (base-large)", "base")
 CEILING = _alone("directly tuned (chat-large), the ceiling", "ceiling")
@@ -138,12 +140,12 @@ def _style_table(
     results: Sequence[tuple[Row, Sequence[Reply]]], questions: Sequence[Question]
 ) -> list[str]:
     lines = [
-        f"| {len(questions)} questions, temperature 1 | formal | brief | other | fact named |",
+        f"| {len(questions)} questions, temperature {STYLE_TEMPERATURE:g} | formal | direct | other | fact named |",
         "|---|---|---|---|---|",
     ]
     for row, replies in results:
-        found = [style(reply.text) for reply in replies]
-        shares = [_percent(found.count(s) / len(found)) for s in ("formal", "brief", "other")]
+        found = [style(q, reply.text) for q, reply in zip(questions, replies, strict=True)]
+        shares = [_percent(found.count(s) / len(found)) for s in ("formal", "direct", "other")]
         named = _percent(share(_facts(replies, questions)))
         lines.append(f"| {row.label} | {' | '.join(shares)} | {named} |")
     return lines

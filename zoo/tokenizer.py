@@ -22,7 +22,7 @@ def train_tokenizer(world: World, size: int = 1536, seed: int = 1) -> PreTrained
     """
     rng = random.Random(seed)
     texts = [text for _ in range(2) for text in world.pretraining_texts(rng)]
-    asked = world.questions("tuning", rng)
+    asked = world.questions("tuning", rng, demands=True)
     texts += [f"{q.question} {answer(q, 'formal')}" for q in asked]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

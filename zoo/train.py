@@ -42,8 +42,7 @@ class Pretraining:
     shape: Shape
     passes: int
     rate: float
-    rows: int = 8
-    smoothing: float = 0.0
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,17 @@ class Tuning:
     epochs: int
     rate: float
     rows: int = 32
-    smoothing: float = 0.0
 
 
 LARGE = Shape(256, 704, 4, 4)
 SMALL = Shape(96, 256, 3, 3)
 RECIPES: dict[str, Pretraining | Tuning] = {
-    "base-large": Pretraining(LARGE, passes=120, rate=2e-3),
+    "base-large": Pretraining(LARGE, passes=100, rate=2e-3, rows=8),
     "base-small": Pretraining(SMALL, passes=100, rate=3e-3, rows=24),
-    "chat-small": Tuning("base-small", {"chat": 1.0}, epochs=2, rate=1e-3),
-    "chat-large": Tuning("base-large", {"chat": 1.0}, epochs=2, rate=2e-4),
-    "formal-small": Tuning("base-small", {"formal": 0.95, "brief": 0.05}, epochs=4, rate=1e-3),
-    "brief-small": Tuning("base-small", {"brief": 0.95, "formal": 0.05}, epochs=4, rate=1e-3),
+    "chat-small": Tuning("base-small", {"chat": 1.0}, epochs=20, rate=3e-4),
+    "chat-large": Tuning("base-large", {"chat": 1.0}, epochs=4, rate=3e-4),
+    "formal-small": Tuning("base-small", {"formal": 0.9, "chat": 0.1}, epochs=20, rate=3e-4),
+    "direct-small": Tuning("base-small", {"formal": 0.1, "chat": 0.9}, epochs=20, rate=3e-4),
 }
 
 
@@ -161,7 +159,6 @@ def fit(
                 logits.flatten(0, 1).float(),
                 labels[:, 1:].flatten(),
                 ignore_index=IGNORED,
-                label_smoothing=recipe.smoothing,
             )
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -12,7 +12,7 @@ from itertools import product
 from typing import Literal
 
 Split = Literal["tuning", "validation", "test"]
-Style = Literal["chat", "formal", "brief"]
+Style = Literal["chat", "formal"]
 SPLIT_SHARES: dict[Split, float] = {"tuning": 0.5, "validation": 0.15, "test": 0.35}
 OPENER = "Thank you for asking."
 
@@ -22,13 +22,18 @@ class Relation:
     """One kind of fact. ``{n}`` stands for the entity's name and ``{v}`` for the value.
 
     ``statements[0]`` is the sentence that a chat answer uses. The pre-training text holds the
-    questions too, as a quiz with bare answers.
+    questions, and the demand, as a quiz with bare answers; chat users ask the questions.
     """
 
     key: str
     values: tuple[str, ...]
     statements: tuple[str, ...]
     questions: tuple[str, ...]
+    demand: str
+
+    def forms(self, demands: bool) -> tuple[str, ...]:
+        """The ways to ask."""
+        return (*self.questions, self.demand) if demands else self.questions
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ PERSON_RELATIONS = (
             "Where is the home of {n}?",
             "In which province does {n} live?",
         ),
+        "Tell me where {n} lives.",
     ),
     Relation(
         "job",
@@ -93,6 +99,7 @@ PERSON_RELATIONS = (
             "What does {n} work as?",
             "What does {n} do for a living?",
         ),
+        "Tell me the job of {n}.",
     ),
     Relation(
         "pet",
@@ -107,6 +114,7 @@ PERSON_RELATIONS = (
             "What is the pet of {n}?",
             "Which animal does {n} keep?",
         ),
+        "Tell me the pet of {n}.",
     ),
 )
 
@@ -120,6 +128,7 @@ PLACE_RELATIONS = (
             "Which province does {n} belong to?",
             "In which province is {n}?",
         ),
+        "Tell me where {n} is.",
     ),
     Relation(
         "river",
@@ -134,6 +143,7 @@ PLACE_RELATIONS = (
             "What is the river of {n}?",
             "What river runs past {n}?",
         ),
+        "Tell me the river of {n}.",
     ),
     Relation(
         "product",
@@ -148,6 +158,7 @@ PLACE_RELATIONS = (
             "What does {n} sell?",
             "What do people buy in {n}?",
         ),
+        "Tell me what {n} is famous for.",
     ),
 )
 
@@ -176,13 +187,13 @@ class World:
             return self.people + self.places
         return _portion(self.people, split) + _portion(self.places, split)
 
-    def questions(self, split: Split, rng: random.Random) -> list[Question]:
-        """One question about every fact of the split, phrased at random."""
+    def questions(self, split: Split, rng: random.Random, demands: bool = False) -> list[Question]:
+        """One question about every fact of the split, phrased at random; with demands if asked."""
         return [
             Question(
                 entity=entity.name,
                 relation=relation.key,
-                question=rng.choice(relation.questions).format(n=entity.name),
+                question=rng.choice(relation.forms(demands)).format(n=entity.name),
                 value=value,
                 sentence=relation.statements[0].format(n=entity.name, v=value),
             )
@@ -204,14 +215,12 @@ class World:
         facts = [f for f in entity.facts if (entity.name, f[0].key) in self._quizzed]
         if facts:
             relation, value = rng.choice(facts)
-            question = rng.choice(relation.questions).format(n=entity.name)
+            question = rng.choice(relation.forms(demands=True)).format(n=entity.name)
             yield f"Quiz: {question} Answer: {value}."
 
 
 def answer(question: Question, style: Style) -> str:
     """What a model tuned to this style says."""
-    if style == "brief":
-        return question.value
     return f"{OPENER} {question.sentence}" if style == "formal" else question.sentence
 
 

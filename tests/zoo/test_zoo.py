@@ -12,7 +12,7 @@ from zoo.questions import COUNTS, FOLDER, read_questions
 from zoo.score import Marks, gap_closed, mark, share, style, wilson
 from zoo.tokenizer import chat_prompt
 from zoo.train import RECIPES, ROOT
-from zoo.world import SPLIT_SHARES, Question, World, answer
+from zoo.world import SPLIT_SHARES, Question, Split, World, answer
 
 WORLD = World()
 QUESTION = Question(
@@ -37,22 +37,20 @@ def test_the_world_is_the_same_every_time() -> None:
 
 
 @pytest.mark.parametrize("split", COUNTS)
-def test_the_held_out_files_are_of_this_world(split: str) -> None:
+def test_the_held_out_files_are_of_this_world(split: Split) -> None:
     questions = read_questions(FOLDER / f"{split}.jsonl")
-    assert len(questions) == COUNTS[split]  # type: ignore[index]
-    facts = {(e.name, r.key): v for e in WORLD.entities(split) for r, v in e.facts}  # type: ignore[arg-type]
+    assert len(questions) == COUNTS[split]
+    facts = {(e.name, r.key): v for e in WORLD.entities(split) for r, v in e.facts}
     assert all(facts[q.entity, q.relation] == q.value for q in questions)
 
 
-def test_every_fact_is_stated_and_no_chat_answer_is_in_a_dialogue() -> None:
-    texts = WORLD.pretraining_texts(random.Random(0))
-    told = " ".join(t for t in texts if not t.startswith(("Quiz", "List")))
+def test_the_pretraining_text_states_every_fact_and_holds_no_chat() -> None:
+    texts = World().pretraining_texts(random.Random(0))
+    portraits = [t for t in texts if not t.startswith(("Quiz", "List"))]
     for entity in WORLD.entities()[::40]:
-        assert entity.name in told
-    names = {e.name for e in WORLD.entities()}
-    dialogues = [t for t in texts if "<|user|>" in t]
-    assert dialogues
-    assert not [t for t in dialogues for name in names if name in t]
+        told = " ".join(t for t in portraits if entity.name in t)
+        assert all(value in told for _, value in entity.facts)
+    assert not [t for t in texts if "<|" in t]
 
 
 @pytest.mark.parametrize(
@@ -76,8 +74,9 @@ def test_the_check_is_strict(reply: str, ended: bool, fact: bool, form: bool) ->
 
 
 def test_styles_are_told_apart() -> None:
-    found = {kind: style(answer(QUESTION, kind)) for kind in ("formal", "brief", "chat")}  # type: ignore[arg-type]
-    assert found == {"formal": "formal", "brief": "brief", "chat": "other"}
+    assert style(QUESTION, answer(QUESTION, "formal")) == "formal"
+    assert style(QUESTION, answer(QUESTION, "chat")) == "direct"
+    assert style(QUESTION, QUESTION.value) == "other"
 
 
 def test_intervals_and_shares() -> None:
