@@ -1,14 +1,22 @@
-"""Who may call what: API keys for inference, the admin key for administration."""
+"""Who may call what: API keys for inference, the admin key for administration.
+
+Only hashes of keys are kept. Keys are long and random, so a plain SHA-256 is enough: there is
+nothing to guess, and a slow hash would be paid for at every request.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import ipaddress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from pydantic import SecretStr
 from starlette.datastructures import Headers
 
-from server.config import Config
+from server.config import HASHED, Config, LimitedKey
 from server.errors import HttpError
 
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
@@ -28,6 +36,52 @@ def _host_of(header: str) -> str:
     return urlsplit(f"//{header}").hostname or ""
 
 
+@dataclass(frozen=True)
+class Access:
+    """What the current request's key may use. None: everything.
+
+    Args:
+        profiles: names.
+        adapters: names.
+    """
+
+    profiles: frozenset[str] | None = None
+    adapters: frozenset[str] | None = None
+
+    def check_steering(self, profile: str | None) -> None:
+        """Lets steering pass or raises.
+
+        Args:
+            profile: where it comes from; None: it is the caller's own.
+
+        Raises:
+            HttpError: 403.
+        """
+        if self.profiles is None or profile in self.profiles:
+            return
+        if profile is None:
+            raise HttpError(403, "This API key may use its profiles only, not steering of its "
+                            "own.", param="steering")  # fmt: skip
+        raise HttpError(403, f"This API key may not use the profile {profile!r}.",
+                        param="steering")  # fmt: skip
+
+    def check_adapter(self, name: str) -> None:
+        """Lets an adapter pass or raises.
+
+        Raises:
+            HttpError: 403.
+        """
+        if self.adapters is not None and name not in self.adapters:
+            raise HttpError(403, f"This API key may not use the adapter {name!r}.",
+                            param="adapters")  # fmt: skip
+
+
+EVERYTHING = Access()
+
+access: ContextVar[Access] = ContextVar("access", default=EVERYTHING)
+"""Of the key that the current request came with; set by the gate."""
+
+
 class Auth:
     """Checks keys in constant time; says which of the two doors a path belongs to.
 
@@ -36,9 +90,9 @@ class Auth:
     """
 
     def __init__(self, config: Config) -> None:
-        self._api = [key.get_secret_value().encode() for key in config.auth.api_keys]
+        self._api = [_api_key(entry) for entry in config.auth.api_keys]
         admin = config.auth.admin_key
-        self._admin = admin.get_secret_value().encode() if admin else None
+        self._admin = _digest_of(admin) if admin else None
         self._loopback = is_loopback(config.server.host)
 
     @property
@@ -46,24 +100,29 @@ class Auth:
         """Whether the admin API answers at all."""
         return self._admin is not None or self._loopback
 
-    def check(self, path: str, headers: Headers) -> None:
-        """Lets a request pass or raises.
+    def check(self, path: str, headers: Headers) -> Access:
+        """Lets a request pass, and says what it may use; or raises.
 
         Raises:
             HttpError: 401 without a valid key, 403 for the wrong kind of key or a closed door.
         """
         if path == "/admin" or path.startswith("/admin/"):
             self._check_admin(headers)
-        elif path.startswith(_GUARDED) and self._api and not self._is_api(headers):
-            raise HttpError(
-                401, "Missing or unknown API key. Send it as `Authorization: Bearer …`."
-            )
+        elif path.startswith(_GUARDED) and self._api:
+            found = self._find(headers)
+            if found is None:
+                raise HttpError(
+                    401, "Missing or unknown API key. Send it as `Authorization: Bearer …`."
+                )
+            return found
+        return EVERYTHING
 
     def _check_admin(self, headers: Headers) -> None:
         if self._admin is not None:
-            if _matches(_bearer(headers), [self._admin]):
+            given = _bearer(headers)
+            if given and hmac.compare_digest(_digest(given), self._admin):
                 return
-            if self._api and self._is_api(headers):
+            if self._find(headers) is not None:
                 raise HttpError(403, "This API key is not the admin key.")
             raise HttpError(401, "The admin key is required: `Authorization: Bearer …`.")
         if not self._loopback:
@@ -78,18 +137,36 @@ class Auth:
         ):
             raise HttpError(403, "Without an admin key, only local, same-origin callers may pass.")
 
-    def _is_api(self, headers: Headers) -> bool:
-        return _matches(_bearer(headers), self._api)
+    def _find(self, headers: Headers) -> Access | None:
+        """The access of the API key that was given; the time does not tell which it was."""
+        given = _bearer(headers)
+        digest, found = _digest(given), None
+        for known, allowed in self._api:
+            if hmac.compare_digest(digest, known) and given:
+                found = allowed
+        return found
+
+
+def _api_key(entry: SecretStr | LimitedKey) -> tuple[bytes, Access]:
+    if isinstance(entry, SecretStr):
+        return _digest_of(entry), EVERYTHING
+    profiles, adapters = (
+        None if names is None else frozenset(names) for names in (entry.profiles, entry.adapters)
+    )
+    return _digest_of(entry.key), Access(profiles, adapters)
+
+
+def _digest_of(key: SecretStr) -> bytes:
+    text = key.get_secret_value()
+    if text.startswith(HASHED):
+        return bytes.fromhex(text.removeprefix(HASHED))
+    return _digest(text.encode())
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 def _bearer(headers: Headers) -> bytes:
     scheme, _, key = headers.get("authorization", "").partition(" ")
     return key.strip().encode() if scheme.lower() == "bearer" else b""
-
-
-def _matches(given: bytes, keys: list[bytes]) -> bool:
-    """Whether one of the keys was given; the time does not tell which, nor how much of it."""
-    found = False
-    for key in keys:
-        found |= hmac.compare_digest(given, key)
-    return found and bool(given)

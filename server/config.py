@@ -8,9 +8,9 @@ Needs pydantic only.
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from steering.method import Limits
 from steering.spec import Profile, Range
@@ -128,18 +128,49 @@ class SteeringConfig(Section):
         return Limits(strength=self.strength, weight=self.weight)
 
 
+def _usable_key(key: SecretStr) -> SecretStr:
+    text = key.get_secret_value()
+    if not text.strip():
+        raise ValueError("a key must not be empty")
+    if text.startswith(HASHED) and not re.fullmatch(r"[0-9a-f]{64}", text.removeprefix(HASHED)):
+        raise ValueError(f"after {HASHED} come 64 lower-case hex digits")
+    return key
+
+
+HASHED = "sha256:"
+"""What a hashed key in the configuration begins with."""
+
+Key = Annotated[SecretStr, AfterValidator(_usable_key)]
+"""A key as it is, or `sha256:` and the hex SHA-256 of it."""
+
+
+class LimitedKey(Section):
+    """A key in `auth.api_keys` that may not use everything."""
+
+    key: Key = Field(description="The key, or `sha256:` and its hash.")
+    profiles: tuple[str, ...] | None = Field(
+        None,
+        description="The profiles it may use, by name; it may then send no steering of its own. "
+        "The base without steering stays open to it. Absent: all profiles, and its own steering.",
+    )
+    adapters: tuple[str, ...] | None = Field(
+        None, description="The adapters it may use, by name. Absent: all."
+    )
+
+
 class AuthConfig(Section):
     """Keys. An empty list and no key mean: no authentication."""
 
-    api_keys: tuple[SecretStr, ...] = Field(
+    api_keys: tuple[Key | LimitedKey, ...] = Field(
         (),
         description="Keys for `/v1/*` and tokenisation (environment: `COXSWAIN_API_KEYS`, "
-        "separated by commas).",
+        "separated by commas). Each is the key itself, or `sha256:` and the hex SHA-256 of it "
+        "(`printf %s KEY | sha256sum`), or an object with limits.",
     )
-    admin_key: SecretStr | None = Field(
+    admin_key: Key | None = Field(
         None,
-        description="Key for `/admin/*` (environment: `COXSWAIN_ADMIN_KEY`). Without one the "
-        "admin API answers only when the server is bound to loopback.",
+        description="Key for `/admin/*` (environment: `COXSWAIN_ADMIN_KEY`), plain or `sha256:…`. "
+        "Without one the admin API answers only when the server is bound to loopback.",
     )
 
 

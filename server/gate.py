@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.auth import Auth
+from server.auth import Auth, access
 from server.config import ServerConfig
 from server.errors import HttpError
 from server.state import Life
@@ -59,7 +59,7 @@ class Gate:
                 return
             self._refuse_by_phase(path)
             headers = Headers(scope=scope)
-            self.auth.check(path, headers)
+            access.set(self.auth.check(path, headers))
             self._refuse_by_length(headers)
             self._refuse_by_load(path)
         except HttpError as error:

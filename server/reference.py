@@ -43,6 +43,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("profiles.NAME.limits", ProfileLimits),
     ("steering", config.SteeringConfig),
     ("auth", config.AuthConfig),
+    ("auth.api_keys[]", config.LimitedKey),
     ("server", config.ServerConfig),
     ("chat", config.ChatConfig),
     ("adapters", config.AdaptersConfig),

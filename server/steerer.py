@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from server.auth import access
 from server.errors import HttpError
 from server.own_prompts import Conversation, OwnPrompts
 from server.profiles import Profiles
@@ -75,11 +76,12 @@ class Steerer:
         """The profile that a request names as its model; None for the base.
 
         Raises:
-            HttpError: 404, no such model.
+            HttpError: 404, no such model; 403, the key may not use it.
         """
         if not model or model == self.base_name:
             return None
         if model in self.profiles:
+            access.get().check_steering(model)
             return model
         known = ", ".join([self.base_name, *self.profiles])
         raise HttpError(404, f"model: no such model (got {model!r}); served: {known}",
@@ -89,7 +91,7 @@ class Steerer:
         """The request's plan without its own prompts; None if it asks for no steering.
 
         Raises:
-            HttpError: 404, no such model.
+            HttpError: 404, no such model; 403, the key may not use this steering.
             SteeringError: what is wrong with the `steering` field.
         """
         if isinstance(request.vllm_xargs, Mapping) and KEY in request.vllm_xargs:
@@ -103,6 +105,7 @@ class Steerer:
         )
         if wish is None:
             return None
+        access.get().check_steering(wish.profile)
         resolved = resolve(
             wish.spec, methods=self.methods, snapshot=self.snapshot, limits=wish.limits
         )

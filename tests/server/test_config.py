@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from server import config
 from server.config import Config, ConfigInvalid
@@ -101,7 +102,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 def test_keys_come_from_the_environment_and_do_not_show() -> None:
     environ = {"COXSWAIN_API_KEYS": "one, two", "COXSWAIN_ADMIN_KEY": "three"}
     found = parse({"model": "a", "auth": {"api_keys": ["file"]}}, Path("/"), environ)
-    assert [key.get_secret_value() for key in found.auth.api_keys] == ["one", "two"]
+    assert found.auth.api_keys == (SecretStr("one"), SecretStr("two"))
     assert found.auth.admin_key is not None
     assert found.auth.admin_key.get_secret_value() == "three"
     assert "two" not in repr(found)

@@ -14,7 +14,7 @@ import pytest
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from server.auth import Auth, is_loopback
+from server.auth import Access, Auth, access, is_loopback
 from server.config_file import parse
 from server.errors import HttpError, from_vllm
 from server.gate import Gate, strict_json
@@ -254,3 +254,18 @@ def test_vllm_errors_get_our_shape() -> None:
 )  # fmt: skip
 def test_loopback_is_recognised(host: str, local: bool) -> None:
     assert is_loopback(host) is local
+
+
+async def test_the_application_learns_what_the_key_may_use() -> None:
+    seen: list[Access] = []
+
+    async def inner(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(access.get())
+        await PlainTextResponse("")(scope, receive, send)
+
+    app = gate(auth={"api_keys": ["wide", {"key": "narrow", "profiles": ["p"]}]})
+    app.inner = inner
+    async with client(app) as http:
+        for key in ("narrow", "wide"):
+            assert (await http.get("/v1/models", headers=bearer(key))).status_code == 200
+    assert seen == [Access(profiles=frozenset({"p"})), Access()]
