@@ -2,9 +2,9 @@
 
     Σ_j g_j s_j B_j A_j x  =  B ( gate ⊙ (A x) )
 
-with the members stacked along the rank, so nothing is gathered and no weight is copied: each set
-of adapters that occurs costs two products over its own tokens. Tokens without an adapter are not
-touched, so they keep the base's bits.
+with the members stacked along the rank, so no weight is copied per token: each set of adapters that
+occurs costs two products over its own tokens, and sets with few tokens share two batched products.
+Tokens without an adapter are not touched, so they keep the base's bits.
 
 Letters: T tokens, n tokens of a group, R columns and G gate rows of a set (`adapters.sets`), M
 members of a routed artefact.
@@ -75,7 +75,7 @@ class Route:
         return torch.zeros_like(scores, dtype=torch.float32).scatter_(-1, chosen, weights)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """The tokens of a step that use one set of adapters.
 
@@ -96,6 +96,90 @@ class Group:
     gate: torch.Tensor | None
     routes: tuple[Route, ...] = ()
 
+    def added(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, size: int) -> torch.Tensor:
+        """[n, size], what one layer adds to its output.
+
+        Args:
+            x: [n, in] of the group's tokens.
+            a: [slots, 1, ≥ rows, in].
+            b: [slots, 1, ≥ size, ≥ columns].
+            size: output columns of the layer.
+        """
+        shrunk = x @ a[self.slot, 0, : self.rows].T
+        gated = self._gated(shrunk).to(x.dtype)
+        return gated @ b[self.slot, 0, :size, : self.columns].T
+
+    def _gated(self, shrunk: torch.Tensor) -> torch.Tensor:
+        """[n, R] of the shrunk activations [n, R + G], each column times its gate.
+
+        `shrunk` is the caller's own, so it may be changed in place. Gates are applied in float32.
+        """
+        found = shrunk[:, : self.columns]
+        if self.gate is not None:
+            found = found.float() * self.gate
+        elif self.routes:
+            found = found.float()
+        for route in self.routes:
+            gates = route.gates(shrunk[:, route.rows])
+            found[:, route.columns] *= gates[:, route.member]
+        return found
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Small groups without routes, computed together. Letters: S sets, m tokens of the largest.
+
+    Args:
+        slots: the sets' slots; a slice where they are consecutive, which copies no weights.
+        tokens: [S · m] int64; a group with fewer than m tokens repeats one, with gates of 0.
+        gate: [S, m, R] float32, R that of the widest set; 0 beyond a set's own.
+    """
+
+    slots: slice | torch.Tensor
+    tokens: torch.Tensor
+    gate: torch.Tensor
+
+    def added(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, size: int) -> torch.Tensor:
+        """[S · m, size], what one layer adds to its output; see `Group.added`.
+
+        The slots' rows and columns up to R must be finite, their sets' own or not.
+        """
+        sets, most, columns = self.gate.shape
+        shrunk = x.view(sets, most, -1) @ a[self.slots, 0, :columns].transpose(1, 2)
+        gated = (shrunk * self.gate).to(x.dtype)
+        return (gated @ b[self.slots, 0, :size, :columns].transpose(1, 2)).flatten(0, 1)
+
+
+SMALL = 8
+"""Tokens of a group up to which it is bundled: decoding, where starting an operation costs more
+than what it computes."""
+
+
+def bundled(groups: Sequence[Group]) -> tuple[Group | Bundle, ...]:
+    """The groups, small ones put together."""
+    small = [g for g in groups if not g.routes and g.tokens is not None and len(g.tokens) <= SMALL]
+    if len(small) < 2:
+        return tuple(groups)
+    small.sort(key=lambda g: g.slot)
+    slots = torch.tensor([g.slot for g in small], device=_tokens(small[0]).device)
+    first, last = small[0].slot, small[-1].slot
+    most = max(len(_tokens(g)) for g in small)
+    gate = torch.zeros(len(small), most, max(g.columns for g in small), device=slots.device)
+    tokens = torch.empty(len(small), most, dtype=torch.int64, device=slots.device)
+    for i, group in enumerate(small):
+        own = _tokens(group)
+        tokens[i] = own[0]
+        tokens[i, : len(own)] = own
+        gate[i, : len(own), : group.columns] = 1.0 if group.gate is None else group.gate
+    consecutive = last - first + 1 == len(small)
+    found = Bundle(slice(first, last + 1) if consecutive else slots, tokens.flatten(), gate)
+    return (found, *(g for g in groups if g not in small))
+
+
+def _tokens(group: Group) -> torch.Tensor:
+    assert group.tokens is not None
+    return group.tokens
+
 
 def add_adapters(
     y: torch.Tensor,
@@ -103,7 +187,7 @@ def add_adapters(
     a: Sequence[torch.Tensor],
     b: Sequence[torch.Tensor],
     sizes: Sequence[int],
-    groups: Sequence[Group],
+    groups: Sequence[Group | Bundle],
 ) -> None:
     """Adds the adapters' part of one linear layer, which may pack several (q, k, v).
 
@@ -121,28 +205,10 @@ def add_adapters(
         xs = x if group.tokens is None else x[group.tokens]
         start = 0
         for a_all, b_all, size in zip(a, b, sizes, strict=True):
-            shrunk = xs @ a_all[group.slot, 0, : group.rows].T
-            gated = _gated(shrunk, group).to(x.dtype)
-            added = gated @ b_all[group.slot, 0, :size, : group.columns].T
+            added = group.added(xs, a_all, b_all, size)
             part = y[:, start : start + size]
             if group.tokens is None:
                 part += added
             else:
                 part.index_add_(0, group.tokens, added)
             start += size
-
-
-def _gated(shrunk: torch.Tensor, group: Group) -> torch.Tensor:
-    """[n, R] of the shrunk activations [n, R + G], each column times its gate.
-
-    `shrunk` is this call's own, so it may be changed in place. Gates are applied in float32.
-    """
-    found = shrunk[:, : group.columns]
-    if group.gate is not None:
-        found = found.float() * group.gate
-    elif group.routes:
-        found = found.float()
-    for route in group.routes:
-        gates = route.gates(shrunk[:, route.rows])
-        found[:, route.columns] *= gates[:, route.member]
-    return found

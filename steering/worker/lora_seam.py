@@ -27,7 +27,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from adapters.errors import DoesNotFit
-from adapters.kernels.gated import Group, add_adapters
+from adapters.kernels.gated import Bundle, Group, add_adapters
 from adapters.load import load_set
 from adapters.sets import AdapterSet, Layout
 from steering.plan import AdapterUse
@@ -67,7 +67,7 @@ def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
             vars(module)["embedding_modules"] = {}
 
 
-_groups: Sequence[Group] = ()
+_groups: Sequence[Group | Bundle] = ()
 """Of the stream that runs, in this process; `LoraSeam` sets them around each stream's forward."""
 
 
@@ -185,7 +185,7 @@ class LoraSeam:
         return Adapted(uses, sets, slots, self._runner.lora_manager.layouts, counting)
 
     @contextmanager
-    def adapting(self, groups: Sequence[Group]) -> Iterator[None]:
+    def adapting(self, groups: Sequence[Group | Bundle]) -> Iterator[None]:
         """Makes the layers that run inside add what `groups` say."""
         global _groups
         _groups = groups

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
+from adapters.kernels.gated import bundled
 from steering.plan import BASE
 from steering.vocabulary import Overlap
 from steering.worker import lora_seam
@@ -265,9 +266,9 @@ class SteeredForCausalLM(nn.Module):
         else:
             requests = batch.rows[batch.token_rows]
         name, total = self.names[i], positions.shape[0]
-        return self._lora.adapting(
-            self._adapted.groups(name, self._original[name], requests, total, positions.device)
-        )
+        owner, device = self._original[name], positions.device
+        groups = self._adapted.groups(name, owner, requests, total, device)
+        return self._lora.adapting(bundled(groups))
 
     def _count(self, i: int, tokens: int) -> None:
         self.passes[self.names[i]] += 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from adapters.kernels.gated import Group, Route, add_adapters
+from adapters.kernels.gated import SMALL, Bundle, Group, Route, add_adapters, bundled
 from adapters.kernels.reference import Float, Term, adapter_sum, routing
 
 SLOTS, ROOM = 3, 40
@@ -162,6 +162,47 @@ def test_groups_do_not_mix() -> None:
         want = expected(layer, x, slots[slot], (4 + slot,), [np.ones((30, 1))])
         close(alone[group.tokens], want[order[slot * 8 : slot * 8 + 8]])
     assert torch.equal(together[order[24:]], base[order[24:]])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("slots", [(0, 1, 2), (0, 2), (2, 1)])
+def test_small_groups_together_are_the_same(slots: tuple[int, ...], dtype: torch.dtype) -> None:
+    layer = Layer(33, (16, 7), dtype, 4)
+    for side in (*layer.a, *layer.b):
+        side.zero_()  # as vLLM does before it fills a slot
+    ranks = {slot: (1 + slot, 2) for slot in slots}
+    weights = {slot: layer.fill(slot, sum(ranks[slot]), 0) for slot in slots}
+    x = layer.draw(20, 33)
+    order = layer.random.permutation(20)
+    base = torch.from_numpy(x @ layer.weight.T).to(dtype)
+    groups, want, start = [], base.double().numpy().copy(), 0
+    for i, slot in enumerate(slots):
+        own = order[start : start + 1 + 2 * i]
+        start += own.size
+        gate = layer.draw(20, 2) if i else np.ones((20, 2))
+        columns = torch.from_numpy(np.repeat(gate[own], ranks[slot], axis=1)).float()
+        width = sum(ranks[slot])
+        groups.append(Group(slot, torch.from_numpy(own), width, width, columns if i else None))
+        want[own] = expected(layer, x, weights[slot], ranks[slot], [gate, gate])[own]
+    together = bundled(groups)
+    assert len(together) == 1 and isinstance(together[0], Bundle)
+    assert isinstance(together[0].slots, slice) == (slots != (0, 2))
+    y = base.clone()
+    add_adapters(y, torch.from_numpy(x).to(dtype), layer.a, layer.b, (16, 7), together)
+    close(y, want)
+    assert torch.equal(y[order[start:]], base[order[start:]])
+
+
+def test_what_is_bundled() -> None:
+    few, many = torch.arange(2), torch.arange(2, 3 + SMALL)
+    small = [Group(slot, few + 20 * slot, 4, 4, None) for slot in range(3)]
+    whole, large = Group(1, None, 4, 4, None), Group(4, many, 4, 4, None)
+    ones = torch.ones(2)
+    route = Route(slice(0, 4), slice(4, 5), few, ones, few, 1, ones)
+    routed = Group(5, few + 70, 4, 5, None, (route,))
+    assert bundled([whole]) == (whole,)
+    assert bundled([small[0], large]) == (small[0], large)
+    assert bundled([small[2], large, small[0], routed])[1:] == (large, routed)
 
 
 def test_inputs_need_not_be_contiguous() -> None:
