@@ -25,7 +25,7 @@ from adapters.registry.connection import Connection
 from adapters.registry.decide import Step, decide
 from adapters.registry.feed import Feed
 from adapters.registry.loader import Loader
-from adapters.registry.record import Content, Record, check_name
+from adapters.registry.record import WORKING, Content, Record, check_name
 from adapters.registry.registry import Registry
 from adapters.registry.store import Snapshot
 from adapters.sources.fetch import Fetched, Fetcher
@@ -157,6 +157,11 @@ class Manager:
         place = parse_source(source)
         await asyncio.to_thread(self._fetcher.allowed.check, place)
         want = Content(check_name(name, "name"), check_name(version, "version"), str(place), stream)
+        if not replace and name in self.records and place.kind == "local":
+            # Cheap enough to see whether the folder still holds what is registered.
+            with contextlib.suppress(AdapterError):
+                fetched = await self._fetch(want.source)
+                want = msgspec.structs.replace(want, digest=fetched.digest)
         record = await self.registry.submit(want, replace=replace, pin=pin, by=by)
         await self.look()
         return record
@@ -187,6 +192,10 @@ class Manager:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            with contextlib.suppress(RegistryAway):
+                for record in self.records.values():
+                    if record.owner == self.registry.replica and record.state in WORKING:
+                        await self.registry.release(record)
             await self.feed.leave()
 
     def _see(self, snapshot: Snapshot) -> None:
@@ -276,7 +285,7 @@ class Manager:
             # Redis was away in the middle of it.
             job = _still(await self.registry.advance(job, "pending"))
         job = _still(await self.registry.advance(job, "downloading"))
-        fetched = await self._fetch(job)
+        fetched = await self._fetch(job.want.source, job)
         want = msgspec.structs.replace(job.want, digest=fetched.digest)
         job = _still(await self.registry.advance(job, "loading", want=want))
         old = self._here.get(job.name)
@@ -292,9 +301,13 @@ class Manager:
         assert ready.serving is not None
         await self._switch(Loaded(ready.serving, fetched.folder))
 
-    async def _fetch(self, job: Record) -> Fetched:
-        """In a thread; says in the registry how far it is, and ends early if superseded."""
-        loop = asyncio.get_running_loop()
+    async def _fetch(self, source: str, job: Record | None = None) -> Fetched:
+        """In a thread, which ends early when this is cancelled or the job is superseded.
+
+        Args:
+            source: where from.
+            job: whose progress is told to the registry.
+        """
         done = 0
         over = False
 
@@ -304,7 +317,7 @@ class Manager:
             if over:
                 raise _SupersededError
 
-        async def tell() -> None:
+        async def tell(job: Record) -> None:
             nonlocal over
             said = 0
             while True:
@@ -315,13 +328,13 @@ class Manager:
                         return
                     said = done
 
-        source = parse_source(job.want.source)
-        telling = loop.create_task(tell())
+        telling = asyncio.create_task(tell(job)) if job is not None else None
         try:
-            return await asyncio.to_thread(self._fetcher.fetch, source, report)
+            return await asyncio.to_thread(self._fetcher.fetch, parse_source(source), report)
         finally:
             over = True
-            telling.cancel()
+            if telling is not None:
+                telling.cancel()
 
     async def _follow(self, record: Record) -> None:
         """Loads what the registry says is serving: after a start, or what another loaded."""
@@ -346,7 +359,7 @@ class Manager:
         assert want.digest is not None
         with contextlib.suppress(AdapterError):
             return await asyncio.to_thread(self._fetcher.store.verify, want.digest)
-        fetched = await asyncio.to_thread(self._fetcher.fetch, parse_source(want.source))
+        fetched = await self._fetch(want.source)
         if fetched.digest != want.digest:
             raise AdapterError(
                 f"its files are not here, and {want.source} has other content now (digest "
@@ -365,11 +378,20 @@ class Manager:
         await self._loader.unload(self._here.pop(name).content)
 
     async def _collect(self) -> None:
-        """Deletes stored contents that no record refers to, from time to time."""
         while True:
             await asyncio.sleep(_COLLECT_S)
-            if self.feed.away is None:
-                await asyncio.to_thread(self._fetcher.store.collect, self.digests())
+            await self.collect()
+
+    async def collect(self, older_than_s: float = 3600.0) -> list[str]:
+        """Deletes stored contents that no record refers to; the digests that are gone.
+
+        Args:
+            older_than_s: younger ones stay: another replica may be about to register them.
+        """
+        if self.feed.away is not None:
+            return []
+        store = self._fetcher.store
+        return await asyncio.to_thread(store.collect, self.digests(), older_than_s=older_than_s)
 
     def digests(self) -> frozenset[str]:
         """The contents that must stay in the store, as far as this replica knows."""

@@ -57,7 +57,8 @@ class Registry:
         """Asks for an adapter; this replica becomes the owner of the work.
 
         The same request again changes nothing, unless it failed or `replace` asks for a new
-        fetch. Where the digest is known, the same content from elsewhere counts as the same.
+        fetch. Where `want` has a digest it decides: the same content from elsewhere is the same,
+        and other content from the same source is not.
 
         Raises:
             Conflict: the name is taken by other content and `replace` is false, or is unloading.
@@ -71,9 +72,7 @@ class Registry:
                 raise Conflict("the adapter is being unloaded; try again", field="name",
                                value=want.name)  # fmt: skip
             taken = record.state != "failed" or record.serving is not None
-            same = record.want.same_request(want) or (
-                want.digest is not None and want.digest == record.want.digest
-            )
+            same = _same(record.want, want)
             if taken and not replace and not same:
                 raise Conflict(_taken(record), field="name", value=want.name)
             if record.state != "failed" and same and not replace:
@@ -116,6 +115,15 @@ class Registry:
         return await self._mine(
             job, lambda r: msgspec.structs.replace(r, progress_bytes=done_bytes)
         )
+
+    async def release(self, job: Record) -> Record | None:
+        """Gives work back that an orderly end has cut off: that is no failed attempt."""
+
+        def edit(record: Record) -> Record:
+            return record.to("pending", now_s=time.time(), attempts=record.attempts - 1,
+                             owner=None, job="")  # fmt: skip
+
+        return await self._mine(job, edit)
 
     async def ready(self, job: Record, facts: Facts) -> Record | None:
         """The owner has loaded it: from here on it serves, everywhere. None: superseded."""
@@ -213,6 +221,12 @@ class Registry:
 
 class _SupersededError(Exception):
     """Control flow inside `_mine`."""
+
+
+def _same(is_: Content, asked: Content) -> bool:
+    if asked.digest is not None and is_.digest is not None:
+        return asked.key == is_.key
+    return is_.same_request(asked)
 
 
 def _there(record: Record | None, name: str) -> Record:

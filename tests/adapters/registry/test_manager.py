@@ -181,6 +181,58 @@ async def test_bad_names_and_sources_never_reach_the_registry(
         assert not (await r.manager.registry.snapshot()).records
 
 
+async def test_other_content_in_the_same_folder_is_a_conflict_not_a_silent_yes(
+    redis_url: str, namespace: str, tmp_path: Path
+) -> None:
+    source = make_lora(tmp_path / "in/a", 1.0)
+    make_lora(tmp_path / "in/copy", 1.0)
+    async with replica(redis_url, namespace, tmp_path / "in", tmp_path / "store") as r:
+        await r.manager.submit("a", str(source))
+        await ready(r, "a")
+        same = await r.manager.submit("a", str(tmp_path / "in/copy"))
+        assert same.state == "ready" and same.want.source == str(source)
+        make_lora(source, 2.0)
+        with pytest.raises(Conflict, match="replace"):
+            await r.manager.submit("a", str(source))
+        await r.manager.submit("a", str(source), replace=True)
+        await until(lambda: r.answers("a") == 2.0)
+
+
+async def test_orderly_ends_in_the_middle_of_work_are_no_failed_attempts(
+    redis_url: str, namespace: str, tmp_path: Path
+) -> None:
+    source = make_lora(tmp_path / "in/a", 1.0)
+    folders = (tmp_path / "in", tmp_path / "store")
+    for life in range(5):
+        async with replica(redis_url, namespace, *folders, pause_s=30.0) as r:
+            if life == 0:
+                await r.manager.submit("a", str(source))
+            await until(lambda r=r: "a" in r.manager.records  # type: ignore[misc]
+                        and r.manager.records["a"].state == "loading"
+                        and r.manager.records["a"].owner == r.manager.registry.replica)  # fmt: skip
+    async with replica(redis_url, namespace, *folders) as r:
+        await until(lambda: r.answers("a") == 1.0, 3)
+
+
+async def test_contents_that_no_record_refers_to_are_deleted(
+    redis_url: str, namespace: str, tmp_path: Path
+) -> None:
+    for i in (1, 2):
+        make_lora(tmp_path / f"in/{i}", float(i))
+    async with replica(redis_url, namespace, tmp_path / "in", tmp_path / "store") as r:
+        for i in (1, 2):
+            await r.manager.submit("a", str(tmp_path / f"in/{i}"), replace=True)
+            await until(lambda i=i: r.answers("a") == float(i))  # type: ignore[misc]
+        used = r.manager.lookup("a").content.digest
+        assert len(r.fetcher.store.digests()) == 2
+        assert await r.manager.collect() == [], "too young"
+        assert len(await r.manager.collect(older_than_s=0.0)) == 1
+        assert r.fetcher.store.digests() == {used}
+        await r.manager.remove("a")
+        await until(lambda: not r.manager.records)
+        assert await r.manager.collect(older_than_s=0.0) == [used]
+
+
 @pytest.mark.slow
 async def test_two_admins_and_two_replicas_at_random_agree_in_the_end(
     redis_url: str, namespace: str, tmp_path: Path
