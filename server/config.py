@@ -83,18 +83,49 @@ class AdaptersConfig(Section):
     """LoRA adapters (not served yet: a server with this section refuses to start)."""
 
     roots: tuple[str, ...] = Field((), description="Directories that adapters may come from.")
+    remotes: tuple[str, ...] = Field(
+        (),
+        description="Beginnings of sources elsewhere that are allowed: `hf://owner`, "
+        "`s3://bucket/folder`, `https://host/folder`; `hf://` allows the whole hub.",
+    )
     preload: tuple[dict[str, Any], ...] = Field(
         (), description="Adapters to load at start: objects with `name` and `source`."
     )
     max_loaded: int = Field(8, ge=1, description="Adapters held in memory at the same time.")
     max_rank: int = Field(64, ge=1, description="Largest LoRA rank accepted.")
+    max_bytes: int = Field(
+        4 << 30, ge=1, description="Largest size of one adapter, all its files together, in bytes."
+    )
+    fetch_timeout_s: float = Field(
+        1800.0, gt=0, description="How long fetching one adapter may take, in seconds."
+    )
+    store: str | None = Field(
+        None,
+        description="Directory of the adapters' copies, one folder per content; replicas may share "
+        "it. Absent: `adapters` in `registry.directory`.",
+    )
+    s3_endpoint: str | None = Field(
+        None, description="URL of an S3-compatible server. Absent: AWS."
+    )
 
 
 class RegistryConfig(Section):
-    """Where adapters and profiles are recorded (only the embedded registry is served yet)."""
+    """Where adapters are recorded (only the embedded registry is served yet)."""
 
     url: str | None = Field(
-        None, description="`redis://…` of a shared registry. Absent: in this process's memory."
+        None,
+        description="`redis://…`, `rediss://…` or `unix://…` of a durable Redis that replicas "
+        "share. Absent: a private redis-server, started on a unix socket.",
+    )
+    namespace: str = Field(
+        "coxswain",
+        pattern=r"^[A-Za-z0-9_.:-]{1,64}$",
+        description="One registry among several in one Redis.",
+    )
+    directory: str | None = Field(
+        None,
+        description="Where the private redis-server keeps its files. Absent: "
+        "`$XDG_STATE_HOME/coxswain/<name of the base>`.",
     )
 
 

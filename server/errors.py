@@ -13,6 +13,18 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from adapters.errors import (
+    AdapterError,
+    BadAdapter,
+    BadSource,
+    Conflict,
+    NoAdapter,
+    RegistryAway,
+    SourceAway,
+    StoreFull,
+    TooLarge,
+)
+from adapters.errors import DoesNotFit as AdapterDoesNotFit
 from steering.errors import BadValue, DoesNotFit, NotFound, SteeringError
 
 _TABLE: dict[int, tuple[str, str]] = {
@@ -29,12 +41,27 @@ _TABLE: dict[int, tuple[str, str]] = {
     500: ("server_error", "internal_error"),
     501: ("server_error", "not_implemented"),
     503: ("service_unavailable_error", "unavailable"),
+    507: ("server_error", "no_room"),
 }
 
 _STATUS: tuple[tuple[type[SteeringError], int], ...] = (
     (NotFound, 404),
     (DoesNotFit, 422),
     (BadValue, 400),
+)
+
+
+_ADAPTER_STATUS: tuple[tuple[type[AdapterError], int], ...] = (
+    (NoAdapter, 404),
+    (Conflict, 409),
+    (TooLarge, 413),
+    (BadAdapter, 422),
+    (AdapterDoesNotFit, 422),
+    (BadSource, 400),
+    (StoreFull, 507),
+    (SourceAway, 503),
+    (RegistryAway, 503),
+    (AdapterError, 422),
 )
 
 
@@ -94,6 +121,13 @@ def from_steering(error: SteeringError) -> HttpError:
     """A caller's fault as an HTTP error; `param` is the field."""
     status = next(status for kind, status in _STATUS if isinstance(error, kind))
     return HttpError(status, str(error), param=error.field)
+
+
+def from_adapters(error: AdapterError) -> HttpError:
+    """An error of the adapter layer as an HTTP error; `param` is the field."""
+    status = next(status for kind, status in _ADAPTER_STATUS if isinstance(error, kind))
+    retry = 5 if status == 503 else None
+    return HttpError(status, str(error), param=error.field or None, retry_after_s=retry)
 
 
 _APPENDED = re.compile(r" \(parameter=\w+(, value=.*)?\)$", re.DOTALL)
