@@ -33,7 +33,8 @@ def load_set(
         The module's name as in the owner's checkpoint, A [R + G, in] and B [out, R].
 
     Raises:
-        BadAdapter: a file is missing or broken, or is not what the set says.
+        BadAdapter: a file is missing or broken, is not what the set says, or has values that
+            `dtype` cannot hold.
     """
     layout = found.layout(owner)
     members = [m for m in found.members if m.owner == owner]
@@ -58,6 +59,10 @@ def load_set(
                         if not b.numel():
                             b = torch.zeros(part_b.shape[0], layout.columns, dtype=dtype)
                         b[:, columns] = part_b.to(dtype)
+            # Infinite values would leave NaN in KV blocks that other requests read later.
+            if not (a.isfinite().all() and b.isfinite().all()):
+                name = str(dtype).removeprefix("torch.")
+                raise BadAdapter(f"values too large for {name}", field=module)
             yield module, a, b
 
 

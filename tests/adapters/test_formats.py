@@ -338,3 +338,16 @@ def test_a_set_whose_files_changed_is_refused(broken: dict[str, Path]) -> None:
     edit(broken["native"] / "meteora.json", tasks=["task1", "task0", "task2"])
     with pytest.raises(BadAdapter, match="changed"):
         list(load_set(found, "base", torch.float32))
+
+
+def test_values_that_the_engines_dtype_cannot_hold_are_refused(
+    broken: dict[str, Path], base: BaseShapes
+) -> None:
+    rewrite(broken["lora"] / WEIGHTS, put(f"{Q}.lora_B.weight", torch.full((128, 6), 50_000.0)))
+    member = Member.of(inspect(broken["lora"], base, max_rank=64), "d", "base")
+    list(load_set(AdapterSet.of([member]), "base", torch.float32))
+    with pytest.raises(BadAdapter, match="too large for float16"):
+        list(load_set(AdapterSet.of([member]), "base", torch.float16))
+    edit(broken["lora"] / "adapter_config.json", lora_alpha=1e300)
+    with pytest.raises(BadAdapter, match="too large for float32"):
+        list(load_set(AdapterSet.of([member]), "base", torch.float32))
