@@ -91,6 +91,9 @@ direct_register_custom_op("adapter_sum", _adapter_sum, ["y"], _nothing, _library
 class AdapterPunica(PunicaWrapperCPU):
     """What vLLM's LoRA layers call with their input and the base's output."""
 
+    def update_metadata(self, *_: Any, **__: Any) -> None:
+        """Nothing: vLLM's mapping of tokens to slots, a list built token by token, is not used."""
+
     def add_lora_linear(
         self,
         y: torch.Tensor,
