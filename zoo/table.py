@@ -38,6 +38,19 @@ def _alone(label: str, stream: str) -> Row:
     return Row(label, weights, {"method": "mix", "weights": weights})
 
 
+def _proxy(strength: float) -> Row:
+    return Row(
+        f"proxy-tuning, strength {strength:g}",
+        {"base": 1.0, "chat": strength, "plain": -strength},
+        {
+            "method": "proxy_tuning",
+            "expert": "chat",
+            "anti_expert": "plain",
+            "strength": strength,
+        },
+    )
+
+
 def _emulated(strength: float) -> Row:
     return Row(
         f"emulated fine-tuning, strength {strength:g}",
@@ -75,11 +88,9 @@ CEILING = _alone("directly tuned (chat-large), the ceiling", "ceiling")
 ROWS = (
     BASE,
     CEILING,
-    Row(
-        "proxy-tuning, strength 1",
-        {"base": 1.0, "chat": 1.0, "plain": -1.0},
-        {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain", "strength": 1.0},
-    ),
+    _proxy(1.0),
+    _proxy(0.75),
+    _proxy(1.25),
     _alone("small tuned model alone (chat-small)", "chat"),
     _emulated(0.0),
     _emulated(0.5),
@@ -140,7 +151,8 @@ def _style_table(
     results: Sequence[tuple[Row, Sequence[Reply]]], questions: Sequence[Question]
 ) -> list[str]:
     lines = [
-        f"| {len(questions)} questions, temperature {STYLE_TEMPERATURE:g} | formal | direct | other | fact named |",
+        f"| {len(questions)} questions, temperature {STYLE_TEMPERATURE:g} "
+        "| formal | direct | other | fact named |",
         "|---|---|---|---|---|",
     ]
     for row, replies in results:
