@@ -151,8 +151,7 @@ def _style_table(
     results: Sequence[tuple[Row, Sequence[Reply]]], questions: Sequence[Question]
 ) -> list[str]:
     lines = [
-        f"| {len(questions)} questions, temperature {STYLE_TEMPERATURE:g} "
-        "| formal | direct | other | fact named |",
+        f"| {len(questions)} questions | formal | direct | other | fact named |",
         "|---|---|---|---|---|",
     ]
     for row, replies in results:
