@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable
 
 from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
 from adapters.errors import RegistryAway
-from adapters.registry.store import NOTHING, Snapshot, Store
+from adapters.registry.store import NOTHING, Snapshot, Store, heeding
 
 logger = logging.getLogger("coxswain")
 
@@ -67,7 +68,7 @@ class Feed:
         while True:
             try:
                 async with self._client.pubsub() as subscription:
-                    await subscription.subscribe(self._store.channel)
+                    await heeding(subscription.subscribe(self._store.channel))
                     while True:
                         await self.look()
                         pause_s = 0.05
@@ -94,12 +95,11 @@ class Feed:
         self._tell(snapshot)
         return snapshot
 
-    async def _hint(self, subscription: object) -> None:
+    async def _hint(self, subscription: PubSub) -> None:
         """Waits for a message, at most `every_s`; takes all that are there."""
-        get = subscription.get_message  # type: ignore[attr-defined]
-        if await get(ignore_subscribe_messages=False, timeout=self._every_s) is not None:
-            while await get(ignore_subscribe_messages=False, timeout=0.0) is not None:
-                pass
+        wait_s = self._every_s
+        while await heeding(subscription.get_message(timeout=wait_s)) is not None:
+            wait_s = 0.0
 
     def _lost(self, error: Exception) -> None:
         if self.away is None:

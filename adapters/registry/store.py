@@ -13,8 +13,9 @@ revision at its next look. Every change is compare-and-set on the record's revis
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, cast
@@ -194,13 +195,13 @@ class Store:
     async def leave(self, replica: str) -> None:
         """Ends a replica's lease, so that others need not wait for it to run out."""
         try:
-            await self._client.hdel(self._keys[3], replica)
+            await heeding(self._client.hdel(self._keys[3], replica))
         except RedisError as error:
             raise RegistryAway(f"Redis does not answer: {error}") from error
 
     async def _run(self, script: Any, args: list[object]) -> Any:
         try:
-            return await script(keys=self._keys, args=[SCHEMA, self._epoch, *args])
+            return await heeding(script(keys=self._keys, args=[SCHEMA, self._epoch, *args]))
         except ResponseError as error:
             if "SCHEMA " in str(error):
                 found = str(error).rpartition("SCHEMA ")[2]
@@ -211,6 +212,21 @@ class Store:
             raise RegistryAway(f"Redis refuses: {error}") from error
         except (RedisError, OSError) as error:
             raise RegistryAway(f"Redis does not answer: {error}") from error
+
+
+async def heeding(call: Awaitable[Any]) -> Any:
+    """The call's result; raises CancelledError if the task was cancelled meanwhile.
+
+    redis-py (seen in 8.1.0) loses a cancellation that meets its handshake of a new connection:
+    the call goes on, and a task that loops over calls would never end.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    try:
+        return await call
+    finally:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 def _pairs(answer: Any) -> dict[str, bytes]:

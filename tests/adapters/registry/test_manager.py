@@ -233,6 +233,23 @@ async def test_contents_that_no_record_refers_to_are_deleted(
         assert await r.manager.collect(older_than_s=0.0) == [used]
 
 
+async def test_a_manager_ends_whenever_it_is_told_to(
+    redis_url: str, namespace: str, tmp_path: Path
+) -> None:
+    chance = random.Random(1)
+    make_lora(tmp_path / "in/a")
+    for _ in range(60):
+        async with connect(redis_url, namespace=namespace) as connection:
+            one = Replica(connection, tmp_path / "in", tmp_path / "store")
+            task = asyncio.create_task(one.manager.run())
+            await asyncio.sleep(chance.random() * 0.02)
+            await one.manager.submit("a", str(tmp_path / "in/a"), replace=True)
+            await asyncio.sleep(chance.random() * 0.01)
+            task.cancel()
+            done, _ = await asyncio.wait([task], timeout=5)
+            assert done
+
+
 @pytest.mark.slow
 async def test_two_admins_and_two_replicas_at_random_agree_in_the_end(
     redis_url: str, namespace: str, tmp_path: Path
