@@ -87,6 +87,17 @@ def _located(value: object, folder: Path) -> object:
     return value
 
 
+_DIRECTORIES = {"adapters": ("roots", "store"), "registry": ("directory",)}
+"""Settings that are folders, never ids."""
+
+
+def _directories(value: object, folder: Path) -> object:
+    """A folder, or a list of them, relative to the configuration file, made absolute."""
+    if isinstance(value, list):
+        return [_directories(each, folder) for each in value]
+    return str((folder / Path(value).expanduser()).resolve()) if isinstance(value, str) else value
+
+
 def _template(value: object, folder: Path) -> object:
     """A chat template: the text of a file, or the text itself."""
     if not isinstance(value, str) or "{" in value or "\n" in value:
@@ -112,6 +123,12 @@ def _with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
             else stream
             for name, stream in streams.items()
         }
+    for name, keys in _DIRECTORIES.items():
+        if isinstance(section := data.get(name), dict):
+            data[name] = {
+                key: _directories(value, folder) if key in keys else value
+                for key, value in section.items()
+            }
     places = [("chat", "template", data.get("chat"))]
     if isinstance(profiles := data.get("profiles"), dict):
         data["profiles"] = profiles = dict(profiles)
