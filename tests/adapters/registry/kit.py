@@ -79,7 +79,7 @@ class Replica:
 
     def __init__(
         self, connection: Connection, root: Path, store: Path, *, remotes: tuple[str, ...] = (),
-        pause_s: float = 0.0, every_s: float = 0.3, alive_s: float = 1.0,
+        pause_s: float = 0.0, every_s: float = 0.3, alive_s: float = 2.0,
     ) -> None:  # fmt: skip
         self.loader = ReadingLoader(pause_s)
         loader: Loader = self.loader

@@ -128,7 +128,7 @@ def test_what_kills_the_server_each_time_is_given_up(tmp_path: Path) -> None:
         first.until(lambda s: s["good"][0] == "ready")
     wanted = {"bad": str(tmp_path / "in/bad")}
     for attempt in (1, 2, 3):
-        with served(tmp_path, 0.3, **wanted) as process:
+        with served(tmp_path, 30.0, **wanted) as process:
             process.until(lambda s, a=attempt: s.get("bad", [""] * 4)[0:3:2] == ["loading", a])  # type: ignore
         wanted = {}
     with served(tmp_path) as last:
