@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -127,21 +130,46 @@ def test_the_same_adapter_from_everywhere_has_one_digest(
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """An S3-compatible server with the bucket `adapters`."""
-    import boto3
-    from moto.server import ThreadedMotoServer
+    """An S3-compatible server with the bucket `adapters`.
 
+    In a process of its own: vLLM looks at every loaded module when an engine starts, and Flask's
+    proxies raise when they are looked at outside of a request.
+    """
+    import boto3
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = Path(sys.executable).with_name("moto_server")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "testing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        served = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        served.start()
-        host, port = served.get_host_and_port()
-        url = f"http://{host}:{port}"
-        boto3.client("s3", endpoint_url=url).create_bucket(Bucket="adapters")
-        yield url
-        served.stop()
+        served = subprocess.Popen(
+            [str(program), "-H", "127.0.0.1", "-p", str(port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            wait_for_port(port)
+            url = f"http://127.0.0.1:{port}"
+            boto3.client("s3", endpoint_url=url).create_bucket(Bucket="adapters")
+            yield url
+        finally:
+            served.terminate()
+            served.wait()
+
+
+def wait_for_port(port: int, limit_s: float = 60.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            assert time.monotonic() < deadline, "the S3 server did not start"
+            time.sleep(0.1)
+        else:
+            return
 
 
 def put(url: str, prefix: str, source: Path) -> None:
