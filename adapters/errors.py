@@ -12,6 +12,7 @@
     └── nobody's fault here
         ├── SourceAway   the source does not answer; trying again may help               → 503
         ├── StoreFull    no room for the files                                           → 507
+        ├── NoRoom       no room in the engine                                           → 503
         └── RegistryAway Redis does not answer, or speaks another schema                 → 503
 
 The fields are those of `steering.errors.SteeringError`, which this layer must not import.
@@ -80,6 +81,10 @@ class SourceAway(AdapterError):
 
 class StoreFull(AdapterError):
     """The store's disk is full; it holds what it held before."""
+
+
+class NoRoom(AdapterError):
+    """The engine holds as many adapters as it may, or one is larger than all of its room."""
 
 
 class RegistryAway(AdapterError):

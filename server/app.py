@@ -15,10 +15,12 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.exceptions import VLLMError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+from adapters.errors import AdapterError
 from server import errors, openapi
+from server.adapting.leases import Leasing
 from server.errors import HttpError
 from server.metrics import Meter
-from server.routes import admin, metrics, openai
+from server.routes import adapters, admin, metrics, openai
 from server.serving import Serving
 from server.validation import problems
 from steering.errors import SteeringError
@@ -34,6 +36,11 @@ async def _http_error(_request: Request, error: Exception) -> JSONResponse:
 async def _steering_error(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, SteeringError)
     return errors.response(errors.from_steering(error))
+
+
+async def _adapter_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, AdapterError)
+    return errors.response(errors.from_adapters(error))
 
 
 async def _routing_error(request: Request, error: Exception) -> Response:
@@ -93,10 +100,12 @@ def build_app(serving: Serving) -> ASGIApp:
     app.state.enable_server_load_tracking = False
     app.include_router(openai.router)
     app.include_router(admin.router)
+    app.include_router(adapters.router)
     app.include_router(metrics.router)
     handlers: tuple[tuple[Any, Any], ...] = (
         (HttpError, _http_error),
         (SteeringError, _steering_error),
+        (AdapterError, _adapter_error),
         (HTTPException, _routing_error),
         (RequestValidationError, _invalid_body),
         (EngineDeadError, _engine_error),
@@ -113,4 +122,4 @@ def build_app(serving: Serving) -> ASGIApp:
     for kind, handler in handlers:
         app.add_exception_handler(kind, handler)
     openapi.install(app, serving.methods)
-    return Meter(app)
+    return Meter(Leasing(app))

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 from vllm.exceptions import VLLMClientError
 
 from server import serving as parts
+from server.adapting.checks import targets
+from server.adapting.loader import EngineLoader
+from server.adapting.service import opened
 from server.config import Config
 from server.diagnosis import Diagnosis
 from server.doctor import snapshot
@@ -38,6 +43,20 @@ def readers(config: Config, diagnosis: Diagnosis) -> dict[str, Reader]:
     return found
 
 
+def adapter_loader(config: Config, loaded: Loaded) -> EngineLoader:
+    """The way of adapters into the engine. Reads the models' headers: run in a thread."""
+    section = config.adapters
+    assert section is not None
+    return EngineLoader(
+        loaded.engine,
+        targets(config, loaded.diagnosis),
+        slots=section.max_loaded,
+        max_rank=section.max_rank,
+        max_bytes=section.max_loaded_bytes,
+        element_bytes=loaded.engine.model_config.dtype.itemsize,
+    )
+
+
 class _OrdinaryFaults(logging.Filter):
     """Keeps vLLM from logging a traceback for each bad value that a client sends, and for each
     tool call that a model breaks off.
@@ -56,13 +75,25 @@ def quiet_logs() -> None:
         handler.addFilter(_OrdinaryFaults())
 
 
-async def assemble(config: Config, life: Life, loaded: Loaded) -> Serving:
+async def assemble(
+    config: Config,
+    life: Life,
+    loaded: Loaded,
+    closing: AsyncExitStack,
+    stage: Callable[[str], None],
+) -> Serving:
     """Binds the engine and builds what the routes use.
 
     Args:
         config: the settings.
         life: the server's phase.
         loaded: the engine, and what the checks found out.
+        closing: closed before the engine ends.
+        stage: told what is under way.
+
+    Raises:
+        PreloadFailed: an adapter of the configuration cannot be served.
+        RegistryAway: Redis does not answer.
     """
     diagnosis = loaded.diagnosis
     assert diagnosis.methods is not None
@@ -77,9 +108,26 @@ async def assemble(config: Config, life: Life, loaded: Loaded) -> Serving:
         snapshot=streams,
         limits=config.steering.limits,
     )
+    adapters = None
+    if config.adapters is not None:
+        loader = await in_thread(lambda: adapter_loader(config, loaded))
+        loaded.engine.residency = loader.residency
+
+        def reserved() -> frozenset[str]:
+            return frozenset({config.name, *profiles})
+
+        adapters = await closing.enter_async_context(opened(config, loader, reserved, stage))
     shown = {name: fact.describe() for name, fact in diagnosis.streams.items()}
     serving = parts.build(
-        config, life, loaded.engine, diagnosis.methods, profiles, streams, found, shown
+        config,
+        life,
+        loaded.engine,
+        diagnosis.methods,
+        profiles,
+        streams,
+        found,
+        shown,
+        adapters,
     )
     serving.counters.register()
     return serving
@@ -96,6 +144,10 @@ def announce(serving: Serving, port: int, seconds: float) -> str:
     config = serving.config
     streams = ", ".join(name for name in serving.streams if name != BASE) or "(none)"
     profiles = ", ".join(serving.profiles) or "(none)"
+    adapters = []
+    if serving.adapters is not None:
+        names = ", ".join(serving.adapters.names) or "(none yet: `coxswain adapters --help`)"
+        adapters = [f"  adapters  {names}"]
     return "\n".join(
         [
             f"coxswain: ready after {seconds:.1f} s",
@@ -103,6 +155,7 @@ def announce(serving: Serving, port: int, seconds: float) -> str:
             f"  streams   {streams}",
             f"  profiles  {profiles}",
             f"  methods   {', '.join(serving.methods)}",
+            *adapters,
             f"  try       {curl(serving, port)}",
         ]
     )

@@ -19,6 +19,9 @@ from starlette.datastructures import Headers
 from server.config import HASHED, Config, LimitedKey
 from server.errors import HttpError
 
+_ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+"""Paths beside `/admin` that need the admin key: vLLM's own."""
+
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
 
 
@@ -106,7 +109,7 @@ class Auth:
         Raises:
             HttpError: 401 without a valid key, 403 for the wrong kind of key or a closed door.
         """
-        if path == "/admin" or path.startswith("/admin/"):
+        if path == "/admin" or path.startswith("/admin/") or path in _ADMIN:
             self._check_admin(headers)
         elif path.startswith(_GUARDED) and self._api:
             found = self._find(headers)
@@ -170,3 +173,9 @@ def _digest(key: bytes) -> bytes:
 def _bearer(headers: Headers) -> bytes:
     scheme, _, key = headers.get("authorization", "").partition(" ")
     return key.strip().encode() if scheme.lower() == "bearer" else b""
+
+
+def admin_name(headers: Headers) -> str:
+    """Whom records name as their cause: a fingerprint of the key, or a caller without one."""
+    given = _bearer(headers)
+    return f"key {_digest(given).hex()[:8]}" if given else "local"

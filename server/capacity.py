@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
+from adapters.errors import BadAdapter
+from adapters.formats.base import BaseShapes, base_shapes
+from server.adapting.checks import slot_bytes
 from server.checkpoints import Checkpoint
 from server.config import Config
 from server.diagnosis import Diagnosis, where
@@ -76,9 +80,22 @@ def cpu_cache_bytes(config: Config, found: Diagnosis) -> int | None:
 
 
 def _weights(config: Config, found: Diagnosis) -> int:
-    """Bytes of all weights, once loaded."""
+    """Bytes of all weights, once loaded, with the room for adapters."""
     dtype = str(config.engine.get("dtype", "auto"))
-    return sum(f.checkpoint.weight_bytes(dtype) for f in found.streams.values() if f.owns_weights)
+    owners = [f.checkpoint for f in found.streams.values() if f.owns_weights]
+    total = sum(point.weight_bytes(dtype) for point in owners)
+    if config.adapters is not None:
+        total += slot_bytes(config, config.adapters, _shapes(owners))
+    return total
+
+
+def _shapes(points: list[Checkpoint]) -> list[BaseShapes]:
+    """Of the models whose files are here already."""
+    found = []
+    for point in points:
+        with contextlib.suppress(BadAdapter):
+            found.append(base_shapes(point.folder))
+    return found
 
 
 def _one_request(config: Config, found: Diagnosis) -> int:

@@ -26,6 +26,19 @@ RESERVED_ENGINE = {
     "scheduler_cls": "Coxswain sets it",
     "disable_hybrid_kv_cache_manager": "Coxswain sets it",
     "hf_overrides": "Coxswain sets it",
+    **dict.fromkeys(
+        (
+            "enable_lora",
+            "lora_modules",
+            "max_loras",
+            "max_cpu_loras",
+            "max_lora_rank",
+            "fully_sharded_loras",
+            "lora_target_modules",
+            "default_mm_loras",
+        ),
+        "use the section `adapters`",
+    ),
 }
 """Engine arguments that the server fills in itself, and what to do instead."""
 
@@ -79,8 +92,21 @@ class StreamConfig(Section):
         return self
 
 
+class PreloadConfig(Section):
+    """One adapter that is there from the start."""
+
+    name: str = Field(description="What requests call it.")
+    source: str = Field(
+        description="A folder (relative to this file), `hf://owner/name[@revision][/folder]`, "
+        "`s3://bucket/folder` or `https://host/folder`."
+    )
+    version: str = Field("1", description="A label; requests may say `name@version`.")
+    stream: str = Field("base", description="The stream whose layers it changes.")
+    pin: bool = Field(False, description="Whether it is never evicted from the engine.")
+
+
 class AdaptersConfig(Section):
-    """LoRA adapters (not served yet: a server with this section refuses to start)."""
+    """LoRA adapters and MeteoRA packs. Absent: the engine runs without LoRA."""
 
     roots: tuple[str, ...] = Field((), description="Directories that adapters may come from.")
     remotes: tuple[str, ...] = Field(
@@ -88,11 +114,31 @@ class AdaptersConfig(Section):
         description="Beginnings of sources elsewhere that are allowed: `hf://owner`, "
         "`s3://bucket/folder`, `https://host/folder`; `hf://` allows the whole hub.",
     )
-    preload: tuple[dict[str, Any], ...] = Field(
-        (), description="Adapters to load at start: objects with `name` and `source`."
+    preload: tuple[PreloadConfig, ...] = Field(
+        (),
+        description="Adapters to load at start. One that cannot be served ends the start; one "
+        "that is registered otherwise is replaced.",
     )
-    max_loaded: int = Field(8, ge=1, description="Adapters held in memory at the same time.")
-    max_rank: int = Field(64, ge=1, description="Largest LoRA rank accepted.")
+    max_loaded: int = Field(
+        8,
+        ge=1,
+        le=1024,
+        description="Adapters (sets of them, where requests mix) that the engine holds at the "
+        "same time. Any number may be ready; the least recently used make room. Each place takes "
+        "memory in every layer, used or not: see `coxswain doctor`.",
+    )
+    max_rank: int = Field(
+        64,
+        ge=1,
+        le=512,
+        description="Largest rank of what one request uses: of its adapters together, or of a "
+        "pack: the sum of its adapters' ranks and their number.",
+    )
+    max_loaded_bytes: int = Field(
+        8 << 30,
+        ge=1,
+        description="Largest size of the adapters in the engine together, in bytes.",
+    )
     max_bytes: int = Field(
         4 << 30, ge=1, description="Largest size of one adapter, all its files together, in bytes."
     )
@@ -110,7 +156,7 @@ class AdaptersConfig(Section):
 
 
 class RegistryConfig(Section):
-    """Where adapters are recorded (only the embedded registry is served yet)."""
+    """Where adapters are recorded, for servers with adapters."""
 
     url: str | None = Field(
         None,

@@ -98,6 +98,13 @@ def _directories(value: object, folder: Path) -> object:
     return str((folder / Path(value).expanduser()).resolve()) if isinstance(value, str) else value
 
 
+def _with_source(entry: object, folder: Path) -> object:
+    """An adapter to preload whose source, if it is a folder, is absolute."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("source"), str):
+        return entry
+    return {**entry, "source": _located(entry["source"], folder)}
+
+
 def _template(value: object, folder: Path) -> object:
     """A chat template: the text of a file, or the text itself."""
     if not isinstance(value, str) or "{" in value or "\n" in value:
@@ -129,6 +136,10 @@ def _with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
                 key: _directories(value, folder) if key in keys else value
                 for key, value in section.items()
             }
+    section = data.get("adapters")
+    if isinstance(section, dict) and isinstance(section.get("preload"), list):
+        preload = [_with_source(entry, folder) for entry in section["preload"]]
+        data["adapters"] = {**section, "preload": preload}
     places = [("chat", "template", data.get("chat"))]
     if isinstance(profiles := data.get("profiles"), dict):
         data["profiles"] = profiles = dict(profiles)

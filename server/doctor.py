@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from server.adapting.checks import adapter_problems
 from server.capacity import contexts, memory, ranks_of
 from server.checkpoints import Unusable, inspect
 from server.config import RESERVED_ENGINE, Config
@@ -64,6 +65,8 @@ def diagnose(config: Config) -> Diagnosis:
         found.problems += _architectures(config, found)
         found.problems += contexts(config, found)
         found.problems += memory(config, found)
+    if config.adapters is not None:
+        found.problems += adapter_problems(config, config.adapters, found)
     return found
 
 
@@ -83,10 +86,8 @@ def _sources(config: Config) -> list[tuple[str, str, bool]]:
 def _not_yet(config: Config) -> list[str]:
     """Sections that the schema knows and this version does not serve."""
     found = []
-    if config.adapters is not None:
-        found.append("adapters: LoRA adapters are not served yet; leave the section out")
-    if config.registry is not None and config.registry.url is not None:
-        found.append("registry.url: a shared registry is not served yet; leave it out")
+    if config.registry is not None and config.adapters is None:
+        found.append("registry: records adapters, and there is no section `adapters`")
     for name, stream in config.streams.items():
         if stream.head is not None:
             found.append(f"streams.{name}.head: streams with a {stream.head} head are not served "

@@ -18,11 +18,16 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
+from adapters.errors import BadAdapter
+from adapters.sets import AdapterSet
+from server.adapting.residency import Residency
 from server.steered import Steered
 from steering.errors import BadValue
 from steering.plan import SteeringPlan
@@ -55,6 +60,9 @@ class _Boarding:
 class SteeredLLM(AsyncLLM):
     """vLLM's engine client for a steered model."""
 
+    residency: Residency | None = None
+    """Which adapters it holds; None without LoRA."""
+
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -75,11 +83,31 @@ class SteeredLLM(AsyncLLM):
         index = steered.next_prompt()
         plan = steered.plan_of(index)
         sampling_params.extra_args = extra or None
-        if not plan.steers and plan.report == "off":
+        if not plan.steers and not plan.adapters and plan.report == "off":
             return super().generate(prompt, sampling_params, request_id, **options)
         prompt, boarding = self._board(prompt, sampling_params, steered, index, plan)
-        outputs = super().generate(prompt, sampling_params, request_id, **options)
+        if plan.adapters:
+            outputs = self._adapted(prompt, sampling_params, request_id, steered, options)
+        else:
+            outputs = super().generate(prompt, sampling_params, request_id, **options)
         return self._watch(outputs, boarding)
+
+    async def _adapted(
+        self,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        steered: Steered,
+        options: dict[str, Any],
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Runs a request while the engine holds its adapters."""
+        assert self.residency is not None and steered.adapter_set is not None
+        async with self.residency.holding(steered.adapter_set):
+            options = {**options, "lora_request": lora_request(steered.adapter_set)}
+            outputs = super().generate(prompt, params, request_id, **options)
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield output
 
     def _board(
         self,
@@ -149,6 +177,23 @@ class SteeredLLM(AsyncLLM):
         except Exception:  # the engine is going down; its tallies go with it
             return
 
+    async def load_set(self, found: AdapterSet) -> None:
+        """Loads a set of adapters into a slot; see `Residency`.
+
+        Raises:
+            BadAdapter: the worker could not.
+        """
+        try:
+            await self.add_lora(lora_request(found))
+        except EngineDeadError:
+            raise
+        except Exception as error:  # a bare one, with the worker's text
+            raise BadAdapter(f"the engine could not load it: {error}") from error
+
+    async def unload_set(self, found: AdapterSet) -> None:
+        """Empties the slot of a set."""
+        await self.remove_lora(lora_request(found).lora_int_id)
+
     async def report(self, tag: str, finals: dict[str, int]) -> dict[str, dict[str, Any]]:
         """What the worker measured for one prompt; the worker forgets it.
 
@@ -178,6 +223,11 @@ class SteeredLLM(AsyncLLM):
         call = self.collective_rpc(name, args=args)
         answers: list[Any] = await asyncio.wait_for(call, RPC_TIMEOUT_S)
         return answers
+
+
+def lora_request(found: AdapterSet) -> LoRARequest:
+    """A set of adapters as vLLM knows it."""
+    return LoRARequest(**found.lora_request())
 
 
 def _unpad(output: RequestOutput, boarding: _Boarding) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from adapters.errors import AdapterError
 from server.auth import Auth
 from server.config import Config
 from server.console import Progress, say
@@ -79,6 +80,8 @@ class Run:
         self.life = Life()
         self.gate = Gate(self.life, Auth(config), config.server)
         self.engine: SteeredLLM | None = None
+        self.loading: asyncio.Task[Serving] | None = None
+        self.closing = contextlib.AsyncExitStack()
         self.signals = 0
         self.hurry = asyncio.Event()
 
@@ -105,6 +108,12 @@ class Run:
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(served, SHUTDOWN_S)
+            loading = self.loading
+            if loading is not None and not loading.done():
+                loading.cancel()
+                await asyncio.wait([loading])
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(self.closing.aclose(), SHUTDOWN_S)
             await self._stop_engine()
         say(f"coxswain: {last_line}")
         return status
@@ -119,7 +128,7 @@ class Run:
     async def _until_end(self, port: int) -> tuple[int, str]:
         """Serves; returns the exit status and what to say last."""
         asked = asyncio.create_task(self.life.drain.wait())
-        loading = asyncio.create_task(self._load(port))
+        self.loading = loading = asyncio.create_task(self._load(port))
         await asyncio.wait({asked, loading}, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             return 0, "stopped while loading"
@@ -147,9 +156,19 @@ class Run:
             self.engine = loaded.engine
             self.life.reason = "starting the engine"
             progress.stage(self.life.reason)
+            from server.adapting.service import PreloadFailed
             from server.assemble import announce, assemble
 
-            serving = await assemble(self.config, self.life, loaded)
+            def stage(text: str) -> None:
+                self.life.reason = text
+                progress.stage(text)
+
+            try:
+                serving = await assemble(self.config, self.life, loaded, self.closing, stage)
+            except PreloadFailed as error:
+                raise StartFailed(error.problems) from error
+            except AdapterError as error:
+                raise StartFailed([f"registry: {error}"]) from error
             seconds = progress.seconds
         from server.app import build_app
 

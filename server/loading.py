@@ -74,7 +74,7 @@ def engine_arguments(config: Config, diagnosis: Diagnosis) -> dict[str, Any]:
     """Keyword arguments for vLLM's `AsyncEngineArgs`."""
     from vllm.platforms import current_platform
 
-    from steering.engine_args import StreamSource, steered_engine_args
+    from steering.engine_args import StreamSource, adapter_engine_args, steered_engine_args
 
     engine = dict(config.engine)
     engine.setdefault("load_format", "safetensors")
@@ -88,6 +88,8 @@ def engine_arguments(config: Config, diagnosis: Diagnosis) -> dict[str, Any]:
         name: StreamSource(model=stream.model, same_as=stream.same_as, head=stream.head)
         for name, stream in config.streams.items()
     }
+    if config.adapters is not None:
+        engine |= adapter_engine_args(config.adapters.max_loaded, config.adapters.max_rank)
     return steered_engine_args(config.model, streams, diagnosis.overlaps, **engine)
 
 

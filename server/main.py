@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server import train_command
+
 if TYPE_CHECKING:
     from server.config import Config
 
@@ -24,6 +26,7 @@ examples:
   coxswain profiles zoo.yaml               the profiles of a configuration
   coxswain profiles http://127.0.0.1:8000  the profiles of a running server
   coxswain methods                         the installed steering methods and their options
+  coxswain train meteora --help            gates that choose among your LoRA adapters
 
 A minimal configuration:
   model: ./models/big
@@ -62,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", help="list the steering methods and their options")
     methods.add_argument("--allow", action="append", default=[], metavar="PACKAGE",
                          help="a distribution whose methods may load")  # fmt: skip
+    train_command.add(commands)
     commands.add_parser("reference", help="print all settings as Markdown")
     return top
 
@@ -107,6 +111,8 @@ def _commands(given: argparse.Namespace, rest: list[str]) -> int:
         from server.listing import methods
 
         return methods(given.allow)
+    if given.command == "train":
+        return train_command.run(given)
     from server.reference import reference
 
     print(reference(), end="")

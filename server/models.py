@@ -1,7 +1,8 @@
-"""The models that clients see: the base, and each profile under its own name."""
+"""The models that clients see: the base, the profiles and the adapters, by name."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -9,36 +10,37 @@ from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
 
-from server.profiles import Profiles
-
 asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
-"""The profile that the current request named as its model: its answer carries that name."""
+"""The profile or adapter that the current request named as its model, once it is known to be
+there: its answer carries that name. None for the base."""
 
 
 class SteeredModels(OpenAIServingModels):
-    """vLLM's list of models, with the profiles.
+    """vLLM's list of models; what it does not know of are profiles and adapters.
 
     Args:
         engine: the engine client.
         name: what clients call the base.
-        profiles: the profiles; looked up at each request.
     """
 
-    def __init__(self, engine: Any, name: str, profiles: Profiles) -> None:
+    def __init__(self, engine: Any, name: str) -> None:
         # vLLM would show the base's folder as its root: no business of clients.
         super().__init__(engine, [BaseModelPath(name, name)])
-        self._profiles = profiles
 
     def is_base_model(self, model_name: str) -> bool:
-        """Whether a name needs no adapter."""
-        return model_name in self._profiles or bool(super().is_base_model(model_name))
+        """Whether a name needs no adapter of vLLM's: ours travel with the plan."""
+        return model_name == asked_model.get() or bool(super().is_base_model(model_name))
 
     def model_name(self, lora_request: Any = None) -> str:
         """The name that the current response carries."""
         return asked_model.get() or str(super().model_name(lora_request))
 
-    async def show_available_models(self) -> ModelList:
-        """The base and all profiles."""
+    async def show(self, names: Sequence[str]) -> ModelList:
+        """The base and further models.
+
+        Args:
+            names: of all of them, the base's first.
+        """
         found = await super().show_available_models()
         base = self.base_model_paths[0]
         found.data += [
@@ -49,7 +51,7 @@ class SteeredModels(OpenAIServingModels):
                 max_model_len=self.model_config.max_model_len,
                 permission=[ModelPermission()],
             )
-            for name in self._profiles
+            for name in names[1:]
         ]
         for card in found.data:
             card.owned_by = "coxswain"

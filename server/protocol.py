@@ -1,9 +1,9 @@
-"""vLLM's request models with one more field: `steering`."""
+"""vLLM's request models with two more fields: `steering` and `adapters`."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, PrivateAttr
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -15,9 +15,13 @@ from vllm.entrypoints.serve.tokenize.protocol import (
 )
 from vllm.sampling_params import SamplingParams
 
+from server.adapting.choice import AdapterWish
 from server.steered import Steered
 from steering.errors import BadValue
 from steering.wire import KEY
+
+MOST_ADAPTERS = 64
+"""Adapters of one request; their ranks are limited too."""
 
 HARMLESS = frozenset(
     {
@@ -51,6 +55,11 @@ class SteeringMixin(BaseModel):
         None,
         description="Steering for this request: a profile's name, or a method with its options. "
         "With a profile as the model, an object overrides the profile's options.",
+    )
+    adapters: Annotated[list[AdapterWish], Field(max_length=MOST_ADAPTERS)] | None = Field(
+        None,
+        description="Adapters for this request, with weights; beside the one that `model` may "
+        "name.",
     )
     _steered: Steered | None = PrivateAttr(None)
 

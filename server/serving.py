@@ -12,6 +12,7 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from server.adapting.service import Adapters
 from server.config import Config
 from server.engine_vllm import SteeredLLM
 from server.metrics import StreamCounters
@@ -38,6 +39,7 @@ class Serving:
         models, chat, completion, responses, tokenization: vLLM's serving classes.
         counters: the worker's counters, as last polled.
         streams: what `/admin/streams` shows, by name.
+        adapters: the adapters; None: the server has none.
     """
 
     config: Config
@@ -53,6 +55,7 @@ class Serving:
     tokenization: ServingTokenization
     counters: StreamCounters = field(default_factory=StreamCounters)
     streams: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    adapters: Adapters | None = None
 
     def decode(self, token_id: int) -> str:
         """The text of one of the base's tokens."""
@@ -76,6 +79,7 @@ def build(
     snapshot: Snapshot,
     readers: Mapping[str, Reader],
     streams: Mapping[str, Mapping[str, Any]],
+    adapters: Adapters | None,
 ) -> Serving:
     """Puts the parts together.
 
@@ -88,15 +92,16 @@ def build(
         snapshot: the streams.
         readers: tokenizers of the streams.
         streams: what `/admin/streams` shows.
+        adapters: opened, or None.
     """
     own_prompts = OwnPrompts(
         readers, engine.model_config.max_model_len - 1, config.steering.chat_templates
     )
     steerer = Steerer(
         config.name, methods, profiles, snapshot, config.steering.limits,
-        config.steering.inline, own_prompts,
+        config.steering.inline, own_prompts, adapters,
     )  # fmt: skip
-    models = SteeredModels(engine, config.name, profiles)
+    models = SteeredModels(engine, config.name)
     shared: dict[str, Any] = {
         "request_logger": None,
         "chat_template": config.chat.template,
@@ -124,4 +129,5 @@ def build(
         responses=OpenAIServingResponses(engine, models, **details, **shared, **parsers),
         tokenization=ServingTokenization(models, renderer, **shared),
         streams=streams,
+        adapters=adapters,
     )

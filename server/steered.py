@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from steering.plan import SteeringPlan
+from adapters.sets import AdapterSet
+from server.adapting.choice import Picked
+from steering.plan import AdapterUse, SteeringPlan
 
 Report = Mapping[str, Mapping[str, Any]]
 """What the worker measured for one prompt, by choice index (as text)."""
@@ -24,12 +26,16 @@ class Steered:
         profile: the profile it came from, or None.
         max_tokens: what the caller asked for explicitly, or None.
         n: choices per prompt.
+        adapter_set: the adapters of the plans as the engine wants them; None: there are none.
+        picked: the adapters that the request names.
     """
 
     plans: Sequence[SteeringPlan]
     profile: str | None = None
     max_tokens: int | None = None
     n: int = 1
+    adapter_set: AdapterSet | None = None
+    picked: Sequence[Picked] = ()
     tag: str = field(default_factory=lambda: secrets.token_hex(8))
     reports: dict[int, Report] = field(default_factory=dict)
     """Prompt index → the worker's report, once the prompt is finished."""
@@ -74,12 +80,37 @@ def summary(steered: Steered, decode: Callable[[int], str]) -> dict[str, Any]:
         found["profile"] = steered.profile
     found["strengths"] = dict(plan.weights)
     found["streams"] = list(plan.streams)
-    found |= _totals(list(choices.values()))
+    reports = list(choices.values())
+    if plan.adapters:
+        found["adapters"] = [_adapter(steered, use, reports) for use in plan.adapters]
+    found |= _totals(reports)
     if plan.report == "tokens" or len(choices) > 1:
         found["choices"] = [
             {"index": index, **_totals([report]), **_detail(report, plan.report, decode)}
             for index, report in choices.items()
         ]
+    return found
+
+
+def _adapter(
+    steered: Steered, use: AdapterUse, reports: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """One adapter of the request; for a pack, how often tokens were routed to which member."""
+    key = (use.stream, use.digest)
+    one = next(p for p in steered.picked if (p.content.stream, p.content.digest) == key)
+    found = one.describe(use)
+    if one.artefact.gates:
+        counts = [0] * len(one.artefact.members)
+        for report in reports:
+            routed = report["routed"].get(use.stream, {}).get(use.digest)
+            if routed is None:
+                continue
+            counts = [a + b for a, b in zip(counts, routed, strict=True)]
+        total = sum(counts)
+        found["routed"] = {
+            member: count / total if total else None
+            for member, count in zip(one.artefact.members, counts, strict=True)
+        }
     return found
 
 

@@ -30,6 +30,11 @@ _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The sizes of slots that vLLM offers."""
 
 
+def slot_rank(max_rank: int) -> int:
+    """Rank indices of a slot that has room for `max_rank`, 1 to 512."""
+    return next(size for size in _RANKS if size >= max_rank)
+
+
 def adapter_engine_args(max_sets: int, max_rank: int) -> dict[str, Any]:
     """More engine arguments, for a server that adapts.
 
@@ -38,13 +43,12 @@ def adapter_engine_args(max_sets: int, max_rank: int) -> dict[str, Any]:
             layer of every stream, used or not.
         max_rank: rank indices of a set (`adapters.sets.AdapterSet.rank`), 1 to 512.
     """
-    rank = next(size for size in _RANKS if size >= max_rank)
     return {
         "enable_lora": True,
         "max_loras": max_sets,
-        # Sets that wait in host memory: reloading one takes a disk read inside a step.
-        "max_cpu_loras": 4 * max_sets,
-        "max_lora_rank": rank,
+        # The front end holds no more sets in the engine than there are slots.
+        "max_cpu_loras": max_sets,
+        "max_lora_rank": slot_rank(max_rank),
     }
 
 

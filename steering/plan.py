@@ -129,3 +129,7 @@ class SteeringPlan:
         if self.adapters:
             state += (self.adapters,)
         return hashlib.sha256(repr(state).encode()).hexdigest()[:32]
+
+
+BARE = SteeringPlan(BASE)
+"""The base alone: what a request has that names adapters, or a report, and no method."""

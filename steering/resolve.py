@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from steering.errors import BadValue, NotFound
 from steering.faults import fault
 from steering.method import Limits, Method, MethodConfig, OwnPrompt, Snapshot
-from steering.plan import BASE, Recipe, Report, Rule, RuleKind, SteeringPlan
+from steering.plan import BARE, BASE, Recipe, Report, Rule, RuleKind, SteeringPlan
 from steering.spec import FIELD, Profile
 
 Methods = Mapping[str, Method[Any]]
@@ -66,7 +66,8 @@ def resolve(
     """The plan of one steering object.
 
     Args:
-        spec: the object, profiles folded in (`steering.spec.read_wish`).
+        spec: the object, profiles folded in (`steering.spec.read_wish`). With `report` alone it
+            asks for a report of a request that is not steered.
         methods: methods by name.
         snapshot: the server's streams.
         limits: the ranges that hold for this request.
@@ -77,12 +78,21 @@ def resolve(
         BadValue: a value out of range, an unknown or missing field, fields that contradict each
             other, a stream of the wrong head, a prompt that no stream would read.
     """
+    if spec.keys() == {"report"}:
+        return Resolved(replace(BARE, report=_report(_bare(spec, field))), MappingProxyType({}))
     method = _method(spec, methods, field)
     config = parse(spec, method, snapshot, limits, field)
     recipe = method.resolve(config, snapshot)
     weights = _weights(recipe, config, snapshot, field)
     plan = SteeringPlan(method.name, weights, _rule(recipe, weights, field), (), _report(config))
     return Resolved(plan, _prompts(config, recipe, plan, field), field)
+
+
+def _bare(spec: Mapping[str, Any], field: str) -> MethodConfig:
+    try:
+        return MethodConfig.model_validate({"method": BARE.method, **spec})
+    except ValidationError as error:
+        raise fault(error, spec, MethodConfig, field) from None
 
 
 def parse(

@@ -133,7 +133,7 @@ def read_wish(
         return _from_profile(name, overrides, profiles, limits, inline)
     if asked is None:
         return None
-    if not inline:
+    if not inline and overrides.keys() != OVERRIDABLE_ALWAYS:
         raise BadValue(
             "this server takes profiles only, not a steering object",
             field=FIELD,

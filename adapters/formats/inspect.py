@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 from adapters.errors import BadAdapter, DoesNotFit
@@ -42,7 +43,8 @@ def inspect(folder: Path, base: BaseShapes, *, max_rank: int) -> Artefact:
     found = read_artefact(folder)
     width = sum(found.ranks) + (len(found.members) if found.gates else 0)
     if width > max_rank:
-        raise DoesNotFit("its rank", field=folder.name, value=width, allowed=f"≤ {max_rank}")
+        raise DoesNotFit("needs too many rank indices", field="rank", value=width,
+                         allowed=f"≤ {max_rank}")  # fmt: skip
     headers = {name: read_header(folder / name) for name in _tensor_files(found)}
     for parts in found.parts:
         for module, part in parts.items():
@@ -59,6 +61,12 @@ def inspect(folder: Path, base: BaseShapes, *, max_rank: int) -> Artefact:
     for file, name in sorted(_tensors(found)):
         check_finite(folder / file, name, headers[file][name])
     return found
+
+
+def elements(found: Artefact) -> int:
+    """Numbers in everything that is served; reads headers."""
+    headers = {name: read_header(found.folder / name) for name in _tensor_files(found)}
+    return sum(prod(headers[file][name].shape) for file, name in _tensors(found))
 
 
 def _tensors(found: Artefact) -> set[tuple[str, str]]:

@@ -54,6 +54,8 @@ async def put_profile(name: str, raw_request: Request) -> Response:
     document = strict_json(await raw_request.body())
     if not isinstance(document, dict):
         raise HttpError(400, "The body must be a JSON object with at least `method`.")
+    if parts.adapters is not None and parts.adapters.known(name):
+        raise HttpError(409, f"{name!r} is the name of an adapter.", param="name")
     new = parts.profiles.put(name, document)
     record = _record(name, parts.profiles[name], parts)
     return JSONResponse(record, 201 if new else 200)
@@ -114,6 +116,7 @@ async def status(raw_request: Request) -> Response:
             "streams": [name for name in parts.streams if name != "base"],
             "profiles": list(parts.profiles),
             "methods": list(parts.methods),
+            "adapters": parts.adapters.names if parts.adapters is not None else [],
             "max_model_len": model.max_model_len,
             "dtype": str(model.dtype).removeprefix("torch."),
             "steps": parts.counters.steps,

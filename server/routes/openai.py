@@ -9,12 +9,14 @@ from typing import Any
 
 from fastapi import APIRouter, Body, Depends, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from vllm.entrypoints.openai.models.protocol import ModelList
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 from vllm.renderers.chat_utils import has_non_text_content
 
 from server import errors, sse
+from server.adapting.leases import HELD
 from server.errors import HttpError
 from server.metrics import SCOPE_KEY, Labels
 from server.models import asked_model
@@ -52,18 +54,18 @@ async def _steer(
     _text_only(request)
     parts = serving(raw)
     labels: Labels = raw.scope.get(SCOPE_KEY) or Labels()
-    asked_model.set(parts.steerer.profile_of_model(request.model))
-    wished = parts.steerer.resolve(request)
-    if wished is not None:
-        wish, resolved = wished
-        labels.method, labels.profile = resolved.plan.method, wish.profile or labels.profile
-        profile = parts.profiles.get(wish.profile) if wish.profile else None
+    asked_model.set(parts.steerer.model_of(request.model).name)
+    asked = parts.steerer.resolve(request, raw.scope[HELD])
+    if asked is not None:
+        name = asked.wish.profile
+        labels.method, labels.profile = asked.resolved.plan.method, name or labels.profile
+        profile = parts.profiles.get(name) if name else None
         if profile is not None and hasattr(request, "_template"):
             request._template = profile.chat_template
     _need_template(request, parts)
-    if wished is None:
+    if asked is None:
         return None
-    request._steered = await parts.steerer.prepare(*wished, traits(request, parts))
+    request._steered = await parts.steerer.prepare(asked, traits(request, parts))
     steered: Steered = request._steered
     return steered
 
@@ -174,16 +176,19 @@ async def _response_events(
 
 @router.get("/v1/models")
 async def models(raw_request: Request) -> Response:
-    """The base and the profiles."""
-    found = await serving(raw_request).models.show_available_models()
-    return JSONResponse(found.model_dump())
+    """The base, the profiles and the adapters that the key may use."""
+    return JSONResponse((await _models(raw_request)).model_dump())
+
+
+async def _models(raw_request: Request) -> ModelList:
+    parts = serving(raw_request)
+    return await parts.models.show(parts.steerer.served())
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, raw_request: Request) -> Response:
     """One of them."""
-    found = await serving(raw_request).models.show_available_models()
-    for card in found.data:
+    for card in (await _models(raw_request)).data:
         if card.id == name:
             return JSONResponse(card.model_dump())
     raise HttpError(404, f"model: no such model (got {name!r})", param="model",
@@ -196,9 +201,10 @@ async def _tokens(
     parts = serving(raw)
     refuse_unknown(request)
     _text_only(request)
-    name = parts.steerer.profile_of_model(request.model)
-    if name is not None and isinstance(request, TokenizeMessages):
-        request._template = parts.profiles[name].chat_template
+    asked = parts.steerer.model_of(request.model)
+    asked_model.set(asked.name)
+    if asked.profile is not None and isinstance(request, TokenizeMessages):
+        request._template = parts.profiles[asked.profile].chat_template
     _need_template(request, parts)
     return JSONResponse(_plain(await call(request, raw)).model_dump())
 

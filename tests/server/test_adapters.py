@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import BadSource, RegistryAway
-from server.adapters import fetcher_of, registry_of, state_directory
+from server.adapting.registry import fetcher_of, registry_of, state_directory
 from server.config import Config
 from server.config_file import parse
 from tests.adapters.registry.kit import ReadingLoader, make_lora, until

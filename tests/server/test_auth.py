@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -88,6 +89,7 @@ def test_a_limited_key_knows_its_limits() -> None:
 class Asked:
     model: str | None = None
     steering: Any = None
+    adapters: Any = None
     vllm_xargs: Any = None
 
 
@@ -118,20 +120,21 @@ OWN = {"method": "mix", "weights": {"base": 1, "s": 0.1}}
         (Asked("m", {"profile": "p", "report": True}), True),
         (Asked("q"), False),
         (Asked("m", "q"), False),
+        (Asked("m", {"report": True}), True),
         (Asked("m", {"profile": "q"}), False),
         (Asked("m", OWN), False),
     ],
 )
 def test_a_limited_key_gets_its_profiles_and_the_plain_base(asked: Asked, passes: bool) -> None:
     found = steerer()
-    found.resolve(asked)
+    found.resolve(asked, ExitStack())
     token = access.set(Access(profiles=frozenset({"p"})))
     try:
         if passes:
-            found.resolve(asked)
+            found.resolve(asked, ExitStack())
         else:
             with pytest.raises(HttpError) as caught:
-                found.resolve(asked)
+                found.resolve(asked, ExitStack())
             assert caught.value.status == 403
     finally:
         access.reset(token)

@@ -55,8 +55,16 @@ def test_the_command_prints_the_reasons_and_exits_1(
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"adapters": {}}, "adapters: LoRA adapters are not served yet"),
-        ({"registry": {"url": "redis://x"}}, "registry.url: a shared registry is not served"),
+        ({"registry": {"url": "redis://x"}}, "registry: records adapters, and there is no"),
+        ({"adapters": {"roots": ["/none"]}}, "adapters.roots.0: no such directory: /none"),
+        ({"adapters": {"preload": [{"name": "m@1", "source": "hf://a/b"}]}},
+         "adapters.preload.0.name: not a usable name (got 'm@1')"),
+        ({"adapters": {"preload": [{"name": "m", "source": "hf://a/b"}]}},
+         "adapters.preload.0.source: "),
+        ({"adapters": {"max_loaded": 1, "remotes": ["hf://"],
+                       "preload": [{"name": "m", "source": "hf://a/b", "pin": True}]}},
+         "adapters.preload: 1 are pinned; allowed: fewer than adapters.max_loaded, 1"),
+        ({"adapters": {"max_loaded": 1000, "max_rank": 512, "max_bytes": 1}}, "memory: "),
         ({"plugins": ["no-such-package"]}, "plugins: the configuration allows steering methods"),
         ({"engine": {"max_modle_len": 1}}, "did you mean max_model_len?"),
         ({"engine": {"pipeline_parallel_size": 2}}, "engine.pipeline_parallel_size: refused"),

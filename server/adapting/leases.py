@@ -1,0 +1,55 @@
+"""Which contents running requests use: a content is unloaded when its last lease is over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+HELD = "coxswain.held"
+"""Key of an `ExitStack` in a request's scope: closed when its response is complete."""
+
+
+class Leases:
+    """Counts requests by the digest of the contents that they use. On the event loop."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._ended = asyncio.Event()
+
+    @contextmanager
+    def lease(self, digests: Iterable[str]) -> Iterator[None]:
+        """Keeps some contents in use."""
+        held = set(digests)
+        self._counts.update(held)
+        try:
+            yield
+        finally:
+            self._counts.subtract(held)
+            self._counts += Counter()  # drops zeros
+            self._ended.set()
+
+    async def free(self, digest: str) -> None:
+        """Waits until no request uses a content."""
+        while self._counts[digest]:
+            self._ended.clear()
+            await self._ended.wait()
+
+
+class Leasing:
+    """ASGI middleware: gives back what a request holds when its response is complete.
+
+    Args:
+        app: the application inside.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with ExitStack() as held:
+            scope[HELD] = held
+            await self.app(scope, receive, send)

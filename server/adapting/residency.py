@@ -1,0 +1,212 @@
+"""Which sets of adapters the engine holds: at most so many, and so many bytes; the rest waits.
+
+A request enters the engine only while its set is held, so the engine never loads or evicts by
+itself: not inside a step, and never one that a running request needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from adapters.errors import DoesNotFit, NoRoom
+from adapters.sets import AdapterSet
+
+logger = logging.getLogger("coxswain")
+
+
+class Slots(Protocol):
+    """What of the engine is needed here."""
+
+    async def load_set(self, found: AdapterSet) -> None:
+        """Loads a set into a slot.
+
+        Raises:
+            BadAdapter: that cannot be done.
+        """
+        ...
+
+    async def unload_set(self, found: AdapterSet) -> None:
+        """Empties its slot."""
+        ...
+
+
+@dataclass(eq=False)
+class _Seat:
+    """A set in the engine.
+
+    Args:
+        found: the set.
+        size: its bytes.
+        users: requests that run on it.
+        leaving: it goes when its last user is done; new users line up for another seat.
+        loading: done when it can be used.
+    """
+
+    found: AdapterSet
+    size: int
+    users: int = 0
+    leaving: bool = False
+    loading: asyncio.Task[None] = field(init=False)
+
+
+class Residency:
+    """One per engine, on its event loop.
+
+    Args:
+        engine: with `slots` LoRA slots.
+        slots: sets that it holds at most.
+        max_bytes: and how many bytes they may have together.
+        bytes_of: the size of a set.
+        pinned: whether a set is never evicted.
+    """
+
+    def __init__(
+        self,
+        engine: Slots,
+        *,
+        slots: int,
+        max_bytes: int,
+        bytes_of: Callable[[AdapterSet], int],
+        pinned: Callable[[AdapterSet], bool],
+    ) -> None:
+        self._engine, self._bytes_of, self._pinned = engine, bytes_of, pinned
+        self.slots, self.max_bytes = slots, max_bytes
+        self._seats: OrderedDict[str, _Seat] = OrderedDict()  # least recently used first
+        self._door = asyncio.Lock()
+        self._idle = asyncio.Event()
+        self._evictions: set[asyncio.Task[None]] = set()
+        self.loads = self.evictions = 0
+
+    @property
+    def held(self) -> list[AdapterSet]:
+        """The sets in the engine, least recently used first."""
+        return [seat.found for seat in self._seats.values()]
+
+    @property
+    def bytes(self) -> int:
+        """What they take together."""
+        return sum(seat.size for seat in self._seats.values())
+
+    def check(self, size: int, field: str) -> None:
+        """Whether something of this size can ever be held.
+
+        Raises:
+            DoesNotFit: it is larger than the whole budget.
+        """
+        if size > self.max_bytes:
+            raise DoesNotFit("more bytes than adapters.max_loaded_bytes", field=field, value=size,
+                             allowed=f"≤ {self.max_bytes}")  # fmt: skip
+
+    @asynccontextmanager
+    async def holding(self, found: AdapterSet) -> AsyncIterator[None]:
+        """Keeps a set in the engine; waits for room first, in the order of arrival.
+
+        Raises:
+            NoRoom: everything that is held is pinned.
+            DoesNotFit: it is larger than all of the room.
+            BadAdapter: the engine could not load it.
+        """
+        seat = await self._take(found)
+        try:
+            await asyncio.shield(seat.loading)
+            yield
+        finally:
+            seat.users -= 1
+            if not seat.users:
+                self._idle.set()
+
+    async def admit(self, found: AdapterSet) -> None:
+        """Brings a set into the engine before somebody asks for it."""
+        async with self.holding(found):
+            pass
+
+    async def remove(self, digest: str) -> None:
+        """Takes every set out that has some content, once its users are done."""
+        while seats := [
+            seat
+            for seat in self._seats.values()
+            if any(member.digest == digest for member in seat.found.members)
+        ]:
+            for seat in seats:
+                if not seat.users:
+                    self._evict(seat)
+            if any(seat.users for seat in seats):
+                await self._becomes_idle()
+        await asyncio.gather(*self._evictions)
+
+    async def _take(self, found: AdapterSet) -> _Seat:
+        """The set's seat with this user counted; it may still be loading."""
+        seat = self._seats.get(found.name)
+        if seat is None or seat.leaving:
+            async with self._door:
+                seat = self._seats.get(found.name)
+                if seat is None:
+                    size = self._bytes_of(found)
+                    await self._make_room(size)
+                    seat = self._open(found, size)
+        seat.users += 1
+        self._seats.move_to_end(found.name)
+        return seat
+
+    async def _make_room(self, size: int) -> None:
+        """Evicts the least recently used until there is room; behind the door.
+
+        If all are in use, the oldest takes no new users: constant traffic on those that are held
+        must not keep others out for ever.
+        """
+        self.check(size, "adapters")
+        while len(self._seats) >= self.slots or self.bytes + size > self.max_bytes:
+            unpinned = [s for s in self._seats.values() if not self._pinned(s.found)]
+            if not unpinned:
+                raise NoRoom("all adapters in the engine are pinned", field="adapters")
+            idle = next((seat for seat in unpinned if not seat.users), None)
+            if idle is not None:
+                self._evict(idle)
+                continue
+            unpinned[0].leaving = True
+            try:
+                await self._becomes_idle()
+            finally:
+                unpinned[0].leaving = False
+
+    async def _becomes_idle(self) -> None:
+        self._idle.clear()
+        await self._idle.wait()
+
+    def _open(self, found: AdapterSet, size: int) -> _Seat:
+        seat = _Seat(found, size)
+        self._seats[found.name] = seat
+        seat.loading = asyncio.create_task(self._load(seat))
+        # Whoever asked may be gone when it fails.
+        seat.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return seat
+
+    async def _load(self, seat: _Seat) -> None:
+        await asyncio.gather(*self._evictions)  # their slots must be free
+        try:
+            await self._engine.load_set(seat.found)
+            self.loads += 1
+        except Exception:
+            if self._seats.get(seat.found.name) is seat:
+                del self._seats[seat.found.name]
+            raise
+
+    def _evict(self, seat: _Seat) -> None:
+        del self._seats[seat.found.name]
+        self.evictions += 1
+        task = asyncio.create_task(self._unload(seat))
+        self._evictions.add(task)
+        task.add_done_callback(self._evictions.discard)
+
+    async def _unload(self, seat: _Seat) -> None:
+        try:
+            await asyncio.wait([seat.loading])
+            await self._engine.unload_set(seat.found)
+        except Exception as error:  # a dead engine is noticed elsewhere
+            logger.debug("a set could not be unloaded", exc_info=error)

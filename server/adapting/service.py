@@ -1,0 +1,282 @@
+"""The adapters of a running server: opened with the engine, closed before it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from adapters.errors import AdapterError, Conflict, NoAdapter
+from adapters.registry.manager import Manager
+from adapters.registry.record import Content, Record
+from adapters.sets import AdapterSet
+from server.adapting.choice import AdapterWish, Picked, pick, split
+from server.adapting.loader import EngineLoader
+from server.adapting.registry import registry_of
+from server.config import AdaptersConfig, Config
+from steering.adapters import adapt
+from steering.plan import SteeringPlan
+
+LOOK_S = 0.1
+"""How often a start looks whether its adapters are there."""
+
+
+class PreloadFailed(Exception):
+    """Adapters of the configuration that cannot be served; one line each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(problems))
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What routes may do with adapters.
+
+    Args:
+        manager: the registry's side.
+        loader: the engine's side.
+        max_rank: rank indices of a request's adapters together.
+        reserved: names of models that adapters must not have; asked at each request.
+    """
+
+    manager: Manager
+    loader: EngineLoader
+    max_rank: int
+    reserved: Callable[[], frozenset[str]]
+
+    @property
+    def names(self) -> list[str]:
+        """Adapters that answer here, sorted."""
+        return sorted(self.manager.loaded)
+
+    def known(self, model: str) -> bool:
+        """Whether a request's `model` names an adapter, ready or not."""
+        return split(model)[0] in self.manager.records
+
+    def board(
+        self,
+        plan: SteeringPlan,
+        model: str | None,
+        wishes: list[AdapterWish],
+        weight: tuple[float, float],
+        held: ExitStack,
+    ) -> tuple[SteeringPlan, AdapterSet | None, list[Picked]]:
+        """Puts a request's adapters into its plan; they stay loaded until `held` is closed.
+
+        Raises:
+            HttpError: 403, the key may not use one.
+            NoAdapter: one is not ready here.
+            SteeringError: a number is out of range, or they do not go together.
+        """
+        picked = pick(model, wishes, self.manager, self.loader)
+        owners = {name: target.owner for name, target in self.loader.targets.items()}
+        chosen = [one.chosen for one in picked]
+        plan, found = adapt(plan, chosen, owners, weight=weight, max_rank=self.max_rank)
+        if found is not None:
+            held.enter_context(self.loader.leases.lease(m.digest for m in found.members))
+        return plan, found, picked
+
+    # The admin API.
+
+    async def submit(
+        self,
+        name: str,
+        source: str,
+        *,
+        version: str,
+        stream: str,
+        replace: bool,
+        pin: bool,
+        by: str,
+    ) -> Record:
+        """Asks for an adapter; its record goes to ready or failed.
+
+        Raises:
+            AdapterError: the name, the source or the stream cannot be used.
+        """
+        if name in self.reserved():
+            raise Conflict("the name is taken by the base or by a profile", field="name",
+                           value=name)  # fmt: skip
+        if stream not in self.loader.targets:
+            raise NoAdapter("no such stream", field="stream", value=stream,
+                            allowed=", ".join(self.loader.targets))  # fmt: skip
+        if pin:
+            self._check_pins(name)
+        record = await self.manager.submit(name, source, version=version, stream=stream,
+                                           replace=replace, pin=pin, by=by)  # fmt: skip
+        self.see_pins()
+        return record
+
+    async def pin(self, name: str, pinned: bool) -> Record:
+        """Pins or unpins; a pinned adapter is brought into the engine at once.
+
+        Raises:
+            NoAdapter: there is none.
+            Conflict: too many are pinned.
+        """
+        record = await self.manager.registry.pin(name, pinned, most=self.most_pins)
+        await self.manager.look()
+        self.see_pins()
+        loaded = self.manager.loaded.get(name)
+        if pinned and loaded is not None:
+            await self.loader.admit(loaded.content)
+        return record
+
+    @property
+    def most_pins(self) -> int:
+        """One slot stays free for everything that is not pinned."""
+        return self.loader.residency.slots - 1
+
+    def see_pins(self) -> None:
+        """Tells the engine's side which contents are pinned."""
+        records = self.manager.records.values()
+        self.loader.pinned = frozenset(
+            record.serving.digest
+            for record in records
+            if record.pinned and record.serving is not None and record.serving.digest
+        )
+
+    def _check_pins(self, name: str) -> None:
+        held = sum(r.pinned for r in self.manager.records.values() if r.name != name)
+        if held >= self.most_pins:
+            raise Conflict(f"{held} adapters are pinned, which is the most; unpin one first",
+                           field="pin")  # fmt: skip
+
+    async def until(self, name: str) -> Record:
+        """Waits until a submitted adapter answers here, or failed.
+
+        Returns:
+            Its record; the state is `ready` or `failed`.
+
+        Raises:
+            NoAdapter: it was unloaded meanwhile.
+        """
+        while True:
+            record = self.manager.records.get(name)
+            if record is None or record.state == "unloading":
+                raise NoAdapter("unloaded meanwhile", field="name", value=name)
+            if record.state == "failed" or self.manager.failure(name) is not None:
+                return record
+            here = self.manager.loaded.get(name)
+            serving = record.serving
+            if record.state == "ready" and here and serving and here.content.key == serving.key:
+                return record
+            await asyncio.sleep(LOOK_S)
+
+
+def described(record: Record, adapters: Adapters) -> dict[str, Any]:
+    """A record as the admin API shows it."""
+    manager, want = adapters.manager, record.want
+    here = manager.loaded.get(record.name)
+    facts = want.facts
+    return {
+        "name": record.name,
+        "version": want.version,
+        "source": want.source,
+        "stream": want.stream,
+        "state": record.state,
+        "reason": record.reason,
+        "digest": want.digest,
+        "kind": facts.kind if facts else None,
+        "base": facts.base or None if facts else None,
+        "size_bytes": facts.size_bytes if facts else None,
+        "progress_bytes": record.progress_bytes,
+        "pinned": record.pinned,
+        "loaded_by": record.loaded_by or None,
+        "created": record.created_s,
+        "changed": record.changed_s,
+        "serving": _serving(record.serving),
+        "here": {
+            "version": here.content.version if here else None,
+            "resident": adapters.loader.resident(here.content) if here else False,
+            "failure": manager.failure(record.name),
+        },
+    }
+
+
+def _serving(content: Content | None) -> dict[str, Any] | None:
+    if content is None:
+        return None
+    return {"version": content.version, "digest": content.digest, "source": content.source}
+
+
+@asynccontextmanager
+async def opened(
+    config: Config,
+    loader: EngineLoader,
+    reserved: Callable[[], frozenset[str]],
+    stage: Callable[[str], None],
+) -> AsyncIterator[Adapters]:
+    """The adapters, once all that were ready before answer again, and those of the configuration.
+
+    Raises:
+        PreloadFailed: one of the configuration's cannot be served.
+        RegistryAway: Redis does not answer.
+    """
+    section = config.adapters
+    assert section is not None
+    stage("opening the adapter registry")
+    async with registry_of(config, loader) as manager:
+        found = Adapters(manager, loader, section.max_rank, reserved)
+        watching = asyncio.create_task(_watch_pins(found))
+        try:
+            await manager.look()
+            await _preload(section, found)
+            await _settled(found, stage)
+            yield found
+        finally:
+            watching.cancel()
+
+
+async def _watch_pins(found: Adapters) -> None:
+    """Other replicas pin too."""
+    while True:
+        found.see_pins()
+        await asyncio.sleep(1.0)
+
+
+async def _preload(section: AdaptersConfig, found: Adapters) -> None:
+    """Asks for the configuration's adapters; what is registered otherwise is replaced."""
+    problems = []
+    for i, wish in enumerate(section.preload):
+        asked: Mapping[str, Any] = {"version": wish.version, "stream": wish.stream,
+                                    "pin": wish.pin, "by": "the configuration"}  # fmt: skip
+        try:
+            try:
+                await found.submit(wish.name, wish.source, replace=False, **asked)
+            except Conflict:
+                await found.submit(wish.name, wish.source, replace=True, **asked)
+        except AdapterError as error:
+            problems.append(f"adapters.preload.{i} ({wish.name}): {error}")
+    if problems:
+        raise PreloadFailed(problems)
+    for i, wish in enumerate(section.preload):
+        record = await found.until(wish.name)
+        why = record.reason or found.manager.failure(wish.name)
+        if why is not None:
+            problems.append(f"adapters.preload.{i} ({wish.name}): {why}")
+    if problems:
+        raise PreloadFailed(problems)
+
+
+async def _settled(found: Adapters, stage: Callable[[str], None]) -> None:
+    """Waits until everything that serves elsewhere, or did before, is loaded or has failed here."""
+    manager, said = found.manager, ""
+    while True:
+        serving = {name: r.serving for name, r in manager.records.items()
+                   if r.serving is not None and r.state != "unloading"}  # fmt: skip
+        missing = [
+            name
+            for name, content in serving.items()
+            if (name not in manager.loaded or manager.loaded[name].content.key != content.key)
+            and manager.failure(name) is None
+        ]
+        if not missing:
+            return
+        text = f"loading adapters: {len(serving) - len(missing)} of {len(serving)}"
+        if text != said:
+            stage(said := text)
+        await asyncio.sleep(LOOK_S)

@@ -1,0 +1,162 @@
+"""Administration of adapters, and vLLM's own two calls. The gate has checked the admin key."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from adapters.errors import Conflict
+from server.adapting.service import Adapters, described
+from server.auth import admin_name
+from server.errors import HttpError
+from server.gate import strict_json
+from server.serving import Serving
+from server.validation import problems
+
+router = APIRouter()
+
+Text = Annotated[str, Field(strict=True, max_length=4096)]
+Flag = Annotated[bool, Field(strict=True)]
+B = TypeVar("B", bound=BaseModel)
+
+
+class AdapterRequest(BaseModel):
+    """Body of POST /admin/adapters."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Text = Field(description="What requests will call it.")
+    source: Text = Field(
+        description="A folder under an allowed root, `hf://owner/name[@revision][/folder]`, "
+        "`s3://bucket/folder` or `https://host/folder`."
+    )
+    version: Text = Field("1", description="A label; requests may say `name@version`.")
+    stream: Text = Field("base", description="The stream whose layers it changes.")
+    pin: Flag = Field(False, description="Never evict it from the engine.")
+    replace: Flag = Field(False, description="Replace what has this name; or fetch it anew.")
+
+
+class LoadLora(BaseModel):
+    """Body of POST /v1/load_lora_adapter, as vLLM has it."""
+
+    lora_name: Text
+    lora_path: Text
+    load_inplace: bool = False
+
+
+class UnloadLora(BaseModel):
+    """Body of POST /v1/unload_lora_adapter, as vLLM has it."""
+
+    lora_name: Text
+    lora_int_id: int | None = None
+
+
+def _adapters(request: Request) -> Adapters:
+    serving: Serving = request.app.state.serving
+    if serving.adapters is None:
+        raise HttpError(404, "This server has no adapters: its configuration lacks the section "
+                        "`adapters`.")  # fmt: skip
+    return serving.adapters
+
+
+async def _body(request: Request, kind: type[B]) -> B:
+    document = strict_json(await request.body())
+    if not isinstance(document, dict):
+        raise HttpError(400, "The body must be a JSON object.")
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        raise problems([dict(e) for e in error.errors()])[0] from None
+
+
+@router.get("/admin/adapters")
+async def list_adapters(raw_request: Request) -> Response:
+    """All adapters of the registry, and how this server stands to them."""
+    found = _adapters(raw_request)
+    records = sorted(found.manager.records.values(), key=lambda record: record.name)
+    residency = found.loader.residency
+    return JSONResponse(
+        {
+            "adapters": [described(record, found) for record in records],
+            "engine": {
+                "places": residency.slots,
+                "taken": len(residency.held),
+                "bytes": residency.bytes,
+                "max_bytes": residency.max_bytes,
+                "loads": residency.loads,
+                "evictions": residency.evictions,
+            },
+            "registry": {"away": found.manager.feed.away},
+        }
+    )
+
+
+@router.post("/admin/adapters")
+async def load_adapter(raw_request: Request) -> Response:
+    """Asks for an adapter; answers at once. Its `state` goes to `ready` or `failed`."""
+    found = _adapters(raw_request)
+    body = await _body(raw_request, AdapterRequest)
+    record = await found.submit(
+        body.name, body.source, version=body.version, stream=body.stream,
+        replace=body.replace, pin=body.pin, by=admin_name(raw_request.headers),
+    )  # fmt: skip
+    return JSONResponse(described(record, found), 202)
+
+
+@router.get("/admin/adapters/{name}")
+async def get_adapter(name: str, raw_request: Request) -> Response:
+    """One adapter."""
+    found = _adapters(raw_request)
+    return JSONResponse(described(await found.manager.registry.get(name), found))
+
+
+@router.delete("/admin/adapters/{name}")
+async def unload_adapter(name: str, raw_request: Request) -> Response:
+    """Unloads an adapter: new requests no longer find it, running ones finish."""
+    found = _adapters(raw_request)
+    return JSONResponse(described(await found.manager.remove(name), found), 202)
+
+
+@router.post("/admin/adapters/{name}/pin")
+async def pin_adapter(name: str, raw_request: Request) -> Response:
+    """Brings an adapter into the engine and keeps it there."""
+    found = _adapters(raw_request)
+    return JSONResponse(described(await found.pin(name, True), found))
+
+
+@router.post("/admin/adapters/{name}/unpin")
+async def unpin_adapter(name: str, raw_request: Request) -> Response:
+    """Lets an adapter be evicted again."""
+    found = _adapters(raw_request)
+    return JSONResponse(described(await found.pin(name, False), found))
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_lora_adapter(raw_request: Request) -> Response:
+    """VLLM's call: answers when the adapter is ready."""
+    found = _adapters(raw_request)
+    body = await _body(raw_request, LoadLora)
+    name = body.lora_name
+    if not body.load_inplace and name in found.manager.records:
+        raise Conflict(f"The lora adapter '{name}' has already been loaded. If you want to load "
+                       "the adapter in place, set 'load_inplace' to True.",
+                       field="lora_name")  # fmt: skip
+    await found.submit(name, body.lora_path, version="1", stream="base",
+                       replace=body.load_inplace, pin=False,
+                       by=admin_name(raw_request.headers))  # fmt: skip
+    record = await found.until(name)
+    if (why := record.reason or found.manager.failure(name)) is not None:
+        raise HttpError(422, why, param="lora_path")
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_lora_adapter(raw_request: Request) -> Response:
+    """VLLM's call."""
+    found = _adapters(raw_request)
+    body = await _body(raw_request, UnloadLora)
+    await found.manager.remove(body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
