@@ -9,8 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Body, Depends, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from vllm.entrypoints.openai.models.protocol import ModelList
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelList
 from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 from vllm.renderers.chat_utils import has_non_text_content
