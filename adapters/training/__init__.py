@@ -1,0 +1,1 @@
+"""Training recipes for artefacts that are served. Torch and transformers; no vLLM."""
