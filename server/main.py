@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server import train_command
+from server import adapters_command, train_command
 
 if TYPE_CHECKING:
     from server.config import Config
@@ -25,6 +25,7 @@ examples:
                                            any vLLM engine flag may follow; it wins over the file
   coxswain profiles zoo.yaml               the profiles of a configuration
   coxswain profiles http://127.0.0.1:8000  the profiles of a running server
+  coxswain adapters list                   the adapters of a running server; also load, unload …
   coxswain methods                         the installed steering methods and their options
   coxswain train meteora --help            gates that choose among your LoRA adapters
 
@@ -65,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", help="list the steering methods and their options")
     methods.add_argument("--allow", action="append", default=[], metavar="PACKAGE",
                          help="a distribution whose methods may load")  # fmt: skip
+    adapters_command.add(commands)
     train_command.add(commands)
     commands.add_parser("reference", help="print all settings as Markdown")
     return top
@@ -111,6 +113,8 @@ def _commands(given: argparse.Namespace, rest: list[str]) -> int:
         from server.listing import methods
 
         return methods(given.allow)
+    if given.command == "adapters":
+        return adapters_command.run(given)
     if given.command == "train":
         return train_command.run(given)
     from server.reference import reference

@@ -25,6 +25,12 @@ streams:
 profiles:
   big-chat: {method: proxy_tuning, expert: chat, anti_expert: plain, strength: 1.0}
 steering: {inline: true, strength: [0, 10], weight: [-10, 10]}
+adapters:
+  roots: [./adapters]
+  remotes: ["hf://my-organisation"]
+  preload: [{name: sql, source: ./adapters/sql}]
+  max_loaded: 8
+  max_rank: 64
 engine: {max_model_len: 4096, dtype: bfloat16}
 ```
 
@@ -47,6 +53,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("server", config.ServerConfig),
     ("chat", config.ChatConfig),
     ("adapters", config.AdaptersConfig),
+    ("adapters.preload[]", config.PreloadConfig),
     ("registry", config.RegistryConfig),
 )
 

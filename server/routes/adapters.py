@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -72,6 +72,12 @@ async def _body(request: Request, kind: type[B]) -> B:
         raise problems([dict(e) for e in error.errors()])[0] from None
 
 
+def _takes(kind: type[BaseModel]) -> dict[str, Any]:
+    """The schema of a body that is read by `_body`."""
+    schema = {"schema": kind.model_json_schema()}
+    return {"requestBody": {"required": True, "content": {"application/json": schema}}}
+
+
 @router.get("/admin/adapters")
 async def list_adapters(raw_request: Request) -> Response:
     """All adapters of the registry, and how this server stands to them."""
@@ -94,7 +100,7 @@ async def list_adapters(raw_request: Request) -> Response:
     )
 
 
-@router.post("/admin/adapters")
+@router.post("/admin/adapters", openapi_extra=_takes(AdapterRequest))
 async def load_adapter(raw_request: Request) -> Response:
     """Asks for an adapter; answers at once. Its `state` goes to `ready` or `failed`."""
     found = _adapters(raw_request)
@@ -134,7 +140,7 @@ async def unpin_adapter(name: str, raw_request: Request) -> Response:
     return JSONResponse(described(await found.pin(name, False), found))
 
 
-@router.post("/v1/load_lora_adapter")
+@router.post("/v1/load_lora_adapter", openapi_extra=_takes(LoadLora))
 async def load_lora_adapter(raw_request: Request) -> Response:
     """VLLM's call: answers when the adapter is ready."""
     found = _adapters(raw_request)
@@ -153,7 +159,7 @@ async def load_lora_adapter(raw_request: Request) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter")
+@router.post("/v1/unload_lora_adapter", openapi_extra=_takes(UnloadLora))
 async def unload_lora_adapter(raw_request: Request) -> Response:
     """VLLM's call."""
     found = _adapters(raw_request)
