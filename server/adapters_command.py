@@ -54,8 +54,9 @@ def add(commands: Any) -> None:
     load.add_argument("--pin", action="store_true", help="never evict it")
     load.add_argument("--replace", action="store_true", help="replace what has this name")
     load.add_argument("--no-wait", action="store_true", help="do not wait until it is ready")
-    for verb, text in (("show", "everything about one"), ("unload", "unload one"),
-                       ("pin", "keep one in the engine"), ("unpin", "let it be evicted")):  # fmt: skip
+    others = {"show": "everything about one", "unload": "unload one",
+              "pin": "keep one in the engine", "unpin": "let it be evicted"}  # fmt: skip
+    for verb, text in others.items():
         verbs.add_parser(verb, help=text).add_argument("name", metavar="NAME")
 
 
