@@ -1,0 +1,262 @@
+"""The adapter sum on a GPU: three Triton kernels, launched once each per linear layer.
+
+    shrink   u = A x of every tile of tokens, in parts along x that another program adds up
+    gate     v = g ⊙ u, with MeteoRA's learned gate from the scores that ride below A
+    expand   y += B v
+
+However many sets the tokens use, there is one launch of each: a program reads from the tables
+(`adapters.kernels.triton_sum`) what it works on, or that there is nothing for it. Launch shapes
+depend on the layer and the number of tokens alone, so the launches can be recorded in a graph.
+
+Rounding is that of `adapters.kernels.gated`: u, v and B v are rounded to the dtype of x, all else
+is float32. Parts are added in a fixed order; there are no floating-point atomics.
+
+Letters: T tokens, P positions (`adapters.kernels.lines.Tiles`), R columns and G gate rows of a set.
+A name in capitals is known when a kernel is compiled. `WIDE` widens factors to float32 before they
+are multiplied, which changes no product: the interpreter multiplies the bits of bfloat16. `RANKS`
+is K, the rank indices of a slot up to the next power of two.
+
+The tables, all int32, in the order in which the kernels read them:
+
+    tiles   [N, 4] slot, first position, last position + 1, and a line of each tile; the last two
+            positions are alike where there is no tile
+    lines   [T] the line at each position, −1 beyond P
+    tokens  [P] the token at each position
+    table   [L, HEAD + 7 K / 2] per line: R, G and two unused, then
+            weight [K] float32, member [K], artefact [K / 2], top_k [K / 2], temperature [K / 2]
+            float32, as in `adapters.kernels.lines.Line`
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# What a kernel's names stand for is Triton's to decide: they are traced, not run.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+HEAD = tl.constexpr(4)
+"""Integers of a line before its weights; they keep the weights at addresses of 16 bytes."""
+
+
+@triton.jit
+def _pick(choices, index):
+    """`choices[index]` of a tuple, by an index that is not known when the kernel is compiled."""
+    found = choices[0]
+    for i in tl.static_range(1, len(choices)):
+        found = tl.where(index == i, choices[i], found)
+    return found
+
+
+@triton.jit
+def _dot(left, right, total, WIDE: tl.constexpr):
+    """`sum` + left @ right, all products and sums in float32."""
+    if WIDE:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision="ieee")
+
+
+@triton.jit
+def _tile(tiles, tile):
+    """(slot, first position, last position + 1, line) of a tile."""
+    at = tiles + tile * 4
+    return tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def _ranks(table, line, RANKS: tl.constexpr):
+    """(R, G) of a line's set."""
+    at = table + line * (HEAD + RANKS // 2 * 7)
+    return tl.load(at), tl.load(at + 1)
+
+
+@triton.jit(do_not_specialize=["splits", "split_step", "slice_step"])
+def shrink(
+    x,
+    x_row,
+    x_column,
+    into,
+    a,
+    a_slot,
+    a_row,
+    u,
+    splits,
+    split_step,
+    slice_step,
+    tiles,
+    tokens,
+    table,
+    RANKS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    INTO: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One part of u for one tile, one block of rows of A and one packed layer.
+
+    x [T, in] has rows `x_row` and columns `x_column` apart. a has per packed layer [slots,
+    ≥ R + G, in], slots `a_slot` and rows `a_row` apart. u [splits, layers, T, K] float32 gets the
+    parts by position, up to R + G; a tile's x is shared by `splits` programs, each of which takes
+    every `splits`th block of it.
+    """
+    split = tl.program_id(0) % splits
+    slot, start, end, line = _tile(tiles, tl.program_id(0) // splits)
+    if start >= end:
+        return
+    columns, gates = _ranks(table, line, RANKS)
+    rows = columns + gates
+    first = tl.program_id(1) * ROWS
+    if first >= rows:
+        return
+    layer = tl.program_id(2)
+    p, r = start + tl.arange(0, TOKENS), first + tl.arange(0, ROWS)
+    token = tl.load(tokens + p, mask=p < end, other=0).to(tl.int64)
+    x_lines = x + token[:, None] * x_row
+    a_lines = _pick(a, layer) + slot * a_slot + r[None, :] * a_row
+    total = tl.zeros((TOKENS, ROWS), tl.float32)
+    for block in range(split * INTO, into, splits * INTO):
+        i = block + tl.arange(0, INTO)
+        own = (p[:, None] < end) & (i[None, :] < into)
+        part = tl.load(x_lines + i[None, :] * x_column, mask=own, other=0.0)
+        own = (r[None, :] < rows) & (i[:, None] < into)
+        total = _dot(part, tl.load(a_lines + i[:, None], mask=own, other=0.0), total, WIDE)
+    out = u + split.to(tl.int64) * split_step + layer.to(tl.int64) * slice_step
+    own = (p[:, None] < end) & (r[None, :] < rows)
+    tl.store(out + p[:, None] * RANKS + r[None, :], total, mask=own)
+
+
+@triton.jit
+def _added_up(u, splits, split_step, at, own, dtype: tl.constexpr):
+    """The parts at `at` added up and rounded to `dtype`, in float32."""
+    total = tl.load(u + at, mask=own, other=0.0)
+    for split in range(1, splits):
+        total += tl.load(u + tl.cast(split, tl.int64) * split_step + at, mask=own, other=0.0)
+    return total.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _learned(scores, own, artefact, top_k, temperature, g):
+    """[GATES] softmax(top-k / T) by artefact, 0 elsewhere; and which members were chosen.
+
+    Of equal scores the lower index wins, as in the definition.
+    """
+    one = own[:, None] & own[None, :] & (artefact[:, None] == artefact[None, :])
+    tie = (scores[None, :] == scores[:, None]) & (g[None, :] < g[:, None])
+    ahead = one & ((scores[None, :] > scores[:, None]) | tie)
+    chosen = own & (tl.sum(ahead.to(tl.int32), 1) < top_k)
+    highest = tl.max(tl.where(one, scores[None, :], float("-inf")), 1)
+    exponents = tl.where(chosen, tl.exp((scores - highest) / temperature), 0.0)
+    sums = tl.sum(tl.where(one, exponents[None, :], 0.0), 1)
+    # Where a member was chosen the sum is at least 1, the highest score's part.
+    return exponents / tl.maximum(sums, 1.0), chosen
+
+
+@triton.jit(do_not_specialize=["splits", "split_step", "slice_step"])
+def gate(
+    u,
+    splits,
+    split_step,
+    slice_step,
+    v,
+    lines,
+    table,
+    counts,
+    RANKS: tl.constexpr,
+    GATES: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """V of one position and one packed layer.
+
+    u is what `shrink` wrote. v [layers, T, K] in the dtype of x gets the gated sums by position,
+    up to R. With `COUNT`, counts [L, K / 2] int32 grows by 1 for each member that is chosen.
+    """
+    p, layer = tl.program_id(0), tl.program_id(1)
+    line = tl.load(lines + p)
+    if line < 0:
+        return
+    columns, gates = _ranks(table, line, RANKS)
+    weight = table + line * (HEAD + RANKS // 2 * 7) + HEAD
+    here = layer.to(tl.int64) * slice_step + p * RANKS
+    c = tl.arange(0, RANKS)
+    own = c < columns
+    found = _added_up(u, splits, split_step, here + c, own, v.dtype.element_ty)
+    factor = tl.load(weight + c, mask=own, other=0).to(tl.float32, bitcast=True)
+    if GATES > 0:  # noqa: SIM102 - decides what is compiled; the other, what runs
+        if gates > 0:
+            g = tl.arange(0, GATES)
+            routed = g < gates
+            rows = weight + 2 * RANKS + g  # of `artefact`; the others lie K / 2 apart
+            temperature = tl.load(rows + RANKS, mask=routed, other=0)
+            learned, chosen = _learned(
+                _added_up(u, splits, split_step, here + columns + g, routed, v.dtype.element_ty),
+                routed,
+                tl.load(rows, mask=routed, other=0),
+                tl.load(rows + RANKS // 2, mask=routed, other=0),
+                temperature.to(tl.float32, bitcast=True),
+                g,
+            )
+            if COUNT:
+                tl.atomic_add(counts + line * (RANKS // 2) + g, 1, mask=chosen, sem="relaxed")
+            member = tl.load(weight + RANKS + c, mask=own, other=-1)
+            factor *= tl.where(member >= 0, tl.gather(learned, tl.maximum(member, 0), 0), 1.0)
+    tl.store(v + here + c, (found * factor).to(v.dtype.element_ty), mask=own)
+
+
+@triton.jit(do_not_specialize=["slice_step"])
+def expand(
+    y,
+    y_row,
+    y_column,
+    v,
+    slice_step,
+    b,
+    b_slots,
+    b_row,
+    room,
+    sizes,
+    tiles,
+    tokens,
+    table,
+    RANKS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OUT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Adds to y what one tile adds in one block of output columns of one packed layer.
+
+    y [T, Σ sizes] has rows `y_row` and columns `y_column` apart; each packed layer takes `sizes` of
+    its columns, from the left. v is what `gate` wrote. b has per packed layer [slots, ≥ size,
+    room ≥ R], slots `b_slots` and rows `b_row` apart.
+    """
+    slot, start, end, line = _tile(tiles, tl.program_id(0))
+    if start >= end:
+        return
+    layer, block, left = 0, tl.program_id(1), 0
+    for i in tl.static_range(len(sizes) - 1):
+        blocks = tl.cdiv(sizes[i], OUT)
+        if (layer == i) & (block >= blocks):
+            layer, block, left = i + 1, block - blocks, left + sizes[i]
+    size = _pick(sizes, layer)
+    columns, _ = _ranks(table, line, RANKS)
+    p, n = start + tl.arange(0, TOKENS), block * OUT + tl.arange(0, OUT)
+    v_lines = v + tl.cast(layer, tl.int64) * slice_step + p[:, None] * RANKS
+    b_lines = _pick(b, layer) + slot * _pick(b_slots, layer) + n[None, :].to(tl.int64) * b_row
+    total = tl.zeros((TOKENS, OUT), tl.float32)
+    # Whole eights are loaded, in one access each, and what is not the set's own is thrown away.
+    eights = tl.cdiv(columns, 8) * 8
+    for first in range(0, columns, COLUMNS):
+        c = first + tl.arange(0, COLUMNS)
+        own = (p[:, None] < end) & (c[None, :] < eights)
+        part = tl.load(v_lines + c[None, :], mask=own, other=0.0)
+        own = (n[None, :] < size) & (c[:, None] < eights) & (c[:, None] < room)
+        right = tl.load(b_lines + c[:, None], mask=own, other=0.0)
+        part = tl.where(c[None, :] < columns, part, 0.0)
+        total = _dot(part, tl.where(c[:, None] < columns, right, 0.0), total, WIDE)
+    token = tl.load(tokens + p, mask=p < end, other=0).to(tl.int64)
+    out = y + token[:, None] * y_row + (left + n[None, :]).to(tl.int64) * y_column
+    own = (p[:, None] < end) & (n[None, :] < size)
+    dtype: tl.constexpr = y.dtype.element_ty
+    added = total.to(dtype).to(tl.float32)
+    found = tl.load(out, mask=own, other=0.0).to(tl.float32)
+    tl.store(out, (found + added).to(dtype), mask=own)

@@ -1,0 +1,191 @@
+"""Random layers, sets and requests of all kinds in one batch, and what the definition says of them.
+
+Letters: T tokens, R columns and G gate rows of a set (`adapters.sets`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from adapters.kernels.lines import CONSTANT, Line, Lines
+from adapters.kernels.reference import Float, Term, adapter_sum, routing
+
+
+@dataclass(frozen=True)
+class Part:
+    """An artefact of a set.
+
+    Args:
+        ranks: of its members.
+        routed: whether it has gates.
+    """
+
+    ranks: tuple[int, ...]
+    routed: bool = False
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a request does with one artefact of its set; a weight of 0 is not using it."""
+
+    weight: float
+    top_k: int = 0
+    temperature: float = 1.0
+
+
+Set = tuple[Part, ...]
+
+
+def columns(parts: Set) -> int:
+    """R."""
+    return sum(sum(part.ranks) for part in parts)
+
+
+def gates(parts: Set) -> int:
+    """G."""
+    return sum(len(part.ranks) for part in parts if part.routed)
+
+
+def line(parts: Set, asks: Sequence[Ask]) -> Line:
+    """The line of a request."""
+    weight: list[float] = []
+    member: list[int] = []
+    rows: list[tuple[int, int, float]] = []
+    for i, (part, ask) in enumerate(zip(parts, asks, strict=True)):
+        weight += [ask.weight] * sum(part.ranks)
+        for j, rank in enumerate(part.ranks):
+            member += [len(rows) + j if part.routed else CONSTANT] * rank
+        if part.routed:
+            top_k = ask.top_k if ask.weight else 0
+            rows += [(i, top_k, ask.temperature)] * len(part.ranks)
+    artefact, top_ks, temperatures = zip(*rows, strict=True) if rows else ((), (), ())
+    return Line(
+        np.array(weight, np.float32),
+        np.array(member, np.int32),
+        np.array(artefact, np.int32),
+        np.array(top_ks, np.int32),
+        np.array(temperatures, np.float32),
+    )
+
+
+@dataclass
+class Layer:
+    """Packed layers with random W, and slots full of NaN that must not be read.
+
+    Args:
+        into: columns of x.
+        sizes: output columns of each packed layer.
+        sets: slot → the set in it.
+        dtype: of everything but the gates.
+        slots: of the engine.
+        room: rank indices of a slot.
+        seed: of the weights.
+        exact: gates of which each looks at one column of x and multiplies it by a power of two.
+            So no score is rounded, whatever the dtype and the order of sums, and many are equal.
+    """
+
+    into: int
+    sizes: tuple[int, ...]
+    sets: dict[int, Set]
+    dtype: torch.dtype
+    slots: int = 4
+    room: int = 40
+    seed: int = 0
+    exact: bool = True
+    a: list[torch.Tensor] = field(init=False)
+    b: list[torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.random = np.random.default_rng(self.seed)
+        self.weight = self.draw(sum(self.sizes), self.into) / np.sqrt(self.into)
+        shape = (self.slots, 1, self.room, self.into)
+        self.a = [torch.full(shape, torch.nan, dtype=self.dtype) for _ in self.sizes]
+        shapes = [(self.slots, 1, size, self.room) for size in self.sizes]
+        self.b = [torch.full(shape, torch.nan, dtype=self.dtype) for shape in shapes]
+        for slot, parts in self.sets.items():
+            r, g = columns(parts), gates(parts)
+            for a, b, size in zip(self.a, self.b, self.sizes, strict=True):
+                a[slot, 0, :r] = torch.from_numpy(self.draw(r, self.into) / np.sqrt(self.into))
+                a[slot, 0, r : r + g] = torch.from_numpy(self._gates(g))
+                b[slot, 0, :size, :r] = torch.from_numpy(self.draw(size, r))
+
+    def draw(self, *shape: int) -> Float:
+        """Normal numbers that the dtype holds exactly."""
+        values = torch.from_numpy(self.random.standard_normal(shape)).to(self.dtype)
+        found: Float = values.double().numpy()
+        return found
+
+    def _gates(self, count: int) -> Float:
+        if not self.exact:
+            return self.draw(count, self.into)
+        found = np.zeros((count, self.into))
+        places = self.random.integers(0, self.into, count)
+        found[np.arange(count), places] = self.random.choice([0.5, 1, -1, 2], count)
+        return found
+
+    def base(self, x: Float) -> torch.Tensor:
+        """[T, Σ sizes], W x in the dtype."""
+        return torch.from_numpy(x @ self.weight.T).to(self.dtype)
+
+    def wanted(self, x: Float, lines: Lines, asks: Sequence[Sequence[Ask]]) -> Float:
+        """[T, Σ sizes] by the definition.
+
+        Args:
+            x: [T, in].
+            lines: which tokens use which request's line.
+            asks: per line, what the request does with each artefact of its set.
+        """
+        found, start = [], 0
+        for a_all, b_all, size in zip(self.a, self.b, self.sizes, strict=True):
+            rows = []
+            for t, number in enumerate(lines.tokens):
+                terms = []
+                if number >= 0:
+                    slot = int(lines.slots[number])
+                    a, b = a_all[slot, 0].double().numpy(), b_all[slot, 0].double().numpy()
+                    terms = _terms(self.sets[slot], asks[number], a, b, x[t])
+                rows.append(adapter_sum(x[t : t + 1], self.weight[start : start + size], terms)[0])
+            found.append(np.stack(rows))
+            start += size
+        return np.concatenate(found, axis=1)
+
+    def chosen(self, x: Float, lines: Lines, asks: Sequence[Sequence[Ask]], count: int) -> Float:
+        """[L, count] how many tokens each line routes to each of its gate rows, all layers."""
+        found = np.zeros((len(lines.lines), count))
+        for a_all in self.a:
+            for t, number in enumerate(lines.tokens):
+                if number < 0:
+                    continue
+                slot = int(lines.slots[number])
+                parts = self.sets[slot]
+                row, a = columns(parts), a_all[slot, 0].double().numpy()
+                for part, ask in zip(parts, asks[number], strict=True):
+                    if not part.routed:
+                        continue
+                    own = slice(row, row + len(part.ranks))
+                    if ask.weight:
+                        picked = routing((a[own] @ x[t])[None], ask.top_k, 1.0)[0] > 0
+                        first = row - columns(parts)
+                        found[number, first : first + len(part.ranks)] += picked
+                    row = own.stop
+        return found
+
+
+def _terms(parts: Set, asks: Sequence[Ask], a: Float, b: Float, x: Float) -> list[Term]:
+    terms, start, row = [], 0, columns(parts)
+    for part, ask in zip(parts, asks, strict=True):
+        learned = np.ones(len(part.ranks))
+        if part.routed:
+            scores = a[row : row + len(part.ranks)] @ x
+            row += len(part.ranks)
+            if ask.weight:
+                learned = routing(scores[None], ask.top_k, ask.temperature)[0]
+        for rank, gate in zip(part.ranks, learned, strict=True):
+            own = slice(start, start + rank)
+            terms.append(Term(a[own], b[:, own], 1.0, np.array([gate * ask.weight])))
+            start += rank
+    return terms

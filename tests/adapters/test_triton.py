@@ -1,0 +1,115 @@
+"""The Triton kernels, as far as a machine without a GPU can tell: they are interpreted against the
+definition, and compiled to machine code for NVIDIA GPUs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.interpreted import interpret
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton has no build for this machine"
+)
+
+POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("module", ["test_triton_sum"])
+def test_interpreted(module: str) -> None:
+    interpret(f"tests/adapters/interpreted/{module}.py")
+
+
+def compiled(
+    kernel: Any, types: dict[str, Any], constants: dict[str, Any], arch: int, warps: int
+) -> Any:
+    """The kernel, compiled for a GPU that need not be there.
+
+    Args:
+        kernel: jitted.
+        types: of its first arguments, as Triton writes them; tuples for tuples.
+        constants: the others.
+        arch: compute capability, 80 for 8.0.
+        warps: of a program.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    assert [*types, *constants] == kernel.arg_names
+    # What a layer's sizes and addresses are: multiples of 16.
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, kind in enumerate(types.values()):
+        for path in [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]:
+            aligned[path] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        fn=kernel,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        attrs=aligned,
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", POINTERS)
+def test_compiles_for_nvidia_gpus(
+    dtype: str, arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as machine code, within the shared memory of a block (99 KiB on 8.6 and 8.9)."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from adapters.kernels import triton_kernels as kernels
+    from adapters.kernels.triton_sum import Blocks
+
+    values, layers = POINTERS[dtype], 3
+    steps = {"split_step": "i32", "slice_step": "i32"}
+    tables = {"tiles": "*i32", "tokens": "*i32", "table": "*i32"}
+    for tokens, ranks, gates in ((1, 16, 0), (200, 64, 32), (4096, 256, 128)):
+        cut = Blocks.of(tokens, ranks)
+        shrunk = compiled(
+            kernels.shrink,
+            {"x": values, "x_row": "i32", "x_column": "i32", "into": "i32"}
+            | {"a": (values,) * layers, "a_slot": "i32", "a_row": "i32"}
+            | {"u": "*fp32", "splits": "i32"}
+            | steps
+            | tables,
+            {"RANKS": ranks, "TOKENS": cut.tokens, "ROWS": cut.rows, "INTO": cut.into}
+            | {"WIDE": False},
+            arch,
+            cut.warps,
+        )
+        gated = compiled(
+            kernels.gate,
+            {"u": "*fp32", "splits": "i32"}
+            | steps
+            | {"v": values, "lines": "*i32", "table": "*i32", "counts": "*i32"},
+            {"RANKS": ranks, "GATES": gates, "COUNT": gates > 0},
+            arch,
+            8 if gates > 32 else 4,
+        )
+        expanded = compiled(
+            kernels.expand,
+            {"y": values, "y_row": "i32", "y_column": "i32", "v": values, "slice_step": "i32"}
+            | {"b": (values,) * layers, "b_slots": ("i32",) * layers, "b_row": "i32"}
+            | {"room": "i32", "sizes": ("i32",) * layers}
+            | tables,
+            {"RANKS": ranks, "TOKENS": cut.tokens, "COLUMNS": cut.columns, "OUT": cut.out}
+            | {"WIDE": False},
+            arch,
+            cut.warps,
+        )
+        for kernel in (shrunk, gated, expanded):
+            assert kernel.asm["cubin"]
+            assert kernel.metadata.shared <= 99 * 1024
+        if dtype != "float32":
+            # Weights are read 16 bytes at a time, and multiplied by tensor cores.
+            for kernel in (shrunk, expanded):
+                assert "cp.async.cg.shared.global" in kernel.asm["ptx"]
+                assert "mma" in kernel.asm["ptx"]

@@ -1,0 +1,28 @@
+"""Runs tests in Triton's interpreter, in a process of their own.
+
+Triton decides when it is imported whether its kernels are compiled or interpreted, for the whole
+process; and other packages import it. So tests of kernels lie in folders that are left out of an
+ordinary run, and an ordinary test runs them by this.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def interpret(path: str) -> None:
+    """Runs the tests of one file; fails with their output.
+
+    Args:
+        path: from the repository's root.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", path]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    # 5 is "no tests ran", which would be no success either.
+    assert run.returncode == 0, f"pytest gave {run.returncode}\n{run.stdout}\n{run.stderr}"
