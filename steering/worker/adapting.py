@@ -36,6 +36,24 @@ class Routed(NamedTuple):
     counts: torch.Tensor
 
 
+class _Uses(NamedTuple):
+    """Who uses one set in a stream batch. Letter: U users, the requests that have the set.
+
+    Args:
+        stream: the stream that runs.
+        uses: [U] digest → use, of each user.
+        user: [n] index of each token's user.
+        requests: [n] index of each token's request.
+        device: of the group's tensors.
+    """
+
+    stream: str
+    uses: Sequence[Mapping[str, AdapterUse]]
+    user: Int64
+    requests: Int64
+    device: torch.device
+
+
 @dataclass(frozen=True, slots=True)
 class Adapted:
     """The adapters of this step's requests.
@@ -73,71 +91,55 @@ class Adapted:
             layout = self.layouts[int(set_id)].get(owner) if set_id else None
             if layout is None:
                 continue
+            users = np.flatnonzero(self.sets == set_id)
             uses = [
                 {use.digest: use for use in self.uses[q] if use.stream == stream and use.weight}
-                if self.sets[q] == set_id
-                else {}
-                for q in range(len(self.uses))
+                for q in users
             ]
-            used = np.array([bool(u) for u in uses])
-            tokens = np.flatnonzero(used[token_requests])
+            user = np.full(self.sets.size, -1)
+            user[users] = [i if use else -1 for i, use in enumerate(uses)]
+            own = user[token_requests]
+            tokens = np.flatnonzero(own >= 0)
             if tokens.size:
                 slot = self.slots[int(set_id)]
                 chosen = None if tokens.size == total else tokens
-                own = token_requests[tokens]
-                found.append(self._group(stream, slot, layout, uses, own, chosen, device))
+                group = _Uses(stream, uses, own[tokens], token_requests[tokens], device)
+                found.append(self._group(group, slot, layout, chosen))
         return tuple(found)
 
-    def _group(
-        self,
-        stream: str,
-        slot: int,
-        layout: Layout,
-        uses: Sequence[Mapping[str, AdapterUse]],
-        requests: Int64,
-        tokens: Int64 | None,
-        device: torch.device,
-    ) -> Group:
-        """The group of some tokens, `requests` [n] being theirs."""
-        per_request = np.zeros((len(uses), layout.columns), np.float32)
+    def _group(self, use: _Uses, slot: int, layout: Layout, tokens: Int64 | None) -> Group:
+        per_user = np.zeros((len(use.uses), layout.columns), np.float32)
         routes = []
         for block in layout.blocks:
-            own = [use.get(block.digest) for use in uses]
+            own = [u.get(block.digest) for u in use.uses]
             columns = slice(block.start, block.stop)
             if block.gate is None:
-                per_request[:, columns] = [[u.weight if u else 0.0] for u in own]
-            elif any(own[q] for q in np.unique(requests)):
-                per_request[:, columns] = 1.0
-                routes.append(self._route(stream, block, block.gate, own, requests, device))
-        gate = per_request[requests]
+                per_user[:, columns] = [[u.weight if u else 0.0] for u in own]
+            elif any(own[i] for i in np.unique(use.user)):
+                per_user[:, columns] = 1.0
+                routes.append(self._route(use, block, block.gate, own))
+        gate = per_user[use.user]
         return Group(
             slot,
-            None if tokens is None else torch.from_numpy(tokens).to(device),
+            None if tokens is None else torch.from_numpy(tokens).to(use.device),
             layout.columns,
             layout.rows,
-            None if (gate == 1).all() else torch.from_numpy(gate).to(device),
+            None if (gate == 1).all() else torch.from_numpy(gate).to(use.device),
             tuple(routes),
         )
 
-    def _route(
-        self,
-        stream: str,
-        block: Block,
-        row: int,
-        own: Sequence[AdapterUse | None],
-        requests: Int64,
-        device: torch.device,
-    ) -> Route:
-        """The learned gates of one block; requests that do not use it get the weight 0."""
-        weight = np.array([u.weight if u else 0.0 for u in own], np.float32)[requests]
-        top_k = np.array([u.top_k if u else 1 for u in own], np.int64)[requests]
-        temperature = np.array([u.temperature if u else 1.0 for u in own], np.float32)[requests]
+    def _route(self, use: _Uses, block: Block, row: int, own: Sequence[AdapterUse | None]) -> Route:
+        """The learned gates of one block; users that do not use it get the weight 0."""
+        weight = np.array([u.weight if u else 0.0 for u in own], np.float32)[use.user]
+        top_k = np.array([u.top_k if u else 1 for u in own], np.int64)[use.user]
+        temperature = np.array([u.temperature if u else 1.0 for u in own], np.float32)[use.user]
         member = np.repeat(np.arange(len(block.ranks)), block.ranks)
-        tally = None
+        tally, device = None, use.device
         if self.counting:
-            counts = torch.zeros(len(own), len(block.ranks), dtype=torch.int64, device=device)
-            tally = Tally(torch.from_numpy(requests).to(device), counts)
-            self.routed.append(Routed(stream, block.digest, counts))
+            shape = len(self.uses), len(block.ranks)
+            counts = torch.zeros(shape, dtype=torch.int64, device=device)
+            tally = Tally(torch.from_numpy(use.requests).to(device), counts)
+            self.routed.append(Routed(use.stream, block.digest, counts))
         return Route(
             slice(block.start, block.stop),
             slice(row, row + len(block.ranks)),

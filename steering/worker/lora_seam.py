@@ -11,8 +11,8 @@ Checked on vLLM 0.32.0, Model Runner V1 (CPU build).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,14 +24,15 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import direct_register_custom_op
 
 from adapters.errors import DoesNotFit
-from adapters.kernels.gated import Bundle, Group, add_adapters
+from adapters.kernels import operation
+from adapters.kernels.operation import Added, added, adding
 from adapters.load import load_set
 from adapters.sets import AdapterSet, Layout
 from steering.plan import AdapterUse
 from steering.worker.adapting import Adapted
+from steering.worker.batches import Int64
 
 
 def keep_compiling(vllm_config: VllmConfig) -> None:
@@ -59,6 +60,8 @@ def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
         raise ValueError("adapters do not work with fully_sharded_loras")
     if not current_platform.is_cpu() and not vllm_config.model_config.enforce_eager:
         raise ValueError("adapters on this platform need enforce_eager: true")
+    if current_platform.is_cpu():
+        operation.build()
     wrapper = f"{AdapterPunica.__module__}.{AdapterPunica.__qualname__}"
     type(current_platform).get_punica_wrapper = classmethod(lambda cls: wrapper)
     # Else vLLM would also wrap the unembeddings; an adapter for one is refused when it is read.
@@ -67,25 +70,19 @@ def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
             vars(module)["embedding_modules"] = {}
 
 
-_groups: Sequence[Group | Bundle] = ()
-"""Of the stream that runs, in this process; `LoraSeam` sets them around each stream's forward."""
+def by_columns(manager: Any) -> None:
+    """Lays out the slots' B column by column; after the layers are wrapped, before they run.
 
-
-def _adapter_sum(
-    y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], sizes: list[int]
-) -> None:
-    if _groups:
-        add_adapters(y, x, a, b, sizes, _groups)
-
-
-def _nothing(
-    y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], sizes: list[int]
-) -> None:
-    """What a compiler needs to know: it changes `y` in place and returns nothing."""
-
-
-_library = torch.library.Library("coxswain", "FRAGMENT")
-direct_register_custom_op("adapter_sum", _adapter_sum, ["y"], _nothing, _library)
+    The kernels read some columns of B, never some of its rows. Shapes stay as vLLM expects them.
+    """
+    for module in manager.modules.values():
+        stacked = getattr(module, "lora_b_stacked", None)
+        if isinstance(stacked, tuple) and all(b.dim() == 4 for b in stacked):
+            module.lora_b_stacked = tuple(
+                torch.zeros_like(b.transpose(2, 3), memory_format=torch.contiguous_format)
+                .transpose(2, 3)
+                for b in stacked
+            )  # fmt: skip
 
 
 class AdapterPunica(PunicaWrapperCPU):
@@ -106,11 +103,7 @@ class AdapterPunica(PunicaWrapperCPU):
         buffer: tuple[torch.Tensor, ...] | None = None,
         **_: Any,
     ) -> None:
-        """Adds the adapters' part to `y` [T, out] in place; x is [T, in].
-
-        An operation of its own, because the groups change with every step: compiled code calls
-        it and knows nothing of them.
-        """
+        """Adds the adapters' part to `y` [T, out] in place; x is [T, in]."""
         a, b, sizes = list(lora_a_stacked), list(lora_b_stacked), list(output_slices)
         torch.ops.coxswain.adapter_sum(y, x, a, b, sizes)
 
@@ -173,6 +166,8 @@ class LoraSeam:
         manager.__class__ = SetManager
         manager.layouts = {}
         self._manager = manager._adapter_manager
+        self._dtype = runner.model_config.dtype
+        self._last: dict[str, tuple[Sequence[Any], Any, Added]] = {}
 
     def adapted(self, uses: Sequence[tuple[AdapterUse, ...]], counting: bool) -> Adapted | None:
         """The adapters of this step's requests, None if no request has any.
@@ -187,12 +182,28 @@ class LoraSeam:
         slots = {i: slot for slot, i in enumerate(self._manager.lora_index_to_id) if i is not None}
         return Adapted(uses, sets, slots, self._runner.lora_manager.layouts, counting)
 
-    @contextmanager
-    def adapting(self, groups: Sequence[Group | Bundle]) -> Iterator[None]:
-        """Makes the layers that run inside add what `groups` say."""
-        global _groups
-        _groups = groups
-        try:
-            yield
-        finally:
-            _groups = ()
+    def adapting(
+        self,
+        adapted: Adapted,
+        stream: tuple[str, str],
+        requests: Int64,
+        total: int,
+        device: torch.device,
+    ) -> AbstractContextManager[None]:
+        """Makes the layers that run inside add what one stream batch's requests want.
+
+        Args:
+            adapted: the adapters of this step's requests.
+            stream: the stream that runs, and the one whose layers it runs.
+            requests: [T] index of each token's request.
+            total: tokens that the stream runs, padding included, ≥ T.
+            device: of the stream.
+        """
+        key = (stream, tuple(adapted.slots.items()), requests.tobytes(), total)
+        last = self._last.get(stream[0])
+        # While the same requests decode nothing of it changes; counts of routes are the step's own.
+        if adapted.counting or last is None or last[0] is not adapted.uses or last[1] != key:
+            groups = adapted.groups(*stream, requests, total, device)
+            last = adapted.uses, key, added(groups, total, self._dtype)
+            self._last[stream[0]] = last
+        return adding(last[2])

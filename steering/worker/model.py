@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from adapters.kernels.gated import bundled
 from steering.plan import BASE
 from steering.vocabulary import Overlap
 from steering.worker import lora_seam
@@ -47,7 +46,6 @@ class SteeredForCausalLM(nn.Module):
     supports_lora = True
     is_3d_moe_weight = False
     is_non_gated_moe = False
-    lora_manager = None
     embedding_modules: dict[str, str] = {}
     lora_skip_prefixes: list[str] = []
     packed_modules_mapping = {
@@ -81,6 +79,7 @@ class SteeredForCausalLM(nn.Module):
         self._readout = self._build_readout(settings["overlaps"], vllm_config)
         self._seam: seam.Seam | None = None
         self._lora: lora_seam.LoraSeam | None = None
+        self._lora_manager: Any = None
         self._adapted: Adapted | None = None
         self._seats = SeatBook(self.names)
         self._active = [True] * len(self.names)
@@ -134,6 +133,16 @@ class SteeredForCausalLM(nn.Module):
         self._lora = lora_seam.LoraSeam(runner) if runner.lora_config else None
 
     # --- what vLLM calls ------------------------------------------------------------------------
+
+    @property
+    def lora_manager(self) -> Any:
+        """What vLLM manages the LoRA slots with; it sets this when it has wrapped the layers."""
+        return self._lora_manager
+
+    @lora_manager.setter
+    def lora_manager(self, manager: Any) -> None:
+        self._lora_manager = manager
+        lora_seam.by_columns(manager)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The base's input embeddings, [T, H_0]."""
@@ -265,10 +274,9 @@ class SteeredForCausalLM(nn.Module):
             requests: Int64 = np.repeat(np.arange(lengths.size), lengths)
         else:
             requests = batch.rows[batch.token_rows]
-        name, total = self.names[i], positions.shape[0]
-        owner, device = self._original[name], positions.device
-        groups = self._adapted.groups(name, owner, requests, total, device)
-        return self._lora.adapting(bundled(groups))
+        stream = self.names[i], self._original[self.names[i]]
+        total, device = positions.shape[0], positions.device
+        return self._lora.adapting(self._adapted, stream, requests, total, device)
 
     def _count(self, i: int, tokens: int) -> None:
         self.passes[self.names[i]] += 1
@@ -307,7 +315,7 @@ class SteeredForCausalLM(nn.Module):
         for row, mark in enumerate(marks.tolist()):
             if mark:
                 tag, choice, index, names, tokens = self._reporting[int(mark) - 1]
-                steered, plain = z[row].log_softmax(-1), base[row].log_softmax(-1)
+                steered, plain = (s[row].float().log_softmax(-1) for s in (z, base))
                 self.reports.tally(tag, choice).add(steered, plain, index, names, tokens)
 
 
