@@ -149,8 +149,8 @@ class Encoder:
         self.template = template
         self.longest = longest
 
-    def check(self, example: Example) -> None:
-        """Raises BadRecipe where an example alone cannot be a row."""
+    def check(self, example: Example, after: Example | None = None) -> None:
+        """Raises BadRecipe where an example alone cannot be a row, or not behind another one."""
         tokens = self.row([(0, example)])
         if len(tokens.ids) > self.longest:
             raise BadRecipe(
@@ -161,6 +161,8 @@ class Encoder:
             )
         if all(label == IGNORED for label in tokens.labels[1:]):
             raise BadRecipe("no token of its reply is left to learn", field=example.where)
+        if after is not None:
+            self._row([(0, after), (0, example)])  # Templates may refuse, say, a second system.
 
     def row(self, parts: Sequence[tuple[int, Example]]) -> Tokens:
         """The tokens of (member, example) pairs joined into one conversation.
@@ -176,9 +178,9 @@ class Encoder:
     def _row(self, parts: Sequence[tuple[int, Example]]) -> Tokens:
         if not parts[0][1].messages:
             (member, example), *_ = parts
-            text = example.prompt + example.completion + self.tokenizer.eos_token
-            spans = [(0, len(example.prompt), False, member), (len(text), len(text), True, member)]
-            spans[1] = (len(example.prompt), len(text), True, member)
+            text = example.prompt + example.completion + (self.tokenizer.eos_token or "")
+            start = len(example.prompt)
+            spans = [(0, start, False, member), (start, len(text), True, member)]
             return self._tokens(text, spans, special=True)
         text, spans = "", []
         messages: list[dict[str, str]] = []

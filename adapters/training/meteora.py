@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from adapters.formats.artefact import Artefact
 from adapters.formats.base import base_shapes
@@ -120,11 +120,19 @@ def _encoder(settings: Settings, template: str | None, examples: list[list[Examp
             field=str(settings.base),
             allowed="--chat-template FILE, or prompt and completion",
         )
-    positions = min(1024, tokenizer.model_max_length)
-    encoder = Encoder(tokenizer, template, settings.max_tokens or positions)
+    positions = AutoConfig.from_pretrained(settings.base).max_position_embeddings
+    longest = min(1024, positions) if settings.max_tokens is None else settings.max_tokens
+    if longest > positions:
+        raise BadRecipe(
+            "more than the base's positions",
+            field="--max-tokens",
+            value=longest,
+            allowed=f"≤ {positions}",
+        )
+    encoder = Encoder(tokenizer, template, longest)
     for some in examples:
         for example in some:
-            encoder.check(example)
+            encoder.check(example, examples[0][0] if settings.turns > 1 else None)
     return encoder
 
 
@@ -187,6 +195,13 @@ def _train(
         rows = [t.to(settings.device) for t in _batch(settings, step, examples, encoder)]
         _set_rates(optimizer, settings, step)
         found = _step(settings, model, layers, rows, parameters, optimizer)
+        if not math.isfinite(found.language + found.gates):
+            raise BadRecipe(
+                f"the loss is not finite any more in step {step + 1}",
+                field="--rate",
+                value=settings.rate,
+                allowed="a lower one, of the adapters too",
+            )
         bar.update()
         last = step + 1 == settings.steps
         if last or step % 10 == 0:

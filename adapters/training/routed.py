@@ -76,7 +76,7 @@ class Routed(nn.Module):
         return torch.zeros_like(shares).scatter(-1, chosen, values)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Y, [.., out] in the base's dtype; keeps the gate's scores for the loss."""
+        """[.., out] in the base's dtype; keeps the gate's scores for the loss."""
         self.scores = x @ self.gate.T
         shrunk = (x @ self.a.T) * self.gates(self.scores)[..., self.owner] * self.scale
         y: Tensor = self.base(x)

@@ -252,6 +252,22 @@ def plain_data(settings: Settings, folder: Path) -> dict[str, Any]:
     return {"data": {**settings.data, "row": folder / "x.jsonl"}}
 
 
+def system_again(settings: Settings, folder: Path) -> dict[str, Any]:
+    """A template that takes a system message only at the start, and data that begin with one."""
+    base = make_model(folder / "base", "llama")
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' and loop.index > 1 %}"
+        "{{ raise_exception('one system message only') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    (base / "chat_template.jinja").write_text(template)
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    (folder / "x.jsonl").write_text(json.dumps({"messages": messages}))
+    return {"base": base, "data": {**settings.data, "row": folder / "x.jsonl"}}
+
+
 def fixed(**change: Any) -> Change:
     """Other values of some settings."""
     return lambda settings, folder: change
@@ -265,6 +281,8 @@ REFUSED: Sequence[tuple[Change, str]] = [
     (fixed(steps=0), r"--steps: .*≥ 1"),
     (fixed(warm_up=2.0), r"--warm-up: .*0 to 1"),
     (fixed(max_tokens=3), r"row.jsonl:1: too long .*≤ 3"),
+    (fixed(max_tokens=513), r"--max-tokens: more than the base's positions .*≤ 512"),
+    (system_again, r"x.jsonl:1: the chat template fails: one system message only"),
     (fixed(dtype="int8"), r"--dtype: .*float32, bfloat16"),
     (lambda s, _: {"data": {"row": s.data["row"]}}, r"--data: .*one file for each of row, sum"),
     (lambda s, _: {"adapters": {"row": s.adapters["row"]}}, r"--adapter: .*two or more"),
@@ -292,6 +310,13 @@ def test_bad_input_is_refused_before_training(
     settings = dataclasses.replace(made, out=tmp_path / "pack")
     with pytest.raises(AdapterError, match=told):
         train(dataclasses.replace(settings, **change(settings, tmp_path)), say=quiet)
+    assert not settings.out.exists()
+
+
+def test_a_run_that_diverges_ends_without_a_pack(made: Settings, tmp_path: Path) -> None:
+    settings = dataclasses.replace(made, out=tmp_path / "pack", adapters_rate=1e30)
+    with pytest.raises(BadRecipe, match="not finite any more in step"):
+        train(settings, say=quiet)
     assert not settings.out.exists()
 
 
