@@ -20,6 +20,19 @@ class WorkerExtension:
         runner.get_model().bind(runner)
         return {"streams": list(runner.get_model().names)}
 
+    def coxswain_read_ahead(self, path: str, seconds: float) -> bool:
+        """Reads a part of a set of adapters between two steps; whether all of it is read.
+
+        Loading a set holds up every request. Called until it answers True, this leaves only the
+        copy into the slot to `add_lora`.
+
+        Args:
+            path: of the set's LoRA request.
+            seconds: about how long to read.
+        """
+        done: bool = self.model_runner.lora_manager.read_ahead(path, seconds)
+        return done
+
     def coxswain_counters(self) -> dict[str, Any]:
         """Cumulative counts since start: steps, and per stream the passes and tokens run."""
         model = self.model_runner.get_model()

@@ -18,21 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import CompilationMode, VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.lora.lora_model import LoRAModel
-from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.platforms import current_platform
 
-from adapters.errors import DoesNotFit
 from adapters.kernels import operation
 from adapters.kernels.operation import Added, added, adding
-from adapters.load import load_set
-from adapters.sets import AdapterSet, Layout
 from steering.plan import AdapterUse
 from steering.worker.adapting import Adapted
 from steering.worker.batches import Int64
+from steering.worker.lora_sets import SetManager
 
 
 def keep_compiling(vllm_config: VllmConfig) -> None:
@@ -108,50 +102,6 @@ class AdapterPunica(PunicaWrapperCPU):
         torch.ops.coxswain.adapter_sum(y, x, a, b, sizes)
 
 
-class SetManager(LRUCacheWorkerLoRAManager):
-    """vLLM's cache of adapters; what it loads is a set."""
-
-    layouts: dict[int, dict[str, Layout]]
-
-    def _load_adapter(self, lora_request: Any) -> LoRAModel:
-        found = AdapterSet.from_path(lora_request.lora_path)
-        if (
-            any(member.routed for member in found.members)
-            and get_tensor_model_parallel_world_size() > 1
-        ):
-            # A split layer sees a part of x, and scores of a part are not the gate's.
-            raise DoesNotFit("packs are not served under tensor parallelism", field=found.name)
-        limit = self.lora_config.max_lora_rank
-        if found.rank > limit:
-            raise DoesNotFit(
-                "the set's rank", field=found.name, value=found.rank, allowed=f"≤ {limit}"
-            )
-        weights = {}
-        for owner in found.owners:
-            for module, a, b in load_set(found, owner, self.lora_config.lora_dtype):
-                name = self._name(owner, module)
-                weights[name] = LoRALayerWeights(name, a.shape[0], a.shape[0], a, b, scaling=1.0)
-        cached = self.list_adapters()
-        self.layouts = {i: layout for i, layout in self.layouts.items() if i in cached}
-        self.layouts[lora_request.lora_int_id] = {o: found.layout(o) for o in found.owners}
-        return LoRAModel(lora_request.lora_int_id, found.rank, weights)
-
-    def _name(self, owner: str, module: str) -> str:
-        """The module of the steered model for one of a checkpoint.
-
-        Raises:
-            DoesNotFit: the engine has no such layer, or cannot adapt it.
-        """
-        manager = self._adapter_manager
-        mapper = getattr(manager.model.get_submodule(owner), "hf_to_vllm_mapper", None)
-        names = mapper.get_rename_mapper().apply_list([module]) if mapper else [module]
-        name = f"{owner}.{names[0]}" if names else ""
-        packed = {n for children in manager.packed_modules.values() for n in children}
-        if name not in packed and name not in manager.modules:
-            raise DoesNotFit("the engine cannot adapt this layer", field=f"{owner}: {module}")
-        return name
-
-
 class LoraSeam:
     """Reads a V1 model runner's LoRA state during a step, and runs streams with their adapters.
 
@@ -164,7 +114,7 @@ class LoraSeam:
         manager = runner.lora_manager
         # The runner names the class itself; nothing else of it is ours to choose.
         manager.__class__ = SetManager
-        manager.layouts = {}
+        manager.adopt()
         self._manager = manager._adapter_manager
         self._dtype = runner.model_config.dtype
         self._last: dict[str, tuple[Sequence[Any], Any, Added]] = {}

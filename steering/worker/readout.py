@@ -60,8 +60,8 @@ class Readout:
             special: whether any row of this step has a rule other than the plain sum.
 
         Returns:
-            ([R, V] float32 scores, [R, V] the base's own scores, the rows' control), or None
-            on ranks that hold no logits.
+            ([R, V] float32 scores, [R, V] the base's own scores in whatever dtype, the rows'
+            control), or None on ranks that hold no logits.
         """
         control = self.layout.read_control(hidden)
         base = self.unembed[0](hidden[:, self.layout.columns(0)].contiguous())
@@ -70,8 +70,12 @@ class Readout:
                 if active[i]:  # the gather inside is collective: every rank takes part
                     self.unembed[i](hidden[:, self.layout.columns(i)].contiguous())
             return None
+        if not special and not any(
+            v.lacking for v, ran in zip(self.vocabularies, active, strict=True) if ran
+        ):
+            return self._plain_sum(base, hidden, control.coef, active), base, control
         base = base.float()
-        steered = (control.coef[:, 0] != 1) | (control.coef[:, 1:] != 0).any(-1)
+        steered = _steered(control.coef)
         if special:
             steered |= control.kind != 0
         rows = torch.nonzero(steered)[:, 0]
@@ -80,6 +84,30 @@ class Readout:
         z = base.clone()
         z[rows] = self._mix_rows(base[rows], hidden[rows], _take(control, rows), active, special)
         return z, base, control
+
+    def _plain_sum(
+        self, base: torch.Tensor, hidden: torch.Tensor, coef: torch.Tensor, active: Sequence[bool]
+    ) -> torch.Tensor:
+        """[R, V] float32 `Σ_i c_i s_i` of streams that lack no id: one pass over each's scores."""
+        z = base.float()
+        if (coef[:, 0] != 1).any():
+            z = torch.where(coef[:, :1] == 0, 0.0, z * coef[:, :1])
+        elif z is base:
+            z = base.clone()
+        for i in range(1, self.layout.streams):
+            if not active[i]:
+                continue
+            rows, own = self._own_logits(i, hidden, coef)
+            own = own[:, : z.shape[-1]]
+            if rows is None:
+                # One pass, and float32 inside whatever the dtype of `own` is.
+                part = z[:, : own.shape[-1]]
+                torch.addcmul(part, own, coef[:, i : i + 1], out=part)
+            else:
+                z[rows, : own.shape[-1]] += own.float() * coef[rows, i : i + 1]
+        if self.padded is not None:
+            z[torch.nonzero(_steered(coef)), self.padded] = NEVER
+        return z
 
     def _mix_rows(
         self,
@@ -105,20 +133,31 @@ class Readout:
         self, i: int, base: torch.Tensor, hidden: torch.Tensor, control: Control
     ) -> torch.Tensor:
         """[R, V] scores of stream i, on the rows that use it; −∞ on ids it does not share."""
-        rows = torch.nonzero(control.coef[:, i])[:, 0]
-        part = hidden[:, self.layout.columns(i)]
-        everywhere = rows.numel() == hidden.shape[0]
-        own = self.unembed[i](part.contiguous() if everywhere else part[rows])
-        assert own is not None
-        own = own[:, : base.shape[-1]].float()
-        out = own
+        rows, own = self._own_logits(i, hidden, control.coef)
+        out = own = own[:, : base.shape[-1]].float()
         if out.shape != base.shape:
             out = torch.full_like(base, NEVER)
-            out[slice(None) if everywhere else rows, : own.shape[-1]] = own
+            out[slice(None) if rows is None else rows, : own.shape[-1]] = own
         unshared = self.vocabularies[i].unshared
         if unshared is not None:
             out[:, unshared] = NEVER
         return out
+
+    def _own_logits(
+        self, i: int, hidden: torch.Tensor, coef: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The rows that use stream i (None: all of them), and its [n, own V] scores there."""
+        rows = torch.nonzero(coef[:, i])[:, 0]
+        part = hidden[:, self.layout.columns(i)]
+        everywhere = rows.numel() == hidden.shape[0]
+        own = self.unembed[i](part.contiguous() if everywhere else part[rows])
+        assert own is not None
+        return None if everywhere else rows, own
+
+
+def _steered(coef: torch.Tensor) -> torch.Tensor:
+    """[R] bool: rows whose sum is not the base alone."""
+    return (coef[:, 0] != 1) | (coef[:, 1:] != 0).any(-1)
 
 
 def _take(control: Control, rows: torch.Tensor) -> Control:

@@ -79,3 +79,27 @@ def test_an_unsteered_row_has_the_bases_bits_beside_steered_ones() -> None:
     found = mixer(hidden, [True] * 3, special=True)
     assert found is not None
     assert torch.equal(found[0][0], found[1][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [[0, 1, 3, 5], [1, 3, 5], [0], [5]])
+def test_plain_sums_over_one_vocabulary_take_one_pass(rows: list[int], dtype: torch.dtype) -> None:
+    mixer, tables = readout()
+    unembed = [lambda h, t=t: (h @ t.T).to(dtype) for t in tables]
+    mixer = Readout(mixer.layout, unembed, mixer.vocabularies, PADDED)
+    coef = COEF[rows]
+    hidden = rows_of(coef, mixer.layout)
+    hidden[:, mixer.layout.columns(2)] = float("nan")  # did not run
+    columns = [hidden[:, mixer.layout.columns(i)].contiguous() for i in range(2)]
+    parts = [unembed[i](own).double() for i, own in enumerate(columns)]
+    found = mixer(hidden, [True, True, False], special=False)
+    assert found is not None
+    z, base, _ = found
+    assert torch.equal(base, parts[0].to(dtype)) and z.dtype == torch.float32
+    for row, (c, d, _) in enumerate(coef.tolist()):
+        if (c, d) == (1, 0):
+            assert torch.equal(z[row], parts[0][row].float())
+            continue
+        want = c * parts[0][row] + d * parts[1][row]
+        want[PADDED] = float("-inf")
+        torch.testing.assert_close(z[row].double(), want, atol=1e-5, rtol=1e-5)
