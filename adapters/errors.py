@@ -15,19 +15,19 @@
         ├── NoRoom       no room in the engine                                           → 503
         └── RegistryAway Redis does not answer, or speaks another schema                 → 503
 
-The fields are those of `steering.errors.SteeringError`, which this layer must not import.
+Errors of the steering layer have the same shape, `Fault`.
 """
 
 from __future__ import annotations
 
 
-class AdapterError(Exception):
-    """A fault of an artefact, a request or a place that adapters come from.
+class Fault(Exception):
+    """A fault that a person can mend: says where it is, what was found and what is allowed.
 
     Args:
         message: one sentence for a person.
-        field: where the fault is: `<file>`, `<file>: <tensor>` or `<file>: <key>`, or the
-            request's field; empty: the message says it all.
+        field: where the fault is: the dotted path of a request's or a setting's field, or
+            `<file>`, `<file>: <tensor>`, `<file>: <key>`; empty: the message says it all.
         value: what was found (shown with `repr`, cut to 80 characters).
         allowed: what would be accepted.
     """
@@ -49,6 +49,10 @@ class AdapterError(Exception):
         if self.allowed is not None:
             text += f"; allowed: {self.allowed}"
         return text
+
+
+class AdapterError(Fault):
+    """A fault of an artefact, a request or a place that adapters come from."""
 
 
 class BadAdapter(AdapterError):
