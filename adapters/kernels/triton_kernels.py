@@ -211,7 +211,7 @@ def expand(
     slice_step,
     b,
     b_slots,
-    b_row,
+    b_steps,
     room,
     sizes,
     tiles,
@@ -221,13 +221,14 @@ def expand(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     OUT: tl.constexpr,
+    ACROSS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Adds to y what one tile adds in one block of output columns of one packed layer.
 
     y [T, Σ sizes] has rows `y_row` and columns `y_column` apart; each packed layer takes `sizes` of
     its columns, from the left. v is what `gate` wrote. b has per packed layer [slots, ≥ size,
-    room ≥ R], slots `b_slots` and rows `b_row` apart.
+    room ≥ R], slots `b_slots` apart, and `b_steps` apart rows; or, with `ACROSS`, columns.
     """
     slot, start, end, line = _tile(tiles, tl.program_id(0))
     if start >= end:
@@ -241,7 +242,7 @@ def expand(
     columns, _ = _ranks(table, line, RANKS)
     p, n = start + tl.arange(0, TOKENS), block * OUT + tl.arange(0, OUT)
     v_lines = v + tl.cast(layer, tl.int64) * slice_step + p[:, None] * RANKS
-    b_lines = _pick(b, layer) + slot * _pick(b_slots, layer) + n[None, :].to(tl.int64) * b_row
+    b_slot, b_step = _pick(b, layer) + slot * _pick(b_slots, layer), _pick(b_steps, layer)
     total = tl.zeros((TOKENS, OUT), tl.float32)
     # Whole eights are loaded, in one access each, and what is not the set's own is thrown away.
     eights = tl.cdiv(columns, 8) * 8
@@ -250,7 +251,8 @@ def expand(
         own = (p[:, None] < end) & (c[None, :] < eights)
         part = tl.load(v_lines + c[None, :], mask=own, other=0.0)
         own = (n[None, :] < size) & (c[:, None] < eights) & (c[:, None] < room)
-        right = tl.load(b_lines + c[:, None], mask=own, other=0.0)
+        place = c[:, None] * b_step + n[None, :] if ACROSS else n[None, :] * b_step + c[:, None]
+        right = tl.load(b_slot + place, mask=own, other=0.0)
         part = tl.where(c[None, :] < columns, part, 0.0)
         total = _dot(part, tl.where(c[:, None] < columns, right, 0.0), total, WIDE)
     token = tl.load(tokens + p, mask=p < end, other=0).to(tl.int64)

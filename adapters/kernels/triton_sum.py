@@ -175,7 +175,8 @@ def add_adapters(
             have a line.
         x: [T, in] in the dtype of y.
         a: per packed layer, [slots, 1, ≥ R + G, in] in the dtype of y; all strided alike.
-        b: per packed layer, [slots, 1, ≥ size, ≥ R] in the dtype of y, rows strided alike.
+        b: per packed layer, [slots, 1, ≥ size, ≥ R] in the dtype of y, whose rows or columns are
+            contiguous; all in the same way.
         sizes: columns of `y` that each packed layer takes, from the left.
         tables: of this step; T is its `total`.
     """
@@ -183,7 +184,9 @@ def add_adapters(
     assert y.shape[0] == x.shape[0] == total
     assert all(part.dtype == y.dtype for part in (x, *a, *b))
     assert all(part.stride() == a[0].stride() and part.stride(-1) == 1 for part in a)
-    assert all(part.stride()[2:] == (b[0].stride(2), 1) for part in b)
+    # Adjacent in memory are the numbers of a row of B, or those of a column.
+    across = b[0].stride(3) != 1
+    assert all(part.stride(2 if across else 3) == 1 for part in b)
     layers, into = len(sizes), x.shape[1]
     tiles = most_tiles(total, tables.slots, cut.tokens)
     if not tiles:
@@ -214,13 +217,14 @@ def add_adapters(
     )
     expand[tiles, sum(triton.cdiv(size, cut.out) for size in sizes)](
         *(y, y.stride(0), y.stride(1), v, v.stride(0)),
-        *(tuple(b), tuple(part.stride(0) for part in b), b[0].stride(2)),
-        *(b[0].shape[3], tuple(sizes)),
+        *(tuple(b), tuple(part.stride(0) for part in b)),
+        *(tuple(part.stride(3 if across else 2) for part in b), b[0].shape[3], tuple(sizes)),
         *(tables.tiles, tables.tokens, tables.table),
         RANKS=ranks,
         TOKENS=cut.tokens,
         COLUMNS=cut.columns,
         OUT=cut.out,
+        ACROSS=across,
         WIDE=wide,
         num_warps=cut.warps,
     )

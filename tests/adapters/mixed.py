@@ -86,6 +86,7 @@ class Layer:
         seed: of the weights.
         exact: gates of which each looks at one column of x and multiplies it by a power of two.
             So no score is rounded, whatever the dtype and the order of sums, and many are equal.
+        across: whether the columns of B are contiguous, instead of its rows.
     """
 
     into: int
@@ -96,6 +97,7 @@ class Layer:
     room: int = 40
     seed: int = 0
     exact: bool = True
+    across: bool = False
     a: list[torch.Tensor] = field(init=False)
     b: list[torch.Tensor] = field(init=False)
 
@@ -106,6 +108,8 @@ class Layer:
         self.a = [torch.full(shape, torch.nan, dtype=self.dtype) for _ in self.sizes]
         shapes = [(self.slots, 1, size, self.room) for size in self.sizes]
         self.b = [torch.full(shape, torch.nan, dtype=self.dtype) for shape in shapes]
+        if self.across:
+            self.b = [b.transpose(2, 3).contiguous().transpose(2, 3) for b in self.b]
         for slot, parts in self.sets.items():
             r, g = columns(parts), gates(parts)
             for a, b, size in zip(self.a, self.b, self.sizes, strict=True):

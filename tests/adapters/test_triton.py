@@ -21,7 +21,7 @@ POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("module", ["test_triton_sum"])
+@pytest.mark.parametrize("module", ["test_triton_sum", "test_kernel_bench"])
 def test_interpreted(module: str) -> None:
     interpret(f"tests/adapters/interpreted/{module}.py")
 
@@ -97,11 +97,11 @@ def test_compiles_for_nvidia_gpus(
         expanded = compiled(
             kernels.expand,
             {"y": values, "y_row": "i32", "y_column": "i32", "v": values, "slice_step": "i32"}
-            | {"b": (values,) * layers, "b_slots": ("i32",) * layers, "b_row": "i32"}
+            | {"b": (values,) * layers, "b_slots": ("i32",) * layers, "b_steps": ("i32",) * layers}
             | {"room": "i32", "sizes": ("i32",) * layers}
             | tables,
             {"RANKS": ranks, "TOKENS": cut.tokens, "COLUMNS": cut.columns, "OUT": cut.out}
-            | {"WIDE": False},
+            | {"ACROSS": tokens > 1, "WIDE": False},
             arch,
             cut.warps,
         )

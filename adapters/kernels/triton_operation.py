@@ -1,0 +1,49 @@
+"""`coxswain::adapter_sum` on CUDA devices: Triton kernels, with the tables of the pass that runs.
+
+Beside `adapters.kernels.operation`, whose torch path stays for whatever else has tensors there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from adapters.kernels import operation  # noqa: F401 - defines the operation
+from adapters.kernels.triton_sum import AdapterTables, add_adapters
+
+_tables: AdapterTables | None = None
+"""Of the forward pass that runs, in this process."""
+
+_libraries: list[torch.library.Library] = []
+"""What is registered holds as long as these live."""
+
+
+@contextmanager
+def adding(tables: AdapterTables) -> Iterator[None]:
+    """Makes the layers that run inside add what the tables say."""
+    global _tables
+    _tables = tables
+    try:
+        yield
+    finally:
+        _tables = None
+
+
+def register(key: str = "CUDA") -> None:
+    """Uses Triton for tensors on some devices from now on.
+
+    Args:
+        key: PyTorch's dispatch key of the devices.
+    """
+    library = torch.library.Library("coxswain", "FRAGMENT")
+    library.impl("adapter_sum", _add, key)
+    _libraries.append(library)
+
+
+def _add(
+    y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], sizes: list[int]
+) -> None:
+    if _tables is not None:
+        add_adapters(y, x, a, b, sizes, _tables)
