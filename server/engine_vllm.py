@@ -37,6 +37,9 @@ from steering.wire import KEY, Freight, pack
 RPC_TIMEOUT_S = 30.0
 """A remote call waits behind the running step; a longer wait means a stuck engine."""
 
+READING_S = 0.005
+"""How long the engine reads an adapter's files between two steps while requests run."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Boarding:
@@ -183,8 +186,12 @@ class SteeredLLM(AsyncLLM):
         Raises:
             BadAdapter: the worker could not.
         """
+        request = lora_request(found)
         try:
-            await self.add_lora(lora_request(found))
+            # Requests run on between two pieces of reading; only the copy into the slot is left.
+            while not all(await self._ask("coxswain_read_ahead", request.lora_path, READING_S)):
+                continue
+            await self.add_lora(request)
         except EngineDeadError:
             raise
         except Exception as error:  # a bare one, with the worker's text

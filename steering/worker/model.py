@@ -17,7 +17,7 @@ from vllm.config import VllmConfig
 
 from steering.plan import BASE
 from steering.vocabulary import Overlap
-from steering.worker import lora_seam
+from steering.worker import lora_seam, lora_sets
 from steering.worker import vllm_seam as seam
 from steering.worker.adapting import Adapted
 from steering.worker.batches import (
@@ -142,7 +142,7 @@ class SteeredForCausalLM(nn.Module):
     @lora_manager.setter
     def lora_manager(self, manager: Any) -> None:
         self._lora_manager = manager
-        lora_seam.by_columns(manager)
+        lora_sets.arrange(manager)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The base's input embeddings, [T, H_0]."""

@@ -141,6 +141,31 @@ def test_prefixes_are_shared_only_under_the_same_adapters(adapting: Engine) -> N
     assert_exact(adapting, cases, warm)
 
 
+def test_sets_that_are_read_ahead_are_the_same(adapting: Engine) -> None:
+    def read(uses: tuple[Use, ...], seconds: float) -> bool:
+        _, found = adapting.adapted(Case([1], adapters=uses))
+        assert found is not None
+        path = found.lora_request()["lora_path"]
+        done: bool = adapting.llm.collective_rpc("coxswain_read_ahead", args=(path, seconds))[0]
+        return done
+
+    def uses(i: int) -> tuple[Use, ...]:
+        """Sets that no other test has loaded."""
+        pairs = [("native", "one"), ("native", "two"), ("released", "two"), ("native", "released")]
+        return tuple(Use(name) for name in pairs[i])
+
+    assert not read(uses(0), 0.0)  # its other half is read when it is loaded
+    pieces = 1
+    while not read(uses(1), 0.0):
+        pieces += 1
+    assert pieces > 7
+    for i in (2, 3):
+        assert read(uses(i), 60.0)
+    cases = [Case(prompt(random.Random(i), 20, 40), adapters=uses(i)) for i in range(4)]
+    assert_exact(adapting, cases, adapting.run(cases))
+    assert read(uses(3), 0.0)  # it is there: nothing to read
+
+
 def test_prompt_log_probabilities_are_the_adapted_models(adapting: Engine) -> None:
     rng = random.Random(6)
     others = [Case(prompt(rng, 30, 30), PROXY, adapters=USES[5]), Case(prompt(rng, 20, 20))]

@@ -1,0 +1,211 @@
+"""One engine of `load_tests.adapter_bench`, in a process of its own: jobs in, times out.
+
+A job is a line of JSON on standard input, its answer a line on standard output. Several engines
+stay up at the same time and are asked in turn, so that a ratio compares times a second apart.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ANSWER = "answer "
+"""Begins the lines that are answers; vLLM may print others."""
+
+WARM_STEPS = 4
+
+PIECE_S = 0.005
+"""As in `server.engine_vllm`."""
+
+
+class Driven:
+    """An engine and the adapters that it can use.
+
+    Args:
+        kind: {"model": folder, "ours": bool, "sets": slots, 0 for an engine without adapters,
+            "rank": of a slot, "adapters": {name: folder}}.
+    """
+
+    def __init__(self, kind: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        from steering.engine_args import adapter_engine_args, steered_engine_args
+
+        engine: dict[str, Any] = {
+            "dtype": "bfloat16",
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "max_model_len": 1024,
+            "max_num_seqs": 128,
+            "max_num_batched_tokens": 4096,
+            "kv_cache_memory_bytes": 1 << 30,
+            "enable_prefix_caching": False,
+            "distributed_executor_backend": "uni",
+            "disable_log_stats": True,
+        }
+        if kind["sets"]:
+            engine |= adapter_engine_args(kind["sets"], kind["rank"])
+        self._served = 0
+        self._ours = kind["ours"]
+        if self._ours:
+            self._llm = LLM(**steered_engine_args(kind["model"], {}, **engine))
+            self._llm.collective_rpc("coxswain_bind")
+        else:
+            self._llm = LLM(model=kind["model"], **engine)
+        use = self._set_request if self._ours else self._peft_request
+        self._uses = {n: use(i, n, Path(f)) for i, (n, f) in enumerate(kind["adapters"].items())}
+
+    def _set_request(self, _: int, __: str, folder: Path) -> tuple[Any, Any]:
+        from vllm.lora.request import LoRARequest
+
+        from adapters.formats.inspect import inspect
+        from load_tests.adapter_files import shapes
+        from steering.adapters import Chosen, adapt
+        from steering.plan import SteeringPlan
+        from steering.wire import Freight, pack
+
+        artefact = inspect(folder, shapes(), max_rank=512)
+        chosen = Chosen(artefact, artefact.digest())
+        plan, adapters = adapt(SteeringPlan("base"), [chosen], {"base": "base"})
+        assert adapters is not None
+        return LoRARequest(**adapters.lora_request()), pack(Freight(plan))
+
+    def _peft_request(self, i: int, name: str, folder: Path) -> tuple[Any, Any]:
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(name, i + 1, str(folder)), None
+
+    # --- jobs -----------------------------------------------------------------------------------
+
+    def load(self, names: Sequence[str]) -> list[float]:
+        """Loads adapters into slots; milliseconds of each."""
+        times = []
+        for name in names:
+            begin = time.perf_counter()
+            assert self._llm.llm_engine.add_lora(self._uses[name][0])
+            times.append(1e3 * (time.perf_counter() - begin))
+        return times
+
+    def serve(self, rows: Sequence[str | None], prompt: int, drawn: int) -> dict[str, float]:
+        """Serves one request per row, all arriving at once.
+
+        Args:
+            rows: the adapter of each, None for none.
+            prompt: tokens of every prompt; all prompts must fit in one step.
+            drawn: tokens to draw for every row.
+
+        Returns:
+            Milliseconds of the first step ("prefill"), of the median other step ("decode"), of
+            the longest other step ("longest"), and tokens drawn per second ("throughput").
+        """
+        for row, name in enumerate(rows):
+            self._add(row, name, prompt, drawn)
+        times = self._steps()
+        assert len(times) == drawn
+        found = {"prefill": 1e3 * times[0], "throughput": drawn * len(rows) / sum(times)}
+        if drawn > WARM_STEPS:
+            found["decode"] = 1e3 * statistics.median(times[WARM_STEPS:])
+            found["longest"] = 1e3 * max(times[WARM_STEPS:])
+        return found
+
+    def _add(self, row: int, name: str | None, prompt: int, drawn: int) -> None:
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        lora, freight = self._uses[name] if name else (None, None)
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=drawn,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=freight,
+        )
+        self._served += 1
+        ids = [5 + (7919 * self._served + 31 * row + 17 * i) % 30_000 for i in range(prompt)]
+        self._llm.llm_engine.add_request(
+            str(self._served), TokensPrompt(prompt_token_ids=ids), params, lora_request=lora
+        )
+
+    def _steps(self) -> list[float]:
+        times = []
+        gc.collect()
+        while self._llm.llm_engine.has_unfinished_requests():
+            begin = time.perf_counter()
+            self._llm.llm_engine.step()
+            times.append(time.perf_counter() - begin)
+        return times
+
+    def stall(self, names: Sequence[str], rows: int, drawn: int, ahead: bool) -> dict[str, float]:
+        """Loads adapters, one by one, while requests without any decode.
+
+        Args:
+            names: the adapters.
+            rows: requests that decode.
+            drawn: tokens that each draws; enough for all adapters to load meanwhile.
+            ahead: whether files are read in pieces between steps, as the server does.
+
+        Returns:
+            Milliseconds between two tokens: the median where nothing was loaded in between
+            ("step") and the longest where something was ("longest gap").
+        """
+        for row in range(rows):
+            self._add(row, None, 32, drawn)
+        waiting = [self._uses[name][0] for name in names]
+        times: dict[bool, list[float]] = {False: [], True: []}
+        step = 0
+        while self._llm.llm_engine.has_unfinished_requests():
+            begin = time.perf_counter()
+            loading = bool(waiting) and step > WARM_STEPS and (ahead or step % 2 == 0)
+            if loading and self._load_piece(waiting[0], ahead):
+                waiting.pop(0)
+            self._llm.llm_engine.step()
+            times[loading].append(1e3 * (time.perf_counter() - begin))
+            step += 1
+        assert not waiting, "the requests ended before everything was loaded"
+        return {"step": statistics.median(times[False][1:]), "longest gap": max(times[True])}
+
+    def _load_piece(self, lora: Any, ahead: bool) -> bool:
+        """Loads a set, or reads a piece of it; whether it is loaded."""
+        if ahead:
+            arguments = (lora.lora_path, PIECE_S)
+            if not self._llm.collective_rpc("coxswain_read_ahead", args=arguments)[0]:
+                return False
+        assert self._llm.llm_engine.add_lora(lora)
+        return True
+
+    def form(self, name: str | None) -> None:
+        """Lets one of the authors' forms compute packs; None: our own kernel again."""
+        from adapters.kernels.gated import add_adapters
+        from load_tests.meteora_forms import FORMS, adding
+        from steering.worker import lora_seam
+
+        vars(lora_seam)["add_adapters"] = adding(FORMS[name]) if name else add_adapters
+
+
+def main() -> None:
+    """Reads the engine's kind from the command line, then jobs {"do": method, …} until the end."""
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_USE_V2_MODEL_RUNNER="0",
+        VLLM_LOGGING_LEVEL="ERROR",
+        VLLM_NO_USAGE_STATS="1",
+        GOMP_SPINCOUNT="20000",  # as the server sets it; for plain vLLM too
+    )
+    driven = Driven(json.loads(sys.argv[1]))
+    print(ANSWER + "null", flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        do: Callable[..., Any] = getattr(driven, job.pop("do"))
+        print(ANSWER + json.dumps(do(**job)), flush=True)
+    os._exit(0)  # vLLM's shutdown is slow, and nothing is left to save
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""What vLLM's cache of LoRA adapters loads for us: sets, of which a part can be read ahead.
+
+Checked on vLLM 0.32.0.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.platforms import current_platform
+
+from adapters.errors import DoesNotFit
+from adapters.load import load_set
+from adapters.sets import AdapterSet, Layout
+
+
+def arrange(manager: Any) -> None:
+    """Rearranges vLLM's slots; after the layers are wrapped, before they run.
+
+    On CPUs their B is laid out column by column, because the kernels read some of its columns and
+    never some of its rows; shapes stay as vLLM expects them. Everywhere a slot that gets another
+    set is cleared only as far as it was filled: clearing all of a large slot holds up a step.
+    """
+    for module in manager.modules.values():
+        a, b = getattr(module, "lora_a_stacked", None), getattr(module, "lora_b_stacked", None)
+        if not isinstance(a, tuple) or not isinstance(b, tuple) or any(t.dim() != 4 for t in b):
+            continue
+        if current_platform.is_cpu():
+            module.lora_b_stacked = tuple(torch.zeros_like(t.mT.contiguous()).mT for t in b)
+        _Filled(module)
+
+
+class _Filled:
+    """How far the slots of one layer are filled; beyond, they are 0.
+
+    Args:
+        layer: takes its two methods from here.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._layer, self._set = layer, layer.set_lora
+        self._ranks = [0] * layer.lora_a_stacked[0].shape[0]
+        layer.set_lora, layer.reset_lora = self.set, self.reset
+
+    def set(self, index: int, lora_a: Any, lora_b: Any) -> None:
+        """Fills a slot; as vLLM's `set_lora`, which clears it first."""
+        self._set(index, lora_a, lora_b)
+        parts = lora_a if isinstance(lora_a, list) else [lora_a]
+        self._ranks[index] = max(part.shape[0] for part in parts if part is not None)
+
+    def reset(self, index: int) -> None:
+        """Clears a slot."""
+        rank = self._ranks[index]
+        for a, b in zip(self._layer.lora_a_stacked, self._layer.lora_b_stacked, strict=True):
+            a[index, 0, :rank] = 0
+            b[index, 0, :, :rank] = 0
+        self._ranks[index] = 0
+
+
+READINGS = 4
+"""Sets that are read ahead at the same time; they hold memory until they are loaded."""
+
+
+class _Reading:
+    """A set's layers, read bit by bit. Iterating gives all of them.
+
+    Args:
+        parts: what remains to be read.
+    """
+
+    def __init__(self, parts: Iterator[tuple[str, LoRALayerWeights]]) -> None:
+        self._parts = parts
+        self._read: list[tuple[str, LoRALayerWeights]] = []
+
+    def read(self, seconds: float) -> bool:
+        """Reads for some time, at least one layer; whether that was the last."""
+        until = time.monotonic() + seconds
+        for part in self._parts:
+            self._read.append(part)
+            if time.monotonic() >= until:
+                return False
+        return True
+
+    def __iter__(self) -> Iterator[tuple[str, LoRALayerWeights]]:
+        yield from self._read
+        yield from self._parts
+
+
+class SetManager(LRUCacheWorkerLoRAManager):
+    """vLLM's cache of adapters; what it loads is a set."""
+
+    layouts: dict[int, dict[str, Layout]]
+    _ahead: dict[str, _Reading]
+
+    def adopt(self) -> None:
+        """Prepares what this class adds to the manager that vLLM made."""
+        self.layouts, self._ahead = {}, {}
+
+    def read_ahead(self, path: str, seconds: float) -> bool:
+        """Reads a part of a set, which is then loaded faster; whether all of it is read.
+
+        Args:
+            path: the set's, as in its LoRA request.
+            seconds: about how long to read.
+
+        Raises:
+            BadAdapter: as `load_set`.
+        """
+        found = AdapterSet.from_path(path)
+        if found.lora_request()["lora_int_id"] in self.list_adapters():
+            return True
+        if path not in self._ahead:
+            while len(self._ahead) >= READINGS:  # whoever asked for it has gone
+                del self._ahead[next(iter(self._ahead))]
+            self._ahead[path] = _Reading(self._parts(found))
+        try:
+            return self._ahead[path].read(seconds)
+        except BaseException:
+            del self._ahead[path]
+            raise
+
+    def _load_adapter(self, lora_request: Any) -> LoRAModel:
+        found = AdapterSet.from_path(lora_request.lora_path)
+        weights = dict(self._ahead.pop(lora_request.lora_path, None) or self._parts(found))
+        cached = self.list_adapters()
+        self.layouts = {i: layout for i, layout in self.layouts.items() if i in cached}
+        self.layouts[lora_request.lora_int_id] = {o: found.layout(o) for o in found.owners}
+        return LoRAModel(lora_request.lora_int_id, found.rank, weights)
+
+    def _parts(self, found: AdapterSet) -> Iterator[tuple[str, LoRALayerWeights]]:
+        """Per layer of the steered model that a set changes, its weights."""
+        self._check(found)
+        names = {n for children in self._adapter_manager.packed_modules.values() for n in children}
+        names |= set(self._adapter_manager.modules)
+        dtype, by_columns = self.lora_config.lora_dtype, current_platform.is_cpu()
+        for owner in found.owners:
+            for module, a, b in load_set(found, owner, dtype, by_columns=by_columns):
+                name = self._name(owner, module)
+                if name not in names:
+                    raise DoesNotFit(
+                        "the engine cannot adapt this layer", field=f"{owner}: {module}"
+                    )
+                yield name, LoRALayerWeights(name, a.shape[0], a.shape[0], a, b, scaling=1.0)
+
+    def _check(self, found: AdapterSet) -> None:
+        if (
+            any(member.routed for member in found.members)
+            and get_tensor_model_parallel_world_size() > 1
+        ):
+            # A split layer sees a part of x, and scores of a part are not the gate's.
+            raise DoesNotFit("packs are not served under tensor parallelism", field=found.name)
+        limit = self.lora_config.max_lora_rank
+        if found.rank > limit:
+            raise DoesNotFit(
+                "the set's rank", field=found.name, value=found.rank, allowed=f"≤ {limit}"
+            )
+
+    def _name(self, owner: str, module: str) -> str:
+        """The module of the steered model for one of a checkpoint, '' if there is none."""
+        model = self._adapter_manager.model.get_submodule(owner)
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        names = mapper.get_rename_mapper().apply_list([module]) if mapper else [module]
+        return f"{owner}.{names[0]}" if names else ""
