@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer
 from vllm.exceptions import VLLMClientError
 
+from adapters.thread import in_thread
 from server import serving as parts
 from server.adapting.checks import targets
 from server.adapting.loader import EngineLoader
@@ -18,7 +19,6 @@ from server.adapting.service import opened
 from server.config import Config
 from server.diagnosis import Diagnosis
 from server.doctor import snapshot
-from server.loading import in_thread
 from server.own_prompts import Reader
 from server.profiles import Profiles
 from server.serving import Serving

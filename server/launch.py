@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from adapters.errors import AdapterError
+from adapters.thread import in_thread
 from server.auth import Auth
 from server.config import Config
 from server.console import Progress, say
 from server.gate import Gate
-from server.loading import StartFailed, environment, in_thread, load
+from server.loading import StartFailed, environment, load
 from server.state import Life
 
 if TYPE_CHECKING:

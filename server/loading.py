@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from server.capacity import cpu_cache_bytes
 from server.config import Config
@@ -18,8 +14,6 @@ from server.state import Life
 if TYPE_CHECKING:
     from server.diagnosis import Diagnosis
     from server.engine_vllm import SteeredLLM
-
-T = TypeVar("T")
 
 
 class StartFailed(Exception):
@@ -118,28 +112,3 @@ def load(config: Config, progress: Progress, life: Life) -> Loaded:
     except Exception as error:
         text = " ".join(str(error).split()).split(" Failed core proc(s)")[0]
         raise StartFailed([f"engine: {type(error).__name__}: {text[:600]}"]) from error
-
-
-async def in_thread(work: Callable[[], T]) -> T:
-    """Runs blocking work in a daemon thread: unlike an executor's, it does not hold up the exit."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        try:
-            outcome: tuple[T | None, BaseException | None] = (work(), None)
-        except BaseException as error:
-            outcome = (None, error)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, *outcome)
-
-    threading.Thread(target=run, name="load", daemon=True).start()
-    return await future

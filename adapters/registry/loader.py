@@ -11,14 +11,16 @@ from adapters.registry.record import Content, Facts
 class Loader(Protocol):
     """Puts contents into the engine of this replica. Called on the event loop, awaited.
 
-    For one name the calls never overlap; for different names they may.
+    For one name loads never overlap; for different names they may. A content may be loaded again
+    while an `unload` of it still waits for requests: then it stays.
     """
 
     async def load(self, content: Content, folder: Path) -> Facts:
         """Makes a content answerable, beside an older one of the same name that still answers.
 
         Args:
-            content: `digest` is set; (name, digest) is new to the engine, or was unloaded.
+            content: `digest` is set; (name, digest) is new to the engine, or its last unload
+                has been called.
             folder: its files, read-only, there until `unload` has returned.
 
         Raises:

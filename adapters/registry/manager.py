@@ -14,13 +14,13 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from adapters.errors import AdapterError, NoAdapter, RegistryAway, SourceAway, StoreFull
+from adapters.errors import AdapterError, NoAdapter, NoRoom, RegistryAway, SourceAway, StoreFull
 from adapters.registry.connection import Connection
 from adapters.registry.decide import Step, decide
 from adapters.registry.feed import Feed
@@ -30,6 +30,7 @@ from adapters.registry.registry import Registry
 from adapters.registry.store import Snapshot
 from adapters.sources.fetch import Fetched, Fetcher
 from adapters.sources.source import parse_source
+from adapters.thread import in_thread
 
 logger = logging.getLogger("coxswain")
 
@@ -100,6 +101,7 @@ class Manager:
         self._here: dict[str, Loaded] = {}
         self._failed: dict[str, Failure] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._leaving: dict[asyncio.Task[None], Content] = {}
         self._slots = asyncio.Semaphore(parallel)
 
     # What requests and the admin API ask.
@@ -145,13 +147,14 @@ class Manager:
         stream: str = "base",
         replace: bool = False,
         pin: bool = False,
+        most_pins: int | None = None,
         by: str = "",
     ) -> Record:
         """Asks for an adapter and returns at once; its record goes to ready or failed.
 
         Raises:
             BadSource: the name, version or source cannot be used.
-            Conflict: the name is taken.
+            Conflict: the name is taken, or `most_pins` are pinned already.
             RegistryAway: Redis does not answer.
         """
         place = parse_source(source)
@@ -162,7 +165,8 @@ class Manager:
             with contextlib.suppress(AdapterError):
                 fetched = await self._fetch(want.source)
                 want = msgspec.structs.replace(want, digest=fetched.digest)
-        record = await self.registry.submit(want, replace=replace, pin=pin, by=by)
+        record = await self.registry.submit(want, replace=replace, pin=pin, by=by,
+                                            most_pins=most_pins)  # fmt: skip
         await self.look()
         return record
 
@@ -188,7 +192,7 @@ class Manager:
                 group.create_task(self._tick())
                 group.create_task(self._collect())
         finally:
-            tasks = list(self._tasks.values())
+            tasks = [*self._tasks.values(), *self._leaving]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -244,7 +248,7 @@ class Manager:
             record = self.records.get(name)
             try:
                 if step == "drop":
-                    await self._drop(name)
+                    self._leave(self._here.pop(name).content)
                     continue
                 assert record is not None
                 await self._step(step, record)
@@ -257,6 +261,9 @@ class Manager:
         if step == "take":
             await self.registry.take(record)
         elif step == "forget":
+            # A record that is gone means memory that is given back.
+            gone = [task for task, left in self._leaving.items() if left.name == record.name]
+            await asyncio.gather(*gone)
             await self.registry.forget(record)
         elif step == "work":
             await self._work(record)
@@ -269,7 +276,8 @@ class Manager:
         """Fetch, load, ready; the record says how far it is and, if it fails, why."""
         try:
             async with self._slots:
-                await self._fetch_and_load(job)
+                loaded = await self._fetch_and_load(job)
+            self._switch(loaded)
         except _SupersededError:
             return
         except RegistryAway:
@@ -280,7 +288,7 @@ class Manager:
             logger.error("adapter %s: unexpected", job.name, exc_info=error)
             await self.registry.advance(job, "failed", reason=f"internal error: {error!r}")
 
-    async def _fetch_and_load(self, job: Record) -> None:
+    async def _fetch_and_load(self, job: Record) -> Loaded:
         if job.state != "pending":
             # Redis was away in the middle of it.
             job = _still(await self.registry.advance(job, "pending"))
@@ -299,10 +307,11 @@ class Manager:
                 await self._loader.unload(want)
                 raise
         assert ready.serving is not None
-        await self._switch(Loaded(ready.serving, fetched.folder))
+        return Loaded(ready.serving, fetched.folder)
 
     async def _fetch(self, source: str, job: Record | None = None) -> Fetched:
-        """In a thread, which ends early when this is cancelled or the job is superseded.
+        """In a thread. Nobody waits for it when this is cancelled or the job is superseded: it ends
+        at its next byte, and a source that sends none must not hold up the next load, or the exit.
 
         Args:
             source: where from.
@@ -317,24 +326,37 @@ class Manager:
             if over:
                 raise _SupersededError
 
-        async def tell(job: Record) -> None:
-            nonlocal over
-            said = 0
-            while True:
-                await asyncio.sleep(_PROGRESS_S)
-                with contextlib.suppress(RegistryAway):
-                    if done != said and await self.registry.progress(job, done) is None:
-                        over = True
-                        return
-                    said = done
-
-        telling = asyncio.create_task(tell(job)) if job is not None else None
+        fetching = asyncio.create_task(
+            in_thread(lambda: self._fetcher.fetch(parse_source(source), report))
+        )
+        telling = asyncio.create_task(self._tell(job, lambda: done)) if job else None
         try:
-            return await asyncio.to_thread(self._fetcher.fetch, parse_source(source), report)
+            await asyncio.wait(
+                {fetching, telling} if telling else {fetching},
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if not fetching.done():
+                raise _SupersededError
+            return fetching.result()
         finally:
             over = True
+            fetching.cancel()
             if telling is not None:
                 telling.cancel()
+
+    async def _tell(self, job: Record, done: Callable[[], int]) -> None:
+        """Tells the registry how much is fetched; returns when the job is superseded."""
+        said = 0
+        while True:
+            await asyncio.sleep(_PROGRESS_S)
+            now = done()
+            with contextlib.suppress(RegistryAway):
+                if now == said:
+                    ours = await self.registry.holds(job)
+                else:
+                    ours = await self.registry.progress(job, said := now) is not None
+                if not ours:
+                    return
 
     async def _follow(self, record: Record) -> None:
         """Loads what the registry says is serving: after a start, or what another loaded."""
@@ -347,12 +369,12 @@ class Manager:
         except Exception as error:
             if not isinstance(error, AdapterError):
                 logger.error("adapter %s: unexpected", record.name, exc_info=error)
-            passing = isinstance(error, SourceAway | StoreFull)
+            passing = isinstance(error, SourceAway | StoreFull | NoRoom)
             again_s = time.monotonic() + _RETRY_S if passing else None
             self._failed[record.name] = Failure(want.key, str(error), again_s)
             logger.warning("adapter %s cannot be served here: %s", record.name, error)
             return
-        await self._switch(Loaded(want, folder))
+        self._switch(Loaded(want, folder))
 
     async def _folder(self, want: Content) -> Path:
         """The content's files, checked; fetched again where they are missing or were changed."""
@@ -367,15 +389,23 @@ class Manager:
             )  # fmt: skip
         return fetched.folder
 
-    async def _switch(self, new: Loaded) -> None:
+    def _switch(self, new: Loaded) -> None:
         """From here on new requests get the new content; the old one goes when they are done."""
         old = self._here.get(new.content.name)
         self._here[new.content.name] = new
         if old is not None and old.content.key != new.content.key:
-            await self._loader.unload(old.content)
+            self._leave(old.content)
 
-    async def _drop(self, name: str) -> None:
-        await self._loader.unload(self._here.pop(name).content)
+    def _leave(self, content: Content) -> None:
+        """Begins to unload. The requests that run on it may take long: nothing waits for them."""
+        task = asyncio.create_task(self._loader.unload(content), name=f"unload {content.name}")
+        self._leaving[task] = content
+        task.add_done_callback(self._left)
+
+    def _left(self, task: asyncio.Task[None]) -> None:
+        content = self._leaving.pop(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("adapter %s: unexpected", content.name, exc_info=error)
 
     async def _collect(self) -> None:
         while True:
@@ -396,8 +426,8 @@ class Manager:
     def digests(self) -> frozenset[str]:
         """The contents that must stay in the store, as far as this replica knows."""
         recorded = [record.digests() for record in self.records.values()]
-        here = [{h.content.digest for h in self._here.values() if h.content.digest}]
-        return frozenset().union(*recorded, *here)
+        used = [*(loaded.content for loaded in self._here.values()), *self._leaving.values()]
+        return frozenset().union(*recorded, {c.digest for c in used if c.digest})
 
 
 def _still(record: Record | None) -> Record:

@@ -52,7 +52,13 @@ class Registry:
         return _there((await self._store.read(name))[1], name)
 
     async def submit(
-        self, want: Content, *, replace: bool = False, pin: bool = False, by: str = ""
+        self,
+        want: Content,
+        *,
+        replace: bool = False,
+        pin: bool = False,
+        by: str = "",
+        most_pins: int | None = None,
     ) -> Record:
         """Asks for an adapter; this replica becomes the owner of the work.
 
@@ -61,7 +67,8 @@ class Registry:
         and other content from the same source is not.
 
         Raises:
-            Conflict: the name is taken by other content and `replace` is false, or is unloading.
+            Conflict: the name is taken by other content and `replace` is false, or is unloading;
+                or `most_pins` are pinned already.
         """
 
         def edit(record: Record | None) -> Record:
@@ -81,7 +88,7 @@ class Registry:
                               pinned=record.pinned or pin, loaded_by=by)  # fmt: skip
             return self._begun(asked)
 
-        changed = await self._change(want.name, edit)
+        changed = await self._change(want.name, edit, most_pins=most_pins)
         assert changed is not None
         return changed
 
@@ -169,25 +176,23 @@ class Registry:
             NoAdapter: there is none.
             Conflict: `most` are pinned already, or it is unloading.
         """
-        for _ in range(_MOST_RETRIES):
-            snapshot = await self._store.look()
-            record = _there(snapshot.records.get(name), name)
-            if record.state == "unloading":
+
+        def edit(record: Record | None) -> Record:
+            found = _there(record, name)
+            if found.state == "unloading":
                 raise Conflict("the adapter is being unloaded", field="name", value=name)
-            if record.pinned == pinned:
-                return record
-            held = sum(r.pinned for r in snapshot.records.values())
-            if pinned and most is not None and held >= most:
-                raise Conflict(f"{held} adapters are pinned, which is the most; unpin one first",
-                               field="name", value=name)  # fmt: skip
-            new = msgspec.structs.replace(record, pinned=pinned, changed_s=time.time())
-            # The count must still hold when this is written: nothing may have changed at all.
-            position = snapshot.position if pinned and most is not None else ""
-            revision = await self._store.swap(name, record, new, position=position)
-            if revision is not None:
-                return msgspec.structs.replace(new, revision=revision)
-            await asyncio.sleep(random.uniform(0, _PAUSE_S))
-        raise _busy(name)
+            if found.pinned == pinned:
+                return found
+            return msgspec.structs.replace(found, pinned=pinned, changed_s=time.time())
+
+        changed = await self._change(name, edit, most_pins=most)
+        assert changed is not None
+        return changed
+
+    async def holds(self, job: Record) -> bool:
+        """Whether some work is still ours; false: superseded."""
+        _, record = await self._store.read(job.name)
+        return record is not None and record.job == job.job and record.state in WORKING
 
     def _begun(self, record: Record) -> Record:
         return msgspec.structs.replace(
@@ -205,14 +210,26 @@ class Registry:
         except _SupersededError:
             return None
 
-    async def _change(self, name: str, edit: Edit) -> Record | None:
+    async def _change(
+        self, name: str, edit: Edit, *, most_pins: int | None = None
+    ) -> Record | None:
         """Reads, edits and swaps until no other change came between."""
         for _ in range(_MOST_RETRIES):
-            _, record = await self._store.read(name)
+            snapshot = None
+            if most_pins is None:
+                _, record = await self._store.read(name)
+            else:
+                snapshot = await self._store.look()
+                record = snapshot.records.get(name)
             new = edit(record)
             if new is record:
                 return record
-            revision = await self._store.swap(name, record, new)
+            position = ""
+            if snapshot is not None and new and new.pinned and not (record and record.pinned):
+                _check_pins(snapshot, most_pins)
+                # The count must still hold when this is written: nothing may have changed at all.
+                position = snapshot.position
+            revision = await self._store.swap(name, record, new, position=position)
             if revision is not None:
                 return msgspec.structs.replace(new, revision=revision) if new else None
             await asyncio.sleep(random.uniform(0, _PAUSE_S))
@@ -227,6 +244,13 @@ def _same(is_: Content, asked: Content) -> bool:
     if asked.digest is not None and is_.digest is not None:
         return asked.key == is_.key
     return is_.same_request(asked)
+
+
+def _check_pins(snapshot: Snapshot, most: int | None) -> None:
+    held = sum(record.pinned for record in snapshot.records.values())
+    if most is not None and held >= most:
+        raise Conflict(f"{held} adapters are pinned, which is the most; unpin one first",
+                       field="pin")  # fmt: skip
 
 
 def _there(record: Record | None, name: str) -> Record:

@@ -32,9 +32,13 @@ class Leases:
             self._counts += Counter()  # drops zeros
             self._ended.set()
 
+    def used(self, digest: str) -> bool:
+        """Whether some request uses a content."""
+        return bool(self._counts[digest])
+
     async def free(self, digest: str) -> None:
         """Waits until no request uses a content."""
-        while self._counts[digest]:
+        while self.used(digest):
             self._ended.clear()
             await self._ended.wait()
 

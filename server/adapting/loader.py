@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from adapters.errors import DoesNotFit
@@ -46,8 +46,8 @@ class EngineLoader:
         self.residency = Residency(
             engine, slots=slots, max_bytes=max_bytes, bytes_of=self._bytes, pinned=self._is_pinned
         )
-        self.pinned: frozenset[str] = frozenset()
-        """Digests of the adapters that are pinned."""
+        self.pinned: Callable[[], frozenset[str]] = frozenset
+        """Gives the digests of the adapters that are pinned."""
         self._element_bytes = element_bytes
         self._artefacts: dict[tuple[str, str | None], Artefact] = {}
         self._sizes: dict[str, int] = {}
@@ -68,26 +68,39 @@ class EngineLoader:
             raise DoesNotFit("this server has no such stream", field="stream",
                              value=content.stream, allowed=", ".join(self.targets))  # fmt: skip
         artefact, size, base = await asyncio.to_thread(_look, folder, target.shapes, self.max_rank)
-        self._sizes[content.digest] = size
-        self.residency.check(size * self._element_bytes, "size")
-        await self.residency.admit(self._alone(content, artefact))
-        self._artefacts[content.key] = artefact
-        self._names.setdefault(content.key, set()).add(content.name)
+        names = self._names.setdefault(content.key, set())
+        names.add(content.name)  # an unload of the same bytes, under any name, leaves them now
+        self._artefacts[content.key], self._sizes[content.digest] = artefact, size
+        try:
+            self.residency.check(size * self._element_bytes, "size")
+            await self.admit(content)
+        except BaseException:
+            names.discard(content.name)
+            if not self.leases.used(content.digest):  # else an unload that waits forgets it
+                self._forget(content)
+            raise
         return Facts(artefact.kind, base, size * self._element_bytes)
 
     async def unload(self, content: Content) -> None:
         """Gives the memory back once the requests that run on a content are done."""
-        names = self._names.get(content.key, set())
-        names.discard(content.name)
-        if names or content.digest is None:
+        assert content.digest is not None
+        self._names.get(content.key, set()).discard(content.name)
+        if self._names.get(content.key):
             return  # the same bytes answer under another name too
         await self.leases.free(content.digest)
-        if not self._names.get(content.key):
-            self._names.pop(content.key, None)
-            self._artefacts.pop(content.key, None)
-            if not any(digest == content.digest for _, digest in self._names):
-                await self.residency.remove(content.digest)
-                self._sizes.pop(content.digest, None)
+        if self._forget(content):
+            await self.residency.remove(content.digest)
+
+    def _forget(self, content: Content) -> bool:
+        """Whether a content's bytes are used under no name any more; then nothing knows them."""
+        if self._names.get(content.key):
+            return False
+        self._names.pop(content.key, None)
+        self._artefacts.pop(content.key, None)
+        if any(digest == content.digest for _, digest in self._names):
+            return False
+        self._sizes.pop(content.digest or "", None)
+        return True
 
     def artefact(self, content: Content) -> Artefact:
         """What was found in a content that is loaded."""
@@ -99,8 +112,10 @@ class EngineLoader:
         return artefact is not None and self._alone(content, artefact) in self.residency.held
 
     async def admit(self, content: Content) -> None:
-        """Brings a loaded content back into the engine."""
-        await self.residency.admit(self._alone(content, self._artefacts[content.key]))
+        """Brings a loaded content into the engine; it cannot be unloaded meanwhile."""
+        assert content.digest is not None
+        with self.leases.lease([content.digest]):
+            await self.residency.admit(self._alone(content, self._artefacts[content.key]))
 
     def _alone(self, content: Content, artefact: Artefact) -> AdapterSet:
         """The set of requests that name this content only."""
@@ -112,7 +127,7 @@ class EngineLoader:
         return sum(self._sizes[member.digest] for member in found.members) * self._element_bytes
 
     def _is_pinned(self, found: AdapterSet) -> bool:
-        return len(found.members) == 1 and found.members[0].digest in self.pinned
+        return len(found.members) == 1 and found.members[0].digest in self.pinned()
 
 
 def _look(folder: Path, shapes: BaseShapes, max_rank: int) -> tuple[Artefact, int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ from steering.plan import SteeringPlan
 
 LOOK_S = 0.1
 """How often a start looks whether its adapters are there."""
+
+
+PINS_S = 1.0
+"""How often it is seen to that pinned adapters are in the engine."""
 
 
 class PreloadFailed(Exception):
@@ -103,12 +108,9 @@ class Adapters:
         if stream not in self.loader.targets:
             raise NoAdapter("no such stream", field="stream", value=stream,
                             allowed=", ".join(self.loader.targets))  # fmt: skip
-        if pin:
-            self._check_pins(name)
-        record = await self.manager.submit(name, source, version=version, stream=stream,
-                                           replace=replace, pin=pin, by=by)  # fmt: skip
-        self.see_pins()
-        return record
+        return await self.manager.submit(name, source, version=version, stream=stream,
+                                         replace=replace, pin=pin, by=by,
+                                         most_pins=self.most_pins)  # fmt: skip
 
     async def pin(self, name: str, pinned: bool) -> Record:
         """Pins or unpins; a pinned adapter is brought into the engine at once.
@@ -119,7 +121,6 @@ class Adapters:
         """
         record = await self.manager.registry.pin(name, pinned, most=self.most_pins)
         await self.manager.look()
-        self.see_pins()
         loaded = self.manager.loaded.get(name)
         if pinned and loaded is not None:
             await self.loader.admit(loaded.content)
@@ -130,20 +131,13 @@ class Adapters:
         """One slot stays free for everything that is not pinned."""
         return self.loader.residency.slots - 1
 
-    def see_pins(self) -> None:
-        """Tells the engine's side which contents are pinned."""
-        records = self.manager.records.values()
-        self.loader.pinned = frozenset(
+    def pinned(self) -> frozenset[str]:
+        """Digests of the contents that are never evicted."""
+        return frozenset(
             record.serving.digest
-            for record in records
+            for record in self.manager.records.values()
             if record.pinned and record.serving is not None and record.serving.digest
         )
-
-    def _check_pins(self, name: str) -> None:
-        held = sum(r.pinned for r in self.manager.records.values() if r.name != name)
-        if held >= self.most_pins:
-            raise Conflict(f"{held} adapters are pinned, which is the most; unpin one first",
-                           field="pin")  # fmt: skip
 
     async def until(self, name: str) -> Record:
         """Waits until a submitted adapter answers here, or failed.
@@ -221,21 +215,28 @@ async def opened(
     stage("opening the adapter registry")
     async with registry_of(config, loader) as manager:
         found = Adapters(manager, loader, section.max_rank, reserved)
-        watching = asyncio.create_task(_watch_pins(found))
+        loader.pinned = found.pinned
+        keeping = asyncio.create_task(_keep_pinned(found))
         try:
             await manager.look()
             await _preload(section, found)
             await _settled(found, stage)
             yield found
         finally:
-            watching.cancel()
+            keeping.cancel()
 
 
-async def _watch_pins(found: Adapters) -> None:
-    """Other replicas pin too."""
+async def _keep_pinned(found: Adapters) -> None:
+    """Pinned adapters are in the engine: also those that another replica pinned or replaced."""
     while True:
-        found.see_pins()
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(PINS_S)
+        for name, loaded in found.manager.loaded.items():
+            record = found.manager.records.get(name)
+            if record is None or not record.pinned or found.loader.resident(loaded.content):
+                continue
+            # Without room, or unloaded meanwhile: the next look finds it again, or no more.
+            with contextlib.suppress(AdapterError, KeyError):
+                await found.loader.admit(loaded.content)
 
 
 async def _preload(section: AdaptersConfig, found: Adapters) -> None:

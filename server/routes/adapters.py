@@ -146,7 +146,8 @@ async def load_lora_adapter(raw_request: Request) -> Response:
     found = _adapters(raw_request)
     body = await _body(raw_request, LoadLora)
     name = body.lora_name
-    if not body.load_inplace and name in found.manager.records:
+    known = found.manager.records.get(name)
+    if known and (known.state != "failed" or known.serving) and not body.load_inplace:
         raise Conflict(f"The lora adapter '{name}' has already been loaded. If you want to load "
                        "the adapter in place, set 'load_inplace' to True.",
                        field="lora_name")  # fmt: skip

@@ -49,13 +49,17 @@ class ReadingLoader:
         self.pause_s = pause_s
         self.loads = 0
         self.unloads = 0
+        self.held: dict[str | None, asyncio.Event] = {}
+        """Digests whose requests take until the event is set."""
         self._busy: set[str] = set()
+        self._stays: set[tuple[str, str | None, str]] = set()
 
     async def load(self, content: Content, folder: Path) -> Facts:
         key = (content.name, content.digest, content.stream)
-        assert key not in self.engine, f"{key} is loaded already"
+        assert key not in self.engine or key not in self._stays, f"{key} is loaded already"
         assert content.name not in self._busy, f"{content.name}: overlapping calls"
         self._busy.add(content.name)
+        self._stays.add(key)
         try:
             await asyncio.sleep(self.pause_s)
             tensors = load_file(folder / "adapter_model.safetensors")
@@ -65,12 +69,19 @@ class ReadingLoader:
             self.engine[key] = float(a[0, 0])
             self.loads += 1
             return Facts("lora", "tiny", sum(t.nbytes for t in tensors.values()))
+        except BaseException:
+            self._stays.discard(key)
+            raise
         finally:
             self._busy.remove(content.name)
 
     async def unload(self, content: Content) -> None:
+        key = (content.name, content.digest, content.stream)
+        self._stays.discard(key)
         await asyncio.sleep(self.pause_s)
-        if self.engine.pop((content.name, content.digest, content.stream), None) is not None:
+        if content.digest in self.held:
+            await self.held[content.digest].wait()
+        if key not in self._stays and self.engine.pop(key, None) is not None:
             self.unloads += 1
 
 
