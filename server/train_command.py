@@ -204,7 +204,7 @@ def run(given: argparse.Namespace) -> int:
 
     try:
         return _meteora(given)
-    except AdapterError as error:
+    except (AdapterError, OSError) as error:
         print(f"coxswain: {error}", file=sys.stderr)
         return 1
 

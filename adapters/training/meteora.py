@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from adapters.errors import AdapterError
 from adapters.formats.artefact import Artefact
 from adapters.formats.base import base_shapes
 from adapters.formats.inspect import inspect
@@ -89,7 +90,11 @@ def _inputs(settings: Settings) -> tuple[list[Artefact], list[list[Example]]]:
     base = base_shapes(settings.base)
     artefacts = []
     for name, folder in settings.adapters.items():
-        found = inspect(folder, base, max_rank=NO_LIMIT)
+        try:
+            found = inspect(folder, base, max_rank=NO_LIMIT)
+        except AdapterError as error:
+            error.field = f"--adapter {name}: {error.field}"
+            raise
         if found.kind != "lora":
             raise BadRecipe(
                 "not a LoRA adapter",

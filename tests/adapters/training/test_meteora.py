@@ -287,9 +287,15 @@ REFUSED: Sequence[tuple[Change, str]] = [
     (lambda s, _: {"data": {"row": s.data["row"]}}, r"--data: .*one file for each of row, sum"),
     (lambda s, _: {"adapters": {"row": s.adapters["row"]}}, r"--adapter: .*two or more"),
     (lambda s, _: {"adapters": {**s.adapters, "../x": s.base}}, r"--adapter: .*'../x'.*letters"),
-    (lambda s, _: {"adapters": {**s.adapters, "row": s.base}}, r"base: no adapter here"),
-    (broken_lora, r"does not have the config's rank \(got \(3, \d+\)\); allowed: rank 2"),
-    (other_base, r"its shape does not fit the base \(got .*\); allowed: "),
+    (
+        lambda s, _: {"adapters": {**s.adapters, "row": s.base}},
+        r"--adapter row: base: no adapter here",
+    ),
+    (
+        broken_lora,
+        r"--adapter row: .* does not have the config's rank \(got \(3, \d+\)\); allowed: rank 2",
+    ),
+    (other_base, r"--adapter row: .* its shape does not fit the base \(got .*\); allowed: "),
     (no_template, r"the base has no chat template; allowed: --chat-template"),
     (plain_data, r"x.jsonl:1: .*cannot be joined.*--turns 1"),
 ]
