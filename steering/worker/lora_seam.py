@@ -27,6 +27,7 @@ from steering.plan import AdapterUse
 from steering.worker.adapting import Adapted
 from steering.worker.batches import Int64
 from steering.worker.lora_sets import SetManager
+from steering.worker.triton_adding import triton_adding
 
 
 def keep_compiling(vllm_config: VllmConfig) -> None:
@@ -118,6 +119,7 @@ class LoraSeam:
         self._manager = manager._adapter_manager
         self._dtype = runner.model_config.dtype
         self._last: dict[str, tuple[Sequence[Any], Any, Added]] = {}
+        self._triton = triton_adding(runner)
 
     def adapted(self, uses: Sequence[tuple[AdapterUse, ...]], counting: bool) -> Adapted | None:
         """The adapters of this step's requests, None if no request has any.
@@ -149,6 +151,8 @@ class LoraSeam:
             total: tokens that the stream runs, padding included, ≥ T.
             device: of the stream.
         """
+        if self._triton is not None:
+            return self._triton.adapting(adapted, stream, requests, total, device)
         key = (stream, tuple(adapted.slots.items()), requests.tobytes(), total)
         last = self._last.get(stream[0])
         # While the same requests decode nothing of it changes; counts of routes are the step's own.
