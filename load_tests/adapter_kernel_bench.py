@@ -4,9 +4,8 @@
 
 One row is one transformer layer: its seven adapted modules as vLLM packs them (qkv, o, gate and up,
 down), with constant gates over 1 to 128 adapters or with a routed pack of 28. Weights are random;
-each result is checked against the torch path before it is timed. Before every timed run the
-GPU's second-level cache is overwritten, since in a served model gigabytes of other weights pass
-between two visits to the same adapter.
+each result is checked against the torch path before it is timed. Before every timed run the GPU's
+second-level cache is overwritten, as other weights do between two visits to the same adapter.
 
 Times are medians: of the launches in a CUDA graph, of the same launches from Python, and of the
 torch path from Python. The share of the bandwidth is that of the first, against a copy in the same
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 
 MEMBERS, TOP_K = 28, 2
 """Of a pack, as MeteoRA's authors released it; its rank is 8."""
-
 RUNS, WARM_UPS = 30, 5
 
 
@@ -46,9 +44,7 @@ class Case:
     """One row.
 
     Args:
-        hidden: the model's width.
-        kv: width of its keys, and of its values.
-        inner: width of its MLP.
+        hidden, kv, inner: widths of the model, of its keys (and values), of its MLP.
         rank: of each adapter, or of each member of the pack.
         tokens: T, dealt to the adapters in turn.
         adapters: sets in use; 1 for a pack.
@@ -107,11 +103,13 @@ def cases() -> Iterator[Case]:
 class Work:
     """One case in the memory of `device`; weights and activations in `dtype`."""
 
-    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, case: Case, device: torch.device, dtype: torch.dtype, by_columns: bool = False
+    ) -> None:
         from adapters.kernels.triton_sum import AdapterTables
 
         self.case = case
-        room = -(-(case.columns + case.gates) // 8) * 8
+        room = max(64, -(-(case.columns + case.gates) // 8) * 8)
 
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
             return torch.randn(*shape, device=device, dtype=dtype) * scale
@@ -122,7 +120,9 @@ class Work:
             self.layers.append((normal(case.tokens, sum(sizes)), normal(case.tokens, into)))
             a = [normal(case.adapters, 1, room, into, scale=into**-0.5) for _ in sizes]
             # Contiguous by columns, as the worker lays out its slots.
-            b = [normal(case.adapters, 1, room, n).transpose(2, 3) for n in sizes]
+            b = [normal(case.adapters, 1, n, room) for n in sizes]
+            if by_columns:
+                b = [part.mT.contiguous().mT for part in b]
             if case.pack:
                 # Scores without ties or rounding, or the two paths could choose other members.
                 order = torch.rand(case.tokens, MEMBERS, device=device).argsort()
@@ -229,14 +229,14 @@ class Timer:
         return 2 * source.numel() / seconds
 
 
-def measure(dtype: torch.dtype) -> dict[str, Any]:
+def measure(dtype: torch.dtype, by_columns: bool) -> dict[str, Any]:
     """All results, with what they were measured on."""
     import triton
 
     timer = Timer()
     bandwidth, rows = timer.bandwidth(), []
     for case in cases():
-        work = Work(case, torch.device("cuda"), dtype)
+        work = Work(case, torch.device("cuda"), dtype, by_columns)
         work.check()  # also compiles
         graph = timer.graphed(work.triton)
         least = case.least_bytes(dtype.itemsize)
@@ -251,6 +251,7 @@ def measure(dtype: torch.dtype) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(),
         "versions": versions | {"cuda": torch.version.cuda},
         "dtype": str(dtype).removeprefix("torch."),
+        "b": "by columns" if by_columns else "by rows",
         "copy_bytes_per_s": bandwidth,
         "rows": rows,
     }
@@ -259,12 +260,12 @@ def measure(dtype: torch.dtype) -> dict[str, Any]:
 def markdown(found: dict[str, Any]) -> str:
     """The results as a page."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    speed = f"{found['copy_bytes_per_s'] / 1e9:.0f} GB/s"
+    what = f"{found['gpu']}, {versions}, {found['dtype']}, B {found['b']}"
     lines = [
         "# The adapter sum's Triton kernels",
         "",
-        f"{found['gpu']}, {versions}, {found['dtype']}. A copy moves {speed}. Microseconds per",
-        "transformer layer (seven modules), cold cache, medians.",
+        f"{what}. A copy moves {found['copy_bytes_per_s'] / 1e9:.0f} GB/s.",
+        "Microseconds per transformer layer (seven modules), cold cache, medians.",
         "",
         "| hidden | tokens | adapters | rank | MB | graph | share of copy | from Python | torch |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -284,10 +285,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("adapter_kernel_bench"))
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--by-columns", action="store_true", help="B as the CPU build lays it out")
     options = parser.parse_args()
     if not torch.cuda.is_available() or torch.version.cuda is None:
         sys.exit("There is no NVIDIA GPU here: nothing was measured.")
-    found = measure(getattr(torch, options.dtype))
+    found = measure(getattr(torch, options.dtype), options.by_columns)
     options.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     options.out.with_suffix(".md").write_text(markdown(found))
     print(markdown(found))

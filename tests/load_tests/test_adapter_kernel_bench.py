@@ -48,8 +48,13 @@ def test_the_shapes_that_are_measured() -> None:
 def test_the_page() -> None:
     row = {"hidden": 4096, "tokens": 4, "adapters": 2, "rank": 8, "pack": False, "bytes": 2e6}
     times = {"graph_s": 1e-5, "triton_s": 2e-4, "torch_s": 3e-4, "share": 0.5}
-    found = {"gpu": "G", "versions": {"torch": "2"}, "dtype": "bfloat16", "copy_bytes_per_s": 4e11}
+    found = {
+        "gpu": "G",
+        "versions": {"torch": "2"},
+        "dtype": "bfloat16",
+        "copy_bytes_per_s": 4e11,
+    } | {"b": "by rows"}
     lines = markdown(found | {"rows": [row | times, row | times | {"pack": True}]}).splitlines()
-    assert "G, torch 2, bfloat16. A copy moves 400 GB/s." in lines[2]
+    assert "G, torch 2, bfloat16, B by rows. A copy moves 400 GB/s." in lines[2]
     assert lines[-2] == "| 4096 | 4 | 2 | 8 | 2.0 | 10 | 0.50 | 200 | 300 |"
     assert "pack of 28, top 2" in lines[-1]

@@ -52,7 +52,7 @@ def test_steps_of_random_requests_are_as_in_torch() -> None:
             side[slot, 0, : ROWS[set_id]] = normal((ROWS[set_id], INTO))
             other[slot, 0, :, : ROWS[set_id]] = normal((other.shape[2], ROWS[set_id]))
     counted = changed = 0
-    for _ in range(25):
+    for _ in range(14):
         count = rng.randint(1, 6)
         sets = np.array([rng.choice([0, *SETS]) for _ in range(count)], np.int64)
         uses = [random_uses(rng, SETS[int(s)]) if s else () for s in sets]
@@ -71,7 +71,7 @@ def test_steps_of_random_requests_are_as_in_torch() -> None:
                 assert torch.equal(summed(y, x, a, b), y)
                 changed += int(not torch.equal(got, y))
                 counted += compare_routes(mine, theirs, uses, stream[0])
-    assert changed > 40 and counted > 5
+    assert changed > 20 and counted > 3
 
 
 def compare_routes(mine: Adapted, theirs: Adapted, uses: Any, stream: str) -> int:
