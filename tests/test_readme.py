@@ -47,7 +47,8 @@ EXAMPLES = [
         r"^<!-- example: (\w+) -->\n```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE
     )
 ]
-CURL = [e for e in EXAMPLES if e.language == "bash"]
+CURL = [e for e in EXAMPLES if e.language == "bash" and "curl" in e.code]
+SHELL = [e for e in EXAMPLES if e.language == "bash" and "curl" not in e.code]
 PYTHON = [e for e in EXAMPLES if e.language == "python"]
 METHODS = sorted(
     e.name for e in entry_points(group=ENTRY_POINT_GROUP) if e.value.startswith("steering.methods.")
@@ -90,7 +91,7 @@ def test_the_curl_examples_are_answered(example: Example, url: str) -> None:
     assert "error" not in answer
     (choice,) = answer["choices"]
     assert choice.get("text") or choice["message"]["content"]
-    steering = example.body["steering"]
+    steering = example.body.get("steering", {})
     assert isinstance(steering, dict)
     assert ("steering" in answer) == bool(steering.get("report"))
 
@@ -102,12 +103,22 @@ def test_the_python_examples_run(example: Example, url: str) -> None:
     assert run([sys.executable, "-c", example.code.replace(ADDRESS, url)]).strip()
 
 
-def run(command: list[str]) -> str:
+@pytest.mark.engine
+@pytest.mark.timeout(600)  # the first test waits for the server to start
+@pytest.mark.parametrize("example", SHELL, ids=lambda e: e.name)
+def test_the_commands_run(example: Example, url: str) -> None:
+    bin_folder = str(Path(sys.executable).parent)
+    code = example.code.replace(".venv/bin", bin_folder)
+    assert run(["bash", "-euo", "pipefail", "-c", code], COXSWAIN_URL=url).strip()
+
+
+def run(command: list[str], **environ: str) -> str:
     """The command's output; a failure shows what it said."""
     # A proxy that the environment names must not stand between the example and this machine.
     done = subprocess.run(
         command,
-        env={**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"},
+        env={**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **environ},
+        cwd=ROOT,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
