@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -73,9 +74,11 @@ def running_server(
     # The command of this environment, which need not be on the PATH.
     program = str(Path(sys.executable).with_name("coxswain"))
     command = [program, "serve", str(config), "--host", host, "--port", str(port), *arguments]
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryDirectory() as state:
+        # A registry of its own: the usual one may be in use by a server that runs already.
+        environ = {**os.environ, "XDG_STATE_HOME": state}
         server = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environ
         )
         try:
             _wait(server, url, timeout_s, log)
