@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+
 ARCHITECTURE = "SteeredForCausalLM"
 
 
@@ -9,5 +15,24 @@ def register() -> None:
     """Registers the model class by name; vLLM calls this in every process it starts."""
     from vllm import ModelRegistry
 
+    end_with_parent()
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, "steering.worker.model:SteeredForCausalLM")
+
+
+@functools.cache
+def end_with_parent() -> None:
+    """Ends this process when its parent was killed; does nothing in a process without one.
+
+    vLLM's engine waits for its server's messages for ever, and holds the memory that the
+    restarted server needs.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
