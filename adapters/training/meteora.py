@@ -210,18 +210,21 @@ def _train(
         bar.update()
         last = step + 1 == settings.steps
         if last or step % 10 == 0:
-            bar.set_postfix(lm=f"{found.language:.3f}", gate=f"{found.gates:.3f}",
-                            right=f"{found.hit:.3f}", refresh=False)  # fmt: skip
+            bar.set_postfix_str(_shown(settings, found), refresh=False)
         if last or (step + 1) % settings.save_every == 0:
             checkpoint.save(folder, step + 1, run, parameters, optimizer)
-        if last:
-            say(f"loss {found.language:.3f} + {settings.gate_factor:g} × {found.gates:.3f}; "
-                f"gates right for {found.hit:.1%} of the last batch's tokens")  # fmt: skip
+            if last or bar.disable:  # No terminal: logs shall show that something happens.
+                say(f"step {step + 1} of {settings.steps}: {_shown(settings, found)}")
     bar.close()
     part = folder / "pack"
     write_pack(part, settings, artefacts, layers)
     inspect(part, base_shapes(settings.base), max_rank=NO_LIMIT)
     checkpoint.publish(part, settings.out)
+
+
+def _shown(settings: Settings, found: Losses) -> str:
+    parts = f"{found.language:.3f} + {settings.gate_factor:g} × {found.gates:.3f}"
+    return f"loss {parts}, gates right for {found.hit:.1%} of the tokens"
 
 
 def _step(
