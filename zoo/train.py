@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from zoo.conversations import write_conversations
 from zoo.questions import write_held_out
 from zoo.tokenizer import chat_text, train_tokenizer, with_chat
 from zoo.world import Question, Style, World, answer
@@ -141,12 +142,12 @@ def _padded(
 def fit(
     model: LlamaForCausalLM,
     batches: list[tuple[Tensor, Tensor]],
-    recipe: Pretraining | Tuning,
+    rate: float,
     name: str,
 ) -> None:
     """Train in place with AdamW and a warm-up-then-cosine rate. Wide models run in bfloat16."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(len(batches)))
     mixed = model.config.hidden_size >= 256
@@ -199,30 +200,43 @@ def train(name: str, world: World, tokenizer: PreTrainedTokenizerFast, out: Path
     recipe = RECIPES[name]
     if isinstance(recipe, Pretraining):
         model = new_model(recipe.shape, tokenizer)
-        fit(model, list(pretraining_batches(world, tokenizer, recipe)), recipe, name)
+        fit(model, list(pretraining_batches(world, tokenizer, recipe)), recipe.rate, name)
     else:
         model = LlamaForCausalLM.from_pretrained(out / recipe.base, dtype=torch.float32)
         tokenizer = with_chat(PreTrainedTokenizerFast.from_pretrained(out / recipe.base))
-        fit(model, list(tuning_batches(model, world, tokenizer, recipe)), recipe, name)
+        fit(model, list(tuning_batches(model, world, tokenizer, recipe)), recipe.rate, name)
     model.bfloat16().save_pretrained(out / name)
     tokenizer.save_pretrained(out / name)
 
 
 def main() -> None:
-    """Train the models asked for, bases first."""
+    """Train what is asked for: bases, models tuned on them, adapters, and the pack of these."""
+    from zoo.adapt import ADAPTERS, PACK, train_adapter, train_pack  # It imports this module.
+    from zoo.tasks import TASKS
+
+    names = [*RECIPES, *TASKS, PACK]
     parser = argparse.ArgumentParser(prog="python -m zoo.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "models", help="folder of the models")
-    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
+    parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="folder of the adapters")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--force", action="store_true", help="train again what is already there")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     world = World()
     write_held_out(world)
+    write_conversations(world)
     tokenizer = train_tokenizer(world)
     for name in args.only:
-        if args.force or not (args.out / name / "model.safetensors").exists():
-            train(name, world, tokenizer, args.out)
+        folder = args.out if name in RECIPES else args.adapters
+        if not args.force and any((folder / name).glob("*.safetensors")):
+            continue
+        if name in RECIPES:
+            train(name, world, tokenizer, folder)
+        elif name == PACK:
+            train_pack(world, args.out, folder)
+        else:
+            train_adapter(name, world, args.out, folder)
 
 
 if __name__ == "__main__":
