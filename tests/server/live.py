@@ -127,13 +127,26 @@ class Server:
         """Where it serves."""
         return f"http://127.0.0.1:{self.port}"
 
+    def key(self, path: str) -> dict[str, str]:
+        """The header with the key that a path needs: the admin's, or the first API key."""
+        auth = self.config.get("auth")
+        if auth is None:
+            return {}
+        admin = path.startswith("/admin") or path.endswith("load_lora_adapter")
+        return {"authorization": f"Bearer {auth['admin_key'] if admin else auth['api_keys'][0]}"}
+
     def get(self, path: str, **options: Any) -> httpx.Response:
         """One GET."""
-        return httpx.get(self.url + path, timeout=60, **options)
+        return httpx.get(self.url + path, timeout=60, **{"headers": self.key(path), **options})
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         """One POST of JSON."""
+        options = {"headers": self.key(path), **options}
         return httpx.post(self.url + path, json=body, timeout=120, **options)
+
+    def delete(self, path: str) -> httpx.Response:
+        """One DELETE."""
+        return httpx.delete(self.url + path, timeout=60, headers=self.key(path))
 
     def wait_ready(self) -> None:
         """Waits until it serves; keeps what it answered before.
