@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve test check fix bench eval zoo doctor clean
+.PHONY: help install install-gpu serve test check fix bench bench-adapters eval zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ fix: install ## repairs what ruff can repair
 
 bench: install ## time per decoding step, steered and not
 	$(BIN)/python -m load_tests.step_bench $(ARGS)
+
+bench-adapters: install ## what adapters cost, beside stock vLLM (about half an hour; needs a quiet machine)
+	$(BIN)/python -m load_tests.adapter_bench $(ARGS)
 
 eval: install ## the zoo's scores, asked from the server at HOST:PORT (starts one if none runs)
 	$(BIN)/python -m load_tests.with_server $(CONFIG) --host $(HOST) --port $(PORT) -- \

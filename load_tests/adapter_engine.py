@@ -181,12 +181,16 @@ class Driven:
         return True
 
     def form(self, name: str | None) -> None:
-        """Lets one of the authors' forms compute packs; None: our own kernel again."""
-        from adapters.kernels.gated import add_adapters
+        """Lets one of the authors' forms compute packs; None: our own kernels again."""
+        from adapters.kernels import gated, operation
         from load_tests.meteora_forms import FORMS, adding
         from steering.worker import lora_seam
 
-        vars(lora_seam)["add_adapters"] = adding(FORMS[name]) if name else add_adapters
+        def added(groups: Sequence[Any], *_: Any) -> operation.Added:
+            return operation.Added(None, tuple(groups))
+
+        vars(operation)["add_adapters"] = adding(FORMS[name]) if name else gated.add_adapters
+        vars(lora_seam)["added"] = added if name else operation.added
 
 
 def main() -> None:

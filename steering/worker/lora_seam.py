@@ -65,21 +65,6 @@ def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
             vars(module)["embedding_modules"] = {}
 
 
-def by_columns(manager: Any) -> None:
-    """Lays out the slots' B column by column; after the layers are wrapped, before they run.
-
-    The kernels read some columns of B, never some of its rows. Shapes stay as vLLM expects them.
-    """
-    for module in manager.modules.values():
-        stacked = getattr(module, "lora_b_stacked", None)
-        if isinstance(stacked, tuple) and all(b.dim() == 4 for b in stacked):
-            module.lora_b_stacked = tuple(
-                torch.zeros_like(b.transpose(2, 3), memory_format=torch.contiguous_format)
-                .transpose(2, 3)
-                for b in stacked
-            )  # fmt: skip
-
-
 class AdapterPunica(PunicaWrapperCPU):
     """What vLLM's LoRA layers call with their input and the base's output."""
 
