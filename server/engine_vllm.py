@@ -76,6 +76,7 @@ class SteeredLLM(AsyncLLM):
 
         Raises:
             BadValue: the lengthened prompt leaves no room in the context.
+            NoRoom: the engine cannot take its adapters while others are pinned.
         """
         extra = dict(sampling_params.extra_args or {})
         steered = extra.pop(KEY, None)
@@ -90,6 +91,8 @@ class SteeredLLM(AsyncLLM):
             return super().generate(prompt, sampling_params, request_id, **options)
         prompt, boarding = self._board(prompt, sampling_params, steered, index, plan)
         if plan.adapters:
+            assert self.residency is not None and steered.adapter_set is not None
+            self.residency.check_room(steered.adapter_set)
             outputs = self._adapted(prompt, sampling_params, request_id, steered, options)
         else:
             outputs = super().generate(prompt, sampling_params, request_id, **options)

@@ -103,6 +103,22 @@ class Residency:
             raise DoesNotFit("more bytes than adapters.max_loaded_bytes", field=field, value=size,
                              allowed=f"≤ {self.max_bytes}")  # fmt: skip
 
+    def check_room(self, found: AdapterSet) -> None:
+        """Whether a set can be held as long as the pins are as they are; asked before a response
+        begins, whose status could not tell afterwards.
+
+        Raises:
+            NoRoom: what is pinned leaves too little.
+            DoesNotFit: it is larger than all of the room.
+        """
+        if found.name in self._seats:
+            return
+        size = self._bytes_of(found)
+        self.check(size, "adapters")
+        pinned = [seat.size for seat in self._seats.values() if self._pinned(seat.found)]
+        if len(pinned) >= self.slots or sum(pinned) + size > self.max_bytes:
+            raise NoRoom("the adapters that are pinned leave no room", field="adapters")
+
     @asynccontextmanager
     async def holding(self, found: AdapterSet) -> AsyncIterator[None]:
         """Keeps a set in the engine; waits for room first, in the order of arrival.
@@ -164,7 +180,7 @@ class Residency:
         while len(self._seats) >= self.slots or self.bytes + size > self.max_bytes:
             unpinned = [s for s in self._seats.values() if not self._pinned(s.found)]
             if not unpinned:
-                raise NoRoom("all adapters in the engine are pinned", field="adapters")
+                raise NoRoom("the adapters that are pinned leave no room", field="adapters")
             idle = next((seat for seat in unpinned if not seat.users), None)
             if idle is not None:
                 self._evict(idle)
