@@ -29,7 +29,7 @@ class Office:
 
     client: httpx.AsyncClient
     folders: dict[str, Path]
-    left: int
+    left: int = 0
     done: Counter[str] = field(default_factory=Counter)
 
     async def call(

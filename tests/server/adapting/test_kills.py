@@ -173,16 +173,3 @@ def test_a_preload_that_fails_ends_the_start_and_says_why(
     assert "coxswain: adapters.preload.1 (other): " in said and "adapters.preload.0" not in said
     assert last_line(server) == "coxswain: cannot start"
     assert "Traceback" not in said
-
-
-def test_a_local_preload_that_fails_is_told_before_anything_is_loaded(
-    models: Path, tmp_path: Path
-) -> None:
-    preload = [{"name": "other", "source": "./adapters/f"}, {"name": "big", "source": "./nowhere"}]
-    config = configuration(models, tmp_path, preload=preload)
-    server = Server(models, config)
-    assert server.process.wait(PATIENCE_S * 2) == 1
-    said = server.log.read_text()
-    assert "coxswain: adapters.preload.0.source: " in said
-    assert "coxswain: adapters.preload.1.name: taken by the base (got 'big')" in said
-    assert "Traceback" not in said and "EngineCore" not in said
