@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
+import os
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -46,24 +48,35 @@ def build() -> bool:
 
     Takes some twenty seconds the first time. `adapters.kernels.operation` must be there already.
     """
-    if shutil.which("g++") is None:
-        return False
-    from torch.utils.cpp_extension import load
-
-    capability = torch.backends.cpu.get_cpu_capability()
-    content = hashlib.sha256(_SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:12]
+    cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
-        load(
-            f"coxswain_{capability.lower()}_{content}",
-            [str(_SOURCE)],
-            extra_cflags=["-O3", "-fopenmp", "-Wno-psabi", *_FLAGS.get(capability, ())],
-            extra_ldflags=["-fopenmp"],
-            is_python_module=False,
-        )
-    except (RuntimeError, OSError, ImportError) as error:
-        logging.getLogger(__name__).warning("adapters run without the C++ kernel: %s", error)
+        torch.ops.load_library(_compiled(Path(cache_home).expanduser() / "coxswain"))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        logging.getLogger(__name__).warning("adapters run without the C++ kernel: %s", said)
         return False
     return True
+
+
+def _compiled(folder: Path) -> Path:
+    """The compiled kernel in a folder, made if it is missing; whole at any time."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    content = hashlib.sha256(_SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    target = folder / f"adapters-{capability.lower()}-{content}.so"
+    if not target.is_file():
+        from torch.utils.cpp_extension import include_paths
+
+        libraries = Path(torch.__file__).parent / "lib"
+        include = [f"-isystem{path}" for path in include_paths()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            made = Path(own) / target.name
+            command = ["g++", "-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi"]
+            command += [*_FLAGS.get(capability, ()), *include, str(_SOURCE), "-o", str(made)]
+            command += [f"-L{libraries}", "-lc10", "-ltorch_cpu"]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+            made.replace(target)
+    return target
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -204,3 +206,20 @@ def test_what_goes_row_by_row() -> None:
     routed = Group(2, None, 8, 9, None, (Route(slice(0, 8), slice(8, 9), one, one, one, 1, one),))
     assert native.suits(few, 4000) and native.suits(routed, 4000)
     assert not native.suits(many, 4000)
+
+
+def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    assert not native.build.__wrapped__()
+    monkeypatch.setattr(operation, "_native", False)
+    assert operation.added([Group(0, None, 8, 8, None)], 1, torch.float32).rows is None
+
+
+def test_a_build_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("no program")
+    monkeypatch.setattr(native, "_SOURCE", broken)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert not native.build.__wrapped__()
+    assert not list((tmp_path / "cache" / "coxswain").iterdir())
