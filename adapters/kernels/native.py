@@ -37,9 +37,10 @@ _FLAGS = {
 
 DTYPES = (torch.bfloat16, torch.float32)
 
-SMALL = 1 << 10
-"""Tokens times columns of a plain group up to which it goes row by row: about where a matrix
-product is as fast, at ranks from 8 to 224 (AVX-512, bfloat16)."""
+NARROW, SMALL = 16, 1 << 10
+"""A plain group goes row by row if its set has at most so many columns, or if its tokens times
+columns are at most so many: about where matrix products, and what torch does around them, are as
+fast (AVX-512, bfloat16, ranks from 8 to 224, 4 to 2048 tokens)."""
 
 
 @cache
@@ -115,7 +116,8 @@ def suits(group: Group, total: int) -> bool:
         group: of a batch on the CPU.
         total: T, tokens of the batch.
     """
-    return bool(group.routes) or _size(group, total) * group.columns <= SMALL
+    narrow = group.columns <= NARROW or _size(group, total) * group.columns <= SMALL
+    return bool(group.routes) or narrow
 
 
 def rows(groups: Sequence[Group], total: int) -> Rows:

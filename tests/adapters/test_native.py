@@ -177,8 +177,9 @@ def test_rounding_is_torchs() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16, torch.float64])
-def test_rows_and_groups_in_one_batch(dtype: torch.dtype) -> None:
+def test_rows_and_groups_in_one_batch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the engine calls it: some groups go row by row, the large one does not."""
+    monkeypatch.setattr(native, "NARROW", COLUMNS - 1)
     layer = Layer(64, (256, 40), dtype, seed=9)
     x, y = layer.draw(400, 64), layer.draw(400, 296)
     groups = mixed_groups(200, seed=11)
@@ -201,11 +202,13 @@ def test_rows_and_groups_in_one_batch(dtype: torch.dtype) -> None:
 
 
 def test_what_goes_row_by_row() -> None:
-    few, many = Group(0, torch.arange(4), 8, 8, None), Group(1, None, 8, 8, None)
+    few, narrow = Group(0, torch.arange(4), 64, 64, None), Group(1, None, 8, 8, None)
     one = torch.ones(1)
-    routed = Group(2, None, 8, 9, None, (Route(slice(0, 8), slice(8, 9), one, one, one, 1, one),))
-    assert native.suits(few, 4000) and native.suits(routed, 4000)
-    assert not native.suits(many, 4000)
+    route = Route(slice(0, 64), slice(64, 65), one, one, one, 1, one)
+    routed = Group(2, None, 64, 65, None, (route,))
+    for group in (few, narrow, routed):
+        assert native.suits(group, 4000)
+    assert not native.suits(Group(3, None, 64, 64, None), 4000)
 
 
 def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
