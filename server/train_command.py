@@ -32,9 +32,9 @@ example:
       --adapter sum=adapters/sum --data sum=data/sum.jsonl \\
       --adapter sort=adapters/sort --data sort=data/sort.jsonl --turns 4
 
-If the pack answers worse than the adapters chosen by hand: more --steps or a higher --rate until
-the gates are right for 95 % of the tokens or more; then --adapters-rate, which trains the adapters
-with the gates, as the authors did. Conversations that change the subject need --turns.
+If the pack answers worse than the adapters chosen by hand: more --steps, or a higher --rate with
+--gate-std 0.02; then --adapters-rate 1e-3 --gate-factor 1, which trains the adapters with the
+gates, as the authors did. Conversations that change the subject need --turns.
 
 More: docs/train-meteora.md
 """
