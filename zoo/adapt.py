@@ -50,14 +50,15 @@ class Recipe:
 
 
 RECIPE = Recipe()
-PACK_EXAMPLES = 400
+PACK_EXAMPLES = 1500
 """Examples of each task in the pack's training data."""
 PACK_FLAGS = {
     "--turns": 8,
     "--batch": 64,
-    "--steps": 300,
-    "--rate": 5e-3,
+    "--steps": 1500,
+    "--rate": 1e-2,
     "--adapters-rate": 1e-3,
+    "--gate-factor": 1,
     "--gate-std": 0.02,
     "--dtype": "bfloat16",
     "--top-k": TOP_K,
