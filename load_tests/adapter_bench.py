@@ -197,9 +197,9 @@ class Bench:
 
             def work(kind: str, take: int, ahead: bool) -> dict[str, float]:
                 own = [next(left[kind]) for _ in range(take)]
-                found: dict[str, float] = engines[kind].ask(
-                    "stall", names=own, rows=8, drawn=250, ahead=ahead
-                )
+                drawn = 250 if ahead else 40  # enough for all pieces to be read meanwhile
+                asked = {"names": own, "rows": 8, "drawn": drawn, "ahead": ahead}
+                found: dict[str, float] = engines[kind].ask("stall", **asked)
                 return found
 
             labels = {
