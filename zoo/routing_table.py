@@ -9,7 +9,7 @@ from zoo.score import share, wilson
 from zoo.table import Reply
 from zoo.tasks import TASKS
 
-TOP_K, TEMPERATURE = 2, 1.0
+TOP_K, TEMPERATURE = 2, 4.0
 """The pack's k and T, chosen on the validation conversations."""
 
 
