@@ -1,4 +1,5 @@
-# `make help` lists the targets. Nothing here needs root, and nothing outside this folder changes.
+# `make help` lists the targets. Nothing here needs root. Outside this folder only two things are written:
+# the adapter registry of a server (~/.local/state/coxswain) and a compiled kernel (~/.cache/coxswain).
 
 CONFIG ?= zoo/server.yaml
 HOST ?= 127.0.0.1
