@@ -99,7 +99,7 @@ def test_kills_in_the_middle_of_loads_lose_nothing(
     models: Path, folders: dict[str, Path], oracle: Oracle, web: Web, config: dict[str, Any],
     state: Path,
 ) -> None:  # fmt: skip
-    # 1. The server, while it downloads.
+    # 1. The server, while it downloads one and loads another into the engine.
     with serving(Server(models, config)) as first:
         load(first, "good", folders["v0"], pin=True)
         load(first, "pack", folders["pack"])
@@ -109,8 +109,12 @@ def test_kills_in_the_middle_of_loads_lose_nothing(
             until(lambda: record_of(first, "late")["state"] == "downloading", PATIENCE_S)
             asked = first.post("/v1/completions", ONE["v1"].body({"v1": "late"}))
             assert asked.status_code == 404 and "downloading" in asked.text
+            os.kill(engine, signal.SIGSTOP)
+            submit(first, "half", folders["a"])
+            until(lambda: record_of(first, "half")["state"] == "loading", PATIENCE_S)
             kill(first.process.pid)
             first.process.wait()
+            os.kill(engine, signal.SIGCONT)
         # An engine without its server is of no use, and holds all the memory.
         until(lambda: not runs(engine), PATIENCE_S)
         assert runs(redis)
@@ -119,9 +123,11 @@ def test_kills_in_the_middle_of_loads_lose_nothing(
         shown = record_of(second, "good")
         assert shown["state"] == "ready" and shown["pinned"] and shown["here"]["resident"]
         answers(second, oracle, good="v0")
-        record = settled(second, "late")
-        assert record["state"] == "ready", record
-        answers(second, oracle, good="v0", late="v1")
+        for name in ("late", "half"):
+            record = settled(second, name)
+            assert record["state"] == "ready", record
+        answers(second, oracle, good="v0", late="v1", half="a")
+        assert list((state / "adapters" / ".tmp").iterdir()) == []
         # 2. Its Redis, while it loads into the engine.
         engine, redis = second.engine_process(), redis_of(second)
         os.kill(engine, signal.SIGSTOP)
@@ -132,30 +138,19 @@ def test_kills_in_the_middle_of_loads_lose_nothing(
         until(lambda: second.get("/admin/adapters/slow").status_code == 200, PATIENCE_S)
         assert settled(second, "slow")["state"] == "ready"
         assert redis_of(second) != redis
-        answers(second, oracle, good="v0", late="v1", slow="v2")
+        answers(second, oracle, good="v0", late="v1", half="a", slow="v2")
         assert {r["state"] for r in records_in_redis(state).values()} == {"ready"}
-        # 3. All of them, while it loads into the engine.
-        os.kill(engine, signal.SIGSTOP)
-        submit(second, "half", folders["a"])
-        until(lambda: record_of(second, "half")["state"] == "loading", PATIENCE_S)
-        kill(second.process.pid, engine, redis_of(second))
-        second.process.wait()
-    with serving(Server(models, config)) as third:
-        answers(third, oracle, good="v0", late="v1", slow="v2")
-        assert settled(third, "half")["state"] == "ready"
-        answers(third, oracle, good="v0", late="v1", slow="v2", half="a")
-        assert list((state / "adapters" / ".tmp").iterdir()) == []
-        # 4. An orderly end while it downloads.
+        # 3. An orderly end while it downloads.
         with slow(web, folders["b"], "never") as source:
-            submit(third, "never", source)
-            until(lambda: record_of(third, "never")["state"] == "downloading", PATIENCE_S)
+            submit(second, "never", source)
+            until(lambda: record_of(second, "never")["state"] == "downloading", PATIENCE_S)
             begun = time.monotonic()
-            assert third.stop() == 0
+            assert second.stop() == 0
             ended_s = time.monotonic() - begun
         print(f"\nended {ended_s:.1f} s after SIGTERM in the middle of a download")
         assert ended_s < 20  # not when the source gives up
-        assert last_line(third) == "coxswain: ended in order"
-        assert "Traceback" not in third.log.read_text()
+        assert last_line(second) == "coxswain: ended in order"
+        assert "Traceback" not in second.log.read_text()
 
 
 def test_a_preload_that_fails_ends_the_start_and_says_why(
@@ -167,6 +162,7 @@ def test_a_preload_that_fails_ends_the_start_and_says_why(
         {"name": "other", "source": f"{web.url}/other-base"},
     ]
     config = configuration(models, tmp_path, remotes=[web.url], preload=preload)
+    config["streams"], config["profiles"] = {}, {}
     server = Server(models, config)
     assert server.process.wait(PATIENCE_S * 2) == 1
     said = server.log.read_text()

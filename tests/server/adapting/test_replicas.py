@@ -122,7 +122,8 @@ def becomes(server: Server, oracle: Oracle, name: str, *contents: str | None) ->
 def test_what_one_loads_the_other_serves_also_one_that_starts_later(
     one: Server, two: Server, folders: dict[str, Path], oracle: Oracle
 ) -> None:
-    answers(two, oracle, "x", "v0")
+    for server in (one, two):
+        answers(server, oracle, "x", "v0")
     seconds = {}
     submit(two, "y", folders["b"])
     seconds["load"] = becomes(one, oracle, "y", None, "b")
