@@ -64,7 +64,6 @@ def test_the_command_prints_the_reasons_and_exits_1(
         ({"adapters": {"max_loaded": 1, "remotes": ["hf://"],
                        "preload": [{"name": "m", "source": "hf://a/b", "pin": True}]}},
          "adapters.preload: 1 are pinned; allowed: fewer than adapters.max_loaded, 1"),
-        ({"adapters": {"max_loaded": 1000, "max_rank": 512, "max_bytes": 1}}, "memory: "),
         ({"plugins": ["no-such-package"]}, "plugins: the configuration allows steering methods"),
         ({"engine": {"max_modle_len": 1}}, "did you mean max_model_len?"),
         ({"engine": {"pipeline_parallel_size": 2}}, "engine.pipeline_parallel_size: refused"),
