@@ -11,6 +11,7 @@ from server.adapting.checks import slot_bytes
 from server.checkpoints import Checkpoint
 from server.config import Config
 from server.diagnosis import Diagnosis, where
+from steering.engine_args import SCRATCH
 from steering.plan import BASE
 
 ROOM = 64
@@ -84,9 +85,20 @@ def _weights(config: Config, found: Diagnosis) -> int:
     dtype = str(config.engine.get("dtype", "auto"))
     owners = [f.checkpoint for f in found.streams.values() if f.owns_weights]
     total = sum(point.weight_bytes(dtype) for point in owners)
+    total += _scratch(config, found)
     if config.adapters is not None:
         total += slot_bytes(config, config.adapters, _shapes(owners))
     return total
+
+
+def _scratch(config: Config, found: Diagnosis) -> int:
+    """Bytes of the blocks in which value streams evaluate candidates."""
+    from vllm.platforms import current_platform
+
+    size = config.engine.get("block_size") or (128 if current_platform.is_cpu() else 16)
+    heads = [name for name, stream in config.streams.items() if stream.head == "value"]
+    tokens = SCRATCH * config.steering.max_top_k * int(size)
+    return tokens * sum(found.streams[n].kv_bytes for n in heads if n in found.streams)
 
 
 def _shapes(points: list[Checkpoint]) -> list[BaseShapes]:

@@ -30,6 +30,7 @@ class Checkpoint:
         quantized: config.json has a quantization section.
         dtype: what config.json says, e.g. `bfloat16`.
         layers, heads, kv_heads, head_size: of its attention.
+        hidden: width of its last hidden state.
         context: tokens that its positions reach, or None if config.json does not say.
         vocabulary: rows of its embedding table.
         encoder_decoder, multimodal, recurrent: kinds that cannot be streams.
@@ -45,6 +46,7 @@ class Checkpoint:
     heads: int
     kv_heads: int
     head_size: int
+    hidden: int
     context: int | None
     vocabulary: int
     encoder_decoder: bool
@@ -120,6 +122,7 @@ def inspect(model: str) -> Checkpoint:
         heads=heads,
         kv_heads=shape.get("num_key_value_heads") or heads,
         head_size=shape.get("head_dim") or (hidden // heads if heads else 0),
+        hidden=_number(shape, "word_embed_proj_dim") or hidden,
         context=_context(shape),
         vocabulary=_number(shape, "vocab_size"),
         encoder_decoder=bool(config.get("is_encoder_decoder")),

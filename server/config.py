@@ -78,7 +78,11 @@ class StreamConfig(Section):
     head: Literal["value", "classifier"] | None = Field(
         None, description="What the stream computes instead of token scores. Absent: token scores."
     )
-    path: str | None = Field(None, description="Folder of the classifier head, with `on`.")
+    path: str | None = Field(
+        None,
+        description="Folder with the head's tensors, where they are not in `model`. Beside `model` "
+        "it may hold a PEFT LoRA of the body too, which is merged when it is loaded.",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> StreamConfig:
@@ -89,6 +93,12 @@ class StreamConfig(Section):
             )
         if self.on is not None and (self.head is None or self.path is None):
             raise ValueError("`on` needs `head` and `path`")
+        if self.on is not None and self.head == "value":
+            raise ValueError("a value head needs a `model` of its own: it reads candidate tokens")
+        if self.same_as is not None and self.head is not None:
+            raise ValueError("`head` goes with `model` or `on`")
+        if self.path is not None and self.head is None:
+            raise ValueError("`path` goes with `head`")
         return self
 
 
@@ -187,6 +197,13 @@ class SteeringConfig(Section):
         (0.0, 10.0), description="Closed range for every `strength`; its lower end is at least 0."
     )
     weight: Range = Field((-10.0, 10.0), description="Closed range for every weight.")
+    max_top_k: int = Field(
+        64,
+        ge=1,
+        le=1024,
+        description="Most candidates that a request may have value streams evaluate. Each value "
+        "stream's key-value cache has two blocks more for each.",
+    )
     chat_templates: bool = Field(
         True,
         description="Whether requests may bring chat templates for streams. They are rendered in "
@@ -202,7 +219,7 @@ class SteeringConfig(Section):
     @property
     def limits(self) -> Limits:
         """The ranges as the methods want them."""
-        return Limits(strength=self.strength, weight=self.weight)
+        return Limits(strength=self.strength, weight=self.weight, top_k=self.max_top_k)
 
 
 def _usable_key(key: SecretStr) -> SecretStr:

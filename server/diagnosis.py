@@ -9,6 +9,7 @@ from typing import Any
 from server.checkpoints import Checkpoint, Unusable
 from server.console import table
 from steering.errors import SteeringError
+from steering.heads import HeadError
 from steering.plan import BASE
 from steering.plugins import PluginError, Registry
 
@@ -62,7 +63,7 @@ class Diagnosis:
             check()
         except SteeringError as error:
             self.problems.append(str(error))
-        except (Unusable, PluginError) as error:
+        except (Unusable, PluginError, HeadError) as error:
             self.problems.append(f"{field}: {error}")
         except Exception as error:  # a tokenizer or config that its library cannot read
             first = str(error).strip().split("\n")[0] or "no details"

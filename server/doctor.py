@@ -17,7 +17,9 @@ from server.capacity import contexts, memory, ranks_of
 from server.checkpoints import Unusable, inspect
 from server.config import RESERVED_ENGINE, Config
 from server.diagnosis import Diagnosis, StreamFacts, where
+from server.head_checks import check_heads, value_problems
 from server.templates import check_profile_templates, check_template
+from steering.heads import body_architecture
 from steering.method import Snapshot
 from steering.plan import BASE
 from steering.plugins import Registry, discover
@@ -44,7 +46,8 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 def snapshot(config: Config) -> Snapshot:
     """The streams as the methods see them."""
     heads = {name: stream.head or "lm" for name, stream in config.streams.items()}
-    return Snapshot({BASE: "lm", **heads})
+    on = {name: stream.on for name, stream in config.streams.items() if stream.on is not None}
+    return Snapshot({BASE: "lm", **heads}, on)
 
 
 def diagnose(config: Config) -> Diagnosis:
@@ -61,7 +64,9 @@ def diagnose(config: Config) -> Diagnosis:
     if found.methods is not None:
         _profiles(config, found, found.methods)
     if BASE in found.streams:
+        check_heads(config, found)
         _vocabularies(config, found)
+        found.problems += value_problems(config, found)
         found.problems += _architectures(config, found)
         found.problems += contexts(config, found)
         found.problems += memory(config, found)
@@ -71,10 +76,10 @@ def diagnose(config: Config) -> Diagnosis:
 
 
 def _sources(config: Config) -> list[tuple[str, str, bool]]:
-    """(stream, model, owns its weights), base first; heads are refused before."""
+    """(stream, model, owns its weights) of the streams that run, base first."""
     found = [(BASE, config.model, True)]
     for name, stream in config.streams.items():
-        if stream.model is not None and stream.head is None:
+        if stream.model is not None:
             found.append((name, stream.model, True))
         elif stream.same_as is not None:
             other = config.streams.get(stream.same_as)
@@ -89,10 +94,7 @@ def _not_yet(config: Config) -> list[str]:
     if config.registry is not None and config.adapters is None:
         found.append("registry: records adapters, and there is no section `adapters`")
     for name, stream in config.streams.items():
-        if stream.head is not None:
-            found.append(f"streams.{name}.head: streams with a {stream.head} head are not served "
-                         "yet; leave the stream out")  # fmt: skip
-        elif stream.same_as not in (None, BASE):
+        if stream.same_as not in (None, BASE):
             found.append(f"streams.{name}.same_as: only `{BASE}` can be shared at present")
     return found
 
@@ -200,7 +202,10 @@ def _architectures(config: Config, found: Diagnosis) -> list[str]:
     for name, fact in found.streams.items():
         if not fact.owns_weights:
             continue
-        why = _unsupported(ModelRegistry, fact.checkpoint.architecture)
+        architecture = fact.checkpoint.architecture
+        if name in config.streams and config.streams[name].head is not None:
+            architecture = body_architecture(architecture)
+        why = _unsupported(ModelRegistry, architecture)
         if why is not None:
             lines.append(f"{where(name)}: {why}")
         heads, ranks = fact.checkpoint.heads, ranks_of(config)

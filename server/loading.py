@@ -79,12 +79,22 @@ def engine_arguments(config: Config, diagnosis: Diagnosis) -> dict[str, Any]:
     if current_platform.is_cpu() and single:
         engine.setdefault("distributed_executor_backend", "uni")
     streams = {
-        name: StreamSource(model=stream.model, same_as=stream.same_as, head=stream.head)
+        name: StreamSource(
+            # The worker reads a head's tensors itself, so it needs the folder.
+            str(diagnosis.streams[name].checkpoint.folder)
+            if stream.head is not None and stream.model is not None
+            else stream.model,
+            stream.same_as,
+            stream.head,
+            stream.on,
+            stream.path,
+        )
         for name, stream in config.streams.items()
     }
     if config.adapters is not None:
         engine |= adapter_engine_args(config.adapters.max_loaded, config.adapters.max_rank)
-    return steered_engine_args(config.model, streams, diagnosis.overlaps, **engine)
+    top_k = config.steering.max_top_k
+    return steered_engine_args(config.model, streams, diagnosis.overlaps, top_k, **engine)
 
 
 def load(config: Config, progress: Progress, life: Life) -> Loaded:

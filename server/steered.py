@@ -10,7 +10,7 @@ from typing import Any
 
 from adapters.sets import AdapterSet
 from server.adapting.choice import Picked
-from steering.plan import AdapterUse, SteeringPlan
+from steering.plan import AdapterUse, RuleKind, SteeringPlan
 
 Report = Mapping[str, Mapping[str, Any]]
 """What the worker measured for one prompt, by choice index (as text)."""
@@ -79,14 +79,18 @@ def summary(steered: Steered, decode: Callable[[int], str]) -> dict[str, Any]:
     if steered.profile is not None:
         found["profile"] = steered.profile
     found["strengths"] = dict(plan.weights)
+    if plan.values is not None:
+        found["values"] = {"strengths": dict(plan.values.strengths), "top_k": plan.values.top_k}
     found["streams"] = list(plan.streams)
     reports = list(choices.values())
     if plan.adapters:
         found["adapters"] = [_adapter(steered, use, reports) for use in plan.adapters]
     found |= _totals(reports)
+    if plan.rule.kind is RuleKind.CRITICAL:
+        found["share_critical"] = _share(reports, "critical")
     if plan.report == "tokens" or len(choices) > 1:
         found["choices"] = [
-            {"index": index, **_totals([report]), **_detail(report, plan.report, decode)}
+            {"index": index, **_totals([report]), **_detail(report, plan, decode)}
             for index, report in choices.items()
         ]
     return found
@@ -133,8 +137,26 @@ def _totals(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _detail(report: Mapping[str, Any], level: str, decode: Callable[[int], str]) -> dict[str, Any]:
-    if level != "tokens":
+def _share(reports: Sequence[Mapping[str, Any]], what: str) -> float | None:
+    """A count over the tokens of some choices; None where there was no token."""
+    tokens = sum(report["tokens"] for report in reports)
+    return sum(report[what] for report in reports) / tokens if tokens else None
+
+
+def _critical(entry: Mapping[str, Any], plan: SteeringPlan) -> dict[str, Any]:
+    """What is known of a token of `critical_tokens`; nothing for other methods."""
+    found = {k: entry[k] for k in ("critical_probability", "critical") if k in entry}
+    if "critical" in entry:
+        k = plan.rule.stream
+        aligned = next(name for name, c in plan.weights if c and name != k)
+        found["chosen_by"] = k if entry["critical"] else aligned
+    return found
+
+
+def _detail(
+    report: Mapping[str, Any], plan: SteeringPlan, decode: Callable[[int], str]
+) -> dict[str, Any]:
+    if plan.report != "tokens":
         return {}
     return {
         "token_details": [
@@ -147,6 +169,7 @@ def _detail(report: Mapping[str, Any], level: str, decode: Callable[[int], str])
                 "base_choice": decode(entry["base_choice"]),
                 "base_choice_id": entry["base_choice"],
                 "changed": entry["changed"],
+                **_critical(entry, plan),
             }
             for entry in report.get("detail", ())
         ]

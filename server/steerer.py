@@ -204,6 +204,9 @@ class Steerer:
         if traits.prompt_logprobs and resolved.prompts:
             raise BadValue("log-probabilities of the prompt are undefined where a stream reads a "
                            "prompt of its own", field=f"{FIELD}.prompts")  # fmt: skip
+        if traits.prompt_logprobs and plan.values is not None:
+            raise BadValue("log-probabilities of the prompt go with no value stream: candidates "
+                           "are evaluated where a token is drawn", field=FIELD)  # fmt: skip
         plans = [resolved.plan]
         if resolved.prompts:
             plans = [

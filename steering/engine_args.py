@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
 ARCHITECTURE = "SteeredForCausalLM"
@@ -11,19 +12,28 @@ WORKER_EXTENSION = "steering.worker.extension.WorkerExtension"
 SCHEDULER = "steering.worker.scheduler.SteeredScheduler"
 
 
+SCRATCH = 2
+"""Requests with the most candidates that a value stream evaluates at once, a block for each."""
+
+
 @dataclass(frozen=True, slots=True)
 class StreamSource:
-    """Where a stream comes from: exactly one of `model` and `same_as`.
+    """Where a stream comes from: exactly one of `model`, `same_as` and `on`.
 
     Args:
         model: path or hub id of a checkpoint.
         same_as: another stream (or `base`) whose weights it shares, with KV of its own.
         head: 'value' or 'classifier' for a stream with a head; None for a language model.
+        on: the stream whose hidden state the head reads, which then has no forward of its own.
+        path: folder with the head's tensors (and a LoRA adapter of the body, merged when it is
+            loaded), for a stream with a head.
     """
 
     model: str | None = None
     same_as: str | None = None
     head: str | None = None
+    on: str | None = None
+    path: str | None = None
 
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -56,6 +66,7 @@ def steered_engine_args(
     model: str,
     streams: Mapping[str, StreamSource],
     overlaps: Mapping[str, dict[str, Any]] | None = None,
+    top_k: int = 64,
     **engine: Any,
 ) -> dict[str, Any]:
     """Keyword arguments for vLLM's `EngineArgs` / `AsyncEngineArgs`.
@@ -66,6 +77,7 @@ def steered_engine_args(
         overlaps: `steering.vocabulary.Overlap.to_wire()` by stream; a stream that is left out
             shares the base's vocabulary id by id. Give the base's overlap with itself too: it
             tells which rows of its table are padding when all streams are twins.
+        top_k: most candidates of a request that value streams evaluate.
         engine: any other engine argument; they win over our defaults.
     """
     from vllm.transformers_utils.config import get_config
@@ -74,10 +86,12 @@ def steered_engine_args(
     settings = {
         "architectures": list(config.architectures or []),
         "streams": {
-            name: {"model": source.model, "same_as": source.same_as}
+            name: {k: v for k, v in asdict(source).items() if v is not None}
             for name, source in streams.items()
         },
         "overlaps": dict(overlaps or {}),
+        "top_k": top_k,
+        "ends": sorted(end_ids(model, config)),
     }
     ours: dict[str, Any] = {
         "model": model,
@@ -92,3 +106,24 @@ def steered_engine_args(
     }
     extra = {**engine.pop("additional_config", {}), "coxswain": settings}
     return {**ours, **engine, "additional_config": extra}
+
+
+def end_ids(model: str, config: Any) -> set[int]:
+    """The ids at which the base ends a text: what vLLM stops at when a request says no more.
+
+    Args:
+        model: path or hub id of the base.
+        config: its `transformers` config.
+    """
+    from transformers import AutoTokenizer
+    from vllm.transformers_utils.config import try_get_generation_config
+
+    generation = try_get_generation_config(model, trust_remote_code=False)
+    named = [getattr(c, "eos_token_id", None) for c in (config, generation)]
+    with suppress(OSError, ValueError):  # tests serve models without a tokenizer
+        named.append(AutoTokenizer.from_pretrained(model).eos_token_id)
+    found: set[int] = set()
+    for ids in named:
+        several = ids if isinstance(ids, list) else [ids]
+        found |= {int(i) for i in several if i is not None}
+    return found

@@ -44,12 +44,14 @@ class Limits:
     Args:
         strength: closed range for every field of type `Strength`.
         weight: closed range for every field of type `Weight`.
+        top_k: largest value of every field of type `TopK`.
         streams: what every field of type `StreamName` may name; None: anything. The caller of
             `resolve` sets it from the snapshot.
     """
 
     strength: tuple[float, float] = (0.0, 10.0)
     weight: tuple[float, float] = (-10.0, 10.0)
+    top_k: int = 64
     streams: frozenset[str] | None = None
 
 
@@ -89,6 +91,19 @@ def _check_fraction(value: float) -> float:
     return value
 
 
+def _check_top_k(value: int, info: ValidationInfo) -> int:
+    most = _limits(info).top_k
+    if value > most:
+        raise refusal("the number of candidates is out of range", f"1 to {most}")
+    return value
+
+
+def _check_probability(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise refusal("the probability is out of range", "[0, 1]")
+    return value
+
+
 def _check_stream(value: str, info: ValidationInfo) -> str:
     known = _limits(info).streams
     if known is not None and value not in known:
@@ -99,6 +114,16 @@ def _check_stream(value: str, info: ValidationInfo) -> str:
 
 Strength = Annotated[float, Field(strict=True), AfterValidator(_check_strength)]
 """How strongly to steer; finite, inside the server's `steering.strength` range."""
+
+TopK = Annotated[int, Field(strict=True, ge=1), AfterValidator(_check_top_k)]
+"""How many of the most likely ids; 1 to the server's `steering.max_top_k`."""
+
+Probability = Annotated[
+    float,
+    Field(strict=True, json_schema_extra={"minimum": 0, "maximum": 1}),
+    AfterValidator(_check_probability),
+]
+"""A probability; in [0, 1]."""
 
 Weight = Annotated[float, Field(strict=True), AfterValidator(_check_weight)]
 """A coefficient of the read-out sum; finite, inside the server's `steering.weight` range."""
@@ -177,9 +202,12 @@ class Snapshot:
 
     Args:
         streams: stream name → head ('lm', 'value' or 'classifier'); `base` is always there.
+        bodies: head → the stream whose last hidden state it reads; a head that is left out reads
+            a body of its own, which runs under the head's name.
     """
 
     streams: Mapping[str, str] = field(default_factory=lambda: {"base": "lm"})
+    bodies: Mapping[str, str] = field(default_factory=dict)
 
 
 class Method(ABC, Generic[C]):
@@ -211,7 +239,9 @@ class Method(ABC, Generic[C]):
 
         Args:
             config: validated options.
-            logits: stream name → [V] float64 raw scores of that stream.
+            logits: stream name → [V] float64 raw scores of that stream. For a classifier head
+                the first number is its log-odds; for a value stream, number v is the value
+                after id v.
 
         Returns:
             [V] float64 scores, up to an additive constant. An entry that is not finite rules its

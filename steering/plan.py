@@ -31,6 +31,20 @@ class RuleKind(IntEnum):
     k = `Rule.stream` (p = param) and 0 outside (the delta filter of emulated fine-tuning).
     The delta is log-softmaxed first: a masked raw delta would lose a constant shift."""
 
+    CRITICAL = 3
+    """`z = Σ_{i≠k} c_i s_i`; where the head `Rule.head` gives a probability above param, only the
+    most likely id of stream k = `Rule.stream` that does not end the text (collaborative decoding
+    of critical tokens, arXiv 2402.17982). `steering.kernels.reference` says what "only" means."""
+
+    CRITICAL_MIX = 4
+    """The soft form of `CRITICAL`: with q the head's probability, p_a = softmax(Σ_{i≠k} c_i s_i)
+    and E the ids that end a text, `p(v) = (1 − q) p_a(v) + q (1 − p_a(E)) p_k(v | v ∉ E)` for
+    v ∉ E, and p_a(v) for v ∈ E. param is ignored."""
+
+
+CRITICAL_KINDS = (RuleKind.CRITICAL, RuleKind.CRITICAL_MIX)
+"""The rules that read a classifier head."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -38,13 +52,38 @@ class Rule:
 
     Args:
         kind: which operation.
-        stream: the stream it reads (`PLAUSIBLE`, `NUCLEUS`); ignored by `SUM`.
-        param: α in (0, 1] for `PLAUSIBLE`, p in (0, 1] for `NUCLEUS`; ignored by `SUM`.
+        stream: the stream it reads (k above); ignored by `SUM`.
+        param: α in (0, 1] for `PLAUSIBLE`, p in (0, 1] for `NUCLEUS`, the threshold in [0, 1] for
+            `CRITICAL`; ignored by the others.
+        head: the classifier head that the `CRITICAL` rules read; '' for the others.
     """
 
     kind: RuleKind = RuleKind.SUM
     stream: str = BASE
     param: float = 0.0
+    head: str = ""
+
+
+EndValue = Literal["prefix", "zero", "model"]
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """`Σ_m β_m (V_m(s⊕j) − mean_j V_m(s⊕j))` on the base's `top_k` most likely ids j.
+
+    Value-augmented sampling (arXiv 2405.06639). The other ids are left as they are. A value
+    model is not trained on V(s⊕j) of an id that ends the text; `ends` says what stands for it:
+    'prefix' V(s), 'zero' no addition (and no part in the mean), 'model' what the model says.
+
+    Args:
+        strengths: (value stream, β), by name, no zeros.
+        top_k: candidates, ≥ 1.
+        ends: the rule for ids that end the text.
+    """
+
+    strengths: tuple[tuple[str, float], ...]
+    top_k: int
+    ends: EndValue = "prefix"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +94,12 @@ class Recipe:
         weights: stream name → coefficient c_i. A stream that is left out has c_i = 0; `base`
             left out means c_0 = 0.
         rule: how the streams are combined.
+        values: what value streams add to that; None: nothing.
     """
 
     weights: dict[str, float]
     rule: Rule = Rule()
+    values: Values | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +132,8 @@ class SteeringPlan:
         prompts: (stream, token ids) for streams that read a prompt of their own; ids of that
             stream's own tokenizer.
         report: what to measure while decoding.
+        bodies: streams that run for a head on them; sorted.
+        values: what value streams add to the scores; None: nothing.
         adapters: what the adapter sums add, sorted, at most one use per stream and digest.
             The request's LoRARequest must hold all of them (`adapters.sets.AdapterSet`).
     """
@@ -101,16 +144,20 @@ class SteeringPlan:
     prompts: tuple[tuple[str, tuple[int, ...]], ...] = ()
     report: Report = "off"
     adapters: tuple[AdapterUse, ...] = ()
+    bodies: tuple[str, ...] = ()
+    values: Values | None = None
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """The companion streams that must run, by name."""
-        return tuple(name for name, _ in self.weights if name != BASE)
+        """The companion streams that must run: those of the sum by name, then heads' bodies."""
+        summed = tuple(name for name, _ in self.weights if name != BASE)
+        return summed + tuple(name for name in self.bodies if name not in (BASE, *summed))
 
     @property
     def steers(self) -> bool:
         """False if the read-out takes the base's own path, bit for bit; adapters or not."""
-        return self.weights != ((BASE, 1.0),) or self.rule.kind is not RuleKind.SUM
+        alone = self.weights == ((BASE, 1.0),) and self.rule.kind is RuleKind.SUM
+        return not alone or self.values is not None
 
     def cache_key(self, pad: int) -> str:
         """Names the prefix cache this request may share: '' for the base's own.

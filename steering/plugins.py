@@ -27,9 +27,11 @@ BUILT_INS: Mapping[str, str] = MappingProxyType(
         "mix": "steering.methods.mix:Mix",
         "context_aware": "steering.methods.context_aware:ContextAware",
         "guidance": "steering.methods.guidance:Guidance",
+        "value_augmented": "steering.methods.value_augmented:ValueAugmented",
+        "critical_tokens": "steering.methods.critical_tokens:CriticalTokens",
     }
 )
-"""Our own methods, as pyproject.toml registers them: used where we run from a source checkout."""
+"""Our own methods, as pyproject.toml registers them."""
 
 _ANY_VERSION = ENTRY_POINT_GROUP.removesuffix(str(CONTRACT_VERSION))
 
@@ -95,9 +97,8 @@ def discover(allow: Sequence[str] = ()) -> Registry:
     """
     allowed = {_normal(name) for name in allow}
     found = _entry_points()
-    ours = [e for e in found if _package(e) == OURS and e.group == ENTRY_POINT_GROUP]
-    if not ours:
-        ours = [EntryPoint(name, value, ENTRY_POINT_GROUP) for name, value in BUILT_INS.items()]
+    # Not from the installed entry points: those of an editable install lag behind its source.
+    ours = [EntryPoint(name, value, ENTRY_POINT_GROUP) for name, value in BUILT_INS.items()]
     theirs = [e for e in found if _package(e) in allowed - {OURS}]
     for name in sorted(allowed - {OURS}):
         _refuse_absent(name, [e for e in theirs if _package(e) == name])

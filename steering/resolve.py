@@ -17,7 +17,17 @@ from pydantic import ValidationError
 from steering.errors import BadValue, NotFound
 from steering.faults import fault
 from steering.method import Limits, Method, MethodConfig, OwnPrompt, Snapshot
-from steering.plan import BARE, BASE, Recipe, Report, Rule, RuleKind, SteeringPlan
+from steering.plan import (
+    BARE,
+    BASE,
+    CRITICAL_KINDS,
+    Recipe,
+    Report,
+    Rule,
+    RuleKind,
+    SteeringPlan,
+    Values,
+)
 from steering.spec import FIELD, Profile
 
 Methods = Mapping[str, Method[Any]]
@@ -84,7 +94,12 @@ def resolve(
     config = parse(spec, method, snapshot, limits, field)
     recipe = method.resolve(config, snapshot)
     weights = _weights(recipe, config, snapshot, field)
-    plan = SteeringPlan(method.name, weights, _rule(recipe, weights, field), (), _report(config))
+    rule = _rule(recipe, weights, field)
+    values = _values(recipe, config, snapshot, field)
+    bodies = _bodies(rule, values, config, snapshot, field)
+    plan = SteeringPlan(
+        method.name, weights, rule, (), _report(config), bodies=bodies, values=values
+    )
     return Resolved(plan, _prompts(config, recipe, plan, field), field)
 
 
@@ -172,9 +187,50 @@ def _rule(recipe: Recipe, weights: tuple[tuple[str, float], ...], field: str) ->
         return Rule()  # SUM reads no arguments: equal plans must be equal
     if rule.stream not in dict(weights):
         raise BadValue(f"the rule reads the stream {rule.stream}, which has no weight", field=field)
-    if not 0 < rule.param <= 1:
+    zero = 0 if rule.kind in CRITICAL_KINDS else math.ulp(0.0)
+    if not zero <= rule.param <= 1:
         raise BadValue("the rule's share is out of range", field=field, value=rule.param)
     return rule
+
+
+def _bodies(
+    rule: Rule, values: Values | None, config: MethodConfig, snapshot: Snapshot, field: str
+) -> tuple[str, ...]:
+    """The streams that must run for the heads that the plan reads."""
+    found = {name for name, _ in values.strengths} if values is not None else set()
+    if rule.kind in CRITICAL_KINDS:
+        _check_head(rule.head, "classifier", config, snapshot, field)
+        found.add(snapshot.bodies.get(rule.head, rule.head))
+    return tuple(sorted(found))
+
+
+def _values(recipe: Recipe, config: MethodConfig, snapshot: Snapshot, field: str) -> Values | None:
+    """The recipe's values without zeros; names, heads and numbers checked."""
+    values = recipe.values
+    if values is None:
+        return None
+    for stream, strength in values.strengths:
+        _check_head(stream, "value", config, snapshot, field)
+        if not math.isfinite(strength):
+            where = _where(config, stream, field)
+            raise BadValue(f"the strength of {stream} is not finite", field=where, value=strength)
+    strengths = tuple(sorted((s, float(b)) for s, b in values.strengths if b))
+    if len({stream for stream, _ in strengths}) < len(strengths):
+        raise BadValue("names the same value stream twice", field=field)
+    return replace(values, strengths=strengths) if strengths else None
+
+
+def _check_head(
+    name: str, wanted: str, config: MethodConfig, snapshot: Snapshot, field: str
+) -> None:
+    """Raises unless a stream of this name has the head that the method reads."""
+    where = _where(config, name, field)
+    there = sorted(stream for stream, head in snapshot.streams.items() if head == wanted)
+    allowed = f"one of: {', '.join(there)}" if there else f"(no stream has a {wanted} head)"
+    if name not in snapshot.streams:
+        raise NotFound("no such stream", field=where, value=name, allowed=allowed)
+    if snapshot.streams[name] != wanted:
+        raise BadValue(f"the stream has no {wanted} head", field=where, value=name, allowed=allowed)
 
 
 def _report(config: MethodConfig) -> Report:

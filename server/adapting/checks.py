@@ -37,7 +37,8 @@ def targets(config: Config, diagnosis: Diagnosis) -> dict[str, Target]:
     Raises:
         BadAdapter: a model has no safetensors files here.
     """
-    owners = {BASE: BASE} | {name: s.same_as or name for name, s in config.streams.items()}
+    runs = {name: s for name, s in config.streams.items() if s.on is None}
+    owners = {BASE: BASE} | {name: s.same_as or name for name, s in runs.items()}
     folders = {name: fact.checkpoint.folder for name, fact in diagnosis.streams.items()}
     shapes = {owner: base_shapes(folders[owner]) for owner in sorted(set(owners.values()))}
     return {name: Target(owner, shapes[owner]) for name, owner in owners.items()}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from steering.kernels.reference import SET_BACK
 from steering.plan import RuleKind
 
 NEVER = float("-inf")
@@ -21,6 +22,8 @@ def mix(
     stream: torch.Tensor,
     param: torch.Tensor,
     lacking: bool = True,
+    critical: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`z` for R rows.
 
@@ -31,12 +34,17 @@ def mix(
         coef: [R, S] float32 coefficients c_i.
         kind: [R] `RuleKind` as float32, or None when every row is a plain sum.
         stream: [R] float32, index of the stream that the rule reads.
-        param: [R] float32, α or p.
+        param: [R] float32, α, p or the threshold.
         lacking: False promises that no stream lacks an id that the base has, which saves work.
+        critical: [R] float32 log-odds of the rows' heads; None if no row has a `CRITICAL` rule.
+        ends: [E] int64, ids that end a text; None for none. Fewer than V.
 
     Returns:
         [R, V] float32 scores; −∞ where a rule forbids an id.
     """
+    if critical is not None:
+        assert kind is not None
+        coef = _without_rule_stream(coef, kind, stream)
     z = weighted_sum(logits, coef)
     if kind is not None:
         _on_rows(kind == float(RuleKind.NUCLEUS), _nucleus, z, logits, coef, stream, param)
@@ -44,6 +52,9 @@ def mix(
         z = _no_delta(z, logits, coef, kind, stream)
     if kind is not None:
         _on_rows(kind == float(RuleKind.PLAUSIBLE), _plausible, z, logits, coef, stream, param)
+    if critical is not None:
+        assert kind is not None
+        _critical(z, logits, stream, kind, param, critical, ends)
     return z
 
 
@@ -161,3 +172,62 @@ def nucleus(s: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     # p = 1 is every id, also where rounding makes the mass reach 1 early.
     inside = (before < p[:, None]) | (p >= 1)[:, None]
     return torch.zeros_like(s, dtype=torch.bool).scatter(-1, order, inside)
+
+
+def _without_rule_stream(
+    coef: torch.Tensor, kind: torch.Tensor, stream: torch.Tensor
+) -> torch.Tensor:
+    """[R, S] the coefficients of the aligned sum: `CRITICAL` rows do not add stream k."""
+    rule = ((kind == float(RuleKind.CRITICAL)) | (kind == float(RuleKind.CRITICAL_MIX)))[:, None]
+    k = torch.nn.functional.one_hot(stream.long(), coef.shape[1]).bool()
+    return coef.masked_fill(rule & k, 0.0)
+
+
+def _critical(
+    z: torch.Tensor,
+    logits: Sequence[torch.Tensor | None],
+    stream: torch.Tensor,
+    kind: torch.Tensor,
+    param: torch.Tensor,
+    critical: torch.Tensor,
+    ends: torch.Tensor | None,
+) -> None:
+    """Replaces the critical rows of `z`, and mixes those of the soft rule."""
+    hard = (kind == float(RuleKind.CRITICAL)) & (critical.sigmoid() > param)
+    rows = torch.nonzero(hard)[:, 0]
+    if rows.numel():
+        z[rows] = _only_best(_rows_of_stream(logits, rows, stream), ends)
+    rows = torch.nonzero(kind == float(RuleKind.CRITICAL_MIX))[:, 0]
+    if rows.numel():
+        z[rows] = _blend(z[rows], _rows_of_stream(logits, rows, stream), critical[rows], ends)
+
+
+def _rows_of_stream(
+    logits: Sequence[torch.Tensor | None], rows: torch.Tensor, stream: torch.Tensor
+) -> torch.Tensor:
+    return _of_stream([None if s is None else s[rows] for s in logits], stream[rows].long())
+
+
+def _only_best(s: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
+    """Log p_k(· | not E), `SET_BACK` lower but at its maximum; log p_k twice as much lower on E."""
+    own = s if ends is None else s.index_fill(-1, ends, NEVER)
+    own = own.log_softmax(-1)
+    best = own.argmax(-1, keepdim=True)
+    found = (own - SET_BACK).scatter(-1, best, own.gather(-1, best))
+    if ends is None:
+        return found
+    return found.index_copy(-1, ends, s.log_softmax(-1)[:, ends] - 2 * SET_BACK)
+
+
+def _blend(
+    z: torch.Tensor, s: torch.Tensor, log_odds: torch.Tensor, ends: torch.Tensor | None
+) -> torch.Tensor:
+    """`log((1 − q) p_a + q (1 − p_a(E)) p_k(· | not E))`, and log p_a on E."""
+    aligned, odds = z.log_softmax(-1), log_odds[:, None]
+    own = s if ends is None else s.index_fill(-1, ends, NEVER)
+    own = own.log_softmax(-1)
+    if ends is not None:
+        own = own + aligned.index_fill(-1, ends, NEVER).logsumexp(-1, keepdim=True)
+    log = torch.nn.functional.logsigmoid
+    mixed = torch.logaddexp(log(-odds) + aligned, log(odds) + own)
+    return mixed if ends is None else mixed.index_copy(-1, ends, aligned[:, ends])

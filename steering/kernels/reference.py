@@ -5,31 +5,47 @@ Letters: V the vocabulary, S streams.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from steering.plan import BASE, Recipe, RuleKind
+from steering.plan import BASE, CRITICAL_KINDS, EndValue, Recipe, RuleKind
 
 Scores = npt.NDArray[np.float64]
 """[V] float64."""
 
 
-def mix_reference(recipe: Recipe, logits: Mapping[str, Scores]) -> Scores:
-    """`z` of one position; see `steering.plan.RuleKind` for the three operations.
+SET_BACK = 64.0
+"""Nats. By how much ids lose to the one that a critical token must be: e^−64 has no weight beside
+1 in float32, up to temperature 2 and with any vocabulary. It is finite so that what stands behind
+the read-out (a grammar, a bias of −100) can still ban the one id and leaves something to draw."""
+
+
+def mix_reference(
+    recipe: Recipe, logits: Mapping[str, Scores], ends: Collection[int] = ()
+) -> Scores:
+    """`z` of one position; see `steering.plan.RuleKind` for the operations.
 
     A stream with coefficient exactly 0 is not in the sum, whatever it holds. An id that is −∞ in
     the base is −∞ in `z`, if the base is in the sum. An id that is −∞ in another stream of the sum
     is one that the stream lacks: it gets no delta, which means the base's log-probability beside
     the normalised sum of the others. Streams' raw scores have offsets of their own, so they are
     normalised over what they share before the two are compared. Where the base is not in the sum,
-    or negatively, such an id is −∞.
+    or negatively, such an id is −∞. The `CRITICAL` rules do this to the sum without stream k.
+
+    A critical token's scores are log p_k(v | v ∉ E), `SET_BACK` lower at every id but the most
+    likely one (of equals the lowest), and log p_k − 2 `SET_BACK` on E, the ids that end a text.
 
     Args:
         recipe: weights and rule.
         logits: stream name → [V] raw scores, finite or −∞, for each weighted stream and the
-            rule's; at least one is finite.
+            rule's; at least one is finite. Of a classifier head, the log-odds come first.
+        ends: ids that end a text.
+
+    A value stream's array holds the value after each id; ids that end the text count as any other
+    here (`value_offsets` has the rules).
 
     Returns:
         [V] float64 scores, finite or −∞.
@@ -39,6 +55,15 @@ def mix_reference(recipe: Recipe, logits: Mapping[str, Scores]) -> Scores:
     """
     weights = {stream: c for stream, c in recipe.weights.items() if c != 0}
     rule = recipe.rule
+    if recipe.values is not None:
+        added = mix_reference(Recipe(recipe.weights, rule), logits, ends)
+        best = np.argsort(-logits[BASE], kind="stable")[: recipe.values.top_k]
+        for stream, beta in recipe.values.strengths:
+            after = logits[stream][best]
+            added[best] += beta * value_offsets(after, 0.0, np.zeros(best.size, np.bool_), "model")
+        return added
+    if rule.kind in CRITICAL_KINDS:
+        return _critical(recipe, logits, ends)
     size = next(iter(logits.values())).shape
     raw = weights
     if rule.kind is RuleKind.NUCLEUS:
@@ -61,6 +86,48 @@ def mix_reference(recipe: Recipe, logits: Mapping[str, Scores]) -> Scores:
         judge = logits[rule.stream]
         z[judge < judge.max() + np.log(rule.param)] = -np.inf
     return z
+
+
+def value_offsets(
+    values: Scores, prefix: float, ending: npt.NDArray[np.bool_], rule: EndValue
+) -> Scores:
+    """What one value model adds to the candidates at strength 1: V − mean V, [k].
+
+    Args:
+        values: [k] V(s⊕j).
+        prefix: V(s).
+        ending: [k] which candidates end the text.
+        rule: what stands for the value of those.
+    """
+    if rule == "prefix":
+        values = np.where(ending, prefix, values)
+    counted = ~ending if rule == "zero" else np.ones_like(ending)
+    if not counted.any():
+        return np.zeros(values.shape)
+    offsets: Scores = np.where(counted, values - values[counted].mean(), 0.0)
+    return offsets
+
+
+def _critical(recipe: Recipe, logits: Mapping[str, Scores], ends: Collection[int]) -> Scores:
+    rule = recipe.rule
+    aligned = {s: c for s, c in recipe.weights.items() if s != rule.stream}
+    z = mix_reference(Recipe(aligned), logits)
+    log_odds = float(logits[rule.head][0])
+    q = 1 / (1 + math.exp(-log_odds))
+    own = log_softmax(logits[rule.stream])
+    ending = np.isin(np.arange(own.size), list(ends))
+    if rule.kind is RuleKind.CRITICAL:
+        if q <= rule.param:
+            return z
+        others = own - _log_mass(own[~ending])
+        best = np.where(ending, -np.inf, others).argmax()
+        kept = np.where(np.arange(own.size) == best, others, others - SET_BACK)
+        return np.where(ending, own - 2 * SET_BACK, kept)
+    ours = log_softmax(z)
+    with np.errstate(divide="ignore"):
+        rest = _log_mass(ours[~ending]) - _log_mass(own[~ending])
+        mixed = np.logaddexp(np.log(1 - q) + ours, np.log(q) + own + rest)
+    return np.where(ending, ours, mixed)
 
 
 def log_softmax(scores: Scores) -> Scores:

@@ -74,15 +74,62 @@ class StreamBatch:
     lengths: Int32
     own: tuple[OwnTokens, ...]
 
-    def slots(self, block_table: Int32, block_size: int) -> Int64:
-        """[T_i] KV slots.
+    def table(self, block_table: Int32, _block_size: int, _scratch: int) -> Int32:
+        """[n, B] the rows' block ids.
 
         Args:
             block_table: [Q, B] block ids of the step's requests.
+        """
+        return block_table[self.rows]
+
+    def slots(self, table: Int32, block_size: int) -> Int64:
+        """[T_i] KV slots.
+
+        Args:
+            table: [n, B] block ids, from `table`.
             block_size: tokens per block.
         """
-        blocks = block_table[self.rows[self.token_rows], self.positions // block_size]
+        blocks = table[self.token_rows, self.positions // block_size]
         return blocks.astype(np.int64) * block_size + self.positions % block_size
+
+
+class Candidates(StreamBatch):
+    """One-token rows behind the prefixes of requests, each with a scratch block as its last.
+
+    Several rows may extend the same request.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, rows: Int64, ends: Int32) -> Candidates:
+        """The batch of n candidates.
+
+        Args:
+            rows: [n] the request that each extends.
+            ends: [n] length of its prefix.
+        """
+        each = np.arange(rows.size)
+        return cls(
+            rows=rows,
+            tokens=each,
+            positions=ends.astype(np.int64),
+            token_rows=each,
+            starts=np.arange(rows.size + 1, dtype=np.int32),
+            lengths=(ends + 1).astype(np.int32),
+            own=(),
+        )
+
+    def table(self, block_table: Int32, block_size: int, scratch: int) -> Int32:
+        """[n, B] the rows' block ids, the last one of row i being `scratch` + i."""
+        found = block_table[self.rows].copy()
+        found[self.token_rows, self.positions // block_size] = scratch + self.token_rows
+        return found
+
+    def begun(self, block_table: Int32, block_size: int) -> tuple[Int64, Int32]:
+        """(row, block) of the rows whose last block holds tokens of the prefix already."""
+        rows = np.flatnonzero(self.positions % block_size)
+        return rows, block_table[self.rows, self.positions // block_size][rows]
 
 
 def whole(uses: Bool, offsets: Int32) -> bool:

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-RULE_KIND, RULE_STREAM, RULE_PARAM, REPORT = range(4)
-EXTRA = 4
-"""Control columns behind the S coefficients: rule kind, rule stream, rule parameter, report row."""
+RULE_KIND, RULE_STREAM, RULE_PARAM, RULE_HEAD, REPORT = range(5)
+EXTRA = 5
+"""Control columns behind the S coefficients: rule kind, its stream, parameter and head, report
+row."""
 
 
 class Control(NamedTuple):
@@ -32,8 +33,14 @@ class Control(NamedTuple):
     """[R] index of the stream that the rule reads."""
     param: torch.Tensor
     """[R] the rule's parameter."""
+    head: torch.Tensor
+    """[R] index of the head that the rule reads; any number if it reads none."""
     report: torch.Tensor
     """[R] 1 + index of the report this row belongs to, 0 for none."""
+    ids: torch.Tensor
+    """[R, K] candidate ids; 0 where there is none."""
+    added: torch.Tensor
+    """[R, K] what is added to their scores."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,12 @@ class Layout:
     Args:
         sizes: H_i per stream, base first.
         dtype: dtype of the hidden states (2 or 4 bytes).
+        candidates: K, ids per row that something may be added to; 0 without value streams.
     """
 
     sizes: tuple[int, ...]
     dtype: torch.dtype
+    candidates: int = 0
 
     @property
     def streams(self) -> int:
@@ -56,7 +65,7 @@ class Layout:
     @property
     def control_width(self) -> int:
         """Columns of `dtype` that the control part takes."""
-        return (self.streams + EXTRA) * 4 // self.dtype.itemsize
+        return (self.streams + EXTRA + 2 * self.candidates) * 4 // self.dtype.itemsize
 
     @property
     def width(self) -> int:
@@ -77,8 +86,26 @@ class Layout:
         """
         part = out[:, sum(self.sizes) :]
         bits = torch.from_numpy(np.ascontiguousarray(control)).view(self.dtype)
-        part[: bits.shape[0]] = bits.to(part.device, non_blocking=True)
+        part[: bits.shape[0], : bits.shape[1]] = bits.to(part.device, non_blocking=True)
         part[bits.shape[0] :] = 0
+        part[:, bits.shape[1] :] = 0
+
+    def write_additions(
+        self, out: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, added: torch.Tensor
+    ) -> None:
+        """Writes what is added to the scores of some rows.
+
+        Args:
+            out: [T, width] of `dtype`, its control written already; changed in place.
+            rows: [n] int64.
+            ids: [n, k ≤ K] int64 candidates, below 2²⁴.
+            added: [n, k] float32.
+        """
+        both = torch.zeros(ids.shape[0], 2, self.candidates, device=out.device)
+        both[:, 0, : ids.shape[1]] = ids
+        both[:, 1, : ids.shape[1]] = added
+        bits = both.flatten(1).view(self.dtype)
+        out[rows, out.shape[1] - bits.shape[1] :] = bits
 
     def read_control(self, hidden: torch.Tensor) -> Control:
         """The control part of R rows [R, width].
@@ -88,6 +115,16 @@ class Layout:
         """
         flat = hidden[:, sum(self.sizes) :].contiguous().view(torch.float32)
         flat = torch.nan_to_num(flat, nan=0.0, posinf=0.0, neginf=0.0)
-        coef, extra = flat[:, : self.streams], flat[:, self.streams :]
+        end, k = self.streams + EXTRA, self.candidates
+        coef, extra = flat[:, : self.streams], flat[:, self.streams : end]
         stream = extra[:, RULE_STREAM].clamp(0, self.streams - 1)
-        return Control(coef, extra[:, RULE_KIND], stream, extra[:, RULE_PARAM], extra[:, REPORT])
+        return Control(
+            coef,
+            extra[:, RULE_KIND],
+            stream,
+            extra[:, RULE_PARAM],
+            extra[:, RULE_HEAD],
+            extra[:, REPORT],
+            flat[:, end : end + k],
+            flat[:, end + k :],
+        )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,14 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from steering.plan import BASE
+from steering.engine_args import SCRATCH
+from steering.plan import BASE, CRITICAL_KINDS, RuleKind
 from steering.vocabulary import Overlap
-from steering.worker import lora_seam, lora_sets
+from steering.worker import heads, lora_seam, lora_sets
 from steering.worker import vllm_seam as seam
 from steering.worker.adapting import Adapted
 from steering.worker.batches import (
+    Candidates,
     Int64,
     OwnTokens,
     Step,
@@ -29,9 +33,10 @@ from steering.worker.batches import (
     whole,
 )
 from steering.worker.layout import REPORT, Layout
-from steering.worker.readout import Readout, Vocabulary
+from steering.worker.readout import Mixed, Readout, Vocabulary
 from steering.worker.report import ReportBook
 from steering.worker.seats import SeatBook, Tables
+from steering.worker.values import ValueStreams, candidates_of
 
 
 class SteeredForCausalLM(nn.Module):
@@ -59,16 +64,19 @@ class SteeredForCausalLM(nn.Module):
         lora_seam.keep_compiling(vllm_config)
         self.base: Any = seam.build_base(vllm_config, settings["architectures"], BASE)
         self.config = self.base.config
-        self.names: tuple[str, ...] = (BASE, *settings["streams"])
+        streams: dict[str, dict[str, str]] = settings["streams"]
+        self.names: tuple[str, ...] = (BASE, *(n for n, s in streams.items() if "on" not in s))
+        self._sources = streams
         self._vllm_config = vllm_config
         self._companions: dict[str, VllmConfig] = {}
         self._twins: dict[str, seam.Twin] = {}
         self._original = {name: name for name in self.names}
-        for name, source in settings["streams"].items():
-            if source.get("same_as"):
+        for name in self.names[1:]:
+            source = streams[name]
+            if "same_as" in source:
                 self._original[name] = source["same_as"]
             else:
-                config = seam.companion_config(vllm_config, source["model"])
+                config = seam.companion_config(vllm_config, source["model"], "head" in source)
                 lora_seam.keep_compiling(config)
                 self._companions[name] = config
                 self.add_module(name, seam.build_companion(config, name))
@@ -76,12 +84,16 @@ class SteeredForCausalLM(nn.Module):
             if self._original[name] != name:
                 self._twins[name] = seam.build_twin(vllm_config, self._original[name], name)
         self._forwards: list[Any] = [self.get_submodule(self._original[n]) for n in self.names]
-        self._readout = self._build_readout(settings["overlaps"], vllm_config)
+        built = heads.build(streams, self.names, self._forwards, vllm_config)
+        self.heads = {n: h for n, h in built.items() if streams[n]["head"] == "classifier"}
+        self._value_heads = {n: h for n, h in built.items() if n not in self.heads}
+        self._readout = self._build_readout(settings, vllm_config)
+        self._values = self._build_values(settings["top_k"], vllm_config)
         self._seam: seam.Seam | None = None
         self._lora: lora_seam.LoraSeam | None = None
         self._lora_manager: Any = None
         self._adapted: Adapted | None = None
-        self._seats = SeatBook(self.names)
+        self._seats = SeatBook(self.names, tuple(self.heads))
         self._active = [True] * len(self.names)
         self._special = True
         self._reporting: list[tuple[str, str, int, list[str], bool]] = []
@@ -91,9 +103,9 @@ class SteeredForCausalLM(nn.Module):
         self.tokens = dict.fromkeys(self.names, 0)
         lora_seam.prepare(self, vllm_config)
 
-    def _build_readout(
-        self, overlaps: dict[str, dict[str, Any]], vllm_config: VllmConfig
-    ) -> Readout:
+    def _build_readout(self, settings: dict[str, Any], vllm_config: VllmConfig) -> Readout:
+        overlaps = settings["overlaps"]
+
         def tensor(array: Any) -> torch.Tensor | None:
             return None if array is None else torch.as_tensor(array, dtype=torch.int64)
 
@@ -115,9 +127,33 @@ class SteeredForCausalLM(nn.Module):
         anyone = next(iter(overlaps.values()), None)
         rows = Overlap.from_wire(anyone).padded if anyone else ()
         sizes = tuple(seam.hidden_width(m) for m in self._forwards)
-        unembed = [m.compute_logits for m in self._forwards]
-        layout = Layout(sizes, vllm_config.model_config.dtype)
-        return Readout(layout, unembed, vocabularies, tensor(rows) if len(rows) else None)
+        unembed = [
+            None if "head" in self._sources.get(name, ()) else m.compute_logits
+            for name, m in zip(self.names, self._forwards, strict=True)
+        ]
+        return Readout(
+            Layout(
+                sizes,
+                vllm_config.model_config.dtype,
+                settings["top_k"] if self._value_heads else 0,
+            ),
+            unembed,
+            vocabularies,
+            tensor(rows) if len(rows) else None,
+            heads.readings(self._sources, self.names, self.heads),
+            tensor(settings["ends"]) if settings["ends"] else None,
+        )
+
+    def _build_values(self, top_k: int, vllm_config: VllmConfig) -> ValueStreams:
+        index = {name: self.names.index(name) for name in self._value_heads}
+        most = vllm_config.scheduler_config.max_num_batched_tokens
+        return ValueStreams(
+            {index[name]: head for name, head in self._value_heads.items()},
+            index,
+            {i: self._readout.vocabularies[i].read_as for i in index.values()},
+            self._readout.ends,
+            min(SCRATCH * top_k, most),
+        )
 
     def bind(self, runner: Any) -> None:
         """Hands over the model runner, once its KV cache is there."""
@@ -131,6 +167,8 @@ class SteeredForCausalLM(nn.Module):
                 layers.append({n: n for n in seam.layer_names(self._vllm_config, name)})
         self._seam = seam.Seam(runner, layers)
         self._lora = lora_seam.LoraSeam(runner) if runner.lora_config else None
+        for stream in self._values.heads:
+            self._seam.add_scratch(stream, self._values.chunk)
 
     # --- what vLLM calls ------------------------------------------------------------------------
 
@@ -153,7 +191,12 @@ class SteeredForCausalLM(nn.Module):
         loaded = {f"{BASE}.{name}" for name in self.base.load_weights(weights)}
         for name, config in self._companions.items():
             companion = self.get_submodule(name)
-            seam.load_companion(companion, config)
+            source = self._sources[name]
+            if "head" in source:
+                folder = Path(source["path"]) if "path" in source else None
+                seam.load_body(companion, config, partial(heads.body_weights, folder=folder))
+            else:
+                seam.load_companion(companion, config)
             loaded |= {f"{name}.{parameter}" for parameter, _ in companion.named_parameters()}
         return loaded
 
@@ -186,10 +229,9 @@ class SteeredForCausalLM(nn.Module):
         mixed = self._readout(hidden, self._active, self._special)
         if mixed is None:
             return None
-        z, base, control = mixed
         if self._reporting:
-            self._report(z, base, control.report)
-        return z
+            self._report(mixed)
+        return mixed.z
 
     # --- one step -------------------------------------------------------------------------------
 
@@ -226,7 +268,34 @@ class SteeredForCausalLM(nn.Module):
         control = np.repeat(tables.control, step.lengths, axis=0)
         self._mark_reports(tables, step, control)
         layout.write_control(out, control)
+        if tables.valued:
+            self._add_values(tables, step, input_ids, out)
         return out
+
+    def _add_values(
+        self, tables: Tables, step: Step, input_ids: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Writes what value streams add to the rows that draw a token into `out`."""
+        found, layout = self._seam, self._readout.layout
+        assert found is not None
+        asked = [(row, values) for row, values in tables.valued if found.samples(row)]
+        if not asked:
+            return
+        last = found.to_device(np.array([int(step.starts[row + 1]) - 1 for row, _ in asked]))
+
+        def hidden(stream: int) -> torch.Tensor:
+            return out[last, layout.columns(stream)]
+
+        def run(stream: int, tokens: torch.Tensor, batch: Candidates) -> torch.Tensor:
+            found.begin_candidates(stream, batch)
+            positions = found.to_device(batch.positions)
+            with found.stream_context(stream, batch), self._adapting(stream, batch, positions):
+                self._count(stream, batch.rows.size)
+                return self._forwards[stream](tokens.to(input_ids.dtype), positions)
+
+        scores = candidates_of(self._forwards[0].compute_logits(hidden(0)), self._readout.padded)
+        add = self._values.add(asked, scores, hidden, step, tables.offsets, run)
+        layout.write_additions(out, last, add.ids, add.added)
 
     def _run_stream(
         self,
@@ -297,6 +366,7 @@ class SteeredForCausalLM(nn.Module):
                 tally.settle(self._seam.token(row, tally.pending.index))
             if self._seam.samples(row):
                 names = [n for n, used in zip(self.names, seat.uses, strict=True) if used]
+                names += [n for n, _ in seat.values.strengths] if seat.values else []
                 self._reporting.append((seat.tag, choice, end, names, seat.tokens))
                 last = int(step.starts[row + 1]) - 1
                 control[last, len(self.names) + REPORT] = len(self._reporting)
@@ -311,17 +381,30 @@ class SteeredForCausalLM(nn.Module):
                     tally = self.reports.tally(seat.tag, seam.choice_of(ids[row]))
                     tally.route(stream, digest, counts[row].tolist())
 
-    def _report(self, z: torch.Tensor, base: torch.Tensor, marks: torch.Tensor) -> None:
-        for row, mark in enumerate(marks.tolist()):
+    def _report(self, mixed: Mixed) -> None:
+        for row, mark in enumerate(mixed.control.report.tolist()):
             if mark:
                 tag, choice, index, names, tokens = self._reporting[int(mark) - 1]
-                steered, plain = (s[row].float().log_softmax(-1) for s in (z, base))
-                self.reports.tally(tag, choice).add(steered, plain, index, names, tokens)
+                steered, plain = (s[row].float().log_softmax(-1) for s in (mixed.z, mixed.base))
+                tally = self.reports.tally(tag, choice)
+                tally.add(steered, plain, index, names, tokens, _critical_of(mixed, row))
 
 
 def _read_as(token_ids: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
     """The stream's ids for the base's. Compiled code checks no dtypes: it must stay the same."""
     return token_ids if table is None else table[token_ids].to(token_ids.dtype)
+
+
+def _critical_of(mixed: Mixed, row: int) -> dict[str, Any]:
+    """What a report says of a critical-token row; nothing of others."""
+    kind = int(mixed.control.kind[row])
+    if kind not in CRITICAL_KINDS or mixed.critical is None:
+        return {}
+    probability = float(mixed.critical[row].sigmoid())
+    found: dict[str, Any] = {"critical_probability": probability}
+    if kind == RuleKind.CRITICAL:
+        found["critical"] = probability > float(mixed.control.param[row])
+    return found
 
 
 def _put(token_ids: torch.Tensor, own: OwnTokens) -> None:

@@ -7,14 +7,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from steering.kernels.mix import NEVER, mix
+from steering.plan import CRITICAL_KINDS
 from steering.worker.layout import Control, Layout
 
 Unembed = Callable[[torch.Tensor], torch.Tensor | None]
 """[R, H] hidden states → [R, V] logits in the model's dtype (None on ranks that hold none)."""
+
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""[R, H] hidden states → [R] float32."""
+
+
+class Reading(NamedTuple):
+    """A head and the stream whose hidden states it reads."""
+
+    stream: int
+    head: Head
+
+
+class Mixed(NamedTuple):
+    """R rows of scores, and what they were made of."""
+
+    z: torch.Tensor
+    """[R, V] float32 scores of the steered model."""
+    base: torch.Tensor
+    """[R, V] the base's own, in whatever dtype."""
+    control: Control
+    """The rows' control."""
+    critical: torch.Tensor | None = None
+    """[R] float32 log-odds of the rows' classifier heads, if there are any."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +65,21 @@ class Readout:
 
     Args:
         layout: where the parts of a row lie.
-        unembed: per stream, base first.
+        unembed: per stream, base first; None for the body of a head.
         vocabularies: per stream, base first (the base's is empty).
         padded: [P] int64 ids of the base's table that are no token: never sampled when steered.
+        heads: classifier heads.
+        ends: [E] int64 ids that end a text; None for none.
     """
 
     layout: Layout
-    unembed: Sequence[Unembed]
+    unembed: Sequence[Unembed | None]
     vocabularies: Sequence[Vocabulary]
     padded: torch.Tensor | None
+    heads: Sequence[Reading] = ()
+    ends: torch.Tensor | None = None
 
-    def __call__(
-        self, hidden: torch.Tensor, active: Sequence[bool], special: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, Control] | None:
+    def __call__(self, hidden: torch.Tensor, active: Sequence[bool], special: bool) -> Mixed | None:
         """Scores of R rows.
 
         Args:
@@ -60,30 +88,58 @@ class Readout:
             special: whether any row of this step has a rule other than the plain sum.
 
         Returns:
-            ([R, V] float32 scores, [R, V] the base's own scores in whatever dtype, the rows'
-            control), or None on ranks that hold no logits.
+            The scores with what they were made of, or None on ranks that hold no logits.
         """
         control = self.layout.read_control(hidden)
-        base = self.unembed[0](hidden[:, self.layout.columns(0)].contiguous())
+        active = [ran and u is not None for ran, u in zip(active, self.unembed, strict=True)]
+        base = self._unembed(0, hidden[:, self.layout.columns(0)].contiguous())
         if base is None:
             for i in range(1, self.layout.streams):
                 if active[i]:  # the gather inside is collective: every rank takes part
-                    self.unembed[i](hidden[:, self.layout.columns(i)].contiguous())
+                    self._unembed(i, hidden[:, self.layout.columns(i)].contiguous())
             return None
         if not special and not any(
             v.lacking for v, ran in zip(self.vocabularies, active, strict=True) if ran
         ):
-            return self._plain_sum(base, hidden, control.coef, active), base, control
+            return Mixed(self._plain_sum(base, hidden, control.coef, active), base, control)
         base = base.float()
         steered = _steered(control.coef)
         if special:
-            steered |= control.kind != 0
+            steered |= (control.kind != 0) | _candidates(control)
         rows = torch.nonzero(steered)[:, 0]
         if not rows.numel():
-            return base, base, control
+            return Mixed(base, base, control)
         z = base.clone()
-        z[rows] = self._mix_rows(base[rows], hidden[rows], _take(control, rows), active, special)
-        return z, base, control
+        critical = self._log_odds(hidden, control) if special and self.heads else None
+        z[rows] = self._mix_rows(
+            base[rows],
+            hidden[rows],
+            _take(control, rows),
+            active,
+            special,
+            None if critical is None else critical[rows],
+        )
+        if self.layout.candidates:
+            ids = control.ids.long().clamp(0, z.shape[-1] - 1)
+            z.scatter_add_(-1, ids, control.added)
+        return Mixed(z, base, control, critical)
+
+    def _unembed(self, i: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        unembed = self.unembed[i]
+        assert unembed is not None
+        return unembed(hidden)
+
+    def _log_odds(self, hidden: torch.Tensor, control: Control) -> torch.Tensor:
+        """[R] float32: what each row's classifier head says; 0 where its rule reads none."""
+        found = torch.zeros_like(control.kind)
+        reads = torch.zeros_like(found, dtype=torch.bool)
+        for kind in CRITICAL_KINDS:
+            reads |= control.kind == float(kind)
+        for h, reading in enumerate(self.heads):
+            rows = torch.nonzero(reads & (control.head == h))[:, 0]
+            if rows.numel():
+                found[rows] = reading.head(hidden[rows, self.layout.columns(reading.stream)])
+        return found
 
     def _plain_sum(
         self, base: torch.Tensor, hidden: torch.Tensor, coef: torch.Tensor, active: Sequence[bool]
@@ -116,6 +172,7 @@ class Readout:
         control: Control,
         active: Sequence[bool],
         special: bool,
+        critical: torch.Tensor | None,
     ) -> torch.Tensor:
         if self.padded is not None:
             base[:, self.padded] = NEVER
@@ -124,7 +181,16 @@ class Readout:
             logits.append(self._stream_logits(i, base, hidden, control) if active[i] else None)
         kind = control.kind if special else None
         lacking = any(v.lacking for v, ran in zip(self.vocabularies, active, strict=True) if ran)
-        z = mix(logits, control.coef, kind, control.stream, control.param, lacking)
+        z = mix(
+            logits,
+            control.coef,
+            kind,
+            control.stream,
+            control.param,
+            lacking,
+            critical,
+            self.ends,
+        )
         if self.padded is not None:
             z[:, self.padded] = NEVER
         return z
@@ -150,7 +216,7 @@ class Readout:
         rows = torch.nonzero(coef[:, i])[:, 0]
         part = hidden[:, self.layout.columns(i)]
         everywhere = rows.numel() == hidden.shape[0]
-        own = self.unembed[i](part.contiguous() if everywhere else part[rows])
+        own = self._unembed(i, part.contiguous() if everywhere else part[rows])
         assert own is not None
         return None if everywhere else rows, own
 
@@ -158,6 +224,11 @@ class Readout:
 def _steered(coef: torch.Tensor) -> torch.Tensor:
     """[R] bool: rows whose sum is not the base alone."""
     return (coef[:, 0] != 1) | (coef[:, 1:] != 0).any(-1)
+
+
+def _candidates(control: Control) -> torch.Tensor:
+    """[R] bool: rows that value streams add to."""
+    return (control.ids != 0).any(-1) | (control.added != 0).any(-1)
 
 
 def _take(control: Control, rows: torch.Tensor) -> Control:

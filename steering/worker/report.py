@@ -7,7 +7,9 @@ one step later (or when the report is fetched), so a token-level entry waits wit
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ class Tally:
         tokens: tokens drawn.
         kl_sum: Σ KL(steered ‖ base) over the drawn tokens, nats.
         changed: tokens at which the most likely id differs from the base's.
+        critical: tokens that the hard rule of critical tokens found critical.
         passes: forward passes by stream over the drawn tokens.
         detail: one entry per token, when the report wants tokens.
         routed: by stream and digest of a MeteoRA pack: how often a token was routed to each
@@ -43,6 +46,7 @@ class Tally:
     tokens: int = 0
     kl_sum: float = 0.0
     changed: int = 0
+    critical: int = 0
     passes: dict[str, int] = field(default_factory=dict)
     detail: list[dict[str, Any]] = field(default_factory=list)
     routed: dict[str, dict[str, list[int]]] = field(default_factory=dict)
@@ -75,6 +79,7 @@ class Tally:
         index: int,
         streams: list[str],
         tokens: bool,
+        more: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Counts one drawn token.
 
@@ -84,6 +89,7 @@ class Tally:
             index: the token's index in its request.
             streams: streams that ran for it.
             tokens: keep a token-level entry.
+            more: what else the entry tells; `critical` is counted too.
         """
         probability = steered.exp()
         gap = torch.where(probability > 0, steered - base, 0.0)
@@ -92,10 +98,12 @@ class Tally:
         self.tokens += 1
         self.kl_sum += kl
         self.changed += choice != base_choice
+        self.critical += bool(more.get("critical", False))
         for name in streams:
             self.passes[name] = self.passes.get(name, 0) + 1
         if tokens:
             entry = {"kl": kl, "base_choice": base_choice, "changed": choice != base_choice}
+            entry |= more
             self.pending = _Pending(index, base.clone(), steered.clone(), entry)
 
     def wire(self) -> dict[str, Any]:
@@ -104,6 +112,7 @@ class Tally:
             "tokens": self.tokens,
             "kl_sum": self.kl_sum,
             "changed": self.changed,
+            "critical": self.critical,
             "passes": self.passes,
             "detail": self.detail,
             "routed": self.routed,

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from steering.plan import BASE, AdapterUse, RuleKind
+from steering.plan import BASE, CRITICAL_KINDS, AdapterUse, RuleKind, Values
 from steering.wire import Freight
 from steering.worker.batches import Int32
-from steering.worker.layout import EXTRA, RULE_KIND, RULE_PARAM, RULE_STREAM
+from steering.worker.layout import EXTRA, RULE_HEAD, RULE_KIND, RULE_PARAM, RULE_STREAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class Seat:
         tag: the report this request belongs to, '' for none.
         tokens: whether the report wants every token.
         adapters: the request's adapters.
+        values: what value streams add, or None.
     """
 
     control: npt.NDArray[np.float32]
@@ -43,18 +44,23 @@ class Seat:
     tag: str = ""
     tokens: bool = False
     adapters: tuple[AdapterUse, ...] = ()
+    values: Values | None = None
 
 
-def seat(freight: Freight | None, prompt_len: int, streams: Sequence[str]) -> Seat:
+def seat(
+    freight: Freight | None, prompt_len: int, streams: Sequence[str], heads: Sequence[str] = ()
+) -> Seat:
     """The seat of a request.
 
     Args:
         freight: what the request carries; None for a plain request.
         prompt_len: tokens of the vLLM request's prompt, its padding included.
-        streams: stream names, base first.
+        streams: names of the streams that run, base first.
+        heads: names of the classifier heads.
 
     Raises:
-        KeyError: the plan names a stream that this model lacks (the front end checks names).
+        KeyError, ValueError: the plan names a stream or a head that this model lacks (the front
+            end checks names).
     """
     size = len(streams)
     control = np.zeros(size + EXTRA, np.float32)
@@ -66,6 +72,8 @@ def seat(freight: Freight | None, prompt_len: int, streams: Sequence[str]) -> Se
         return Seat(control, uses, np.zeros(size, np.int32), tuple(prompts))
     index = {name: i for i, name in enumerate(streams)}
     plan = freight.plan
+    for name in plan.bodies:
+        uses[index[name]] = True
     control[0] = 0.0
     for name, weight in plan.weights:
         control[index[name]] = weight
@@ -73,13 +81,17 @@ def seat(freight: Freight | None, prompt_len: int, streams: Sequence[str]) -> Se
     control[size + RULE_KIND] = float(plan.rule.kind)
     control[size + RULE_STREAM] = index[plan.rule.stream] if plan.rule.kind else 0
     control[size + RULE_PARAM] = plan.rule.param
+    if plan.rule.kind in CRITICAL_KINDS:
+        control[size + RULE_HEAD] = heads.index(plan.rule.head)
     offsets = np.full(size, freight.pad, np.int32)
     for name, token_ids in plan.prompts:
         if name != BASE:
             prompts[index[name]] = np.asarray(token_ids, np.int32)
             offsets[index[name]] = prompt_len - len(token_ids)
     tokens = plan.report == "tokens"
-    return Seat(control, uses, offsets, tuple(prompts), freight.tag, tokens, plan.adapters)
+    return Seat(
+        control, uses, offsets, tuple(prompts), freight.tag, tokens, plan.adapters, plan.values
+    )
 
 
 @dataclass(slots=True)
@@ -93,8 +105,9 @@ class Tables:
         prompts: [S][Q] own prompts or None.
         tagged: (row, seat) of requests that report.
         steered: whether any row leaves the base's path or reports.
-        special: whether any row has a rule other than the plain sum.
+        special: whether any row has a rule other than the plain sum, or values.
         adapters: [Q] the requests' adapters.
+        valued: (row, values) of requests that value streams add to.
     """
 
     control: npt.NDArray[np.float32]
@@ -105,6 +118,7 @@ class Tables:
     steered: bool
     special: bool
     adapters: list[tuple[AdapterUse, ...]]
+    valued: list[tuple[int, Values]]
 
 
 def tables(seats: Sequence[Seat], streams: int) -> Tables:
@@ -113,13 +127,14 @@ def tables(seats: Sequence[Seat], streams: int) -> Tables:
     uses = np.stack([s.uses for s in seats])
     offsets = np.stack([s.offsets for s in seats])
     tagged = [(row, s) for row, s in enumerate(seats) if s.tag]
-    special = bool((control[:, streams + RULE_KIND] != RuleKind.SUM).any())
+    valued = [(row, s.values) for row, s in enumerate(seats) if s.values is not None]
+    special = bool((control[:, streams + RULE_KIND] != RuleKind.SUM).any() or valued)
     plain = np.zeros(streams + EXTRA, np.float32)
     plain[0] = 1.0
-    steered = bool((control != plain).any() or offsets.any() or tagged)
+    steered = bool((control != plain).any() or offsets.any() or tagged or valued)
     prompts = [[s.prompts[i] for s in seats] for i in range(streams)]
     adapters = [s.adapters for s in seats]
-    return Tables(control, uses, offsets, prompts, tagged, steered, special, adapters)
+    return Tables(control, uses, offsets, prompts, tagged, steered, special, adapters, valued)
 
 
 SeatLoader = Callable[[str], tuple[Freight | None, int]]
@@ -131,10 +146,12 @@ class SeatBook:
     """Keeps the tables of the current batch.
 
     Args:
-        streams: stream names, base first.
+        streams: names of the streams that run, base first.
+        heads: names of the classifier heads.
     """
 
     streams: tuple[str, ...]
+    heads: tuple[str, ...] = ()
     _seats: dict[str, Seat] = field(default_factory=dict)
     _ids: list[str] = field(default_factory=list)
     _tables: Tables | None = None
@@ -148,7 +165,9 @@ class SeatBook:
         """
         if self._tables is not None and ids == self._ids:
             return self._tables
-        self._seats = {i: self._seats.get(i) or seat(*load(i), self.streams) for i in ids}
+        self._seats = {
+            i: self._seats.get(i) or seat(*load(i), self.streams, self.heads) for i in ids
+        }
         self._ids = list(ids)
         self._tables = tables([self._seats[i] for i in ids], len(self.streams))
         return self._tables

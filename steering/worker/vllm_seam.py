@@ -6,7 +6,7 @@ of `steering.worker` does not change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -23,10 +23,12 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.utils import init_vllm_registered_model
+from vllm.transformers_utils.config import get_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from steering.heads import body_architecture
 from steering.wire import Freight, unpack
-from steering.worker.batches import Step, StreamBatch
+from steering.worker.batches import Candidates, Step, StreamBatch
 
 # --- building the streams -----------------------------------------------------------------------
 
@@ -36,9 +38,20 @@ def build_base(vllm_config: VllmConfig, architectures: list[str], prefix: str) -
     return init_vllm_registered_model(vllm_config, prefix=prefix, architectures=architectures)
 
 
-def companion_config(vllm_config: VllmConfig, model: str) -> VllmConfig:
-    """The engine's configuration with another model in it: same dtype, context and device."""
+def companion_config(vllm_config: VllmConfig, model: str, body: bool = False) -> VllmConfig:
+    """The engine's configuration with another model in it: same dtype, context and device.
+
+    Args:
+        vllm_config: the engine's.
+        model: path or hub id.
+        body: only the hidden states are wanted. The unembedding is then tied to the embedding,
+            so that a checkpoint need not have one and none takes memory.
+    """
     base = vllm_config.model_config
+    overrides: dict[str, Any] = {}
+    if body:
+        own = get_config(model, base.trust_remote_code).architectures[0]
+        overrides = {"architectures": [body_architecture(own)], "tie_word_embeddings": True}
     model_config = ModelConfig(
         model=model,
         tokenizer=model,
@@ -46,6 +59,7 @@ def companion_config(vllm_config: VllmConfig, model: str) -> VllmConfig:
         max_model_len=base.max_model_len,
         enforce_eager=base.enforce_eager,
         trust_remote_code=base.trust_remote_code,
+        hf_overrides=overrides,
     )
     # The sliding window is the model's own; everything else of the cache is shared.
     cache_config = copy(vllm_config.cache_config)
@@ -67,6 +81,29 @@ def load_companion(companion: nn.Module, vllm_config: VllmConfig) -> None:
     """Loads a companion's checkpoint. Repacking is left to the outer loader, which walks all."""
     loader = get_model_loader(vllm_config.load_config)
     loader.load_weights(companion, vllm_config.model_config)
+
+
+def load_body(
+    companion: Any,
+    vllm_config: VllmConfig,
+    chosen: Callable[[Iterable[tuple[str, torch.Tensor]]], Iterable[tuple[str, torch.Tensor]]],
+) -> None:
+    """Loads the body of a head; `chosen` picks and changes the checkpoint's (name, tensor) pairs.
+
+    vLLM's models refuse tensors that they do not know, so a head's must not reach them.
+
+    Raises:
+        ValueError: a tensor of the body is missing.
+    """
+    loader: Any = get_model_loader(vllm_config.load_config)
+    if not hasattr(loader, "get_all_weights"):  # made-up weights, which need no head either
+        loader.load_weights(companion, vllm_config.model_config)
+        return
+    weights = loader.get_all_weights(vllm_config.model_config, companion)
+    loaded = companion.load_weights(chosen(weights))
+    wanted = {n for n, _ in companion.named_parameters() if not n.startswith("lm_head.")}
+    if loaded is not None and (missing := sorted(wanted - loaded)):
+        raise ValueError(f"{vllm_config.model_config.model} lacks {missing[0]}")
 
 
 def hidden_width(model: Any) -> int:
@@ -146,6 +183,7 @@ class Seam:
         self._runner = runner
         self._groups = [self._layer_groups(layers) for layers in streams]
         self._held: set[str] = set()
+        self._scratch: dict[int, int] = {}
         self._twin = [any(kv != name for kv, name in layers.items()) for layers in streams]
 
     def _layer_groups(self, layers: dict[str, str]) -> list[_LayerGroup]:
@@ -228,7 +266,7 @@ class Seam:
         inner.no_compile_layers = dict(outer.no_compile_layers)
         for group in self._groups[stream]:
             if batch is not None:
-                metadata, slots = self._build(group, batch)
+                metadata, slots = self._build(group, batch, self._scratch.get(stream, 0))
             for kv_layer, name in group.layers:
                 if batch is None:
                     metadata = outer.attn_metadata[kv_layer]
@@ -243,10 +281,49 @@ class Seam:
         with override_forward_context(inner):
             yield
 
-    def _build(self, group: _LayerGroup, batch: StreamBatch) -> tuple[Any, torch.Tensor]:
-        table = self._runner.input_batch.block_table[group.kv_group]
-        blocks = table.block_table.np
-        slots = self.to_device(batch.slots(blocks, table.block_size))
+    def add_scratch(self, stream: int, blocks: int) -> None:
+        """Gives a stream's KV layers blocks behind those that vLLM manages; before any request.
+
+        Raises:
+            ValueError: the attention backend does not keep its cache block by block.
+        """
+        layers = self._runner.vllm_config.compilation_config.static_forward_context
+        for group in self._groups[stream]:
+            for name, _ in group.layers:
+                old = layers[name].kv_cache
+                new = old.new_zeros(old.shape[0] + blocks, *old.shape[1:])
+                if old.shape[0] % self._runner.kv_cache_config.num_blocks:
+                    raise ValueError(
+                        f"value streams need a cache that lies block by block; {name} has shape "
+                        f"{list(old.shape)}"
+                    )
+                self._scratch[stream] = old.shape[0]
+                layers[name].kv_cache = new
+                # Else the old tensor would stay in memory.
+                caches = self._runner.kv_caches
+                for i, cache in enumerate(caches):
+                    if cache.data_ptr() == old.data_ptr():
+                        caches[i] = new
+
+    def begin_candidates(self, stream: int, batch: Candidates) -> None:
+        """Copies the begun blocks of the candidates' prefixes into their scratch blocks."""
+        layers = self._runner.vllm_config.compilation_config.static_forward_context
+        for group in self._groups[stream]:
+            table = self._runner.input_batch.block_table[group.kv_group]
+            rows, blocks = batch.begun(table.block_table.np, table.block_size)
+            if rows.size:
+                target = self.to_device(rows + self._scratch[stream])
+                source = self.to_device(blocks.astype(np.int64))
+                for name, _ in group.layers:
+                    cache = layers[name].kv_cache
+                    cache[target] = cache[source]
+
+    def _build(
+        self, group: _LayerGroup, batch: StreamBatch, scratch: int
+    ) -> tuple[Any, torch.Tensor]:
+        managed = self._runner.input_batch.block_table[group.kv_group]
+        blocks = batch.table(managed.block_table.np, managed.block_size, scratch)
+        slots = self.to_device(batch.slots(blocks, managed.block_size))
         starts = torch.from_numpy(batch.starts)
         lengths = torch.from_numpy(batch.lengths)
         common = CommonAttentionMetadata(
@@ -258,7 +335,7 @@ class Seam:
             num_actual_tokens=batch.tokens.size,
             max_query_len=int(np.diff(batch.starts).max()),
             max_seq_len=int(batch.lengths.max()),
-            block_table_tensor=self.to_device(blocks[batch.rows]),
+            block_table_tensor=self.to_device(blocks),
             slot_mapping=slots,
         )
         return group.attention.build_metadata(common), slots

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from steering.vocabulary import Overlap, load_vocabulary, overlap
 from steering.wire import Freight, pack
 from tests.adapters.models import Applied
 from tests.adapters.models import adapted as adapted_model
+from tests.engine.heads import Headed
 from tests.models import make_model
 from tests.reference import Mix, Step, decode, load, over_vocabularies
 
@@ -97,6 +98,7 @@ class Engine:
         folder: where the random models are written.
         base: (architecture, table size).
         streams: name → (architecture, table size), or the stream whose weights it shares.
+        heads: makes streams with heads, given a folder and those of the other streams.
         engine: more vLLM engine arguments.
     """
 
@@ -105,6 +107,7 @@ class Engine:
         folder: Path,
         base: tuple[str, int],
         streams: Mapping[str, tuple[str, int] | str],
+        heads: Callable[[Path, Mapping[str, Path]], Mapping[str, Headed]] = lambda *_: {},
         **engine: Any,
     ) -> None:
         from vllm import LLM
@@ -125,7 +128,12 @@ class Engine:
             n: StreamSource(same_as=s) if isinstance(s, str) else StreamSource(str(self.folders[n]))
             for n, s in streams.items()
         }
-        self.snapshot = Snapshot(dict.fromkeys((BASE, *streams), "lm"))
+        self.heads = heads(folder, self.folders)
+        sources |= {n: h.source for n, h in self.heads.items()}
+        self.snapshot = Snapshot(
+            {BASE: "lm", **{n: source.head or "lm" for n, source in sources.items()}},
+            {n: h.on for n, h in self.heads.items() if h.on is not None},
+        )
         defaults: dict[str, Any] = {
             "dtype": "float32",
             "max_model_len": 512,

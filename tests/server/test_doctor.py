@@ -119,11 +119,6 @@ def test_on_a_cpu_the_cache_leaves_memory_to_others(models: Path) -> None:
     assert cache(gpu_memory_utilization=0.5) is None
 
 
-def test_streams_with_heads_are_not_served_yet(models: Path) -> None:
-    streams = {**document()["streams"], "value": {"model": "./chat", "head": "value"}}
-    assert any("streams.value.head" in line for line in problems(models, streams=streams))
-
-
 def test_a_profile_is_resolved_at_start(models: Path) -> None:
     profiles = {
         "a": {"method": "mix", "weights": {"nope": 1}},

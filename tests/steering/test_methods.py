@@ -13,10 +13,12 @@ from steering.kernels.reference import log_softmax, mix_reference
 from steering.method import Limits, Logits, Method, Snapshot
 from steering.methods.context_aware import ContextAware
 from steering.methods.contrastive import Contrastive
+from steering.methods.critical_tokens import CriticalTokens
 from steering.methods.emulated_fine_tuning import EmulatedFineTuning
 from steering.methods.guidance import Guidance
 from steering.methods.mix import Mix
 from steering.methods.proxy_tuning import ProxyTuning
+from steering.methods.value_augmented import ValueAugmented
 from steering.plan import Recipe, Rule, RuleKind
 from steering.plugins import BUILT_INS, discover
 from steering.resolve import parse
@@ -32,6 +34,11 @@ REWARDS = {
 CONTRAST = {"method": "contrastive", "amateur": "plain"}
 CONTEXT = {"method": "context_aware", "without": "twin"}
 GUIDE = {"method": "guidance", "negative": "twin"}
+CRITICAL = {"method": "critical_tokens", "pretrained": "plain", "classifier": "critic"}
+VALUE: dict[str, Any] = {
+    "method": "value_augmented",
+    "values": [{"stream": "value", "strength": 2.0}],
+}
 NAN = float("nan")
 INF = float("inf")
 
@@ -45,6 +52,8 @@ METHODS: dict[str, Method[Any]] = {
         Mix(),
         ContextAware(),
         Guidance(),
+        CriticalTokens(),
+        ValueAugmented(),
     )
 }
 
@@ -71,6 +80,63 @@ class TestProxyTuning(MethodConformance):
         ({**PROXY, "alpha": 1}, "alpha"),
         ({**PROXY, "report": "all"}, "report"),
         ({"method": "proxy_tuning", "expert": "chat"}, "anti_expert"),
+    )
+
+
+class TestCriticalTokens(MethodConformance):
+    method = CriticalTokens()
+    streams = {**MethodConformance.streams, "critic": "classifier"}
+    configs = (
+        CRITICAL,
+        {**CRITICAL, "threshold": 0.0},
+        {**CRITICAL, "threshold": 1.0},
+        {**CRITICAL, "mode": "soft", "report": "tokens"},
+        {**CRITICAL, "aligned": "chat", "mode": "soft"},
+        {**CRITICAL, "aligned": "chat", "pretrained": "base", "threshold": 0.1},
+    )
+    zero_config = None
+    bad_configs = (
+        ({**CRITICAL, "threshold": 1.1}, "threshold"),
+        ({**CRITICAL, "threshold": -0.1}, "threshold"),
+        ({**CRITICAL, "threshold": NAN}, "threshold"),
+        ({**CRITICAL, "threshold": INF}, "threshold"),
+        ({**CRITICAL, "threshold": "0.5"}, "threshold"),
+        ({**CRITICAL, "pretrained": "base"}, "pretrained"),
+        ({**CRITICAL, "pretrained": "nobody"}, "pretrained"),
+        ({**CRITICAL, "pretrained": "value"}, "pretrained"),
+        ({**CRITICAL, "aligned": "critic"}, "aligned"),
+        ({**CRITICAL, "classifier": "chat"}, "classifier"),
+        ({**CRITICAL, "classifier": "value"}, "classifier"),
+        ({**CRITICAL, "classifier": "nobody"}, "classifier"),
+        ({**CRITICAL, "mode": "medium"}, "mode"),
+        ({"method": "critical_tokens", "pretrained": "plain"}, "classifier"),
+    )
+
+
+class TestValueAugmented(MethodConformance):
+    method = ValueAugmented()
+    streams = {**MethodConformance.streams, "kind": "value"}
+    configs = (
+        VALUE,
+        {**VALUE, "top_k": 1},
+        {**VALUE, "top_k": 64, "eos_value": "model", "report": "tokens"},
+        {**VALUE, "values": [*VALUE["values"], {"stream": "kind", "strength": 0.5}], "top_k": 5},
+        {**VALUE, "values": [*VALUE["values"], {"stream": "kind", "strength": 0}]},
+    )
+    zero_config = {**VALUE, "values": [{"stream": "value", "strength": 0}]}
+    bad_configs = (
+        ({**VALUE, "top_k": 0}, "top_k"),
+        ({**VALUE, "top_k": 65}, "top_k"),
+        ({**VALUE, "top_k": 2.0}, "top_k"),
+        ({**VALUE, "eos_value": "none"}, "eos_value"),
+        ({**VALUE, "values": []}, "values"),
+        ({**VALUE, "values": [*VALUE["values"], *VALUE["values"]]}, "values"),
+        ({**VALUE, "values": [{"stream": "chat"}]}, "values.0.stream"),
+        ({**VALUE, "values": [{"stream": "nobody"}]}, "values.0.stream"),
+        ({**VALUE, "values": [{"stream": "value", "strength": INF}]}, "values.0.strength"),
+        ({**VALUE, "values": [{"stream": "value", "strength": -1}]}, "values.0.strength"),
+        ({**VALUE, "values": [{"stream": "value", "strength": 11}]}, "values.0.strength"),
+        ({"method": "value_augmented"}, "values"),
     )
 
 

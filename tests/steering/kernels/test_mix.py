@@ -11,6 +11,7 @@ from steering.kernels.reference import mix_reference
 from steering.plan import BASE, Recipe, Rule, RuleKind
 
 STREAMS = (BASE, "one", "two")
+HEAD = "critic"
 TOLERANCE = 2e-4
 """float32 against float64 on scores of magnitude 10 to 100."""
 
@@ -23,19 +24,21 @@ def scores(rng: np.random.Generator, size: int, hostile: bool) -> np.ndarray:
     return found
 
 
-def recipe(rng: np.random.Generator) -> Recipe:
+def recipe(rng: np.random.Generator, kind: RuleKind) -> Recipe:
     weights = {s: float(rng.normal()) for s in STREAMS if s == BASE or rng.random() < 0.7}
-    kind = RuleKind(int(rng.integers(3)))
+    if len(weights) == 1:
+        weights["two"] = 1.0
     stream = str(rng.choice(list(weights)))
-    return Recipe(weights, Rule(kind, stream, float(rng.choice([0.05, 0.5, 0.9, 1.0]))))
+    param = float(rng.choice([0.05, 0.5, 0.9, 1.0]))
+    return Recipe(weights, Rule(kind, stream, param, HEAD))
 
 
 @pytest.mark.parametrize("size", [1, 63, 500, 32_003])
 @pytest.mark.parametrize("hostile", [False, True], ids=["finite", "minus-infinity"])
 def test_every_row_agrees_with_the_definition(size: int, hostile: bool) -> None:
     rng = np.random.default_rng(size + hostile)
-    rows = 9
-    recipes = [recipe(rng) for _ in range(rows)]
+    rows = 18
+    recipes = [recipe(rng, RuleKind(row % len(RuleKind))) for row in range(rows)]
     values = {s: np.stack([scores(rng, size, hostile) for _ in range(rows)]) for s in STREAMS}
     coef = torch.tensor([[r.weights.get(s, 0.0) for s in STREAMS] for r in recipes])
     # A stream that a row does not use may hold anything.
@@ -44,15 +47,20 @@ def test_every_row_agrees_with_the_definition(size: int, hostile: bool) -> None:
         tensor[coef[:, i] == 0] = float("nan")
     # Not contiguous, as slices of a wider buffer are not.
     strided = [torch.cat([t, t], 1)[:, : t.shape[1]] for t in tensors]
+    ends = [] if size == 1 else [0, size // 2]
+    log_odds = rng.normal(scale=3.0, size=rows)
     found = mix(
         strided,
         coef,
         torch.tensor([float(r.rule.kind) for r in recipes]),
         torch.tensor([float(STREAMS.index(r.rule.stream)) for r in recipes]),
         torch.tensor([r.rule.param for r in recipes]),
+        critical=torch.tensor(log_odds, dtype=torch.float32),
+        ends=torch.tensor(ends) if ends else None,
     )
     for row, asked in enumerate(recipes):
-        want = mix_reference(asked, {s: values[s][row] for s in STREAMS})
+        heads = {HEAD: log_odds[row : row + 1]}
+        want = mix_reference(asked, {s: values[s][row] for s in STREAMS} | heads, ends)
         got = found[row].double().numpy()
         assert np.array_equal(np.isneginf(got), np.isneginf(want)), asked
         finite = np.isfinite(want)
@@ -70,11 +78,31 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     rng = torch.Generator().manual_seed(3)
     logits = [torch.randn(6, 101, generator=rng) for _ in range(3)]
     coef = torch.randn(6, 3, generator=rng)
-    kind = torch.tensor([0.0, 1, 2, 0, 1, 2])
+    kind = torch.tensor([0.0, 1, 2, 3, 4, 3])
     stream = torch.tensor([0.0, 0, 1, 2, 1, 0])
     param = torch.full((6,), 0.5)
-    together = mix(logits, coef, kind, stream, param)
+    odds, ends = torch.tensor([0.0, 0, 0, 2, 1, -2]), torch.tensor([7])
+    together = mix(logits, coef, kind, stream, param, critical=odds, ends=ends)
     for row in range(6):
         one = slice(row, row + 1)
-        alone = mix([s[one] for s in logits], coef[one], kind[one], stream[one], param[one])
+        alone = mix(
+            [s[one] for s in logits], coef[one], kind[one], stream[one], param[one],
+            critical=odds[one], ends=ends,
+        )  # fmt: skip
         assert torch.equal(alone[0], together[row])
+
+
+def test_a_critical_token_is_no_end_however_likely_that_is() -> None:
+    scores = torch.tensor([[300.0, 1.0, 3.0, 2.0]])
+    half, one = torch.tensor([0.5]), torch.ones(1)
+    found = mix(
+        [torch.zeros(1, 4), scores],
+        torch.ones(1, 2),
+        torch.tensor([float(RuleKind.CRITICAL)]),
+        one,
+        half,
+        critical=one,
+        ends=torch.tensor([0]),
+    )
+    assert found.softmax(-1)[0].tolist() == pytest.approx([0, 0, 1, 0], abs=1e-25)
+    assert found[0, 1:].argsort(descending=True).tolist() == [1, 2, 0]

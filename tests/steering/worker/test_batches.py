@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from steering.worker.batches import Step, stream_batch, whole
+from steering.worker.batches import Candidates, Step, stream_batch, whole
 
 BLOCK = 4
 
@@ -69,7 +69,7 @@ def test_agrees_with_the_mirror(seed: int) -> None:
     for own in batch.own:
         read[own.start : own.start + own.token_ids.size] = own.token_ids.tolist()
     requests = batch.rows[batch.token_rows]
-    slots = batch.slots(table, BLOCK)
+    slots = batch.slots(batch.table(table, BLOCK, 0), BLOCK)
     assert [*zip(requests, batch.tokens, read, batch.positions, slots, strict=True)] == want
     for k, r in enumerate(batch.rows):
         assert batch.starts[k + 1] - batch.starts[k] == sum(w[0] == r for w in want)
@@ -87,3 +87,18 @@ def test_whole_needs_every_row_from_its_first_token() -> None:
     assert whole(np.array([True, True]), np.zeros(2, np.int32))
     assert not whole(np.array([True, False]), np.zeros(2, np.int32))
     assert not whole(np.array([True, True]), np.array([0, 1], np.int32))
+
+
+def test_candidates_read_the_prefix_and_write_to_scratch() -> None:
+    table = np.array([[3, 4, 5], [7, 8, 9]], np.int32)
+    prefixes = np.array([BLOCK - 1, BLOCK - 1, BLOCK], np.int32)
+    batch = Candidates.of(np.array([0, 0, 1]), prefixes)
+    assert batch.lengths.tolist() == [BLOCK, BLOCK, BLOCK + 1]
+    blocks = batch.table(table, BLOCK, scratch=100)
+    assert blocks.tolist() == [[100, 4, 5], [101, 4, 5], [7, 102, 9]]
+    assert table.tolist() == [[3, 4, 5], [7, 8, 9]]
+    slots = [100 * BLOCK + BLOCK - 1, 101 * BLOCK + BLOCK - 1, 102 * BLOCK]
+    assert batch.slots(blocks, BLOCK).tolist() == slots
+    rows, begun = batch.begun(table, BLOCK)
+    # The third begins a block of its own: nothing to copy.
+    assert (rows.tolist(), begun.tolist()) == ([0, 1], [3, 3])

@@ -13,13 +13,15 @@ from steering.worker.layout import EXTRA, Layout
 def test_coefficients_survive_bit_for_bit(dtype: torch.dtype) -> None:
     layout = Layout((7, 3, 5), dtype)
     values = np.random.default_rng(0).normal(size=(4, 3 + EXTRA)).astype(np.float32)
-    extra = [[0.0, 1, 0.25, 0], [1, 0, 1e-7, 3], [2, 2, 1, 0], [0, 0, 0, 9]]
+    extra = [[0.0, 1, 0.25, 0, 0], [1, 0, 1e-7, 0, 3], [3, 2, 1, 2, 0], [0, 0, 0, 0, 9]]
     values[:, 3:] = np.array(extra)
     out = torch.full((6, layout.width), float("nan"), dtype=dtype)
     layout.write_control(out, values)
     control = layout.read_control(out)
     assert torch.equal(control.coef[:4], torch.from_numpy(values[:, :3]))
-    found = torch.stack([control.kind, control.stream, control.param, control.report], 1)
+    found = torch.stack(
+        [control.kind, control.stream, control.param, control.head, control.report], 1
+    )
     assert torch.equal(found[:4], torch.from_numpy(values[:, 3:]))
     assert not control.coef[4:].any(), "rows without a request carry nothing"
 

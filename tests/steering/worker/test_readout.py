@@ -45,7 +45,7 @@ def test_rows_agree_with_the_definition_over_what_each_stream_shares() -> None:
     hidden = rows_of(COEF, mixer.layout)
     found = mixer(hidden, [True] * 3, special=True)
     assert found is not None
-    z, base, _ = found
+    z, base = found.z, found.base
     for row, coef in enumerate(COEF.tolist()):
         scores = {}
         for i, name in enumerate(NAMES):
@@ -94,7 +94,7 @@ def test_plain_sums_over_one_vocabulary_take_one_pass(rows: list[int], dtype: to
     parts = [unembed[i](own).double() for i, own in enumerate(columns)]
     found = mixer(hidden, [True, True, False], special=False)
     assert found is not None
-    z, base, _ = found
+    z, base = found.z, found.base
     assert torch.equal(base, parts[0].to(dtype)) and z.dtype == torch.float32
     for row, (c, d, _) in enumerate(coef.tolist()):
         if (c, d) == (1, 0):

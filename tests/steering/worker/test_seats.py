@@ -9,7 +9,7 @@ import pytest
 
 from steering.plan import Rule, RuleKind, SteeringPlan
 from steering.wire import Freight, pack, unpack
-from steering.worker.layout import RULE_KIND, RULE_PARAM, RULE_STREAM
+from steering.worker.layout import EXTRA, RULE_KIND, RULE_PARAM, RULE_STREAM
 from steering.worker.seats import SeatBook, seat
 
 STREAMS = ("base", "chat", "plain")
@@ -35,7 +35,7 @@ def test_freight_travels_whole() -> None:
 
 def test_a_plain_request_sits_on_the_base() -> None:
     found = seat(None, 5, STREAMS)
-    assert found.control.tolist() == [1, 0, 0, 0, 0, 0, 0]
+    assert found.control.tolist() == [1] + [0] * (len(STREAMS) - 1 + EXTRA)
     assert found.uses.tolist() == [True, False, False]
     assert not found.offsets.any()
 

@@ -1,0 +1,87 @@
+"""Value-augmented sampling: the base, with the value of what each likely token leads to.
+
+Han, Shenfeld, Srivastava, Kim, Agrawal, "Value Augmented Sampling for Language Model Alignment and
+Personalization", arXiv 2405.06639. With C the base's k most likely ids after s, V_m value models:
+
+    s[j] = s_base[j] + Σ_m β_m (V_m(s⊕j) − mean over C of V_m)    for j in C, else s_base[j]
+
+As in the authors' release, ids outside C are not masked and temperature comes afterwards. Theirs
+leaves V(s⊕EOS) to a model that was never trained on it; `eos_value` chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from steering.method import (
+    Logits,
+    Method,
+    MethodConfig,
+    Snapshot,
+    StreamName,
+    Strength,
+    TopK,
+    refusal,
+)
+from steering.plan import BASE, Recipe, Values
+
+
+class ValueTerm(BaseModel):
+    """One value model."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+    stream: StreamName = Field(description="The stream with a value head.")
+    strength: Strength = Field(1.0, description="β, how strongly its values count; 0: not at all.")
+
+
+class ValueAugmentedConfig(MethodConfig):
+    """Options of value-augmented sampling."""
+
+    method: Literal["value_augmented"]
+    values: tuple[ValueTerm, ...] = Field(
+        min_length=1, max_length=16, description="The value models, each with its strength."
+    )
+    top_k: TopK = Field(
+        20, description="k, how many of the base's most likely ids are evaluated; the rest stay."
+    )
+    eos_value: Literal["prefix", "zero", "model"] = Field(
+        "prefix",
+        description="What stands for the value of an id that ends the text: prefix: the value of "
+        "the text so far; zero: nothing is added to it; model: what the value model says.",
+    )
+
+    @field_validator("values")
+    @classmethod
+    def _once_each(cls, value: tuple[ValueTerm, ...]) -> tuple[ValueTerm, ...]:
+        if len({term.stream for term in value}) < len(value):
+            raise refusal("names the same stream twice")
+        return value
+
+
+class ValueAugmented(Method[ValueAugmentedConfig]):
+    """s_base + Σ β (V − mean V) on the base's most likely ids, V being a value model's."""
+
+    name = "value_augmented"
+    config = ValueAugmentedConfig
+
+    def resolve(self, config: ValueAugmentedConfig, _snapshot: Snapshot) -> Recipe:
+        """The base, and the values whose strength is not 0."""
+        strengths = tuple((t.stream, t.strength) for t in config.values if t.strength)
+        if not strengths:
+            return Recipe({BASE: 1.0})
+        return Recipe({BASE: 1.0}, values=Values(strengths, config.top_k, config.eos_value))
+
+    def reference(self, config: ValueAugmentedConfig, logits: Mapping[str, Logits]) -> Logits:
+        """The formula above, where no candidate ends the text."""
+        scores = logits[BASE].copy()
+        candidates = sorted(range(scores.size), key=lambda j: -scores[j])[: config.top_k]
+        for term in config.values:
+            after = [logits[term.stream][j] for j in candidates]
+            for j, value in zip(candidates, after, strict=True):
+                scores[j] += term.strength * (value - np.mean(after))
+        return scores

@@ -1,0 +1,172 @@
+"""Heads in memory: hidden states → one number per row. Lives in the worker."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.nn import functional
+
+from steering.heads import HeadError, HeadFile, Kind, Layer, Place, find_head, is_head
+from steering.worker import vllm_seam as seam
+from steering.worker.readout import Reading
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+class Head(nn.Module):
+    """A linear head or a small network, in float32 whatever the model's dtype is.
+
+    Its tensors are buffers: vLLM looks for every parameter in the base's checkpoint.
+
+    Args:
+        file: where it lies.
+    """
+
+    def __init__(self, file: HeadFile) -> None:
+        super().__init__()
+        self._activation = _ACTIVATIONS[file.activation]
+        self._depth = len(file.layers)
+        for i, layer in enumerate(file.layers):
+            weight, bias = _read(layer, file.rows if i == self._depth - 1 else "all")
+            self.register_buffer(f"weight{i}", weight, persistent=False)
+            self.register_buffer(f"bias{i}", bias, persistent=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R] float32 for hidden states [R, H]."""
+        x = hidden.float()
+        for i in range(self._depth):
+            if i:
+                x = self._activation(x)
+            x = functional.linear(x, self.get_buffer(f"weight{i}"), self.get_buffer(f"bias{i}"))
+        return x[:, 0]
+
+
+def build(
+    sources: Mapping[str, Mapping[str, str]],
+    names: Sequence[str],
+    forwards: Sequence[Any],
+    vllm_config: Any,
+) -> dict[str, Head]:
+    """The heads by name.
+
+    Args:
+        sources: the streams beside the base, as `steering.engine_args.StreamSource` fields.
+        names: the streams that run, base first.
+        forwards: their models.
+        vllm_config: the engine's.
+
+    Raises:
+        HeadError: one is missing or does not fit.
+    """
+    found = {}
+    for name, source in sources.items():
+        kind = source.get("head")
+        if kind == "classifier" or kind == "value":
+            width = seam.hidden_width(forwards[names.index(_body(name, source))])
+            rows = vllm_config.model_config.hf_config.vocab_size
+            folder = Path(source.get("path") or source["model"])
+            own_rows = rows if "path" not in source else None
+            found[name] = Head(find_head(folder, cast("Kind", kind), width, own_rows))
+    return found
+
+
+def _body(name: str, source: Mapping[str, str]) -> str:
+    return source.get("on", name)
+
+
+def readings(
+    sources: Mapping[str, Mapping[str, str]], names: Sequence[str], heads: Mapping[str, Head]
+) -> list[Reading]:
+    """The heads of `build` with the places of the streams that they read."""
+    return [Reading(names.index(_body(n, sources[n])), head) for n, head in heads.items()]
+
+
+def _read(layer: Layer, rows: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if rows == "last":
+        with safe_open(layer.weight.file, "pt") as file:
+            weight = file.get_slice(layer.weight.name)[layer.weight.shape[0] - 1 :]
+    else:
+        weight = _tensor(layer.weight)
+    weight = weight.float()
+    bias = (
+        torch.zeros(len(weight), dtype=torch.float32)
+        if layer.bias is None
+        else _tensor(layer.bias).float()
+    )
+    if rows == "difference":
+        weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise HeadError(f"{layer.weight.name} in {layer.weight.file} is not finite")
+    device = torch.get_default_device()
+    return weight.contiguous().to(device), bias.to(device)
+
+
+def _tensor(place: Place) -> torch.Tensor:
+    with safe_open(place.file, "pt") as file:
+        return file.get_tensor(place.name)
+
+
+def body_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], folder: Path | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A checkpoint's weights without heads, a LoRA adapter merged in.
+
+    Args:
+        weights: (name, tensor) of the checkpoint.
+        folder: where an adapter may lie; None: nowhere.
+
+    Raises:
+        HeadError: the adapter is of an unknown kind, or does not fit.
+    """
+    pending = _adapter(folder) if folder is not None else {}
+    for name, tensor in weights:
+        if is_head(name):
+            continue
+        delta = pending.pop(name.removesuffix(".weight"), None)
+        if delta is None:
+            yield name, tensor
+            continue
+        if delta.shape != tensor.shape:
+            raise HeadError(f"the adapter changes {name} by {list(delta.shape)}; it has "
+                            f"{list(tensor.shape)}")  # fmt: skip
+        yield name, (tensor.float() + delta).to(tensor.dtype)
+    if pending:
+        raise HeadError(f"the adapter in {folder} changes {min(pending)}, which the model lacks")
+
+
+def _adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """Module → what a PEFT LoRA adds to its weight, float32."""
+    if not (folder / "adapter_config.json").is_file():
+        return {}
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    odd = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "layer_replication")
+           if config.get(key)]  # fmt: skip
+    if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
+        raise HeadError(f"the adapter in {folder} is no plain LoRA ({', '.join(odd) or 'type'})")
+    rank = config["r"]
+    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for file in sorted(folder.glob("adapter_model*.safetensors")):
+        with safe_open(file, "pt") as stream:
+            for name in stream.keys():  # noqa: SIM118 (not a mapping)
+                module, found, part = name.removeprefix("base_model.model.").partition(".lora_")
+                if found:
+                    parts.setdefault(module, {})[part[0]] = stream.get_tensor(name).float()
+                elif not is_head(name):
+                    raise HeadError(f"{name} in {file} is neither LoRA nor head")
+    deltas = {module: scale * (two["B"] @ two["A"]) for module, two in parts.items()}
+    if any(not delta.isfinite().all() for delta in deltas.values()):
+        raise HeadError(f"the adapter in {folder} is not finite")
+    return {m: d.T if config.get("fan_in_fan_out") else d for m, d in deltas.items()}
