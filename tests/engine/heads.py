@@ -59,6 +59,8 @@ def classifier(folder: Path, architecture: str, seed: int, *, tokens: bool, labe
     for file in folder.glob("*.safetensors"):
         file.unlink()
     model.save_pretrained(folder)
+    # Else `transformers` reads the last token that is no padding, where id 0 is a candidate.
+    model.config.pad_token_id = None
 
     def read(ids: Sequence[int]) -> float:
         logits = _run(model, ids).logits[0]
