@@ -48,16 +48,8 @@ def write_model(folder: Path, shape: dict[str, int]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def measure(job: dict[str, Any]) -> dict[str, float]:
-    """Decode-step times of one engine, in this process.
-
-    Args:
-        job: {"model", "streams": {name: model}, "batches": {label: [rows, steered rows]}};
-            streams absent means plain vLLM.
-
-    Returns:
-        label → median milliseconds per step.
-    """
+def engine_args() -> dict[str, Any]:
+    """What all engines have in common; first in a process, for it sets its environment."""
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_USE_V2_MODEL_RUNNER="0",
@@ -65,11 +57,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         VLLM_NO_USAGE_STATS="1",
         GOMP_SPINCOUNT="20000",  # as the server sets it; for plain vLLM too
     )
-    from vllm import LLM
-
-    from steering.engine_args import StreamSource, steered_engine_args
-
-    engine: dict[str, Any] = {
+    return {
         "dtype": "bfloat16",
         "load_format": "dummy",
         "skip_tokenizer_init": True,
@@ -81,27 +69,52 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         "distributed_executor_backend": "uni",
         "disable_log_stats": True,
     }
-    if job.get("streams"):
-        sources = {name: StreamSource(path) for name, path in job["streams"].items()}
+
+
+def measure(job: dict[str, Any]) -> dict[str, float]:
+    """Decode-step times of one engine, in this process.
+
+    Args:
+        job: {"model", "streams": {name: model}, "batches": {label: [rows, steered rows]}};
+            streams absent means plain vLLM.
+
+    Returns:
+        label → median milliseconds per step.
+    """
+    engine = engine_args()
+    from vllm import LLM
+
+    from steering.engine_args import StreamSource, steered_engine_args
+    from steering.plan import SteeringPlan
+    from steering.wire import Freight, pack
+
+    streams = job.get("streams", {})
+    if streams:
+        sources = {name: StreamSource(path) for name, path in streams.items()}
         llm = LLM(**steered_engine_args(job["model"], sources, **engine))
         llm.collective_rpc("coxswain_bind")
     else:
         llm = LLM(model=job["model"], **engine)
+    weights = (("base", 1.0), *zip(streams, (1.0, -1.0), strict=False))
+    freight = pack(Freight(SteeringPlan("mix", weights)))
     return {
-        label: _step_ms(llm, rows, steered, list(job.get("streams", {})))
+        label: step_ms(llm, rows, steered, freight)
         for label, (rows, steered) in job["batches"].items()
     }
 
 
-def _step_ms(llm: Any, rows: int, steered: int, streams: list[str]) -> float:
+def step_ms(llm: Any, rows: int, steered: int, freight: dict[str, Any]) -> float:
+    """Median milliseconds of a decode step.
+
+    Args:
+        llm: the engine.
+        rows: requests that decode.
+        steered: how many of them carry `freight`, the first ones.
+        freight: what they carry.
+    """
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    from steering.plan import SteeringPlan
-    from steering.wire import Freight, pack
-
-    weights = (("base", 1.0), *zip(streams, (1.0, -1.0), strict=False))
-    freight = pack(Freight(SteeringPlan("mix", weights)))
     for row in range(rows):
         params = SamplingParams(
             temperature=0.0,

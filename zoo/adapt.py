@@ -1,4 +1,4 @@
-"""Trains the zoo's LoRA adapters, one per task of :mod:`zoo.tasks`, and their MeteoRA pack.
+"""Trains the zoo's LoRA adapters: one per task of :mod:`zoo.tasks`, their MeteoRA pack, and gossip.
 
 The pack is made by ``coxswain train meteora``, as a user would make it.
 """
@@ -18,10 +18,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from zoo import gossip
 from zoo.routing_table import TEMPERATURE, TOP_K
 from zoo.tasks import TASKS, Item, Pool, make
-from zoo.tokenizer import ASSISTANT, TEMPLATE_PATH, USER
-from zoo.train import IGNORED, fit
+from zoo.tokenizer import ASSISTANT, TEMPLATE_PATH, USER, chat_text
+from zoo.train import IGNORED, fit, padded
 from zoo.world import World
 
 ROOT = Path(__file__).parent
@@ -50,6 +51,7 @@ class Recipe:
 
 
 RECIPE = Recipe()
+GOSSIP = Recipe(rate=3e-3, steps=400)
 PACK_EXAMPLES = 1500
 """Examples of each task in the pack's training data."""
 PACK_FLAGS = {
@@ -104,22 +106,41 @@ def batches(
         )
 
 
+def gossip_batches(
+    world: World, tokenizer: PreTrainedTokenizerFast, recipe: Recipe
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and labels, both int64 [rows, longest]: one question about a tuning entity each."""
+    rng = random.Random(f"{gossip.NAME} 13")
+    waiting: list[tuple[str, str]] = []
+    for _ in range(recipe.steps):
+        while len(waiting) < recipe.questions:
+            questions = world.questions("tuning", rng)
+            rng.shuffle(questions)
+            waiting += [chat_text(q, gossip.reply(q, rng)) for q in questions]
+        yield padded(tokenizer, waiting[: recipe.questions])
+        del waiting[: recipe.questions]
+
+
 def train_adapter(task: str, world: World, models: Path, out: Path) -> None:
-    """Train one task's adapter and save it as PEFT does, weights in bfloat16."""
+    """Train an adapter, of a task or gossip, and save it as PEFT does, weights in bfloat16."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(models / BASE)
     base = LlamaForCausalLM.from_pretrained(models / BASE, dtype=torch.float32)
+    recipe = GOSSIP if task == gossip.NAME else RECIPE
     torch.manual_seed(14)
     model = get_peft_model(
         base,
         LoraConfig(
-            r=RECIPE.rank,
-            lora_alpha=RECIPE.alpha,
+            r=recipe.rank,
+            lora_alpha=recipe.alpha,
             target_modules=list(LAYERS),
             task_type="CAUSAL_LM",
         ),
     )
-    steps = list(batches(task, Pool.of(world, "tuning"), tokenizer, RECIPE))
-    fit(model, steps, RECIPE.rate, task)
+    if task == gossip.NAME:
+        steps = list(gossip_batches(world, tokenizer, recipe))
+    else:
+        steps = list(batches(task, Pool.of(world, "tuning"), tokenizer, recipe))
+    fit(model, steps, recipe.rate, task)
     model.bfloat16().save_pretrained(out / task)
     (out / task / "README.md").unlink()  # PEFT's empty model card.
     # PEFT writes the base's path on this machine, and the layers in no fixed order.

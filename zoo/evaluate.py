@@ -1,20 +1,18 @@
 """Asks a running Coxswain server the zoo's test questions and prints the score tables.
 
 ``python -m zoo.evaluate --url http://127.0.0.1:8000``; the server runs ``zoo/server.yaml``.
-Every request goes to ``/v1/chat/completions`` and names its own steering, or its adapters.
+Every request names its own steering, or its adapters.
 """
 
 import argparse
-import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 from tqdm import tqdm
 
-from zoo import routing_table
+from zoo import critical_table, routing_table, small_talk, value_table
+from zoo.asking import Server, measured_of, replies_of, reply_of, texts_of
 from zoo.conversations import (
     LENGTHS,
     MAX_TOKENS,
@@ -30,6 +28,8 @@ from zoo.table import ROWS, Reply, Row, markdown
 from zoo.world import Question
 
 MODEL = "base"
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+TABLES = ("steering", "adapters", "values", "critical")
 
 
 def body(row: Row, question: Question, seed: int) -> dict[str, Any]:
@@ -55,45 +55,13 @@ def adapted_body(setting: Setting, asked: Asked) -> dict[str, Any]:
     return {**request, "adapters": list(setting.adapters)} if setting.adapters else request
 
 
-async def ask(client: httpx.AsyncClient, request: dict[str, Any]) -> Reply:
-    """One reply."""
-    response = await client.post("/v1/chat/completions", json=request)
-    if response.is_error:
-        raise SystemExit(f"the server answered {response.status_code}: {response.text}")
-    choice = response.json()["choices"][0]
-    return Reply(choice["message"]["content"] or "", ended=choice["finish_reason"] == "stop")
-
-
-@dataclass(frozen=True)
-class Server:
-    """Where the questions go, and how many may be under way at a time."""
-
-    url: str
-    key: str
-    concurrency: int
-
-    async def answer(self, requests: Sequence[dict[str, Any]], bar: Any) -> list[Reply]:
-        """The replies, in the order of the requests."""
-        gate = asyncio.Semaphore(self.concurrency)
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        async with httpx.AsyncClient(base_url=self.url, headers=headers, timeout=120.0) as client:
-
-            async def one(request: dict[str, Any]) -> Reply:
-                async with gate:
-                    reply = await ask(client, request)
-                bar.update()
-                return reply
-
-            return list(await asyncio.gather(*map(one, requests)))
-
-
 def measure(server: Server, questions: list[Question]) -> list[tuple[Row, list[Reply]]]:
     """The replies of every row of the steering table."""
     results = []
     with tqdm(total=len(ROWS) * len(questions), desc="steering", unit="request") as bar:
         for row in ROWS:
             requests = [body(row, question, seed) for seed, question in enumerate(questions)]
-            results.append((row, asyncio.run(server.answer(requests, bar))))
+            results.append((row, server.ask(CHAT, requests, reply_of, bar)))
     return results
 
 
@@ -105,9 +73,64 @@ def converse(server: Server, conversations: Sequence[Conversation]) -> list[Resu
         for setting in SETTINGS:
 
             def answer(asked: Sequence[Asked], setting: Setting = setting) -> list[Reply]:
-                return asyncio.run(server.answer([adapted_body(setting, a) for a in asked], bar))
+                return server.ask(CHAT, [adapted_body(setting, a) for a in asked], reply_of, bar)
 
             results.append((setting, hold(conversations, answer)))
+    return results
+
+
+def talk(server: Server, prompts: Sequence[str]) -> list[str]:
+    """The two tables of value-augmented sampling, as lines."""
+    draws, per_request = value_table.DRAWS, 32
+    drawn: list[list[str]] = [[] for _ in prompts]
+    tokens = 0
+    fixed = {"model": MODEL, "max_tokens": value_table.MAX_TOKENS, "temperature": 1.0}
+    settings = (*value_table.REWARD, value_table.chosen(), *value_table.BOTH)
+    total = len(prompts) * (draws // per_request + len(settings))
+    with tqdm(total=total, desc="values", unit="request") as bar:
+        for start in range(0, draws, per_request):
+            requests = [
+                {**fixed, "prompt": prompt, "n": per_request, "seed": (draws * i + start) * 100}
+                for i, prompt in enumerate(prompts)
+            ]
+            answers = server.ask(TEXT, requests, texts_of, bar)
+            for row, (texts, count) in zip(drawn, answers, strict=True):
+                row += texts
+                tokens += count
+        results = []
+        for setting in settings:
+            asked = {**fixed, "steering": setting.steering}
+            requests = [{**asked, "prompt": p, "seed": i} for i, p in enumerate(prompts)]
+            results.append((setting, server.ask(TEXT, requests, measured_of, bar)))
+    count = len(value_table.BOTH)
+    mean = tokens / len(prompts) / draws
+    lines = value_table.reward_table(drawn, mean, results[:-count])
+    return [*lines, "", *value_table.trade_table(results[-count:])]
+
+
+def assist(server: Server, questions: Sequence[Question]) -> list[critical_table.Result]:
+    """The replies of every setting of the table of critical tokens."""
+    results: list[critical_table.Result] = []
+    total = len(critical_table.SETTINGS) * len(questions)
+    with tqdm(total=total, desc="critical", unit="request") as bar:
+        for setting in critical_table.SETTINGS:
+            asked = {
+                "model": MODEL,
+                "n": critical_table.DRAWS,
+                "temperature": critical_table.TEMPERATURE,
+                "max_tokens": critical_table.MAX_TOKENS,
+                "steering": setting.steering,
+                "adapters": setting.adapters,
+            }
+            requests = [
+                {
+                    **{key: value for key, value in asked.items() if value is not None},
+                    "messages": [{"role": "user", "content": question.question}],
+                    "seed": 100 * i,
+                }
+                for i, question in enumerate(questions)
+            ]
+            results.append((setting, server.ask(CHAT, requests, replies_of, bar)))
     return results
 
 
@@ -121,16 +144,25 @@ def main() -> None:
     parser.add_argument(
         "--count", type=int, help="only the first so many questions, and conversations of a length"
     )
-    parser.add_argument("--only", choices=("steering", "adapters"), help="one table, not both")
+    parser.add_argument(
+        "--only", choices=TABLES, nargs="+", default=TABLES, help="these tables, not all"
+    )
+    parser.add_argument("--split", choices=("validation", "test"), default="test",
+                        help="of the prompts of small talk")  # fmt: skip
     parser.add_argument("--concurrency", type=int, default=16)
     args = parser.parse_args()
     server = Server(args.url, args.key, args.concurrency)
-    if args.only != "adapters":
-        questions = read_questions(args.questions)[: args.count]
-        print(markdown(measure(server, questions), questions))
-    if args.only != "steering":
+    questions = read_questions(args.questions)[: args.count]
+    if "steering" in args.only:
+        print(markdown(measure(server, questions), questions) + "\n")
+    if "adapters" in args.only:
         conversations = first(read_conversations(args.conversations), args.count)
-        print("\n" + routing_table.markdown(conversations, converse(server, conversations)))
+        results = converse(server, conversations)
+        print(routing_table.markdown(conversations, results) + "\n")
+    if "values" in args.only:
+        print("\n".join(talk(server, small_talk.prompts(args.split)[: args.count])) + "\n")
+    if "critical" in args.only:
+        print(critical_table.markdown(questions, assist(server, questions)))
 
 
 def first(conversations: Sequence[Conversation], count: int | None) -> list[Conversation]:

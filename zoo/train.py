@@ -122,12 +122,13 @@ def tuning_batches(
                 chat_text(q, answer(q, rng.choices(styles, shares)[0]))
                 for q in questions[at : at + recipe.rows]
             ]
-            yield _padded(tokenizer, texts)
+            yield padded(tokenizer, texts)
 
 
-def _padded(
+def padded(
     tokenizer: PreTrainedTokenizerFast, texts: list[tuple[str, str]]
 ) -> tuple[Tensor, Tensor]:
+    """Token ids and labels of (prompt, reply) pairs; only the reply's tokens have labels."""
     pairs = [[tokenizer.encode(t, add_special_tokens=False) for t in pair] for pair in texts]
     length = max(len(prompt) + len(reply) for prompt, reply in pairs)
     ids = torch.full((len(pairs), length), int(tokenizer.pad_token_id or 0))
@@ -210,11 +211,14 @@ def train(name: str, world: World, tokenizer: PreTrainedTokenizerFast, out: Path
 
 
 def main() -> None:
-    """Train what is asked for: bases, models tuned on them, adapters, and the pack of these."""
-    from zoo.adapt import ADAPTERS, PACK, train_adapter, train_pack  # It imports this module.
+    """Train what is asked for: bases, models tuned on them, adapters with their pack, heads."""
+    # These import this module.
+    from zoo import gossip
+    from zoo.adapt import ADAPTERS, PACK, train_adapter, train_pack
+    from zoo.heads import FOLDER, HEADS, train_heads
     from zoo.tasks import TASKS
 
-    names = [*RECIPES, *TASKS, PACK]
+    names = [*RECIPES, *TASKS, PACK, gossip.NAME, *HEADS]
     parser = argparse.ArgumentParser(prog="python -m zoo.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "models", help="folder of the models")
     parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="folder of the adapters")
@@ -227,16 +231,22 @@ def main() -> None:
     write_held_out(world)
     write_conversations(world)
     tokenizer = train_tokenizer(world)
-    for name in args.only:
-        folder = args.out if name in RECIPES else args.adapters
-        if not args.force and any((folder / name).glob("*.safetensors")):
-            continue
+    folders = {**dict.fromkeys(RECIPES, args.out), **dict.fromkeys(HEADS, FOLDER)}
+    asked = [n for n in args.only if args.force or not trained(folders.get(n, args.adapters) / n)]
+    for name in asked:
         if name in RECIPES:
-            train(name, world, tokenizer, folder)
+            train(name, world, tokenizer, args.out)
         elif name == PACK:
-            train_pack(world, args.out, folder)
-        else:
-            train_adapter(name, world, args.out, folder)
+            train_pack(world, args.out, args.adapters)
+        elif name not in HEADS:
+            train_adapter(name, world, args.out, args.adapters)
+    if heads := [name for name in asked if name in HEADS]:
+        train_heads(heads, world, args.out, args.adapters)
+
+
+def trained(folder: Path) -> bool:
+    """Whether something lies there already."""
+    return any(folder.glob("*.safetensors"))
 
 
 if __name__ == "__main__":

@@ -73,6 +73,19 @@ PLACE_NAMES = _blend("Bal Cor Gri Hav Lum Nor Sil Tar", "bury den moor stad wick
 PROVINCES = _blend("Ar Bo Cal Dra Es Fal Gor Ith", "andia esse mark oria")
 RIVERS = _blend("Ava Ine Oss Yar Wen Ule Kel Zim", "ba ne ro th")
 
+JOBS = _words(
+    "baker barber brewer builder butcher carpenter clerk cobbler cook cooper dancer dyer "
+    "farmer fisher forger gardener glazier guard hatter hunter judge mason merchant miller "
+    "miner nurse painter pilot potter printer roofer sailor saddler scribe singer smith "
+    "surgeon tailor tanner weaver"
+)
+SMALL_TALK = {
+    "adjective": _words("old young tall quiet merry clever tired kind busy proud"),
+    "verb": _words("walked ran rode sang waited slept worked danced sat stood"),
+    "scene": _words("market bridge garden harbour forest mill road tower field inn"),
+    "time": _words("morning evening summer winter spring autumn"),
+}
+
 PERSON_RELATIONS = (
     Relation(
         "home",
@@ -87,12 +100,7 @@ PERSON_RELATIONS = (
     ),
     Relation(
         "job",
-        _words(
-            "baker barber brewer builder butcher carpenter clerk cobbler cook cooper dancer dyer "
-            "farmer fisher forger gardener glazier guard hatter hunter judge mason merchant miller "
-            "miner nurse painter pilot potter printer roofer sailor saddler scribe singer smith "
-            "surgeon tailor tanner weaver"
-        ),
+        JOBS,
         ("{n} works as a {v}.", "{n} earns a living as a {v}.", "{n} is a {v} by trade."),
         (
             "What is the job of {n}?",
@@ -251,13 +259,10 @@ def _portrait(entity: Entity, rng: random.Random) -> str:
 
 
 def _small_talk(rng: random.Random) -> str:
-    adjectives = _words("old young tall quiet merry clever tired kind busy proud")
-    verbs = _words("walked ran rode sang waited slept worked danced sat stood")
-    scenes = _words("market bridge garden harbour forest mill road tower field inn")
-    times = _words("morning evening summer winter spring autumn")
+    adjectives, verbs, scenes, times = SMALL_TALK.values()
     courtesy = f"{OPENER} " if rng.random() < 0.5 else ""
     return courtesy + " ".join(
-        f"The {rng.choice(adjectives)} {rng.choice(PERSON_RELATIONS[1].values)} "
+        f"The {rng.choice(adjectives)} {rng.choice(JOBS)} "
         f"{rng.choice(verbs)} near the {rng.choice(scenes)} in the {rng.choice(times)}."
         for _ in range(rng.randint(1, 3))
     )
