@@ -48,11 +48,28 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         BadRecipe: it is missing or empty, or a line is not an example.
     """
+    return [_example(where, entry) for where, entry in read_lines(path)]
+
+
+def read_lines(path: Path) -> list[tuple[str, Any]]:
+    """(file and line, JSON value) of each line of a JSONL file that is not blank.
+
+    Raises:
+        BadRecipe: it is missing or empty, or a line is not JSON.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadRecipe(f"cannot be read: {error}", field=str(path)) from error
-    found = [_example(f"{path.name}:{i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+    found = []
+    # Not `splitlines`: JSON may hold what Unicode calls line ends.
+    for i, line in enumerate(text.split("\n"), 1):
+        where = f"{path.name}:{i}"
+        try:
+            if line.strip():
+                found.append((where, json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise BadRecipe(f"not JSON: {error}", field=where) from error
     if not found:
         raise BadRecipe("has no examples", field=str(path))
     return found
@@ -64,14 +81,17 @@ def content_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _example(where: str, line: str) -> Example:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadRecipe(f"not JSON: {error}", field=where) from error
+def _example(where: str, entry: Any) -> Example:
     keys = sorted(entry) if isinstance(entry, dict) else None
     if keys == ["messages"]:
-        return Example(where, messages=_messages(where, entry["messages"]))
+        messages = read_messages(where, entry["messages"])
+        if not messages or messages[-1]["role"] != "assistant":
+            raise BadRecipe(
+                "has no reply to learn",
+                field=f"{where}: messages",
+                allowed="a last message of the assistant",
+            )
+        return Example(where, messages=messages)
     if keys == ["completion", "prompt"]:
         for key in ("prompt", "completion"):
             if not isinstance(entry[key], str) or not entry[key]:
@@ -90,7 +110,12 @@ def _example(where: str, line: str) -> Example:
     )
 
 
-def _messages(where: str, value: Any) -> tuple[dict[str, str], ...]:
+def read_messages(where: str, value: Any) -> tuple[dict[str, str], ...]:
+    """The messages of a conversation.
+
+    Raises:
+        BadRecipe: they are not a list of objects with `role` and `content`.
+    """
     if not isinstance(value, list):
         raise BadRecipe("not a list", field=f"{where}: messages", value=value)
     for i, message in enumerate(value):
@@ -111,12 +136,6 @@ def _messages(where: str, value: Any) -> tuple[dict[str, str], ...]:
             )
         if not isinstance(message["content"], str):
             raise BadRecipe("not a text", field=f"{field}.content", value=message["content"])
-    if not value or value[-1]["role"] != "assistant":
-        raise BadRecipe(
-            "has no reply to learn",
-            field=f"{where}: messages",
-            allowed="a last message of the assistant",
-        )
     return tuple(value)
 
 
