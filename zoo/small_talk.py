@@ -12,10 +12,9 @@ from typing import Any
 
 from zoo.world import JOBS, OPENER, SMALL_TALK, SPLIT_SHARES, Split
 
-SUNNY = frozenset(
-    ("merry", "young", "kind", "sang", "danced", "ran")
-    + ("garden", "market", "field", "spring", "summer", "morning")
-)
+_SUNNY_ADJECTIVES_AND_VERBS = ("merry", "young", "kind", "sang", "danced", "ran")
+_SUNNY_PLACES_AND_TIMES = ("garden", "market", "field", "spring", "summer", "morning")
+SUNNY = frozenset((*_SUNNY_ADJECTIVES_AND_VERBS, *_SUNNY_PLACES_AND_TIMES))
 WORDS_PER_POINT = 10
 
 
