@@ -20,10 +20,6 @@ from adapters.training.schedule import rate_share
 from adapters.training.value_model import ValueModel
 from adapters.training.value_settings import ValueSettings
 
-_WINDOW = 16
-"""Batches whose replies are sorted by length together, so that little of a batch is padding."""
-
-
 @dataclass(frozen=True)
 class Row:
     """A reply with its reward.
@@ -119,13 +115,9 @@ def _batches(
     step = 0
     for epoch in range(settings.epochs):
         draw = random.Random(f"{settings.seed} {epoch}")
-        order = draw.sample(rows, len(rows))
-        batches = []
-        for at in range(0, len(order), _WINDOW * settings.batch):
-            window = order[at : at + _WINDOW * settings.batch]
-            window.sort(key=lambda row: len(row.ids))
-            batches += list(_pieces(window, settings.batch))
-        for batch in draw.sample(batches, len(batches)):
+        # Not by length, though it would save padding: rewards often follow the length, and
+        # batches of one length pull the head to and fro.
+        for batch in _pieces(draw.sample(rows, len(rows)), settings.batch):
             if step >= start:
                 yield step, batch
             step += 1
