@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from server import train_critic
+
 _METEORA = """\
 Trains the gates of a MeteoRA pack (arXiv 2405.13053) over LoRA adapters that you already have: in
 every adapted layer a small matrix that decides, token by token, which k adapters answer. Served as
@@ -43,7 +45,7 @@ More: docs/train-meteora.md
 def add(commands: Any) -> None:
     """Adds `train` and its recipes to the command line's sub-commands."""
     raw = argparse.RawDescriptionHelpFormatter
-    train = commands.add_parser("train", help="train what adapters need: gates for MeteoRA packs")
+    train = commands.add_parser("train", help="train what adapters and methods need")
     recipes = train.add_subparsers(dest="recipe", required=True, metavar="RECIPE")
     meteora = recipes.add_parser(
         "meteora",
@@ -55,6 +57,7 @@ def add(commands: Any) -> None:
     _add_inputs(meteora)
     _add_gates(meteora)
     _add_training(meteora)
+    train_critic.add(recipes)
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
@@ -203,7 +206,7 @@ def run(given: argparse.Namespace) -> int:
     from adapters.errors import AdapterError
 
     try:
-        return _meteora(given)
+        return {"meteora": _meteora, "critic": train_critic.run}[given.recipe](given)
     except (AdapterError, OSError) as error:
         print(f"coxswain: {error}", file=sys.stderr)
         return 1
