@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapters.training.errors import BadRecipe
+from adapters.training.settings import flag
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -108,6 +109,34 @@ def last_run(folder: Path) -> dict[str, Any] | None:
         return None
     run: dict[str, Any] = _state(folder)["run"]
     return run
+
+
+def check_same(before: dict[str, Any], run: dict[str, Any], folder: Path) -> None:
+    """Compares what identifies a run with that of the run that left the newest checkpoint.
+
+    Args:
+        before: from `last_run`; its `settings` are by flag, without the dashes.
+        run: of the same form.
+        folder: the work folder.
+
+    Raises:
+        BadRecipe: something differs.
+    """
+    for key, value in run["settings"].items():
+        if (old := before["settings"].get(key)) != value:
+            raise BadRecipe(
+                "differs from the unfinished run",
+                field=flag(key),
+                value=value,
+                allowed=f"{old}, or remove {folder} to start again",
+            )
+    for key in run:
+        if before.get(key) != run[key]:
+            raise BadRecipe(
+                "differs from the unfinished run",
+                field=key,
+                allowed=f"the same as before, or remove {folder} to start again",
+            )
 
 
 def _state(folder: Path) -> dict[str, Any]:

@@ -38,7 +38,8 @@ from adapters.training.data import (
 from adapters.training.errors import BadRecipe
 from adapters.training.pack import write_pack
 from adapters.training.routed import Losses, Routed, install, losses
-from adapters.training.settings import Settings, flag
+from adapters.training.schedule import rate_share
+from adapters.training.settings import Settings
 
 NO_LIMIT = 1 << 30
 """Rank indices: whether a pack fits a server is that server's question."""
@@ -67,7 +68,8 @@ def train(
     with checkpoint.locked(folder):
         before = checkpoint.last_run(folder)
         if before is not None:
-            _check_same(before, run, folder)
+            checkpoint.check_same(before, run, folder)
+            _check_order(before, run)
         if not settings.out.exists():
             encoder = _encoder(settings, template, examples)
             _train(settings, artefacts, examples, encoder, run, folder, say)
@@ -155,22 +157,7 @@ def _identity(
     }
 
 
-def _check_same(before: dict[str, Any], run: dict[str, Any], folder: Path) -> None:
-    for key in run["settings"]:
-        if (old := before["settings"].get(key)) != run["settings"][key]:
-            raise BadRecipe(
-                "differs from the unfinished run",
-                field=flag(key),
-                value=run["settings"][key],
-                allowed=f"{old}, or remove {folder} to start again",
-            )
-    for key in ("base", "template", "adapters", "data"):
-        if before[key] != run[key]:
-            raise BadRecipe(
-                "differs from the unfinished run",
-                field=key,
-                allowed=f"the same as before, or remove {folder} to start again",
-            )
+def _check_order(before: dict[str, Any], run: dict[str, Any]) -> None:
     if list(before["adapters"]) != list(run["adapters"]):
         raise BadRecipe(
             "in another order than the unfinished run",
@@ -198,7 +185,9 @@ def _train(
     bar = tqdm(total=settings.steps, initial=start, desc="meteora", unit="step", disable=None)
     for step in range(start, settings.steps):
         rows = [t.to(settings.device) for t in _batch(settings, step, examples, encoder)]
-        _set_rates(optimizer, settings, step)
+        share = rate_share(step, settings.steps, settings.warm_up)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * share
         found = _step(settings, model, layers, rows, parameters, optimizer)
         if not math.isfinite(found.language + found.gates):
             raise BadRecipe(
@@ -271,17 +260,6 @@ def _optimizer(settings: Settings, parameters: dict[str, Tensor]) -> torch.optim
         others = [value for name, value in parameters.items() if not name.endswith(".gate")]
         groups.append({"params": others, "peak": settings.adapters_rate})
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
-
-
-def _set_rates(optimizer: torch.optim.Optimizer, settings: Settings, step: int) -> None:
-    """Warm-up, then a cosine down to 0; a function of the step alone, so nothing is to restore."""
-    warm = max(1, round(settings.warm_up * settings.steps))
-    share = (step + 1) / warm
-    if step >= warm:
-        done = (step - warm) / max(1, settings.steps - warm)
-        share = 0.5 * (1 + math.cos(math.pi * done))
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
 
 
 def _batch(
