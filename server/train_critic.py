@@ -37,8 +37,8 @@ files, one JSON object per line:
   --data     the same with "completion": "…" and, for --label data, "spans": [[start, end], …]
 
 example: a probe on a base that is served with the LoRA adapter `tuned`
-  coxswain train critic --server http://127.0.0.1:8000 --request '{"adapters": [{"name": "tuned"}]}' \\
-      --prompts prompts.jsonl --label facts.py:spans \\
+  coxswain train critic --server http://127.0.0.1:8000 --prompts prompts.jsonl \\
+      --request '{"adapters": [{"name": "tuned"}]}' --label facts.py:spans \\
       --body models/base --adapter adapters/tuned --probe --hidden 64 --out models/critic
 
 then, in the server's configuration:
@@ -107,9 +107,7 @@ def _add_replies(parser: argparse.ArgumentParser) -> None:
         help="further fields of each request, e.g. adapters and steering",
     )
     option("--samples", type=int, default=4, metavar="N", help="replies per prompt (default: 4)")
-    option(
-        "--max-tokens", type=int, default=256, metavar="N", help="longest reply (default: 256)"
-    )
+    option("--max-tokens", type=int, default=256, metavar="N", help="longest reply (default: 256)")
     option("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
     option("--top-p", type=float, default=1.0, metavar="P", help="default: 1")
     option("--data", type=Path, metavar="FILE", help="JSONL of ready replies, in place of these")

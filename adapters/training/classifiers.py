@@ -8,8 +8,9 @@ Formats: `steering.heads`. Letters: N states, H the hidden size, T positions.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear, relu
-from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers.utils import logging
 
 from adapters.formats.artefact import Artefact
 from adapters.formats.base import base_shapes
@@ -81,22 +83,22 @@ def load_body(folder: Path, adapter: Artefact | None, dtype: str, device: str) -
     Raises:
         BadRecipe: it has no module that the adapter changes.
     """
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    model.requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True
+    ).requires_grad_(False)
     for name, part in (adapter.parts[0] if adapter else {}).items():
         assert adapter is not None
         with safe_open(adapter.folder / part.file, "pt") as file:
             a, b = file.get_tensor(part.a).float(), file.get_tensor(part.b).float()
         delta = part.scale * (b[:, part.start : part.stop] @ a[part.start : part.stop])
         module = _module(model, name)
-        module.weight += delta if isinstance(module, nn.Linear) else delta.T
-    return model.to(device, getattr(torch, dtype)).eval()
+        module.weight += delta if isinstance(module, nn.Linear) else delta.T  # Conv1D: [in, out]
+    return model.base_model.to(device, getattr(torch, dtype)).eval()
 
 
 def _module(model: Any, name: str) -> Any:
-    # The checkpoint has the language model's names, which are one level deeper.
     try:
-        return model.get_submodule(name.removeprefix(f"{model.base_model_prefix}."))
+        return model.get_submodule(name)
     except AttributeError as error:
         raise BadRecipe("the body has no such module in transformers", field=name) from error
 
@@ -187,6 +189,17 @@ class Probe:
                   folder / "model.safetensors")  # fmt: skip
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the report that the head is new and the unembedding is not used."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 class Tagger:
     """A token classifier with one label.
 
@@ -213,9 +226,10 @@ class Tagger:
     ) -> None:
         self._rows, self._folder, self._tokenizer = rows, folder, tokenizer
         self._device, self._dtype, self._rank = device, getattr(torch, dtype), rank
-        model = AutoModelForTokenClassification.from_pretrained(
-            folder, num_labels=1, dtype=torch.float32, use_safetensors=True
-        )
+        with _quiet():
+            model = AutoModelForTokenClassification.from_pretrained(
+                folder, num_labels=1, dtype=torch.float32, use_safetensors=True
+            )
         # eval: dropout would make steps random
         self._model: Any = model.eval()
         self._head = "score" if hasattr(model, "score") else "classifier"

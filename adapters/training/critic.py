@@ -48,6 +48,8 @@ from adapters.training.replies import Reply, check_length, ready, row, sampled
 REPORT = "critic.json"
 """In the classifier's folder: how it was trained, and what it reaches on the held-out prompts."""
 
+_SAMPLES = "samples.jsonl"
+
 
 def train(
     settings: CriticSettings, template: str | None = None, say: Callable[[str], None] = print
@@ -107,6 +109,10 @@ class _Run:
             self._check_lengths(self.ready)
         elif settings.prompts is not None:
             self.prompts = read_prompts(settings.prompts)
+        begun = (checkpoint.work_folder(settings.out) / _SAMPLES).exists()
+        if settings.served is not None and not begun:
+            # A run that goes on may find its server gone for a while, or need it no more.
+            served.check(settings.served)
         self._check_split()
 
     def _check_lengths(self, replies: Sequence[Reply]) -> None:
@@ -177,7 +183,6 @@ class _Run:
     def _sample(self, folder: Path) -> list[Reply]:
         settings = self.settings
         assert settings.served is not None
-        served.check(settings.served)
         samples = served.sample(
             settings.served,
             self.prompts,
@@ -186,7 +191,7 @@ class _Run:
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=settings.seed,
-            file=folder / "samples.jsonl",
+            file=folder / _SAMPLES,
             progress="sampling",
         )
         return sampled(self.prompts, samples, self.tokenizer)

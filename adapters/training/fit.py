@@ -62,8 +62,8 @@ def fit(
             classifier.scores(batch), wanted.to(settings.device), pos_weight=weight
         )
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(given, 1.0)
-        if not math.isfinite(float(loss) + float(norm)):
+        norm, shown = torch.nn.utils.clip_grad_norm_(given, 1.0), float(loss.detach())
+        if not math.isfinite(shown + float(norm)):
             raise BadRecipe(
                 f"the loss is not finite any more in step {step + 1}",
                 field="--rate",
@@ -75,11 +75,11 @@ def fit(
         bar.update()
         last = step + 1 == steps
         if last or step % 10 == 0:
-            bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
+            bar.set_postfix_str(f"loss {shown:.3f}", refresh=False)
         if last or (step + 1) % settings.save_every == 0:
             checkpoint.save(folder, step + 1, run, classifier.parameters, optimizer)
             if last or bar.disable:  # No terminal: logs shall show that something happens.
-                say(f"step {step + 1} of {steps}: loss {float(loss):.3f}")
+                say(f"step {step + 1} of {steps}: loss {shown:.3f}")
     bar.close()
 
 

@@ -57,8 +57,9 @@ def sampled(prompts: Sequence[Prompt], samples: Sequence[Sample], tokenizer: Any
         where = f"{prompt.where}, sample {i % each + 1}"
         ids = sample.reply[:-1] if sample.ended else sample.reply
         text = decode(tokenizer, ids)
-        # A stop string is not in the server's text.
-        if not text.startswith(sample.text):
+        # A stop string is not in the server's text, and of bytes that are no character it shows
+        # fewer than a tokenizer.
+        if not _whole(text).startswith(_whole(sample.text)):
             raise BadRecipe(
                 f"the body's tokenizer reads {text[:60]!r} from the ids",
                 field=where,
@@ -67,6 +68,10 @@ def sampled(prompts: Sequence[Prompt], samples: Sequence[Sample], tokenizer: Any
             )
         found.append(Reply(where, prompt.given, sample.prompt, ids, text, sample.ended))
     return found
+
+
+def _whole(text: str) -> str:
+    return text.replace("\ufffd", "")
 
 
 def ready(path: Path, tokenizer: Any, template: str | None, *, spans: bool) -> list[Reply]:

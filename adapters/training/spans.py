@@ -65,15 +65,14 @@ def check_spans(found: Any, text: str, field: str) -> list[Span]:
         raise BadRecipe("not spans", field=field, value=found, allowed="[[start, end], …]")
     spans = []
     for i, span in enumerate(found):
-        pair = isinstance(span, list | tuple) and len(span) == 2
-        if not pair or not all(type(n) is int for n in span):
+        if not (isinstance(span, list | tuple) and len(span) == 2 and all(map(_whole, span))):
             raise BadRecipe(
                 "not a span",
                 field=f"{field}[{i}]",
                 value=span,
                 allowed="[start, end], two integers",
             )
-        start, end = span
+        start, end = map(int, span)
         if not 0 <= start < end <= len(text):
             raise BadRecipe(
                 "not in the reply",
@@ -83,6 +82,11 @@ def check_spans(found: Any, text: str, field: str) -> list[Span]:
             )
         spans.append((start, end))
     return spans
+
+
+def _whole(number: Any) -> bool:
+    # Integers of numpy come out of a function's process as floats.
+    return type(number) is int or (type(number) is float and number.is_integer())
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -133,6 +133,8 @@ def test_the_built_in_rule(text: str, found: list[str]) -> None:
         ("x", r"spans: not spans \(got 'x'\)"),
         ([[0, 1], [1]], r"spans\[1\]: not a span \(got \[1\]\)"),
         ([[0, True]], r"spans\[0\]: not a span"),
+        ([[0, 1.5]], r"spans\[0\]: not a span"),
+        ([[0, float("nan")]], r"spans\[0\]: not a span"),
         ([[2, 2]], r"spans\[0\]: not in the reply .*0 ≤ start < end ≤ 4"),
         ([[0, 5]], r"≤ 4"),
         ([[-1, 2]], r"≤ 4"),
@@ -141,7 +143,7 @@ def test_the_built_in_rule(text: str, found: list[str]) -> None:
 def test_spans_that_are_none_are_refused(given: Any, told: str) -> None:
     with pytest.raises(BadRecipe, match=told):
         check_spans(given, "four", "spans")
-    assert check_spans([[0, 4], (1, 2)], "four", "spans") == [(0, 4), (1, 2)]
+    assert check_spans([[0, 4], (1.0, 2)], "four", "spans") == [(0, 4), (1, 2)]
 
 
 def test_the_tests_tokenizer_has_every_byte() -> None:
