@@ -15,7 +15,7 @@ import torch
 from adapters.formats.base import base_shapes
 from adapters.formats.inspect import inspect
 from adapters.training.classifiers import Row, features, load_body
-from adapters.training.critic import NO_LIMIT, train
+from adapters.training.critic import train
 from adapters.training.critic_settings import CriticSettings
 from steering.engine_args import StreamSource, adapter_engine_args
 from tests.adapters.make import make_lora
@@ -106,7 +106,7 @@ def test_a_probe_on_base_or_base_and_adapter(engine: Engine, trained: Trained, n
     case = Case(prompt(random.Random(4), 20, 20), {**CRITICAL, "classifier": name},
                 report="tokens", adapters=uses, max_tokens=12)  # fmt: skip
     ids, got = served(engine, case)
-    artefact = inspect(adapter, base_shapes(base), max_rank=NO_LIMIT) if adapter else None
+    artefact = inspect(adapter, base_shapes(base), max_rank=64) if adapter else None
     whole = Row((*case.prompt, *ids[:-1]), len(case.prompt) - 1, (False,) * len(ids))
 
     class Bar:
