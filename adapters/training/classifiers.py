@@ -246,13 +246,6 @@ class Tagger:
 
     def _low_rank(self, rank: int, seed: int) -> dict[str, LowRank]:
         shapes = base_shapes(self._folder)
-        if f"{self._head}.weight" in shapes.tensors:
-            raise BadRecipe(
-                "has a head already",
-                field=f"--body {self._folder}",
-                value=f"{self._head}.weight",
-                allowed="a language model, or no --rank",
-            )
         layers = install(self._model, shapes, rank, ALPHA * rank, seed)
         getattr(self._model, self._head).requires_grad_(True)
         return layers

@@ -73,13 +73,13 @@ async def ask(
     *,
     patient: bool = True,
 ) -> Any:
-    """The JSON of one answer; asks again while the server has no room (429, 5xx) or is away.
+    """The JSON of one answer; asks again where the server has no room (429, 5xx) or is away.
 
     Args:
         client: from `peer.client()`.
         peer: see there.
         verb: of HTTP.
-        path: below the peer's address.
+        path: below the peer's address, or a whole one.
         body: JSON value; None: nothing is sent.
         where: what is asked for, for errors.
         patient: whether a server that is not there may yet come.
@@ -92,10 +92,9 @@ async def ask(
         wait_s = pause_s
         try:
             answer = await client.request(verb, path, json=body)
-        except httpx.ReadTimeout as error:
-            raise BadRecipe(
-                f"{peer.url} gives no answer within {peer.timeout_s:g} s", field=where
-            ) from error
+        except httpx.ReadTimeout:
+            why = f"{peer.url} gives no answer within {peer.timeout_s:g} s"
+            again = True
         except httpx.HTTPError as error:
             why = f"{peer.url} cannot be reached: {error or type(error).__name__}"
             again = patient

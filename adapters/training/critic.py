@@ -11,6 +11,7 @@ The authors have published no code and no data; what is critical is up to the la
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -33,7 +34,7 @@ from adapters.errors import AdapterError
 from adapters.formats.artefact import Artefact
 from adapters.formats.base import base_shapes
 from adapters.formats.inspect import inspect
-from adapters.training import checkpoint, served
+from adapters.training import checkpoint
 from adapters.training.classifiers import Classifier, Probe, Row, Tagger, features, load_body
 from adapters.training.critic_settings import CriticSettings
 from adapters.training.data import content_digest
@@ -44,11 +45,14 @@ from adapters.training.measures import measures
 from adapters.training.meteora import NO_LIMIT
 from adapters.training.prompts import Prompt, read_prompts
 from adapters.training.replies import Reply, check_length, ready, row, sampled
+from adapters.training.served import sample
+from adapters.training.value_checks import check_body, check_server
 
 REPORT = "critic.json"
 """In the classifier's folder: how it was trained, and what it reaches on the held-out prompts."""
 
-_SAMPLES = "samples.jsonl"
+SAMPLES, LABELS = "samples.jsonl", "labels.jsonl"
+"""Files of the work folder. They stay there when the run is complete."""
 
 
 def train(
@@ -71,23 +75,28 @@ def train(
     run = _Run(settings, template, say)
     folder = checkpoint.work_folder(settings.out)
     with checkpoint.locked(folder):
-        new = run.claim(folder)
-        if not settings.out.exists():
-            run.work(folder)
-        elif new:
-            _remove(folder)
+        before = checkpoint.last_run(folder)
+        if settings.out.exists() and before is None:
             raise BadRecipe(
                 "there is something already",
                 field=f"--out {settings.out}",
                 allowed="a folder that does not exist yet",
             )
-        _remove(folder)  # Also what a kill after the last rename left.
+        if before is not None:
+            checkpoint.check_same(before, {"settings": settings.deciding()}, folder / "step-*")
+        if not settings.out.exists():
+            run.work(folder, before)
+        _clean(folder)  # Also what a kill after the last rename left.
     found: dict[str, Any] = json.loads((settings.out / REPORT).read_bytes())
     return found
 
 
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder)
+def _clean(folder: Path) -> None:
+    """Leaves the samples and the labels."""
+    for path in (*folder.glob("step-*"), folder / "checkpoint.part"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("states-*"):
+        path.unlink()
 
 
 class _Run:
@@ -96,7 +105,7 @@ class _Run:
     def __init__(
         self, settings: CriticSettings, template: str | None, say: Callable[[str], None]
     ) -> None:
-        self.settings, self.template, self.say = settings, template, say
+        self.settings, self.say = settings, say
         self.adapter = _check_body(settings)
         self.config = AutoConfig.from_pretrained(settings.body)
         self.tokenizer = AutoTokenizer.from_pretrained(settings.body)
@@ -109,15 +118,11 @@ class _Run:
             self._check_lengths(self.ready)
         elif settings.prompts is not None:
             self.prompts = read_prompts(settings.prompts)
-        begun = (checkpoint.work_folder(settings.out) / _SAMPLES).exists()
-        if settings.served is not None and not begun:
-            # A run that goes on may find its server gone for a while, or need it no more.
-            served.check(settings.served)
         self._check_split()
 
     def _check_lengths(self, replies: Sequence[Reply]) -> None:
         for reply in replies:
-            check_length(reply, self.config.max_position_embeddings, self.config.vocab_size)
+            check_length(reply, self.config)
 
     def _check_split(self) -> None:
         several = len({_key(p) for p in self.ready or self.prompts}) > 1
@@ -126,41 +131,25 @@ class _Run:
                 "needs two different prompts or more", field="--held-out", allowed="0, or more data"
             )
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, rows: Sequence[Row]) -> dict[str, Any]:
         """What two runs must share to be one; JSON values."""
-        settings = self.settings
-        source = settings.data or settings.prompts
-        assert source is not None
-        asked = settings.served
         return {
-            "settings": settings.deciding(),
-            "body": content_digest(settings.body / "config.json"),
+            "settings": self.settings.deciding(),
+            "body": content_digest(self.settings.body / "config.json"),
             "adapter": self.adapter.digest() if self.adapter else None,
-            "template": self.template,
-            "data": content_digest(source),
-            "request": None if asked is None else {"model": asked.model, **asked.fields},
+            "replies and labels": _digest([[r.ids, r.start, r.labels] for r in rows]),
         }
 
-    def claim(self, folder: Path) -> bool:
-        """Makes a work folder this run's; whether it was nobody's.
+    def work(self, folder: Path, before: dict[str, Any] | None) -> None:
+        """From replies to the classifier's folder.
 
-        Raises:
-            BadRecipe: it is another run's.
+        Args:
+            folder: the work folder.
+            before: what identifies the run that has left a checkpoint there.
         """
-        file, run = folder / "run.json", self.identity()
-        if file.exists():
-            checkpoint.check_same(json.loads(file.read_bytes()), run, folder)
-            return False
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(run))
-        part.rename(file)
-        return True
-
-    def work(self, folder: Path) -> None:
-        """From replies to the classifier's folder."""
         replies = self.ready or self._sample(folder)
         self._check_lengths(replies)
-        spans = self.labeller.label(replies, folder)
+        spans = self.labeller.label(replies, folder / LABELS)
         rows = [row(r, s, self.tokenizer) for r, s in zip(replies, spans, strict=True)]
         kept, held = _split(replies, self.settings.held_out, self.settings.seed)
         labels = [label for i in kept for label in rows[i].labels]
@@ -175,15 +164,20 @@ class _Run:
             f"{len(replies)} replies, {sum(len(r.labels) for r in rows)} tokens; "
             f"{sum(labels) / len(labels):.1%} of those to train on are critical"
         )
+        run = self.identity(rows)
+        if before is not None:
+            checkpoint.check_same(before, run, folder / "step-*")
         classifier = self._classifier(rows, kept, folder)
-        run = self.identity() | {"rule": self.labeller.identity}
         fit(self.settings, classifier, rows, kept, run, folder, self.say)
         self._publish(classifier, rows, kept, held, folder)
 
     def _sample(self, folder: Path) -> list[Reply]:
         settings = self.settings
         assert settings.served is not None
-        samples = served.sample(
+        file = folder / SAMPLES
+        if not file.exists() or file.read_bytes().count(b"\n") < len(self.prompts):
+            check_server(settings.served, self.prompts, settings.body)
+        samples = sample(
             settings.served,
             self.prompts,
             per_prompt=settings.samples,
@@ -191,8 +185,8 @@ class _Run:
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=settings.seed,
-            file=folder / _SAMPLES,
-            progress="sampling",
+            file=file,
+            progress="samples",
         )
         return sampled(self.prompts, samples, self.tokenizer)
 
@@ -213,7 +207,9 @@ class _Run:
 
     def _states(self, rows: Sequence[Row], folder: Path) -> Sequence[Tensor]:
         """Computed once; a resumed run reads them."""
-        settings, file = self.settings, folder / "states.safetensors"
+        settings, run = self.settings, self.identity(rows)
+        what = [settings.dtype, *(run[key] for key in ("body", "adapter", "replies and labels"))]
+        file = folder / f"states-{_digest(what)[:16]}.safetensors"
         if not file.exists():
             body = load_body(settings.body, self.adapter, settings.dtype, settings.device)
             with tqdm(total=len(rows), desc="states", unit="reply", disable=None) as bar:
@@ -249,11 +245,7 @@ class _Run:
 
 def _check_body(settings: CriticSettings) -> Artefact | None:
     """Raises AdapterError where body or adapter cannot be used; returns the adapter."""
-    if not (settings.body / "config.json").is_file():
-        raise BadRecipe(
-            "no model here", field=f"--body {settings.body}", allowed="a folder with config.json"
-        )
-    base = base_shapes(settings.body)
+    check_body(settings.body)
     config = AutoConfig.from_pretrained(settings.body)
     if not settings.probe and type(config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
         raise BadRecipe(
@@ -265,7 +257,7 @@ def _check_body(settings: CriticSettings) -> Artefact | None:
     if settings.adapter is None:
         return None
     try:
-        found = inspect(settings.adapter, base, max_rank=NO_LIMIT)
+        found = inspect(settings.adapter, base_shapes(settings.body), max_rank=NO_LIMIT)
     except AdapterError as error:
         error.field = f"--adapter: {error.field}"
         raise
@@ -277,6 +269,10 @@ def _check_body(settings: CriticSettings) -> Artefact | None:
             allowed="a folder with adapter_config.json",
         )
     return found
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _key(prompt: Prompt | Reply) -> str:

@@ -119,7 +119,7 @@ class CriticSettings:
                 if getattr(self, key) is not None:
                     raise BadRecipe(
                         "replies are sampled or ready, not both",
-                        field="--server" if key == "served" else flag(key),
+                        field="--server" if key == "served" else "--prompts",
                         allowed=f"not with --data {self.data}",
                     )
         elif self.served is None or self.prompts is None:
@@ -154,5 +154,4 @@ class CriticSettings:
 
 
 def _bad(key: str, value: object, allowed: str) -> BadRecipe:
-    name = "--label-timeout" if key == "label_timeout_s" else flag(key)
-    return BadRecipe("cannot be used", field=name, value=value, allowed=allowed)
+    return BadRecipe("cannot be used", field=flag(key), value=value, allowed=allowed)

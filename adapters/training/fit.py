@@ -41,11 +41,8 @@ def fit(
         say: takes lines for a person.
 
     Raises:
-        BadRecipe: the loss is not finite any more, or the checkpoint is of another run.
+        BadRecipe: the loss is not finite any more.
     """
-    before = checkpoint.last_run(folder)
-    if before is not None:
-        checkpoint.check_same(before, run, folder)
     given = list(classifier.parameters.values())
     optimizer = torch.optim.AdamW(given, weight_decay=settings.weight_decay)
     start = checkpoint.restore(folder, classifier.parameters, optimizer)

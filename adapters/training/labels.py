@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,13 @@ class Labeller:
         """Changes with the content of a function's file."""
         self._peer: Peer | None = None
         if rule.startswith(("http://", "https://")):
-            self._peer = Peer(rule, "--label", "a service that answers", timeout_s=timeout_s)
+            self._peer = Peer(
+                rule,
+                "--label",
+                "a service that answers in time, or a longer --label-timeout",
+                timeout_s=timeout_s,
+                patience_s=3 * timeout_s,
+            )
             self._peer.check()
         elif ":" in rule:
             with self._called():
@@ -62,12 +69,12 @@ class Labeller:
     def _called(self) -> Called:
         return Called(self._rule, "--label", "--label-timeout", self._timeout_s)
 
-    def label(self, replies: Sequence[Reply], folder: Path) -> list[list[Span]]:
+    def label(self, replies: Sequence[Reply], file: Path) -> list[list[Span]]:
         """The critical spans of each reply.
 
         Args:
             replies: all of them.
-            folder: keeps what a function has answered, so that a killed run goes on after it.
+            file: JSONL; keeps what functions have answered, so that a killed run goes on after it.
 
         Raises:
             BadRecipe: the function fails, or answers something else; names the reply.
@@ -76,25 +83,26 @@ class Labeller:
             return [reply.spans or [] for reply in replies]
         if self._rule == "names":
             return [names(reply.text) for reply in replies]
-        digest = hashlib.sha256(self.identity.encode()).hexdigest()[:16]
-        with Journal(folder / f"labels-{digest}.jsonl") as journal:
-            done = {entry["index"] for entry in journal.entries}
-            left = [i for i in range(len(replies)) if i not in done]
-            with tqdm(total=len(replies), initial=len(done), desc="labelling", unit="reply",
-                      disable=None) as bar:  # fmt: skip
+        marks = [_digest(self.identity, i, reply) for i, reply in enumerate(replies)]
+        with Journal(file) as journal:
+            known: dict[Any, Any] = {e.get("reply"): e.get("spans") for e in journal.entries}
+            left = [i for i, mark in enumerate(marks) if mark not in known]
+            done = len(replies) - len(left)
+            bar = tqdm(total=len(replies), initial=done, desc="labels", unit="reply", disable=None)
 
-                def keep(index: int, found: Any) -> None:
-                    reply = replies[index]
-                    spans = check_spans(found, reply.text, f"{reply.where}: {self._rule}")
-                    journal.add({"index": index, "spans": spans})
-                    bar.update()
+            def keep(index: int, found: object) -> None:
+                reply = replies[index]
+                spans = check_spans(found, reply.text, f"{reply.where}: {self._rule}")
+                known[marks[index]] = spans
+                journal.add({"reply": marks[index], "spans": spans})
+                bar.update()
 
+            with bar:
                 self._ask(replies, left, keep)
-            found = {e["index"]: [(a, b) for a, b in e["spans"]] for e in journal.entries}
-        return [found[i] for i in range(len(replies))]
+        return [[(start, end) for start, end in known[mark]] for mark in marks]
 
     def _ask(
-        self, replies: Sequence[Reply], left: Sequence[int], keep: Callable[[int, Any], None]
+        self, replies: Sequence[Reply], left: Sequence[int], keep: Callable[[int, object], None]
     ) -> None:
         if self._peer is not None:
             asyncio.run(_ask_all(self._peer, replies, iter(left), keep))
@@ -105,8 +113,13 @@ class Labeller:
                     keep(i, called.call(reply.where, reply.given, reply.text))
 
 
+def _digest(rule: str, index: int, reply: Reply) -> str:
+    text = json.dumps([rule, index, reply.given, reply.text])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 async def _ask_all(
-    peer: Peer, replies: Sequence[Reply], left: Iterator[int], keep: Callable[[int, Any], None]
+    peer: Peer, replies: Sequence[Reply], left: Iterator[int], keep: Callable[[int, object], None]
 ) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         for i in left:

@@ -142,28 +142,27 @@ def _prompt_ids(prompt: Prompt, tokenizer: Any, template: str | None) -> tuple[i
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def check_length(reply: Reply, positions: int, table: int) -> None:
+def check_length(reply: Reply, config: Any) -> None:
     """Raises BadRecipe where a body cannot read a reply.
 
     Args:
         reply: with its prompt.
-        positions: of the body.
-        table: rows of its embedding table.
+        config: the body's.
     """
-    ids = (*reply.prompt, *reply.ids)
-    if len(ids) > positions:
+    ids, positions = (*reply.prompt, *reply.ids), getattr(config, "max_position_embeddings", None)
+    if positions is not None and len(ids) > positions:
         raise BadRecipe(
             "longer than the body's positions",
             field=reply.where,
             value=f"{len(ids)} tokens",
             allowed=f"≤ {positions}",
         )
-    if not reply.prompt or max(ids) >= table:
+    if not reply.prompt or max(ids) >= config.vocab_size:
         raise BadRecipe(
-            "its ids are not the body's" if reply.prompt else "the prompt has no token",
+            "an id that the body lacks" if reply.prompt else "the prompt has no token",
             field=reply.where,
             value=max(ids, default=None),
-            allowed=f"one id or more, 0 to {table - 1}",
+            allowed=f"one id or more, 0 to {config.vocab_size - 1}",
         )
 
 

@@ -110,8 +110,8 @@ def _bad(key: str, value: object, allowed: str) -> BadRecipe:
 
 
 def flag(key: str) -> str:
-    """A setting as the command line writes it."""
-    return "--" + key.replace("_", "-")
+    """A setting as the command line writes it: without the unit, and `lambda_` as `--lambda`."""
+    return "--" + key.removesuffix("_s").rstrip("_").replace("_", "-")
 
 
 def _list(names: Any) -> str:

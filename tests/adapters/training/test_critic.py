@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from adapters.training import checkpoint, critic
-from adapters.training.classifiers import Row, Tagger, features, load_body
+from adapters.training.classifiers import Row, features, load_body
 from adapters.training.critic import REPORT, train
 from adapters.training.critic_settings import CriticSettings
 from adapters.training.errors import BadRecipe
@@ -317,7 +318,8 @@ def test_a_resumed_run_ends_with_the_same_bits(
     train(again, say=told.append)
     assert told[1] == f"resumed after step {last} of 15"
     assert bits(again.out) == bits(settings.out)
-    assert not checkpoint.work_folder(again.out).exists()
+    left = {path.name for path in checkpoint.work_folder(again.out).iterdir()}
+    assert left == ({"lock", "labels.jsonl"} if kind == "probe" else {"lock"})
 
 
 def arguments(settings: CriticSettings) -> list[str]:
@@ -344,22 +346,22 @@ def test_killed_wherever_it_is_the_command_ends_with_the_same_bits(
     command = [sys.executable, "-m", "server.main", *arguments(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     stages = set()
-    for awaited in ("labels-*", "states*", "step-*02", "step-*10"):
+    for awaited in ("labels.jsonl", "states-*", "step-*02", "step-*10"):
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        while process.poll() is None and not any(f.stat().st_size for f in folder.glob(awaited)):
+        while process.poll() is None and not any(map(os.path.getsize, folder.glob(awaited))):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         if process.wait() == -signal.SIGKILL:
             stages.add(awaited)
-    assert {"labels-*", "states*"} <= stages
+    assert {"labels.jsonl", "states-*"} <= stages
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert bits(settings.out) == bits(tmp_path / "whole")
-    assert not folder.exists()
+    assert {path.name for path in folder.iterdir()} == {"lock", "labels.jsonl"}
     assert "held-out tokens" in done.stdout and "threshold  precision" in done.stdout
-    assert f"{{on: STREAM, path: {settings.out}, head: classifier}}" in done.stdout
+    assert f"{{on: STREAM, head: classifier, path: {settings.out}}}" in done.stdout
 
 
 def test_killed_after_the_last_rename_the_command_still_reports(
@@ -370,13 +372,32 @@ def test_killed_after_the_last_rename_the_command_still_reports(
     def dying(folder: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(critic, "_remove", dying)
+    monkeypatch.setattr(critic, "_clean", dying)
     with pytest.raises(KeyboardInterrupt):
         train(settings, say=quiet)
     monkeypatch.undo()
     assert train(settings, say=quiet)["held_out"]["tokens"] > 0
     assert bits(settings.out) == whole
-    assert not checkpoint.work_folder(settings.out).exists()
+    left = {path.name for path in checkpoint.work_folder(settings.out).iterdir()}
+    assert left == {"lock", "labels.jsonl"}
+
+
+def test_other_settings_need_no_new_labels(made: CriticSettings, tmp_path: Path) -> None:
+    """The work folder of a complete run, copied, and a rule that counts its calls."""
+    rule = tmp_path / "rule.py"
+    calls = tmp_path / "calls"
+    rule.write_text(
+        RULE.replace("    return", f"    open({str(calls)!r}, 'a').write('x')\n    return")
+    )
+    first = dataclasses.replace(made, out=tmp_path / "one", label=f"{rule}:numbers")
+    train(first, say=quiet)
+    assert calls.stat().st_size == 160
+    second = dataclasses.replace(first, out=tmp_path / "two", rate=0.02)
+    work = checkpoint.work_folder(second.out)
+    shutil.copytree(checkpoint.work_folder(first.out), work)
+    train(second, say=quiet)
+    assert calls.stat().st_size == 160
+    assert bits(first.out) != bits(second.out)
 
 
 def test_an_unfinished_run_is_not_mixed_with_another(
@@ -401,10 +422,10 @@ def test_an_unfinished_run_is_not_mixed_with_another(
         train(dataclasses.replace(settings, adapter=None), say=quiet)
     other = tmp_path / "other.jsonl"
     other.write_text("\n".join(map(json.dumps, lines(40))))
-    with pytest.raises(BadRecipe, match="data: differs from the unfinished run"):
+    with pytest.raises(BadRecipe, match="replies and labels: differs from the unfinished run"):
         train(dataclasses.replace(settings, data=other), say=quiet)
-    rule.write_text(RULE + "\n")
-    with pytest.raises(BadRecipe, match="rule: differs from the unfinished run"):
+    rule.write_text(RULE.replace("[0-9]+", "[0-4]"))
+    with pytest.raises(BadRecipe, match="replies and labels: differs .* step-\\*"):
         train(settings, say=quiet)
     with (
         checkpoint.locked(checkpoint.work_folder(settings.out)),
@@ -487,9 +508,8 @@ def test_bodies_and_adapters_that_do_not_fit(made: CriticSettings, tmp_path: Pat
         train(plain, say=quiet)
     classifier = tagged(made, tmp_path / "classifier", epochs=1)
     train(classifier, say=quiet)
-    with pytest.raises(BadRecipe, match=r"has a head already \(got 'score.weight'\)"):
-        Tagger(rows_of(made), classifier.out, make_tokenizer(), rank=2, seed=0,
-               device="cpu", dtype="float32")  # fmt: skip
+    with pytest.raises(BadRecipe, match=r"--body .*no language model \(got 'LlamaForTokenCl"):
+        train(tagged(made, tmp_path / "x", body=classifier.out), say=quiet)
 
 
 def test_data_without_anything_to_tell_apart(made: CriticSettings, tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ def test_from_prompts_to_a_head_with_faults_between(given: CriticSettings, tmp_p
     report = train(dataclasses.replace(given, served=gone), say=quiet)
     assert 0 < report["critical"] < report["tokens"] and report["replies"] == 18
     assert find_head(given.out, "classifier", 128).width == 128
-    assert not checkpoint.work_folder(given.out).exists()
+    left = {path.name for path in checkpoint.work_folder(given.out).iterdir()}
+    assert left == {"lock", "samples.jsonl", "labels.jsonl"}
 
 
 def test_the_command(given: CriticSettings, tmp_path: Path) -> None:
@@ -117,13 +118,17 @@ def test_the_command(given: CriticSettings, tmp_path: Path) -> None:
                "--request", json.dumps(given.served.fields), "--prompts", str(given.prompts),
                "--body", str(given.body), "--out", str(given.out), "--rank", "2",
                "--samples", "8", "--max-tokens", "30", "--epochs", "1"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COXSWAIN_API_KEY": given.served.key or ""}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "COXSWAIN_API_KEYS": given.served.key or "",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"{{model: {given.body}, path: {given.out}, head: classifier}}" in done.stdout
+    assert f"{{model: {given.body}, head: classifier, path: {given.out}}}" in done.stdout
     assert find_head(given.out, "classifier", 128).layers[0].weight.name == "score.weight"
     assert "LOAD REPORT" not in done.stderr
-    environment["COXSWAIN_API_KEY"] = "wrong"
+    environment["COXSWAIN_API_KEYS"] = "wrong"
     command[command.index(str(given.out))] = str(tmp_path / "other")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "--server: " in done.stderr and "401" in done.stderr
@@ -142,10 +147,10 @@ def test_a_server_that_is_not_there_and_fields_that_are_taken(
         served = dataclasses.replace(given.served, **change)
         with pytest.raises(BadRecipe, match=told):
             train(dataclasses.replace(given, served=served), say=quiet)
-        assert not checkpoint.work_folder(given.out).exists()
+        assert not (checkpoint.work_folder(given.out) / "samples.jsonl").exists()
 
 
 def test_a_body_whose_table_lacks_ids(given: CriticSettings, tmp_path: Path) -> None:
     body = make_model(tmp_path / "small", "llama", vocab_size=20)
-    with pytest.raises(BadRecipe, match=r"sample 1: its ids are not the body's .*0 to 19"):
+    with pytest.raises(BadRecipe, match=r"sample 1: an id that the body lacks .*0 to 19"):
         train(dataclasses.replace(given, body=body), say=quiet)

@@ -63,7 +63,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_function_gets_prompt_and_reply(file: Path, tmp_path: Path) -> None:
     labeller = Labeller(f"{file}:spans", 20)
-    assert labeller.label(replies(), tmp_path / "work") == WANTED
+    assert labeller.label(replies(), tmp_path / "labels.jsonl") == WANTED
     assert file.with_suffix(".calls").read_text().splitlines() == [
         f"{reply.given!r} {reply.text}" for reply in replies()
     ]
@@ -72,29 +72,30 @@ def test_a_function_gets_prompt_and_reply(file: Path, tmp_path: Path) -> None:
 def test_after_a_fault_the_run_goes_on_where_it_was(file: Path, tmp_path: Path) -> None:
     labeller = Labeller(f"{file}:stumbles", 20)
     with pytest.raises(BadRecipe, match=r"p:3, sample 1: .*ValueError: no such number.*mine.py:"):
-        labeller.label(replies(), tmp_path / "work")
+        labeller.label(replies(), tmp_path / "labels.jsonl")
     file.with_suffix(".mended").touch()
-    assert labeller.label(replies(), tmp_path / "work") == WANTED
+    assert labeller.label(replies(), tmp_path / "labels.jsonl") == WANTED
     shown = [line.split("' ")[-1] for line in file.with_suffix(".calls").read_text().splitlines()]
     assert len(shown) == len(set(shown)) == 5
 
 
 def test_another_version_of_the_file_starts_again(file: Path, tmp_path: Path) -> None:
     first = Labeller(f"{file}:spans", 20)
-    first.label(replies(), tmp_path / "work")
+    first.label(replies(), tmp_path / "labels.jsonl")
     file.write_text(FILE.replace("c.isdigit()", "c == '7'"))
     second = Labeller(f"{file}:spans", 20)
     assert second.identity != first.identity
-    assert second.label(replies(), tmp_path / "work") == [[], [], [(3, 4)], [], []]
+    assert second.label(replies(), tmp_path / "labels.jsonl") == [[], [], [(3, 4)], [], []]
+    assert first.label(replies(), tmp_path / "labels.jsonl") == WANTED
 
 
 def test_a_function_that_hangs_or_leaves_the_reply_is_named(file: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(BadRecipe, match=r"p:1, sample 1: .*no answer within 0.5 s.*--label-timeo"):
-        Labeller(f"{file}:hangs", 0.5).label(replies(), tmp_path / "work")
+        Labeller(f"{file}:hangs", 0.5).label(replies(), tmp_path / "labels.jsonl")
     assert time.monotonic() - began < 20
     with pytest.raises(BadRecipe, match=r"p:1, sample 1: .*outside\[0\]: not in the reply.*≤ 5"):
-        Labeller(f"{file}:outside", 20).label(replies(), tmp_path / "work")
+        Labeller(f"{file}:outside", 20).label(replies(), tmp_path / "labels.jsonl")
 
 
 def test_a_rule_that_cannot_be_loaded_is_refused_at_once(file: Path) -> None:
@@ -137,11 +138,11 @@ def url() -> Iterator[str]:
 
 
 def test_an_address_is_asked_until_it_has_room(url: str, tmp_path: Path) -> None:
-    assert Labeller(url, 20).label(replies(), tmp_path / "work") == WANTED
+    assert Labeller(url, 20).label(replies(), tmp_path / "labels.jsonl") == WANTED
     assert Handler.busy == 0
 
 
 def test_an_address_that_refuses_is_named(url: str, tmp_path: Path) -> None:
     refused = Reply("p:9, sample 2", "What?", (1,), (), "refuse", True)
     with pytest.raises(BadRecipe, match=r"p:9, sample 2: http.* answers 400: not this"):
-        Labeller(url, 20).label([refused], tmp_path / "work")
+        Labeller(url, 20).label([refused], tmp_path / "labels.jsonl")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from server.adapters_command import URL
+from server.training.served import served_by
 
 _DESCRIPTION = """\
 Trains a classifier that reads a reply as it is written and says, before each token, how likely it
@@ -46,7 +48,11 @@ then, in the server's configuration:
     critic: {on: base, head: classifier, path: ./models/critic}
 
 If recall is low: more replies, --pos-weight auto (it raises all probabilities), or --hidden.
-The API key is read from COXSWAIN_API_KEY. More: docs/train-critic.md
+Samples and labels stay in FOLDER.training: copy that folder to OTHER.training, and --out OTHER
+trains on them again with other settings.
+
+The key is read from COXSWAIN_API_KEYS (the first of them) where --key is not given.
+More: docs/train-critic.md
 """
 
 _SAME = ("body", "out", "label", "data", "prompts", "adapter", "probe", "hidden", "rank", "samples",
@@ -55,7 +61,7 @@ _SAME = ("body", "out", "label", "data", "prompts", "adapter", "probe", "hidden"
 
 
 def add(recipes: Any) -> None:
-    """Adds the recipe to the sub-commands of `train`."""
+    """Adds the recipe to the sub-commands of `coxswain train`."""
     parser = recipes.add_parser(
         "critic",
         help="a classifier of critical tokens, for collaborative decoding",
@@ -96,15 +102,24 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 def _add_replies(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument_group("the replies").add_argument
-    option("--server", metavar="URL", help="a running Coxswain server to sample from")
+    url = os.environ.get("COXSWAIN_URL", URL)
+    option(
+        "--server",
+        default=url,
+        metavar="URL",
+        help=f"a running Coxswain to sample from (default: {url}, from COXSWAIN_URL if it is set)",
+    )
+    option("--key", metavar="KEY", help="an API key; better in COXSWAIN_API_KEYS")
     option("--prompts", type=Path, metavar="FILE", help="JSONL; what is sampled from")
     option("--model", metavar="NAME", help="model or profile to ask for (default: the base)")
     option(
         "--request",
-        type=_object,
-        default={},
+        default="{}",
         metavar="JSON",
         help="further fields of each request, e.g. adapters and steering",
+    )
+    option(
+        "--concurrency", type=int, default=8, metavar="N", help="requests at a time (default: 8)"
     )
     option("--samples", type=int, default=4, metavar="N", help="replies per prompt (default: 4)")
     option("--max-tokens", type=int, default=256, metavar="N", help="longest reply (default: 256)")
@@ -193,16 +208,6 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error} (got {text!r})") from error
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"not a JSON object (got {text!r})")
-    return found
-
-
 def _weight(text: str) -> float | str:
     try:
         return text if text == "auto" else float(text)
@@ -225,7 +230,6 @@ def run(given: argparse.Namespace) -> int:
     from adapters.training.critic_settings import CriticSettings
     from adapters.training.errors import BadRecipe
     from adapters.training.measures import table
-    from adapters.training.served import Served
 
     template = None
     if given.chat_template is not None:
@@ -233,12 +237,8 @@ def run(given: argparse.Namespace) -> int:
             template = given.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise BadRecipe(f"cannot be read: {error}", field="--chat-template") from error
-    served = None
-    if given.server is not None:
-        key = os.environ.get("COXSWAIN_API_KEY")
-        served = Served(given.server, key, given.model, given.request)
     settings = CriticSettings(
-        served=served,
+        served=served_by(given) if given.data is None else None,
         label_timeout_s=given.label_timeout,
         device=given.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         **{key: getattr(given, key) for key in _SAME},
@@ -246,12 +246,10 @@ def run(given: argparse.Namespace) -> int:
     found = train(settings, template, say=lambda line: print(line, file=sys.stderr))
     if found["held_out"] is not None:
         print(table(found["held_out"]))
-    where = (
-        f"on: STREAM, path: {given.out}"
-        if given.probe
-        else f"model: {given.out}"
-        if given.rank is None
-        else f"model: {given.body}, path: {given.out}"
-    )
-    print(f"{given.out}: a classifier, served as a stream {{{where}, head: classifier}}")
+    place = f"model: {given.body}, head: classifier, path: {given.out}"
+    if given.probe:
+        place = f"on: STREAM, head: classifier, path: {given.out}"
+    elif given.rank is None:
+        place = f"model: {given.out}, head: classifier"
+    print(f"serve it as a stream: {{{place}}}")
     return 0
