@@ -9,9 +9,9 @@ import argparse
 import sys
 from typing import Any
 
-from server.training import meteora, value
+from server.training import critic, meteora, value
 
-_RECIPES = {"meteora": meteora, "value": value}
+_RECIPES = {"meteora": meteora, "value": value, "critic": critic}
 
 
 def add(commands: Any) -> None:

@@ -40,10 +40,11 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         BadRecipe: it is missing or empty, or a line is not a prompt.
     """
-    return [_prompt(where, entry) for where, entry in read_lines(path)]
+    return [read_prompt(where, entry) for where, entry in read_lines(path)]
 
 
-def _prompt(where: str, entry: Any) -> Prompt:
+def read_prompt(where: str, entry: Any) -> Prompt:
+    """The prompt of a line; raises BadRecipe where it is none."""
     keys = sorted(entry) if isinstance(entry, dict) else None
     if keys == ["prompt"]:
         if not isinstance(entry["prompt"], str) or not entry["prompt"]:

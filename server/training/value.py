@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from server.adapters_command import URL
+from server.training.served import served_by
 
 _DESCRIPTION = """\
 Trains a value model for the method value_augmented (arXiv 2405.06639): a small model that says, of
@@ -218,7 +218,7 @@ def run(given: argparse.Namespace) -> int:
     from adapters.training.value_settings import ValueSettings
 
     settings = ValueSettings(
-        served=_served(given),
+        served=served_by(given),
         reward_timeout_s=given.reward_timeout,
         device=given.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         **{key: getattr(given, key) for key in _SAME},
@@ -231,23 +231,3 @@ def run(given: argparse.Namespace) -> int:
     )
     print(f"{shown(found)}\nserve it as a stream: {served}")
     return 0
-
-
-def _served(given: argparse.Namespace) -> Any:
-    from adapters.training.errors import BadRecipe
-    from adapters.training.served import Served
-
-    try:
-        fields = json.loads(given.request)
-    except ValueError as error:
-        raise BadRecipe(f"not JSON: {error}", field="--request", value=given.request) from error
-    if not isinstance(fields, dict):
-        raise BadRecipe(
-            "not a JSON object", field="--request", value=given.request, allowed='{"steering": …}'
-        )
-    if given.concurrency < 1:
-        raise BadRecipe(
-            "cannot be used", field="--concurrency", value=given.concurrency, allowed="≥ 1"
-        )
-    key = given.key or os.environ.get("COXSWAIN_API_KEYS", "").partition(",")[0].strip() or None
-    return Served(given.server, key, given.model, fields, given.concurrency)
