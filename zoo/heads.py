@@ -30,7 +30,7 @@ VALUE_FLAGS = {
     "--rank": 8,
     "--samples": 32,
     "--max-tokens": 64,
-    "--epochs": 2,
+    "--epochs": 3,
     "--batch": 64,
     "--rate": 3e-3,
     "--dtype": "float32",
@@ -62,6 +62,17 @@ def train_heads(names: Sequence[str], world: World, models: Path, adapters: Path
                 program = str(Path(sys.executable).with_name("coxswain"))
                 out = ["--server", url, "--prompts", str(prompts), "--out", str(FOLDER / name)]
                 subprocess.run([program, "train", *command, *out, "--device", "cpu"], check=True)
+                tidy(FOLDER / name)
+
+
+def tidy(folder: Path) -> None:
+    """Remove the samples, and the path of this machine that PEFT's configuration names."""
+    shutil.rmtree(folder.with_name(f"{folder.name}.training"))
+    path = folder / "adapter_config.json"
+    if path.exists():
+        config = json.loads(path.read_text())
+        config["base_model_name_or_path"] = Path(config["base_model_name_or_path"]).name
+        path.write_text(json.dumps(config, indent=1) + "\n")
 
 
 def without_heads(models: Path, adapters: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from adapters.training.schedule import rate_share
 from adapters.training.value_model import ValueModel
 from adapters.training.value_settings import ValueSettings
 
+
 @dataclass(frozen=True)
 class Row:
     """A reply with its reward.
