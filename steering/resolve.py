@@ -249,7 +249,8 @@ def _check_head(
     name: str, wanted: tuple[str, ...], config: MethodConfig, snapshot: Snapshot, field: str
 ) -> None:
     """Raises unless a stream of this name has a head that the method can read."""
-    where, kind = _where(config, name, field), " or ".join(wanted)
+    # The name may stand in a field for a language model too, and methods name their heads last.
+    where, kind = _where(config, name, field, -1), " or ".join(wanted)
     there = sorted(stream for stream, head in snapshot.streams.items() if head in wanted)
     allowed = f"one of: {', '.join(there)}" if there else f"(no stream has a {kind} head)"
     if name not in snapshot.streams:
@@ -286,12 +287,10 @@ def _prompts(
     return MappingProxyType({s: p for s, p in config.prompts.items() if s in plan.streams})
 
 
-def _where(config: MethodConfig, stream: str, field: str) -> str:
-    """The dotted path of the config field that names `stream`; `field` if none does."""
-    for path, text in _texts(config):
-        if text == stream:
-            return f"{field}.{path}"
-    return field
+def _where(config: MethodConfig, stream: str, field: str, which: int = 0) -> str:
+    """The dotted path of the `which`-th config field that names `stream`; `field` if none does."""
+    paths = [path for path, text in _texts(config) if text == stream]
+    return f"{field}.{paths[which]}" if paths else field
 
 
 def _texts(config: MethodConfig) -> Iterator[tuple[str, str]]:

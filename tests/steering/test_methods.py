@@ -109,6 +109,8 @@ class TestCriticalTokens(MethodConformance):
         ({**CRITICAL, "pretrained": "value"}, "pretrained"),
         ({**CRITICAL, "aligned": "critic"}, "aligned"),
         ({**CRITICAL, "classifier": "chat"}, "classifier"),
+        ({**CRITICAL, "classifier": "plain"}, "classifier"),
+        ({**CRITICAL, "classifier": "base"}, "classifier"),
         ({**CRITICAL, "classifier": "value"}, "classifier"),
         ({**CRITICAL, "classifier": "nobody"}, "classifier"),
         ({**CRITICAL, "mode": "medium"}, "mode"),
