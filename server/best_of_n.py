@@ -116,12 +116,12 @@ async def _run(
     assert plan.best is not None
     values = [read[str(i)]["heads"][plan.best.head] for i in range(len(replies))]
     best = best_reply(values)
-    if index in measured:
-        everything = [*measured[index].values(), *read.values()]
+    drawings = measured.get(index, {})
+    if str(best) in drawings:
         steered.reports[index] = {
             "0": {
-                **measured[index][str(best)],
-                "passes": _passes(everything),
+                **drawings[str(best)],
+                "passes": _passes([*drawings.values(), *read.values()]),
                 "values": values,
                 "chosen": best,
                 "generated_tokens": sum(map(len, replies)),
@@ -167,7 +167,10 @@ async def _read(
     reading = [asyncio.create_task(read(*pair)) for pair in enumerate(replies)]
     try:
         await asyncio.gather(*reading)
-        return await engine.report(tag, {})
+        found = await engine.report(tag, {})
+        if len(found) < len(replies):
+            raise RuntimeError(f"the engine has read {len(found)} of {len(replies)} replies")
+        return found
     except BaseException:
         for task in reading:
             task.cancel()

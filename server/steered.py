@@ -99,7 +99,7 @@ def summary(steered: Steered, decode: Callable[[int], str]) -> dict[str, Any]:
             {
                 "index": index,
                 **_totals([report]),
-                **_choice_of(report),
+                **_chosen(report),
                 **_detail(report, plan, decode),
             }
             for index, report in choices.items()
@@ -170,7 +170,7 @@ def _values(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"values": {name: _finite(value) for name, value in heads.items()}} if heads else {}
 
 
-def _choice_of(report: Mapping[str, Any]) -> dict[str, Any]:
+def _chosen(report: Mapping[str, Any]) -> dict[str, Any]:
     """Among which values one reply was chosen; nothing for other methods."""
     if "chosen" not in report:
         return {}

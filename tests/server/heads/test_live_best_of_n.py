@@ -236,17 +236,15 @@ def test_a_client_that_leaves_frees_everything(
 ) -> None:
     best = {**BEST, "n": MOST, "report": "tokens"}
     body = {**DRAW, "ignore_eos": True, "stream": stream, "steering": best, **change}
-    times, left = [], 0
-    for _ in range(2):
+    left, whole = 0, 10.0
+    while left < 5:
         begin = time.monotonic()
-        assert server.post("/v1/completions", body).status_code == 200
-        times.append(time.monotonic() - begin)
-    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
         try:
-            httpx.post(f"{server.url}/v1/completions", json=body, timeout=share * min(times))
+            patience = whole * (0.1 + 0.2 * left)
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=patience)
+            whole = min(whole, time.monotonic() - begin)  # it was answered: less next time
         except httpx.TimeoutException:
             left += 1
-    assert left > 2
     until(lambda: running(server) == 0 and server.get("/ready").json()["in_flight"] == 0)
     assert "Traceback" not in server.log.read_text()
     assert len(ids_of(ask(server, BEST, **DRAW))) == 9
