@@ -204,6 +204,13 @@ class SteeringConfig(Section):
         description="Most candidates that a request may have value streams evaluate. Each value "
         "stream's key-value cache has two blocks more for each.",
     )
+    max_best_of: int = Field(
+        64,
+        ge=1,
+        le=1024,
+        description="Most replies that a `best_of_n` request may choose from. They are drawn at "
+        "the same time, as far as `max_num_seqs` of the engine goes.",
+    )
     chat_templates: bool = Field(
         True,
         description="Whether requests may bring chat templates for streams. They are rendered in "
@@ -219,7 +226,7 @@ class SteeringConfig(Section):
     @property
     def limits(self) -> Limits:
         """The ranges as the methods want them."""
-        return Limits(strength=self.strength, weight=self.weight, top_k=self.max_top_k)
+        return Limits(self.strength, self.weight, self.max_top_k, self.max_best_of)
 
 
 def _usable_key(key: SecretStr) -> SecretStr:

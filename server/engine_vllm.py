@@ -1,19 +1,16 @@
 """The engine: vLLM's `AsyncLLM` with one choke point, through which every request passes.
 
-Here a request's plan meets its prompt: the prompt is lengthened for streams that read more, the
-plan is packed for the worker, and the prefix cache is kept apart. On the way out the padding is
-cut off again, so that clients see the base's own prompt and usage.
+Here a request's plan meets its prompt (`server.boarding`). On the way out the padding is cut off
+again, so that clients see the base's own prompt and usage.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import signal
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import replace
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -27,37 +24,19 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from adapters.errors import BadAdapter
 from adapters.sets import AdapterSet
+from server import best_of_n
 from server.adapting.residency import Residency
-from server.steered import Steered
+from server.boarding import Boarding, Ride, board, limit_tokens
+from server.steered import Report, Steered
 from steering.errors import BadValue
 from steering.plan import SteeringPlan
-from steering.prompts import align
-from steering.wire import KEY, Freight, pack
+from steering.wire import KEY
 
 RPC_TIMEOUT_S = 30.0
 """A remote call waits behind the running step; a longer wait means a stuck engine."""
 
 READING_S = 0.005
 """How long the engine reads an adapter's files between two steps while requests run."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Boarding:
-    """One prompt as it goes into the engine.
-
-    Args:
-        steered: the request it belongs to.
-        index: which of the request's prompts.
-        base_ids: the base's own prompt.
-        pad: tokens put in front of it.
-        tag: names its report; '' for none.
-    """
-
-    steered: Steered
-    index: int
-    base_ids: list[int]
-    pad: int
-    tag: str
 
 
 class SteeredLLM(AsyncLLM):
@@ -87,68 +66,76 @@ class SteeredLLM(AsyncLLM):
         index = steered.next_prompt()
         plan = steered.plan_of(index)
         sampling_params.extra_args = extra or None
-        if not plan.steers and not plan.adapters and plan.report == "off":
-            return super().generate(prompt, sampling_params, request_id, **options)
-        prompt, boarding = self._board(prompt, sampling_params, steered, index, plan)
         if plan.adapters:
-            assert self.residency is not None and steered.adapter_set is not None
-            self.residency.check_room(steered.adapter_set)
-            outputs = self._adapted(prompt, sampling_params, request_id, steered, options)
+            assert steered.adapter_set is not None
+            options["lora_request"] = lora_request(steered.adapter_set)
+        ride = Ride(prompt, sampling_params, request_id, options)
+        if plan.best is not None:
+            outputs = best_of_n.start(self, ride, steered, index)
         else:
-            outputs = super().generate(prompt, sampling_params, request_id, **options)
-        return self._watch(outputs, boarding)
+            outputs = self.ride(ride, plan, steered, index, steered.reports)
+        if plan.adapters:
+            return self._holding(outputs, steered)
+        return outputs
 
-    async def _adapted(
+    def ride(
         self,
-        prompt: Any,
-        params: SamplingParams,
-        request_id: str,
+        ride: Ride,
+        plan: SteeringPlan,
         steered: Steered,
-        options: dict[str, Any],
+        index: int,
+        reports: dict[int, Report],
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Runs a request while the engine holds its adapters."""
-        assert self.residency is not None and steered.adapter_set is not None
-        async with self.residency.holding(steered.adapter_set):
-            options = {**options, "lora_request": lora_request(steered.adapter_set)}
-            outputs = super().generate(prompt, params, request_id, **options)
-            async with aclosing(outputs):
+        """Runs one prompt under a plan.
+
+        Args:
+            ride: the request; its `params` are changed in place.
+            plan: complete.
+            steered: the HTTP request that it belongs to.
+            index: which of the request's prompts.
+            reports: gets the report under `index`.
+
+        Raises:
+            BadValue: the lengthened prompt leaves no room in the context.
+        """
+        if not plan.steers and not plan.adapters and plan.report == "off":
+            return self.submit(ride)
+        tag = f"{steered.tag}-{index}" if plan.report != "off" else ""
+        prompt, boarding = board(ride.prompt, ride.params, plan, tag)
+        length, context = len(prompt["prompt_token_ids"]), self.model_config.max_model_len
+        limit_tokens(ride.params, steered.max_tokens, length, boarding.pad, context)
+        outputs = self.submit(replace(ride, prompt=prompt))
+        return self._watch(outputs, boarding, index, reports)
+
+    def submit(self, ride: Ride) -> AsyncGenerator[RequestOutput, None]:
+        """Runs a request that has boarded; closing the generator aborts it."""
+        return super().generate(ride.prompt, ride.params, ride.request_id, **ride.options)
+
+    def _holding(
+        self, outputs: AsyncGenerator[RequestOutput, None], steered: Steered
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Passes outputs on while the engine holds the request's adapters.
+
+        Raises:
+            NoRoom: the engine cannot take them.
+        """
+        residency, wanted = self.residency, steered.adapter_set
+        assert residency is not None and wanted is not None
+        residency.check_room(wanted)
+
+        async def held() -> AsyncGenerator[RequestOutput, None]:
+            async with residency.holding(wanted), aclosing(outputs):
                 async for output in outputs:
                     yield output
 
-    def _board(
-        self,
-        prompt: Any,
-        params: SamplingParams,
-        steered: Steered,
-        index: int,
-        plan: SteeringPlan,
-    ) -> tuple[Any, _Boarding]:
-        """The prompt as the engine gets it; `params` is changed in place."""
-        if not isinstance(prompt, dict) or "prompt_token_ids" not in prompt:
-            raise BadValue("steering needs a prompt of text or token ids", field="prompt")
-        base_ids = list(prompt["prompt_token_ids"])
-        ids, pad = align(base_ids, plan)
-        room = self.model_config.max_model_len - len(ids)
-        if room < 1:
-            raise BadValue(f"the longest prompt of the request has {len(ids)} tokens",
-                           field="steering.prompts",
-                           allowed=f"at most {self.model_config.max_model_len - 1}")  # fmt: skip
-        if steered.max_tokens is not None and pad and steered.max_tokens > room:
-            raise BadValue(
-                f"a stream's own prompt of {len(ids)} tokens leaves room for {room}",
-                field="max_tokens", value=steered.max_tokens, allowed=f"at most {room}",
-            )  # fmt: skip
-        if params.max_tokens is not None:
-            params.max_tokens = min(params.max_tokens, room)
-        tag = f"{steered.tag}-{index}" if plan.report != "off" else ""
-        params.extra_args = {**(params.extra_args or {}), **pack(Freight(plan, pad, tag))}
-        prompt = {**prompt, "prompt_token_ids": ids}
-        if key := plan.cache_key(pad):
-            prompt["cache_salt"] = salted(prompt.get("cache_salt"), key)
-        return prompt, _Boarding(steered, index, base_ids, pad, tag)
+        return held()
 
     async def _watch(
-        self, outputs: AsyncGenerator[RequestOutput, None], boarding: _Boarding
+        self,
+        outputs: AsyncGenerator[RequestOutput, None],
+        boarding: Boarding,
+        index: int,
+        reports: dict[int, Report],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Passes outputs on without the padding; fetches the report before the last one."""
         finals: dict[str, int] = {}
@@ -156,21 +143,25 @@ class SteeredLLM(AsyncLLM):
         try:
             async with aclosing(outputs):
                 async for output in outputs:
-                    _unpad(output, boarding)
+                    boarding.unpad(output)
                     for choice in output.outputs:
                         if choice.token_ids:
                             finals[str(choice.index)] = choice.token_ids[-1]
                     if output.finished and not taken:
                         taken = True
-                        report = await self.report(boarding.tag, finals)
-                        boarding.steered.reports[boarding.index] = report
+                        reports[index] = await self.report(boarding.tag, finals)
                     yield output
         finally:
-            if not taken and not self.errored:
-                # The client left: the worker must not keep the tally.
-                task = asyncio.create_task(self._forget(boarding.tag))
-                self._tasks().add(task)
-                task.add_done_callback(self._tasks().discard)
+            if not taken:
+                self.forget(boarding.tag)
+
+    def forget(self, tag: str) -> None:
+        """Makes the worker drop a report that nobody will fetch: the client left."""
+        if self.errored:
+            return
+        task = asyncio.create_task(self._forget(tag))
+        self._tasks().add(task)
+        task.add_done_callback(self._tasks().discard)
 
     def _tasks(self) -> set[asyncio.Task[None]]:
         """Keeps background tasks from being collected while they run."""
@@ -238,25 +229,6 @@ class SteeredLLM(AsyncLLM):
 def lora_request(found: AdapterSet) -> LoRARequest:
     """A set of adapters as vLLM knows it."""
     return LoRARequest(**found.lora_request())
-
-
-def _unpad(output: RequestOutput, boarding: _Boarding) -> None:
-    """Makes an output speak of the base's own prompt."""
-    if not boarding.pad:
-        return
-    output.prompt_token_ids = boarding.base_ids
-    if output.num_cached_tokens is not None:
-        output.num_cached_tokens = max(0, output.num_cached_tokens - boarding.pad)
-
-
-def salted(user_salt: str | None, cache_key: str) -> str:
-    """The prefix-cache salt of a steered request.
-
-    A stream's KV is only valid for requests that ran that stream; the caller's own salt keeps
-    its effect.
-    """
-    parts = json.dumps([user_salt, cache_key]).encode()
-    return "coxswain-" + hashlib.sha256(parts).hexdigest()[:40]
 
 
 def start_engine(arguments: dict[str, Any]) -> SteeredLLM:

@@ -88,9 +88,20 @@ def summary(steered: Steered, decode: Callable[[int], str]) -> dict[str, Any]:
     found |= _totals(reports)
     if plan.rule.kind is RuleKind.CRITICAL:
         found["share_critical"] = _share(reports, "critical")
-    if plan.report == "tokens" or len(choices) > 1:
+    if plan.best is not None:
+        found["best_of_n"] = {
+            "value": plan.best.head,
+            "n": plan.best.n,
+            "generated_tokens": sum(report["generated_tokens"] for report in reports),
+        }
+    if plan.report == "tokens" or len(choices) > 1 or plan.best is not None:
         found["choices"] = [
-            {"index": index, **_totals([report]), **_detail(report, plan, decode)}
+            {
+                "index": index,
+                **_totals([report]),
+                **_chosen(report),
+                **_detail(report, plan, decode),
+            }
             for index, report in choices.items()
         ]
     return found
@@ -153,6 +164,20 @@ def _critical(entry: Mapping[str, Any], plan: SteeringPlan) -> dict[str, Any]:
     return found
 
 
+def _values(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the text in front of a token; nothing for other methods."""
+    heads: Mapping[str, float] = entry.get("heads", {})
+    return {"values": {name: _finite(value) for name, value in heads.items()}} if heads else {}
+
+
+def _chosen(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Among which values one reply was chosen; nothing for other methods."""
+    if "chosen" not in report:
+        return {}
+    found = {key: report[key] for key in ("generated_tokens", "chosen")}
+    return {**found, "values": [_finite(value) for value in report["values"]]}
+
+
 def _detail(
     report: Mapping[str, Any], plan: SteeringPlan, decode: Callable[[int], str]
 ) -> dict[str, Any]:
@@ -170,6 +195,7 @@ def _detail(
                 "base_choice_id": entry["base_choice"],
                 "changed": entry["changed"],
                 **_critical(entry, plan),
+                **_values(entry),
             }
             for entry in report.get("detail", ())
         ]

@@ -207,6 +207,11 @@ class Steerer:
         if traits.prompt_logprobs and plan.values is not None:
             raise BadValue("log-probabilities of the prompt go with no value stream: candidates "
                            "are evaluated where a token is drawn", field=FIELD)  # fmt: skip
+        if plan.best is not None and traits.n > 1:
+            raise BadValue("best_of_n returns one reply", field="n", value=traits.n, allowed="1")
+        if plan.best is not None and traits.prompt_logprobs:
+            raise BadValue("log-probabilities of the prompt go with no choice among replies",
+                           field=FIELD)  # fmt: skip
         plans = [resolved.plan]
         if resolved.prompts:
             plans = [

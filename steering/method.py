@@ -45,6 +45,7 @@ class Limits:
         strength: closed range for every field of type `Strength`.
         weight: closed range for every field of type `Weight`.
         top_k: largest value of every field of type `TopK`.
+        best_of: largest value of every field of type `BestOf`.
         streams: what every field of type `StreamName` may name; None: anything. The caller of
             `resolve` sets it from the snapshot.
     """
@@ -52,6 +53,7 @@ class Limits:
     strength: tuple[float, float] = (0.0, 10.0)
     weight: tuple[float, float] = (-10.0, 10.0)
     top_k: int = 64
+    best_of: int = 64
     streams: frozenset[str] | None = None
 
 
@@ -98,6 +100,13 @@ def _check_top_k(value: int, info: ValidationInfo) -> int:
     return value
 
 
+def _check_best_of(value: int, info: ValidationInfo) -> int:
+    most = _limits(info).best_of
+    if not 1 <= value <= most:
+        raise refusal("the number of replies is out of range", f"1 to {most}")
+    return value
+
+
 def _check_probability(value: float) -> float:
     if not 0 <= value <= 1:
         raise refusal("the probability is out of range", "[0, 1]")
@@ -117,6 +126,11 @@ Strength = Annotated[float, Field(strict=True), AfterValidator(_check_strength)]
 
 TopK = Annotated[int, Field(strict=True, ge=1), AfterValidator(_check_top_k)]
 """How many of the most likely ids; 1 to the server's `steering.max_top_k`."""
+
+BestOf = Annotated[
+    int, Field(strict=True, json_schema_extra={"minimum": 1}), AfterValidator(_check_best_of)
+]
+"""How many replies to choose from; 1 to the server's `steering.max_best_of`."""
 
 Probability = Annotated[
     float,

@@ -7,7 +7,7 @@ logits over the vocabulary.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Literal
 
@@ -87,6 +87,21 @@ class Values:
 
 
 @dataclass(frozen=True, slots=True)
+class Best:
+    """Of `n` replies that are drawn as the rest of the plan says, the one that a head likes best.
+
+    Args:
+        head: its number after the whole reply decides; the largest wins, of equals the first.
+        n: replies, ≥ 1.
+        body: the stream whose hidden state the head reads; filled in when it is resolved.
+    """
+
+    head: str
+    n: int
+    body: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """What a method resolves to: the weights of the sum, and the rule.
 
@@ -95,11 +110,13 @@ class Recipe:
             left out means c_0 = 0.
         rule: how the streams are combined.
         values: what value streams add to that; None: nothing.
+        best: how one of several replies is chosen; None: one is drawn.
     """
 
     weights: dict[str, float]
     rule: Rule = Rule()
     values: Values | None = None
+    best: Best | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +144,8 @@ class SteeringPlan:
 
     Args:
         method: the method's name, for reports and metrics.
-        weights: (stream, c_i), base first, then by name; no zero weights except base's.
+        weights: (stream, c_i), base first, then by name; no zero weights except base's. None at
+            all: the request is only read, by `heads`, and the base does not run for the sum.
         rule: the core operation.
         prompts: (stream, token ids) for streams that read a prompt of their own; ids of that
             stream's own tokenizer.
@@ -136,6 +154,9 @@ class SteeringPlan:
         values: what value streams add to the scores; None: nothing.
         adapters: what the adapter sums add, sorted, at most one use per stream and digest.
             The request's LoRARequest must hold all of them (`adapters.sets.AdapterSet`).
+        heads: heads whose number the report gives where a token is drawn; their bodies run.
+        best: how one of several replies is chosen; None: one is drawn. The front end's affair:
+            the worker sees `drawing` and `scoring`.
     """
 
     method: str
@@ -146,18 +167,42 @@ class SteeringPlan:
     adapters: tuple[AdapterUse, ...] = ()
     bodies: tuple[str, ...] = ()
     values: Values | None = None
+    heads: tuple[str, ...] = ()
+    best: Best | None = None
 
     @property
     def streams(self) -> tuple[str, ...]:
         """The companion streams that must run: those of the sum by name, then heads' bodies."""
         summed = tuple(name for name, _ in self.weights if name != BASE)
-        return summed + tuple(name for name in self.bodies if name not in (BASE, *summed))
+        bodies = self.bodies if self.best is None else (*self.bodies, self.best.body)
+        return summed + tuple(name for name in bodies if name not in (BASE, *summed))
+
+    @property
+    def drawing(self) -> SteeringPlan:
+        """What each of the replies to choose from is drawn with."""
+        plan = replace(self, best=None)
+        return replace(plan, prompts=tuple(p for p in self.prompts if p[0] in plan.streams))
+
+    @property
+    def scoring(self) -> SteeringPlan:
+        """What a reply is read with, as the end of a prompt."""
+        assert self.best is not None
+        body = self.best.body
+        return SteeringPlan(
+            self.method,
+            (),
+            prompts=tuple(p for p in self.prompts if p[0] == body),
+            report="summary",
+            adapters=self.adapters,
+            bodies=(body,),
+            heads=(self.best.head,),
+        )
 
     @property
     def steers(self) -> bool:
         """False if the read-out takes the base's own path, bit for bit; adapters or not."""
         alone = self.weights == ((BASE, 1.0),) and self.rule.kind is RuleKind.SUM
-        return not alone or self.values is not None
+        return not alone or self.values is not None or self.best is not None
 
     def cache_key(self, pad: int) -> str:
         """Names the prefix cache this request may share: '' for the base's own.
@@ -175,6 +220,8 @@ class SteeringPlan:
         state: tuple[object, ...] = (self.streams, prompts, pad)
         if self.adapters:
             state += (self.adapters,)
+        if not self.weights and BASE not in self.bodies:
+            state += ("no base",)
         return hashlib.sha256(repr(state).encode()).hexdigest()[:32]
 
 

@@ -29,6 +29,7 @@ BUILT_INS: Mapping[str, str] = MappingProxyType(
         "guidance": "steering.methods.guidance:Guidance",
         "value_augmented": "steering.methods.value_augmented:ValueAugmented",
         "critical_tokens": "steering.methods.critical_tokens:CriticalTokens",
+        "best_of_n": "steering.methods.best_of_n:BestOfN",
     }
 )
 """Our own methods, as pyproject.toml registers them."""

@@ -21,6 +21,7 @@ from steering.plan import (
     BARE,
     BASE,
     CRITICAL_KINDS,
+    Best,
     Recipe,
     Report,
     Rule,
@@ -97,10 +98,20 @@ def resolve(
     rule = _rule(recipe, weights, field)
     values = _values(recipe, config, snapshot, field)
     bodies = _bodies(rule, values, config, snapshot, field)
+    best = _best(recipe, config, snapshot, limits, field)
+    report = _report(config)
     plan = SteeringPlan(
-        method.name, weights, rule, (), _report(config), bodies=bodies, values=values
+        method.name,
+        weights,
+        rule,
+        (),
+        report,
+        bodies=bodies,
+        values=values,
+        heads=tuple(s for s, _ in values.strengths) if values and report == "tokens" else (),
+        best=best,
     )
-    return Resolved(plan, _prompts(config, recipe, plan, field), field)
+    return Resolved(plan, _prompts(config, recipe, plan, snapshot, field), field)
 
 
 def _bare(spec: Mapping[str, Any], field: str) -> MethodConfig:
@@ -199,7 +210,7 @@ def _bodies(
     """The streams that must run for the heads that the plan reads."""
     found = {name for name, _ in values.strengths} if values is not None else set()
     if rule.kind in CRITICAL_KINDS:
-        _check_head(rule.head, "classifier", config, snapshot, field)
+        _check_head(rule.head, ("classifier",), config, snapshot, field)
         found.add(snapshot.bodies.get(rule.head, rule.head))
     return tuple(sorted(found))
 
@@ -210,7 +221,7 @@ def _values(recipe: Recipe, config: MethodConfig, snapshot: Snapshot, field: str
     if values is None:
         return None
     for stream, strength in values.strengths:
-        _check_head(stream, "value", config, snapshot, field)
+        _check_head(stream, ("value",), config, snapshot, field)
         if not math.isfinite(strength):
             where = _where(config, stream, field)
             raise BadValue(f"the strength of {stream} is not finite", field=where, value=strength)
@@ -220,17 +231,32 @@ def _values(recipe: Recipe, config: MethodConfig, snapshot: Snapshot, field: str
     return replace(values, strengths=strengths) if strengths else None
 
 
+def _best(
+    recipe: Recipe, config: MethodConfig, snapshot: Snapshot, limits: Limits, field: str
+) -> Best | None:
+    """The recipe's choice among replies, with its head's body."""
+    best = recipe.best
+    if best is None:
+        return None
+    _check_head(best.head, ("value", "classifier"), config, snapshot, field)
+    if not 1 <= best.n <= limits.best_of:
+        allowed = f"1 to {limits.best_of}"
+        raise BadValue("too many or too few replies", field=field, value=best.n, allowed=allowed)
+    return replace(best, body=snapshot.bodies.get(best.head, best.head))
+
+
 def _check_head(
-    name: str, wanted: str, config: MethodConfig, snapshot: Snapshot, field: str
+    name: str, wanted: tuple[str, ...], config: MethodConfig, snapshot: Snapshot, field: str
 ) -> None:
-    """Raises unless a stream of this name has the head that the method reads."""
-    where = _where(config, name, field)
-    there = sorted(stream for stream, head in snapshot.streams.items() if head == wanted)
-    allowed = f"one of: {', '.join(there)}" if there else f"(no stream has a {wanted} head)"
+    """Raises unless a stream of this name has a head that the method can read."""
+    # The name may stand in a field for a language model too, and methods name their heads last.
+    where, kind = _where(config, name, field, -1), " or ".join(wanted)
+    there = sorted(stream for stream, head in snapshot.streams.items() if head in wanted)
+    allowed = f"one of: {', '.join(there)}" if there else f"(no stream has a {kind} head)"
     if name not in snapshot.streams:
         raise NotFound("no such stream", field=where, value=name, allowed=allowed)
-    if snapshot.streams[name] != wanted:
-        raise BadValue(f"the stream has no {wanted} head", field=where, value=name, allowed=allowed)
+    if snapshot.streams[name] not in wanted:
+        raise BadValue(f"the stream has no {kind} head", field=where, value=name, allowed=allowed)
 
 
 def _report(config: MethodConfig) -> Report:
@@ -240,30 +266,31 @@ def _report(config: MethodConfig) -> Report:
 
 
 def _prompts(
-    config: MethodConfig, recipe: Recipe, plan: SteeringPlan, field: str
+    config: MethodConfig, recipe: Recipe, plan: SteeringPlan, snapshot: Snapshot, field: str
 ) -> Mapping[str, OwnPrompt]:
     """Own prompts of the streams that run; a prompt that no field's stream could read is a fault.
 
     A stream that is named but has weight 0 may keep its prompt: a caller may turn the strength
     down to 0 and change nothing else.
     """
-    named = {name for _, name in _texts(config)} | recipe.weights.keys()
+    named = {name for _, name in _texts(config)} | recipe.weights.keys() | set(plan.streams)
     for stream in config.prompts:
         where = f"{field}.prompts.{stream}"
         if stream == BASE:
             raise BadValue("the request's own prompt is the base's", field=where)
+        if stream in snapshot.bodies:
+            body = snapshot.bodies[stream]
+            raise BadValue(f"a head on {body} reads what {body} reads", field=where)
         if stream not in named:
             used = ", ".join(sorted(recipe.weights.keys() - {BASE})) or "none"
             raise BadValue("the plan does not use this stream", field=where, allowed=used)
     return MappingProxyType({s: p for s, p in config.prompts.items() if s in plan.streams})
 
 
-def _where(config: MethodConfig, stream: str, field: str) -> str:
-    """The dotted path of the config field that names `stream`; `field` if none does."""
-    for path, text in _texts(config):
-        if text == stream:
-            return f"{field}.{path}"
-    return field
+def _where(config: MethodConfig, stream: str, field: str, which: int = 0) -> str:
+    """The dotted path of the `which`-th config field that names `stream`; `field` if none does."""
+    paths = [path for path, text in _texts(config) if text == stream]
+    return f"{field}.{paths[which]}" if paths else field
 
 
 def _texts(config: MethodConfig) -> Iterator[tuple[str, str]]:

@@ -19,11 +19,14 @@ class Freight(msgspec.Struct, frozen=True):
         plan: the resolved plan.
         pad: tokens put in front of the base's prompt so that the longest stream prompt fits.
         tag: names the request in reports; '' when nothing is reported.
+        reply: tokens at the end of the request's prompt that are an earlier reply: every stream
+            reads them behind its own prompt.
     """
 
     plan: SteeringPlan
     pad: int = 0
     tag: str = ""
+    reply: int = 0
 
     def shared_tokens(self, prompt_len: int) -> int | None:
         """How many leading tokens' KV blocks the request may share; None for no limit.
@@ -32,7 +35,7 @@ class Freight(msgspec.Struct, frozen=True):
         stream writes the KV of its response into blocks that the request has left already.
 
         Args:
-            prompt_len: tokens of the vLLM request's prompt, padding included.
+            prompt_len: tokens of the vLLM request's prompt, padding included, without `reply`.
         """
         lengths = [prompt_len - self.pad, *(len(ids) for _, ids in self.plan.prompts)]
         return min(lengths) if min(lengths) < prompt_len else None

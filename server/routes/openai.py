@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -91,6 +92,9 @@ def _need_template(request: Any, parts: Serving) -> None:
 def _plain(result: Any) -> Any:
     """VLLM's answer, or its error raised as ours."""
     if isinstance(result, ErrorResponse):
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError  # vLLM makes an answer of it, for a client that has left
         raise errors.from_vllm(result.error.model_dump())
     return result
 

@@ -6,7 +6,7 @@ Letters: V the vocabulary, S streams.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,7 @@ def mix_reference(
     likely one (of equals the lowest), and log p_k − 2 `SET_BACK` on E, the ids that end a text.
 
     Args:
-        recipe: weights and rule.
+        recipe: weights and rule. Its `best` chooses among replies, not tokens: `best_reply`.
         logits: stream name → [V] raw scores, finite or −∞, for each weighted stream and the
             rule's; at least one is finite. Of a classifier head, the log-odds come first.
         ends: ids that end a text.
@@ -106,6 +106,17 @@ def value_offsets(
         return np.zeros(values.shape)
     offsets: Scores = np.where(counted, values - values[counted].mean(), 0.0)
     return offsets
+
+
+def best_reply(values: Sequence[float]) -> int:
+    """Which of n replies is returned: the one with the largest value, of equals the first.
+
+    Args:
+        values: what the head says after each whole reply; one that is not finite loses.
+    """
+    return max(
+        range(len(values)), key=lambda i: values[i] if math.isfinite(values[i]) else -math.inf
+    )
 
 
 def _critical(recipe: Recipe, logits: Mapping[str, Scores], ends: Collection[int]) -> Scores:

@@ -34,7 +34,7 @@ from steering.worker.batches import (
 )
 from steering.worker.layout import REPORT, Layout
 from steering.worker.readout import Mixed, Readout, Vocabulary
-from steering.worker.report import ReportBook
+from steering.worker.report import Marked, ReportBook
 from steering.worker.seats import SeatBook, Tables
 from steering.worker.values import ValueStreams, candidates_of
 
@@ -87,6 +87,7 @@ class SteeredForCausalLM(nn.Module):
         built = heads.build(streams, self.names, self._forwards, vllm_config)
         self.heads = {n: h for n, h in built.items() if streams[n]["head"] == "classifier"}
         self._value_heads = {n: h for n, h in built.items() if n not in self.heads}
+        self._readings = dict(zip(built, heads.readings(streams, self.names, built), strict=True))
         self._readout = self._build_readout(settings, vllm_config)
         self._values = self._build_values(settings["top_k"], vllm_config)
         self._seam: seam.Seam | None = None
@@ -96,7 +97,7 @@ class SteeredForCausalLM(nn.Module):
         self._seats = SeatBook(self.names, tuple(self.heads))
         self._active = [True] * len(self.names)
         self._special = True
-        self._reporting: list[tuple[str, str, int, list[str], bool]] = []
+        self._reporting: list[Marked] = []
         self.reports = ReportBook()
         self.steps = 0
         self.passes = dict.fromkeys(self.names, 0)
@@ -230,7 +231,7 @@ class SteeredForCausalLM(nn.Module):
         if mixed is None:
             return None
         if self._reporting:
-            self._report(mixed)
+            self._report(mixed, hidden)
         return mixed.z
 
     # --- one step -------------------------------------------------------------------------------
@@ -367,7 +368,8 @@ class SteeredForCausalLM(nn.Module):
             if self._seam.samples(row):
                 names = [n for n, used in zip(self.names, seat.uses, strict=True) if used]
                 names += [n for n, _ in seat.values.strengths] if seat.values else []
-                self._reporting.append((seat.tag, choice, end, names, seat.tokens))
+                marked = Marked(seat.tag, choice, end, names, seat.heads, seat.tokens)
+                self._reporting.append(marked)
                 last = int(step.starts[row + 1]) - 1
                 control[last, len(self.names) + REPORT] = len(self._reporting)
 
@@ -381,13 +383,15 @@ class SteeredForCausalLM(nn.Module):
                     tally = self.reports.tally(seat.tag, seam.choice_of(ids[row]))
                     tally.route(stream, digest, counts[row].tolist())
 
-    def _report(self, mixed: Mixed) -> None:
-        for row, mark in enumerate(mixed.control.report.tolist()):
-            if mark:
-                tag, choice, index, names, tokens = self._reporting[int(mark) - 1]
-                steered, plain = (s[row].float().log_softmax(-1) for s in (mixed.z, mixed.base))
-                tally = self.reports.tally(tag, choice)
-                tally.add(steered, plain, index, names, tokens, _critical_of(mixed, row))
+    def _report(self, mixed: Mixed, hidden: torch.Tensor) -> None:
+        marks = enumerate(mixed.control.report.tolist())
+        rows = {row: self._reporting[int(mark) - 1] for row, mark in marks if mark}
+        asked = {row: marked.heads for row, marked in rows.items()}
+        told = heads.read(self._readings, self._readout.layout, hidden, asked)
+        for row, marked in rows.items():
+            steered, plain = (s[row].float().log_softmax(-1) for s in (mixed.z, mixed.base))
+            tally = self.reports.tally(marked.tag, marked.choice)
+            tally.add(steered, plain, marked, _critical_of(mixed, row) | told.get(row, {}))
 
 
 def _read_as(token_ids: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:

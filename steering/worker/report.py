@@ -10,12 +10,27 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 KEPT = 1024
 """Reports kept for requests whose report is never fetched (aborted ones)."""
+
+
+class Marked(NamedTuple):
+    """A row that reports in this step."""
+
+    tag: str
+    choice: str
+    place: int
+    """Of the drawn token in its request."""
+    streams: list[str]
+    """That ran for it."""
+    heads: tuple[str, ...]
+    """Whose number is told."""
+    tokens: bool
+    """Whether the token gets an entry of its own."""
 
 
 @dataclass
@@ -37,6 +52,7 @@ class Tally:
         kl_sum: Σ KL(steered ‖ base) over the drawn tokens, nats.
         changed: tokens at which the most likely id differs from the base's.
         critical: tokens that the hard rule of critical tokens found critical.
+        heads: what the heads said where the last token was drawn, by name.
         passes: forward passes by stream over the drawn tokens.
         detail: one entry per token, when the report wants tokens.
         routed: by stream and digest of a MeteoRA pack: how often a token was routed to each
@@ -47,6 +63,7 @@ class Tally:
     kl_sum: float = 0.0
     changed: int = 0
     critical: int = 0
+    heads: dict[str, float] = field(default_factory=dict)
     passes: dict[str, int] = field(default_factory=dict)
     detail: list[dict[str, Any]] = field(default_factory=list)
     routed: dict[str, dict[str, list[int]]] = field(default_factory=dict)
@@ -76,9 +93,7 @@ class Tally:
         self,
         steered: torch.Tensor,
         base: torch.Tensor,
-        index: int,
-        streams: list[str],
-        tokens: bool,
+        row: Marked,
         more: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Counts one drawn token.
@@ -86,10 +101,8 @@ class Tally:
         Args:
             steered: [V] log-probabilities that enter the sampler.
             base: [V] the base's own.
-            index: the token's index in its request.
-            streams: streams that ran for it.
-            tokens: keep a token-level entry.
-            more: what else the entry tells; `critical` is counted too.
+            row: what is known of it.
+            more: what else the entry tells; `critical` is counted too, `heads` are kept.
         """
         probability = steered.exp()
         gap = torch.where(probability > 0, steered - base, 0.0)
@@ -99,12 +112,13 @@ class Tally:
         self.kl_sum += kl
         self.changed += choice != base_choice
         self.critical += bool(more.get("critical", False))
-        for name in streams:
+        self.heads = more.get("heads", self.heads)
+        for name in row.streams:
             self.passes[name] = self.passes.get(name, 0) + 1
-        if tokens:
+        if row.tokens:
             entry = {"kl": kl, "base_choice": base_choice, "changed": choice != base_choice}
             entry |= more
-            self.pending = _Pending(index, base.clone(), steered.clone(), entry)
+            self.pending = _Pending(row.place, base.clone(), steered.clone(), entry)
 
     def wire(self) -> dict[str, Any]:
         """Plain data for the front end."""
@@ -113,6 +127,7 @@ class Tally:
             "kl_sum": self.kl_sum,
             "changed": self.changed,
             "critical": self.critical,
+            "heads": self.heads,
             "passes": self.passes,
             "detail": self.detail,
             "routed": self.routed,

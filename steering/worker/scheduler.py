@@ -27,7 +27,7 @@ class SteeredScheduler(Scheduler):
         parameters = request.sampling_params
         freight = unpack(parameters.extra_args) if parameters is not None else None
         if freight is not None and request._block_hasher is not None:
-            shared = freight.shared_tokens(request.num_prompt_tokens)
+            shared = freight.shared_tokens(request.num_prompt_tokens - freight.reply)
             if shared is not None:
                 _make_private(request, shared // self.hash_block_size)
         super().add_request(request)

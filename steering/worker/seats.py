@@ -28,13 +28,14 @@ class Seat:
 
     Args:
         control: [S + EXTRA] float32, the row's control columns (report left 0).
-        uses: [S] which streams run; base always.
+        uses: [S] which streams run.
         offsets: [S] by how many tokens each stream's prompt is shorter than the request's.
         prompts: per stream its own prompt, or None.
         tag: the report this request belongs to, '' for none.
         tokens: whether the report wants every token.
         adapters: the request's adapters.
         values: what value streams add, or None.
+        heads: heads that the report tells.
     """
 
     control: npt.NDArray[np.float32]
@@ -45,6 +46,7 @@ class Seat:
     tokens: bool = False
     adapters: tuple[AdapterUse, ...] = ()
     values: Values | None = None
+    heads: tuple[str, ...] = ()
 
 
 def seat(
@@ -54,7 +56,8 @@ def seat(
 
     Args:
         freight: what the request carries; None for a plain request.
-        prompt_len: tokens of the vLLM request's prompt, its padding included.
+        prompt_len: tokens of the vLLM request's prompt, its padding included, without an earlier
+            reply.
         streams: names of the streams that run, base first.
         heads: names of the classifier heads.
 
@@ -72,9 +75,9 @@ def seat(
         return Seat(control, uses, np.zeros(size, np.int32), tuple(prompts))
     index = {name: i for i, name in enumerate(streams)}
     plan = freight.plan
+    control[0], uses[0] = 0.0, False
     for name in plan.bodies:
         uses[index[name]] = True
-    control[0] = 0.0
     for name, weight in plan.weights:
         control[index[name]] = weight
         uses[index[name]] = True
@@ -90,7 +93,15 @@ def seat(
             offsets[index[name]] = prompt_len - len(token_ids)
     tokens = plan.report == "tokens"
     return Seat(
-        control, uses, offsets, tuple(prompts), freight.tag, tokens, plan.adapters, plan.values
+        control,
+        uses,
+        offsets,
+        tuple(prompts),
+        freight.tag,
+        tokens,
+        plan.adapters,
+        plan.values,
+        plan.heads,
     )
 
 

@@ -206,9 +206,10 @@ class Seam:
         return ids
 
     def freight(self, request_id: str) -> tuple[Freight | None, int]:
-        """(what a request carries, its prompt length in tokens)."""
+        """(what a request carries, its prompt length in tokens without an earlier reply)."""
         request = self._runner.requests[request_id]
-        return unpack(request.sampling_params.extra_args), request.num_prompt_tokens
+        freight = unpack(request.sampling_params.extra_args)
+        return freight, request.num_prompt_tokens - (freight.reply if freight else 0)
 
     def step(self) -> Step:
         """What vLLM scheduled in this step."""

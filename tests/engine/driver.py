@@ -60,6 +60,7 @@ class Case:
         params: more sampling parameters.
         report: 'off', 'summary' or 'tokens'.
         adapters: what the streams' layers add.
+        reply: an earlier reply, which the head of `best_of_n` reads; nothing is steered then.
     """
 
     prompt: Sequence[int]
@@ -70,6 +71,7 @@ class Case:
     params: Mapping[str, Any] = field(default_factory=dict)
     report: Report = "off"
     adapters: Sequence[Use] = ()
+    reply: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -210,9 +212,11 @@ class Engine:
         lora = LoRARequest(**adapters.lora_request()) if adapters else None
         ids, key = list(case.prompt), ""
         if plan is not None and (plan.steers or plan.report != "off" or plan.adapters):
+            plan = plan.scoring if case.reply else plan
             ids, pad = align(case.prompt, plan)
-            key = plan.cache_key(pad)
-            params["extra_args"] = pack(Freight(plan, pad, tag if plan.report != "off" else ""))
+            ids, key = [*ids, *case.reply], plan.cache_key(pad)
+            freight = Freight(plan, pad, tag if plan.report != "off" else "", len(case.reply))
+            params["extra_args"] = pack(freight)
         prompt = TokensPrompt(prompt_token_ids=ids, cache_salt=salt + key or None)
         self.llm.llm_engine.add_request(tag, prompt, SamplingParams(**params), lora_request=lora)
         return tag

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from server.capacity import _weights
 from server.config_file import parse
 from server.doctor import diagnose, snapshot
 from server.loading import engine_arguments
+from server.main import run
 from steering.method import Snapshot
 from tests.models import VOCAB_SIZE, make_model
 from tests.server.live import document
@@ -233,3 +235,68 @@ def test_a_value_model_knows_every_token(models: Path, tmp_path: Path) -> None:
     save_file({**load_file(file), **linear(1, 64, "score.")}, file, {"format": "pt"})
     (line,) = problems(models, {"model": str(tmp_path / "v"), "head": "value"})
     assert line.startswith("streams.critic: lacks 10 of the base's tokens")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (linear(1, 65, "v_head.summary."), "v_head.summary.weight has shape [1, 65]"),
+        (linear(2, 64, "score."), "score.weight gives 2 numbers; allowed: 1"),
+        (linear(1, 64, "classifier."), "no value head in"),
+    ],
+)
+def test_a_value_head_that_does_not_fit_is_one_line(
+    models: Path, tmp_path: Path, tensors: dict[str, torch.Tensor], words: str
+) -> None:
+    folder = classifier(models, tmp_path / "v", tensors)
+    (line,) = problems(models, {"model": str(folder), "head": "value"})
+    assert line.startswith("streams.critic: ") and words in line
+
+
+@pytest.mark.parametrize("kind", ["value", "classifier"])
+def test_a_head_beside_its_body_that_is_no_safetensors_is_one_line(
+    models: Path, tmp_path: Path, kind: str
+) -> None:
+    """As the trainers of PEFT folders write it: the head's tensors in a pickle."""
+    torch.save({"v_head.summary.weight": torch.ones(1, 64)}, tmp_path / "pytorch_model.bin")
+    stream = {"model": "./chat", "head": kind, "path": str(tmp_path)}
+    (line,) = problems(models, stream)
+    assert line.startswith("streams.critic: no *.safetensors in")
+    (tmp_path / "model.safetensors").write_bytes(b"not what the name says")
+    (line,) = problems(models, stream)
+    assert "is not a whole safetensors file" in line
+
+
+def test_the_doctor_and_the_server_do_not_start_with_a_head_that_is_not_there(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    narrow = head(tmp_path / "narrow", linear(1, HIDDEN - 1))
+    streams = {
+        **document()["streams"],
+        "value": {"model": "./chat", "head": "value"},
+        "probe": {"on": "base", "head": "classifier", "path": str(narrow)},
+    }
+    file = models / "heads.yaml"
+    file.write_text(yaml.safe_dump(document(streams=streams)))
+    for command in ("doctor", "serve"):
+        assert run([command, str(file)]) == 1
+        told = "".join(capsys.readouterr())
+        assert "streams.value: no value head in" in told
+        assert "streams.probe: weight has shape [1, 127]; its input has 128 numbers" in told
+
+
+def test_a_profile_that_misuses_a_head_is_one_line(models: Path, tmp_path: Path) -> None:
+    streams = {**document()["streams"], "value": value(models, tmp_path / "v")}
+
+    def told(**profile: Any) -> list[str]:
+        config = document(streams=streams, profiles={"p": profile}, steering={"max_best_of": 8})
+        return diagnose(parse(config, models, {})).problems
+
+    assert told(method="best_of_n", value="value", n=8) == []
+    for change, words in (
+        ({"n": 9}, "profiles.p.n: the number of replies is out of range (got 9); allowed: 1 to 8"),
+        ({"value": "chat"}, "profiles.p.value: the stream has no value or classifier head"),
+        ({"value": "nobody"}, "profiles.p.value: no such stream"),
+    ):
+        (line,) = told(**{"method": "best_of_n", "value": "value", "n": 2, **change})
+        assert line.startswith(words)

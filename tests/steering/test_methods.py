@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from steering.kernels.reference import log_softmax, mix_reference
 from steering.method import Limits, Logits, Method, Snapshot
+from steering.methods.best_of_n import BestOfN
 from steering.methods.context_aware import ContextAware
 from steering.methods.contrastive import Contrastive
 from steering.methods.critical_tokens import CriticalTokens
@@ -39,6 +40,7 @@ VALUE: dict[str, Any] = {
     "method": "value_augmented",
     "values": [{"stream": "value", "strength": 2.0}],
 }
+BEST = {"method": "best_of_n", "value": "value"}
 NAN = float("nan")
 INF = float("inf")
 
@@ -54,6 +56,7 @@ METHODS: dict[str, Method[Any]] = {
         Guidance(),
         CriticalTokens(),
         ValueAugmented(),
+        BestOfN(),
     )
 }
 
@@ -106,6 +109,8 @@ class TestCriticalTokens(MethodConformance):
         ({**CRITICAL, "pretrained": "value"}, "pretrained"),
         ({**CRITICAL, "aligned": "critic"}, "aligned"),
         ({**CRITICAL, "classifier": "chat"}, "classifier"),
+        ({**CRITICAL, "classifier": "plain"}, "classifier"),
+        ({**CRITICAL, "classifier": "base"}, "classifier"),
         ({**CRITICAL, "classifier": "value"}, "classifier"),
         ({**CRITICAL, "classifier": "nobody"}, "classifier"),
         ({**CRITICAL, "mode": "medium"}, "mode"),
@@ -137,6 +142,33 @@ class TestValueAugmented(MethodConformance):
         ({**VALUE, "values": [{"stream": "value", "strength": -1}]}, "values.0.strength"),
         ({**VALUE, "values": [{"stream": "value", "strength": 11}]}, "values.0.strength"),
         ({"method": "value_augmented"}, "values"),
+    )
+
+
+class TestBestOfN(MethodConformance):
+    method = BestOfN()
+    streams = {**MethodConformance.streams, "critic": "classifier"}
+    configs = (
+        BEST,
+        {**BEST, "n": 1},
+        {**BEST, "n": 64, "value": "critic", "report": "tokens"},
+        {**BEST, "prompts": {"value": {"prompt": "Hello"}}},
+    )
+    zero_config = None
+    bad_configs = (
+        ({**BEST, "n": 0}, "n"),
+        ({**BEST, "n": -1}, "n"),
+        ({**BEST, "n": 65}, "n"),
+        ({**BEST, "n": 2.0}, "n"),
+        ({**BEST, "n": "2"}, "n"),
+        ({**BEST, "n": True}, "n"),
+        ({**BEST, "n": None}, "n"),
+        ({**BEST, "value": "chat"}, "value"),
+        ({**BEST, "value": "base"}, "value"),
+        ({**BEST, "value": "nobody"}, "value"),
+        ({**BEST, "value": ["value"]}, "value"),
+        ({**BEST, "prompts": {"chat": {"prompt": "a"}}}, "prompts.chat"),
+        ({"method": "best_of_n"}, "value"),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steering.kernels.reference import log_softmax, mix_reference, nucleus
+from steering.kernels.reference import best_reply, log_softmax, mix_reference, nucleus
 from steering.plan import Recipe, Rule, RuleKind
 
 NEVER = -math.inf
@@ -18,6 +18,23 @@ NEVER = -math.inf
 def log(*probabilities: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     with np.errstate(divide="ignore"):
         return np.log(np.array(probabilities))
+
+
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [
+        ([3.0], 0),
+        ([1.0, 2.0, 2.0], 1),
+        ([-5.0, -4.0, -6.0], 1),
+        ([math.nan, -1e30], 1),
+        ([math.inf, 1.0, math.nan], 1),
+        ([math.nan, math.nan], 0),
+    ],
+)
+def test_the_best_reply_has_the_largest_finite_value_and_is_the_first_of_equals(
+    values: list[float], best: int
+) -> None:
+    assert best_reply(values) == best
 
 
 def test_sum_adds_scaled_scores() -> None:
