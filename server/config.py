@@ -75,8 +75,11 @@ class StreamConfig(Section):
     on: str | None = Field(
         None, description="The stream whose last hidden state a classifier head reads."
     )
-    head: Literal["value", "classifier"] | None = Field(
-        None, description="What the stream computes instead of token scores. Absent: token scores."
+    head: Literal["value", "classifier", "q"] | None = Field(
+        None,
+        description="What the stream computes instead of token scores: the value of a text, a "
+        "class, or (q) the value of each next token, one row of the unembedding for each. Absent: "
+        "token scores.",
     )
     path: str | None = Field(
         None,
@@ -95,6 +98,8 @@ class StreamConfig(Section):
             raise ValueError("`on` needs `head` and `path`")
         if self.on is not None and self.head == "value":
             raise ValueError("a value head needs a `model` of its own: it reads candidate tokens")
+        if self.head == "q" and (self.model is None or self.path is not None):
+            raise ValueError("a q head is the unembedding of its `model`; give nothing else")
         if self.same_as is not None and self.head is not None:
             raise ValueError("`head` goes with `model` or `on`")
         if self.path is not None and self.head is None:

@@ -203,7 +203,7 @@ def _architectures(config: Config, found: Diagnosis) -> list[str]:
         if not fact.owns_weights:
             continue
         architecture = fact.checkpoint.architecture
-        if name in config.streams and config.streams[name].head is not None:
+        if name in config.streams and config.streams[name].head not in (None, "q"):
             architecture = body_architecture(architecture)
         why = _unsupported(ModelRegistry, architecture)
         if why is not None:

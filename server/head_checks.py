@@ -17,18 +17,18 @@ def check_heads(config: Config, found: Diagnosis) -> None:
     for name, fact in found.streams.items():
         stream = config.streams.get(name)
         architecture = fact.checkpoint.architecture
-        if (stream is None or stream.head is None) and is_classifier(architecture):
+        if (stream is None or stream.head in (None, "q")) and is_classifier(architecture):
             found.problems.append(
                 f"{where(name)}: {architecture} gives no token scores; a classifier is a stream "
                 "with `head: classifier`"
             )
     for name, stream in config.streams.items():
-        if stream.head is not None:
+        if stream.head is not None and stream.head != "q":
             found.guard(where(name), lambda n=name, s=stream: _check(config, found, n, s))  # type: ignore[misc]
 
 
 def _check(config: Config, found: Diagnosis, name: str, stream: StreamConfig) -> None:
-    assert stream.head is not None
+    assert stream.head is not None and stream.head != "q"
     body = stream.on or name
     if stream.on in config.streams and config.streams[stream.on].on is not None:
         raise HeadError(f"on: {stream.on} is a head itself and has no hidden state")

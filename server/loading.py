@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from server.capacity import cpu_cache_bytes
-from server.config import Config
+from server.config import Config, StreamConfig
 from server.console import Progress
 from server.state import Life
 
 if TYPE_CHECKING:
     from server.diagnosis import Diagnosis
     from server.engine_vllm import SteeredLLM
+    from steering.engine_args import StreamSource
 
 
 class StartFailed(Exception):
@@ -68,7 +69,7 @@ def engine_arguments(config: Config, diagnosis: Diagnosis) -> dict[str, Any]:
     """Keyword arguments for vLLM's `AsyncEngineArgs`."""
     from vllm.platforms import current_platform
 
-    from steering.engine_args import StreamSource, adapter_engine_args, steered_engine_args
+    from steering.engine_args import adapter_engine_args, steered_engine_args
 
     engine = dict(config.engine)
     engine.setdefault("load_format", "safetensors")
@@ -78,23 +79,22 @@ def engine_arguments(config: Config, diagnosis: Diagnosis) -> dict[str, Any]:
     single = engine.get("tensor_parallel_size", 1) == 1
     if current_platform.is_cpu() and single:
         engine.setdefault("distributed_executor_backend", "uni")
-    streams = {
-        name: StreamSource(
-            # The worker reads a head's tensors itself, so it needs the folder.
-            str(diagnosis.streams[name].checkpoint.folder)
-            if stream.head is not None and stream.model is not None
-            else stream.model,
-            stream.same_as,
-            stream.head,
-            stream.on,
-            stream.path,
-        )
-        for name, stream in config.streams.items()
-    }
+    streams = {name: _source(name, s, diagnosis) for name, s in config.streams.items()}
     if config.adapters is not None:
         engine |= adapter_engine_args(config.adapters.max_loaded, config.adapters.max_rank)
     top_k = config.steering.max_top_k
     return steered_engine_args(config.model, streams, diagnosis.overlaps, top_k, **engine)
+
+
+def _source(name: str, stream: StreamConfig, diagnosis: Diagnosis) -> StreamSource:
+    from steering.engine_args import StreamSource
+
+    head = None if stream.head == "q" else stream.head  # The worker runs it as a language model.
+    model = stream.model
+    if head is not None and model is not None:
+        # The worker reads a head's tensors itself, so it needs the folder.
+        model = str(diagnosis.streams[name].checkpoint.folder)
+    return StreamSource(model, stream.same_as, head, stream.on, stream.path)
 
 
 def load(config: Config, progress: Progress, life: Life) -> Loaded:

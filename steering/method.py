@@ -215,7 +215,7 @@ class Snapshot:
     """What `resolve` may look at: the server's streams at this moment.
 
     Args:
-        streams: stream name → head ('lm', 'value' or 'classifier'); `base` is always there.
+        streams: stream name → head ('lm', 'q', 'value' or 'classifier'); `base` is always there.
         bodies: head → the stream whose last hidden state it reads; a head that is left out reads
             a body of its own, which runs under the head's name.
     """

@@ -176,7 +176,7 @@ def _weights(
         if not math.isfinite(weight):
             raise BadValue(f"the weight of {stream} is not finite", field=where, value=weight)
         head = snapshot.streams[stream]
-        if head != "lm":
+        if head != "lm" and not (head == "q" and recipe.rule.kind is RuleKind.SUM):
             models = sorted(name for name, head in snapshot.streams.items() if head == "lm")
             raise BadValue(
                 f"the stream has a {head} head and cannot be mixed as a language model",

@@ -7,6 +7,10 @@ Personalization", arXiv 2405.06639. With C the base's k most likely ids after s,
 
 As in the authors' release, ids outside C are not masked and temperature comes afterwards. Theirs
 leaves V(s⊕EOS) to a model that was never trained on it; `eos_value` chooses.
+
+A stream with a q head gives Q(s, j) for every id j at once, as an unembedding gives scores: a
+weight β in the sum, s_base + β Q(s, ·), and no candidates (Zhou et al., "Q♯", arXiv 2502.20548). A
+constant added to all of Q changes nothing, so no mean is taken off.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ class ValueTerm(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
-    stream: StreamName = Field(description="The stream with a value head.")
+    stream: StreamName = Field(description="The stream with a value or a q head.")
     strength: Strength = Field(1.0, description="β, how strongly its values count; 0: not at all.")
 
 
@@ -47,7 +51,9 @@ class ValueAugmentedConfig(MethodConfig):
         min_length=1, max_length=16, description="The value models, each with its strength."
     )
     top_k: TopK = Field(
-        20, description="k, how many of the base's most likely ids are evaluated; the rest stay."
+        20,
+        description="k, how many of the base's most likely ids a value head evaluates; the rest "
+        "stay. A q head evaluates all.",
     )
     eos_value: Literal["prefix", "zero", "model"] = Field(
         "prefix",
@@ -69,15 +75,16 @@ class ValueAugmented(Method[ValueAugmentedConfig]):
     name = "value_augmented"
     config = ValueAugmentedConfig
 
-    def resolve(self, config: ValueAugmentedConfig, _snapshot: Snapshot) -> Recipe:
+    def resolve(self, config: ValueAugmentedConfig, snapshot: Snapshot) -> Recipe:
         """The base, and the values whose strength is not 0."""
-        strengths = tuple((t.stream, t.strength) for t in config.values if t.strength)
-        if not strengths:
-            return Recipe({BASE: 1.0})
-        return Recipe({BASE: 1.0}, values=Values(strengths, config.top_k, config.eos_value))
+        terms = [(term.stream, term.strength) for term in config.values if term.strength]
+        scored = {s: b for s, b in terms if snapshot.streams.get(s) == "q"}
+        asked = tuple((s, b) for s, b in terms if s not in scored)
+        values = Values(asked, config.top_k, config.eos_value) if asked else None
+        return Recipe({BASE: 1.0} | scored, values=values)
 
     def reference(self, config: ValueAugmentedConfig, logits: Mapping[str, Logits]) -> Logits:
-        """The formula above, where no candidate ends the text."""
+        """The first formula above, where no candidate ends the text."""
         scores = logits[BASE].copy()
         candidates = sorted(range(scores.size), key=lambda j: -scores[j])[: config.top_k]
         for term in config.values:
