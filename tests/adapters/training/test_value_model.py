@@ -140,7 +140,7 @@ def test_loss_and_gradients_are_those_of_the_formula(tmp_path: Path, rank: int |
 
 
 # A random body has no head that looks one id back, and a LoRA of it learns none so soon.
-@pytest.mark.parametrize(("rank", "rate", "least"), [(None, 3e-3, 0.9), (8, 1e-2, 0.4)])
+@pytest.mark.parametrize(("rank", "rate", "least"), [(None, 3e-3, 0.9), (8, 3e-3, 0.4)])
 def test_it_learns_what_later_tokens_bring(
     tmp_path: Path, rank: int | None, rate: float, least: float
 ) -> None:
@@ -148,22 +148,22 @@ def test_it_learns_what_later_tokens_bring(
     body = make_model(tmp_path / "body", "llama")
     draw = random.Random(5)
     rows = []
-    for _ in range(640):
+    for _ in range(2176):
         reply = [draw.randrange(100, 110) for _ in range(draw.randint(4, 10))]
         rows.append(Row([9, 8, *reply, EOS], 1, float((reply[0] < 105) + (reply[-1] < 105))))
     settings = ValueSettings(
-        Served("http://x"), body, "", body, tmp_path, rank=rank, rate=rate, epochs=12
+        Served("http://x"), body, "", body, tmp_path, rank=rank, rate=rate, epochs=6
     )
     model = ValueModel(body, rank=rank, alpha=16, mean=1.0, seed=1, device="cpu", dtype="float32")
     (tmp_path / "work").mkdir()
     told: list[str] = []
     found = value_fit.fit(
-        settings, model, rows[:512], rows[512:], {}, tmp_path / "work", told.append
+        settings, model, rows[:2048], rows[2048:], {}, tmp_path / "work", told.append
     )
     first, middle, last = found["first"], found["middle"], found["last"]
     assert first is not None and middle is not None and last is not None
     assert first < 0.05 and 0.4 < middle < 0.6 and last > least, found
-    assert told[-1].startswith("step 192 of 192: loss ") and "first" in told[-1]
+    assert told[-1].startswith("step 384 of 384: loss ") and "first" in told[-1]
 
 
 def test_batches_hold_each_reply_once_an_epoch_in_order_of_the_seed() -> None:
@@ -177,5 +177,3 @@ def test_batches_hold_each_reply_once_an_epoch_in_order_of_the_seed() -> None:
         assert all(len(batch) <= 8 for _, batch in epoch)
     assert whole[:26] != whole[26:]
     assert list(value_fit._batches(settings, rows, 30)) == whole[30:]
-    longest = [max(len(row.ids) for row in batch) * len(batch) for _, batch in whole[:26]]
-    assert sum(longest) < 1.25 * sum(len(row.ids) for row in rows)  # Little is padding.
