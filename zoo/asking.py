@@ -75,6 +75,6 @@ def measured_of(answer: Any) -> Measured:
     return Measured(
         answer["choices"][0]["text"],
         (report["mean_kl"] or 0.0) * tokens,
-        report.get("generated_tokens", tokens),
+        report.get("best_of_n", {}).get("generated_tokens", tokens),
         report["forward_passes_per_token"],
     )
