@@ -28,6 +28,7 @@ examples:
   coxswain adapters list                   the adapters of a running server; also load, unload …
   coxswain methods                         the installed steering methods and their options
   coxswain train meteora --help            gates that choose among your LoRA adapters
+  coxswain train value --help              a value model from your own reward
 
 A minimal configuration:
   model: ./models/big

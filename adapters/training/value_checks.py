@@ -37,11 +37,14 @@ def check_body(folder: Path) -> None:
 
 def _tokenizer(folder: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        found: Any = AutoTokenizer.from_pretrained(folder)
+        if len(found) < 2:  # Where there are no files, some classes make one of nothing.
+            raise ValueError("no tokenizer files")
     except (OSError, ValueError, KeyError) as error:
-        raise BadRecipe(
-            f"its tokenizer cannot be read: {error}", field=f"--body {folder}"
-        ) from error
+        told = str(error).splitlines()[0]
+        field = f"--body {folder}"
+        raise BadRecipe(f"its tokenizer cannot be read: {told}", field=field) from error
+    return found
 
 
 def check_server(served: Served, prompts: Sequence[Prompt], body: Path) -> None:

@@ -48,7 +48,8 @@ then, in server.yaml
     brief: {model: models/small, head: value, path: heads/brief}     # without --rank:
     brief: {model: heads/brief, head: value}
 and in a request
-  {"steering": {"method": "value_augmented", "values": [{"stream": "brief", "strength": 2}]}}
+  {"steering": {"method": "value_augmented", "values": [{"stream": "brief", "strength": 2}],
+                "eos_value": "model"}}
 
 If it explains little of the held-out variance: more prompts, then a higher --rate or more --epochs.
 Samples and rewards stay in FOLDER.training: copy that folder to OTHER.training, and

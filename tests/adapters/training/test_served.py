@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import pytest
 from adapters.training.errors import BadRecipe
 from adapters.training.prompts import Prompt, read_prompts
 from adapters.training.served import Sample, Served, check, sample
+from tests.adapters.training.endpoint import Answer, endpoint, hang_up, status
 from tests.models import EOS, make_tokenizer
 from tests.reference import decode, load
 from tests.server.live import Server, free_port
@@ -137,48 +135,6 @@ def test_a_server_that_is_not_there_is_told_how_to_start() -> None:
     assert time.monotonic() - began < 5
     with pytest.raises(BadRecipe, match=r"--server: not an address \(got 'localhost:8000'\)"):
         check(Served("localhost:8000"))
-
-
-Answer = Callable[[BaseHTTPRequestHandler, bytes], None]
-
-
-@contextmanager
-def endpoint(answers: list[Answer], last: Answer) -> Iterator[tuple[str, list[float]]]:
-    """A server that gives these answers first, then always the last; its address and when."""
-    when: list[float] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            when.append(time.monotonic())
-            (answers.pop(0) if answers else last)(self, body)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", when
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def status(number: int, content: Any, **headers: str) -> Answer:
-    def answer(handler: BaseHTTPRequestHandler, body: bytes) -> None:
-        handler.send_response(number)
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.wfile.write(json.dumps(content).encode())
-
-    return answer
-
-
-def hang_up(handler: BaseHTTPRequestHandler, body: bytes) -> None:
-    """No answer at all."""
-    handler.close_connection = True
 
 
 def late(handler: BaseHTTPRequestHandler, body: bytes) -> None:
