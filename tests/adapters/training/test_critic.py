@@ -543,6 +543,27 @@ def test_what_stands_at_the_output_is_kept(
     assert bits(made.out) == whole
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--model", "x"], "--model: replies are sampled or ready, not both (got 'x')"),
+        (["--request", "{"], "--request: replies are sampled or ready"),
+        (["--prompts", "x"], "--prompts: replies are sampled or ready"),
+        (["--chat-template", "none"], "--chat-template: cannot be read"),
+    ],
+)
+def test_flags_that_contradict_each_other(
+    made: CriticSettings,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    told: str,
+) -> None:
+    assert run([*arguments(dataclasses.replace(made, out=tmp_path / "critic")), *more]) == 1
+    assert told in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- the table ----------------------------------------------------------------------------------
 
 
