@@ -29,6 +29,7 @@ examples:
   coxswain methods                         the installed steering methods and their options
   coxswain train meteora --help            gates that choose among your LoRA adapters
   coxswain train value --help              a value model from your own reward
+  coxswain train critic --help             a classifier of critical tokens from your own rule
 
 A minimal configuration:
   model: ./models/big

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import linear, relu
+from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 from transformers.utils import logging
 
@@ -127,6 +128,10 @@ def features(body: Any, rows: Sequence[Row], batch: int, device: str, bar: Any) 
     return found
 
 
+def _log_odds(share: float) -> float:
+    return math.log(share / (1 - share))
+
+
 class Probe:
     """A head on states that are computed already; float32.
 
@@ -136,8 +141,10 @@ class Probe:
     Args:
         states: [N, H] per row.
         train: rows whose states give mean and deviation.
-        hidden: units of a hidden layer; None: linear.
-        seed: of the start. The last layer starts at 0.
+        share: of the states that are critical, where the probabilities start; above 0, below 1.
+        hidden: units of a hidden layer; None: linear. They are tanh: with ReLU all units may die
+            where the answer is yes, and the last bias alone is left to say so.
+        seed: of the start. The last layer's weights start at 0.
         device: where it is trained.
     """
 
@@ -145,6 +152,7 @@ class Probe:
         self,
         states: Sequence[Tensor],
         train: Sequence[int],
+        share: float,
         hidden: int | None,
         seed: int,
         device: str,
@@ -159,7 +167,10 @@ class Probe:
         if hidden is not None:
             start = width**-0.5 * torch.randn(hidden, width, generator=random)
             self._add("0.", start, device)
-        self._add("" if hidden is None else "2.", torch.zeros(1, hidden or width), device)
+        last = "" if hidden is None else "2."
+        self._add(last, torch.zeros(1, hidden or width), device)
+        with torch.no_grad():
+            self.parameters[f"{last}bias"].fill_(_log_odds(share))
 
     def _add(self, prefix: str, weight: Tensor, device: str) -> None:
         for name, value in {"weight": weight, "bias": torch.zeros(len(weight))}.items():
@@ -171,7 +182,7 @@ class Probe:
         x = (x - self._mean) / self._deviation
         given = self.parameters
         if "0.weight" in given:
-            x = relu(linear(x, given["0.weight"], given["0.bias"]))
+            x = linear(x, given["0.weight"], given["0.bias"]).tanh()
             return linear(x, given["2.weight"], given["2.bias"])[:, 0]
         return linear(x, given["weight"], given["bias"])[:, 0]
 
@@ -183,7 +194,7 @@ class Probe:
         tensors[f"{first}bias"] = (tensors[f"{first}bias"] - weight @ self._mean.double()).float()
         tensors[f"{first}weight"] = weight.float()
         config = {"hidden_size": len(self._mean), "num_labels": 1}
-        shown = config | ({"activation": "relu"} if first else {})
+        shown = config | ({"activation": "tanh"} if first else {})
         (folder / "config.json").write_text(json.dumps(shown, indent=1) + "\n")
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()},
                   folder / "model.safetensors")  # fmt: skip
@@ -207,6 +218,7 @@ class Tagger:
         rows: prompts with replies.
         folder: the body's.
         tokenizer: the body's, written beside a classifier that is trained whole.
+        share: see `Probe`.
         rank: LoRA rank; None: all weights are trained.
         seed: of the head's start and the LoRA's.
         device: where it is trained.
@@ -219,6 +231,7 @@ class Tagger:
         folder: Path,
         tokenizer: Any,
         *,
+        share: float,
         rank: int | None,
         seed: int,
         device: str,
@@ -238,7 +251,7 @@ class Tagger:
             for name, value in getattr(model, self._head).named_parameters():
                 value.normal_(0, 0.02, generator=random)
                 if name == "bias":
-                    value.zero_()
+                    value.fill_(_log_odds(share))
         self._layers = self._low_rank(rank, seed) if rank is not None else {}
         self._model.to(device)
         named = self._model.named_parameters()

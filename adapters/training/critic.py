@@ -192,18 +192,21 @@ class _Run:
 
     def _classifier(self, rows: Sequence[Row], kept: Sequence[int], folder: Path) -> Classifier:
         settings = self.settings
-        if not settings.probe:
-            return Tagger(
-                rows,
-                settings.body,
-                self.tokenizer,
-                rank=settings.rank,
-                seed=settings.seed,
-                device=settings.device,
-                dtype=settings.dtype,
-            )
-        states = self._states(rows, folder)
-        return Probe(states, kept, settings.hidden, settings.seed, settings.device)
+        labels = [label for i in kept for label in rows[i].labels]
+        share = sum(labels) / len(labels)
+        if settings.probe:
+            states = self._states(rows, folder)
+            return Probe(states, kept, share, settings.hidden, settings.seed, settings.device)
+        return Tagger(
+            rows,
+            settings.body,
+            self.tokenizer,
+            share=share,
+            rank=settings.rank,
+            seed=settings.seed,
+            device=settings.device,
+            dtype=settings.dtype,
+        )
 
     def _states(self, rows: Sequence[Row], folder: Path) -> Sequence[Tensor]:
         """Computed once; a resumed run reads them."""

@@ -20,6 +20,9 @@ from adapters.training.prompts import Prompt, read_prompt
 from adapters.training.served import Sample
 from adapters.training.spans import Span, check_spans, critical, decode, token_spans
 
+CONTEXT = 5
+"""Ids of the prompt that a reply's text is decoded behind, as in vLLM."""
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -32,6 +35,7 @@ class Reply:
         ids: the reply's, without the one that ended it.
         text: what they say.
         ended: whether the model ended it, so that an id that is not critical follows.
+        before: the ids that `text` follows, see `adapters.training.spans.decode`.
         spans: from the file; None where it has none.
     """
 
@@ -41,6 +45,7 @@ class Reply:
     ids: tuple[int, ...]
     text: str
     ended: bool
+    before: tuple[int, ...] = ()
     spans: list[Span] | None = None
 
 
@@ -56,22 +61,23 @@ def sampled(prompts: Sequence[Prompt], samples: Sequence[Sample], tokenizer: Any
         prompt = prompts[i // each]
         where = f"{prompt.where}, sample {i % each + 1}"
         ids = sample.reply[:-1] if sample.ended else sample.reply
-        text = decode(tokenizer, ids)
+        before = sample.prompt[-CONTEXT:]
+        text = decode(tokenizer, ids, before)
         # A stop string is not in the server's text, and of bytes that are no character it shows
         # fewer than a tokenizer.
-        if not _whole(text).startswith(_whole(sample.text)):
+        if not _plain(text).startswith(_plain(sample.text)):
             raise BadRecipe(
                 f"the body's tokenizer reads {text[:60]!r} from the ids",
                 field=where,
                 value=sample.text,
                 allowed="a body with the served model's tokenizer",
             )
-        found.append(Reply(where, prompt.given, sample.prompt, ids, text, sample.ended))
+        found.append(Reply(where, prompt.given, sample.prompt, ids, text, sample.ended, before))
     return found
 
 
-def _whole(text: str) -> str:
-    return text.replace("\ufffd", "")
+def _plain(text: str) -> str:
+    return text.replace("\ufffd", "").lstrip()
 
 
 def ready(path: Path, tokenizer: Any, template: str | None, *, spans: bool) -> list[Reply]:
@@ -111,7 +117,9 @@ def _ready(where: str, entry: Any, tokenizer: Any, template: str | None, spans: 
             allowed="a string that is not empty",
         )
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if decode(tokenizer, ids) != text:
+    prompt_ids = _prompt_ids(prompt, tokenizer, template)
+    fitting = [b for b in ((), prompt_ids[-CONTEXT:]) if decode(tokenizer, ids, b) == text]
+    if not fitting:
         raise BadRecipe(
             f"the tokenizer makes {decode(tokenizer, ids)!r} of it, where spans mean nothing",
             field=f"{where}: completion",
@@ -119,8 +127,7 @@ def _ready(where: str, entry: Any, tokenizer: Any, template: str | None, spans: 
             allowed="a text that the tokenizer keeps as it is",
         )
     found = check_spans(entry["spans"], text, f"{where}: spans") if "spans" in entry else None
-    prompt_ids = _prompt_ids(prompt, tokenizer, template)
-    return Reply(where, prompt.given, prompt_ids, ids, text, True, found)
+    return Reply(where, prompt.given, prompt_ids, ids, text, True, fitting[0], found)
 
 
 def _prompt_ids(prompt: Prompt, tokenizer: Any, template: str | None) -> tuple[int, ...]:
@@ -173,7 +180,7 @@ def row(reply: Reply, spans: Sequence[Span], tokenizer: Any) -> Row:
         BadRecipe: its tokens cannot be told apart in its text.
     """
     try:
-        tokens = token_spans(tokenizer, reply.ids)
+        tokens = token_spans(tokenizer, reply.ids, reply.before)
     except ValueError as error:
         raise BadRecipe(
             f"the tokenizer does not write a text token by token: {error}",

@@ -89,36 +89,44 @@ def _whole(number: Any) -> bool:
     return type(number) is int or (type(number) is float and number.is_integer())
 
 
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of a reply's ids, as the server shows it: without special tokens."""
-    text: str = tokenizer.decode(
-        list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return text
+def decode(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> str:
+    """The text of a reply's ids, as the server shows it: without special tokens.
+
+    Args:
+        tokenizer: a fast one.
+        ids: the reply's.
+        before: ids that it follows. Some tokenizers write a token differently at a text's start.
+    """
+
+    def text(some: Sequence[int]) -> str:
+        found: str = tokenizer.decode(
+            list(some), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return found
+
+    return text([*before, *ids])[len(text(before)) :]
 
 
-def token_spans(tokenizer: Any, ids: Sequence[int]) -> list[Span]:
-    """The characters of `decode(tokenizer, ids)` that each token holds some bytes of.
+def token_spans(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> list[Span]:
+    """The characters of `decode(tokenizer, ids, before)` that each token holds some bytes of.
 
-    Found by decoding the tokens one after the other, each behind the ones before it, as some
-    tokenizers write a token differently at the start of a text.
+    Found by decoding the tokens one after the other, each behind the ones before it.
 
     Raises:
         ValueError: the tokenizer's text does not grow token by token.
     """
-    text = decode(tokenizer, ids)
+    text = decode(tokenizer, ids, before)
     found: list[Span] = []
-    # Tokens from `first` to `done` are whole characters and end at character `at`.
-    first = done = at = begin = 0
+    # `context` are whole characters, and end at character `at`; ids from `done` on come next.
+    context, done, at, begin = before, 0, 0, 0
     for t in range(len(ids)):
-        before = decode(tokenizer, ids[first:done])
-        news = decode(tokenizer, ids[first : t + 1])[len(before) :]
+        news = decode(tokenizer, ids[done : t + 1], context)
         same = _common(news, text[at : at + len(news)])
         whole = same == len(news)
         found.append((begin, at + same + (not whole)))
         begin = at + same
         if whole and news:
-            first, done, at = done, t + 1, begin
+            context, done, at = ids[done : t + 1], t + 1, begin
     if begin != len(text):
         raise ValueError(f"its tokens give {text[:begin]!r}")
     return found

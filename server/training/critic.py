@@ -237,6 +237,14 @@ def run(given: argparse.Namespace) -> int:
             template = given.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise BadRecipe(f"cannot be read: {error}", field="--chat-template") from error
+    for key, default in (("prompts", None), ("model", None), ("request", "{}")):
+        if given.data is not None and (value := getattr(given, key)) != default:
+            raise BadRecipe(
+                "replies are sampled or ready, not both",
+                field=f"--{key}",
+                value=str(value),
+                allowed="not with --data",
+            )
     settings = CriticSettings(
         served=served_by(given) if given.data is None else None,
         label_timeout_s=given.label_timeout,

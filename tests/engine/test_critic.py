@@ -124,7 +124,7 @@ def probabilities(folder: Path, states: torch.Tensor) -> list[float]:
     head = {name: value.double() for name, value in load_file(folder / "model.safetensors").items()}
     x = states.double()
     if "0.weight" in head:
-        x = (x @ head["0.weight"].T + head["0.bias"]).relu()
+        x = (x @ head["0.weight"].T + head["0.bias"]).tanh()
         head = {"weight": head["2.weight"], "bias": head["2.bias"]}
     found: list[float] = (x @ head["weight"].T + head["bias"])[:, 0].sigmoid().tolist()
     return found
