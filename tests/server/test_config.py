@@ -150,3 +150,18 @@ def test_the_page_in_docs_is_up_to_date() -> None:
     assert page.read_text(encoding="utf-8") == reference(), (
         "run: coxswain reference > docs/configuration.md"
     )
+
+
+def test_words_of_yaml_1_1_for_true_and_false_are_words(tmp_path: Path) -> None:
+    """`on` is a key of streams; unquoted it would else be the key True."""
+    path = tmp_path / "server.yaml"
+    path.write_text(
+        "model: m\n"
+        "streams:\n"
+        "  critic: {on: base, head: classifier, path: here}\n"
+        "  no: {same_as: base}\n"
+        "steering: {inline: false}\n"
+    )
+    found = load(path, {})
+    assert found.streams["critic"].on == "base" and "no" in found.streams
+    assert found.steering.inline is False
