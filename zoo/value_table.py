@@ -17,7 +17,10 @@ DRAWS = 128
 """Replies of the base for each prompt, out of which the best of n are taken."""
 BEST_OF = (1, 4, 16, 64, 128)
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
-TRADE_OFF = ((4.0, 0.0), (4.0, 1.0), (4.0, 2.0), (4.0, 4.0), (4.0, 8.0), (0.0, 4.0))
+TRADE_OFF = (
+    *((4.0, 0.0), (4.0, 1.0), (4.0, 2.0), (4.0, 4.0)),
+    *((4.0, 5.0), (4.0, 6.0), (4.0, 8.0), (0.0, 4.0)),
+)
 """(β of cheerful, β of terse)."""
 CHOSEN_OF = 16
 """n of the served ``best_of_n``."""
