@@ -49,6 +49,7 @@ CRITIC_FLAGS = {
 
 def train_heads(names: Sequence[str], world: World, models: Path, adapters: Path) -> None:
     """Train some of ``HEADS`` into ``FOLDER``."""
+    models, adapters = models.resolve(), adapters.resolve()
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "server.yaml"
         config.write_text(yaml.safe_dump(without_heads(models, adapters)))
@@ -61,7 +62,8 @@ def train_heads(names: Sequence[str], world: World, models: Path, adapters: Path
                 shutil.rmtree(FOLDER / name, ignore_errors=True)
                 program = str(Path(sys.executable).with_name("coxswain"))
                 out = ["--server", url, "--prompts", str(prompts), "--out", str(FOLDER / name)]
-                subprocess.run([program, "train", *command, *out, "--device", "cpu"], check=True)
+                command = [program, "train", *command, *out, "--device", "cpu"]
+                subprocess.run(command, check=True, cwd=ROOT)
                 tidy(FOLDER / name)
 
 
@@ -89,8 +91,7 @@ def without_heads(models: Path, adapters: Path) -> dict[str, Any]:
 def value(reward: str, models: Path, prompts: Path) -> list[str]:
     """The arguments that train the value model of a reward of :mod:`zoo.small_talk`."""
     write(prompts, ({"prompt": prompt} for prompt in small_talk.prompts("tuning")))
-    rule = f"{ROOT / 'small_talk.py'}:{reward}"
-    command = ["value", "--reward", rule, "--body", str(models / "base-small")]
+    command = ["value", "--reward", f"small_talk.py:{reward}", "--body", str(models / "base-small")]
     return command + flags(VALUE_FLAGS)
 
 
@@ -99,7 +100,7 @@ def critic(world: World, models: Path, adapters: Path, prompts: Path) -> list[st
     questions = world.questions("tuning", random.Random(17))
     asked = ([{"role": "user", "content": q.question}] for q in questions)
     write(prompts, ({"messages": messages} for messages in asked))
-    command = ["critic", "--probe", "--label", f"{ROOT / 'gossip.py'}:facts"]
+    command = ["critic", "--probe", "--label", "gossip.py:facts"]
     command += ["--body", str(models / "base-large"), "--adapter", str(adapters / gossip.NAME)]
     command += ["--request", json.dumps({"adapters": [{"name": gossip.NAME}]})]
     return command + flags(CRITIC_FLAGS)
