@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -126,10 +127,16 @@ class Candidates(StreamBatch):
         found[self.token_rows, self.positions // block_size] = scratch + self.token_rows
         return found
 
-    def begun(self, block_table: Int32, block_size: int) -> tuple[Int64, Int32]:
-        """(row, block) of the rows whose last block holds tokens of the prefix already."""
-        rows = np.flatnonzero(self.positions % block_size)
-        return rows, block_table[self.rows, self.positions // block_size][rows]
+    def begun(self, block_table: Int32, block_size: int) -> list[tuple[slice, int]]:
+        """(rows, block) of the rows whose last block holds tokens of the prefix already.
+
+        Rows that stand together and extend the same request are one entry.
+        """
+        blocks = block_table[self.rows, self.positions // block_size]
+        blocks = np.where(self.positions % block_size, blocks, -1)
+        borders = np.flatnonzero(np.diff(blocks, prepend=-2, append=-2))
+        runs = [slice(int(a), int(b)) for a, b in pairwise(borders)]
+        return [(run, int(blocks[run.start])) for run in runs if blocks[run.start] >= 0]
 
 
 def whole(uses: Bool, offsets: Int32) -> bool:

@@ -99,6 +99,7 @@ def test_candidates_read_the_prefix_and_write_to_scratch() -> None:
     assert table.tolist() == [[3, 4, 5], [7, 8, 9]]
     slots = [100 * BLOCK + BLOCK - 1, 101 * BLOCK + BLOCK - 1, 102 * BLOCK]
     assert batch.slots(blocks, BLOCK).tolist() == slots
-    rows, begun = batch.begun(table, BLOCK)
     # The third begins a block of its own: nothing to copy.
-    assert (rows.tolist(), begun.tolist()) == ([0, 1], [3, 3])
+    assert batch.begun(table, BLOCK) == [(slice(0, 2), 3)]
+    apart = Candidates.of(np.array([1, 0, 1]), np.array([1, BLOCK + 1, 1], np.int32))
+    assert apart.begun(table, BLOCK) == [(slice(0, 1), 7), (slice(1, 2), 4), (slice(2, 3), 7)]
