@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve test check fix bench bench-adapters eval zoo doctor clean
+.PHONY: help install install-gpu serve test check fix bench bench-adapters bench-heads eval zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ bench: install ## time per decoding step, steered and not
 
 bench-adapters: install ## what adapters cost, beside stock vLLM (about half an hour; needs a quiet machine)
 	$(BIN)/python -m load_tests.adapter_bench $(ARGS)
+
+bench-heads: install ## what value models and collaborative decoding cost (about ten minutes; needs a quiet machine)
+	$(BIN)/python -m load_tests.head_bench $(ARGS)
 
 eval: install ## the zoo's scores, asked from the server at HOST:PORT (starts one if none runs)
 	$(BIN)/python -m load_tests.with_server $(CONFIG) --host $(HOST) --port $(PORT) -- \

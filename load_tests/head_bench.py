@@ -168,8 +168,8 @@ Round = dict[str, dict[str, float]]
 
 def values_table(rounds: list[Round]) -> str:
     """Markdown: a step with values over a step of the base alone."""
-    names = [f"engine, {n} rows" for n in ROWS] + [f"k passes, {n} rows" for n in ROWS]
-    lines = ["| k | " + " | ".join([*names, "authors' way, 1 row"]) + " |", "|---" * 6 + "|"]
+    names = [f"engine, rows: {n}" for n in ROWS] + [f"k passes, rows: {n}" for n in ROWS]
+    lines = ["| k | " + " | ".join([*names, "authors' way, rows: 1"]) + " |", "|---" * 6 + "|"]
     for k in CANDIDATES:
         cells = [f"{k}"]
         for kind in ("", " passes"):
