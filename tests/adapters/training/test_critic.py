@@ -285,7 +285,7 @@ def test_the_weight_of_critical_tokens_raises_their_probability(
     recall = []
     for weight in (0.05, 1.0, "auto"):
         settings = dataclasses.replace(
-            made, out=tmp_path / f"{weight}", pos_weight=weight, epochs=1, held_out=0.5
+            made, out=tmp_path / f"{weight}", pos_weight=weight, epochs=3, batch=4, held_out=0.5
         )
         recall.append(train(settings, say=quiet)["held_out"]["thresholds"][1]["recall"])
     assert recall == sorted(recall) and recall[0] < recall[-1]
