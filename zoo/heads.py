@@ -30,9 +30,9 @@ VALUE_FLAGS = {
     "--rank": 8,
     "--samples": 32,
     "--max-tokens": 64,
-    "--epochs": 3,
+    "--epochs": 5,
     "--batch": 64,
-    "--rate": 3e-3,
+    "--rate": 2e-3,
     "--dtype": "float32",
 }
 CRITIC_FLAGS = {
