@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from server.adapters_command import URL
-from server.training.served import served_by
+from server.training.flags import (
+    add_held_out,
+    add_running,
+    add_sampling,
+    device,
+    served_by,
+    template_of,
+)
 
 _DESCRIPTION = """\
 Trains a classifier that reads a reply as it is written and says, before each token, how likely it
@@ -102,29 +107,8 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 def _add_replies(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument_group("the replies").add_argument
-    url = os.environ.get("COXSWAIN_URL", URL)
-    option(
-        "--server",
-        default=url,
-        metavar="URL",
-        help=f"a running Coxswain to sample from (default: {url}, from COXSWAIN_URL if it is set)",
-    )
-    option("--key", metavar="KEY", help="an API key; better in COXSWAIN_API_KEYS")
+    add_sampling(option, samples=4, max_tokens=256)
     option("--prompts", type=Path, metavar="FILE", help="JSONL; what is sampled from")
-    option("--model", metavar="NAME", help="model or profile to ask for (default: the base)")
-    option(
-        "--request",
-        default="{}",
-        metavar="JSON",
-        help="further fields of each request, e.g. adapters and steering",
-    )
-    option(
-        "--concurrency", type=int, default=8, metavar="N", help="requests at a time (default: 8)"
-    )
-    option("--samples", type=int, default=4, metavar="N", help="replies per prompt (default: 4)")
-    option("--max-tokens", type=int, default=256, metavar="N", help="longest reply (default: 256)")
-    option("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
-    option("--top-p", type=float, default=1.0, metavar="P", help="default: 1")
     option("--data", type=Path, metavar="FILE", help="JSONL of ready replies, in place of these")
     option(
         "--chat-template",
@@ -169,14 +153,6 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help="highest learning rate (default: 1e-3 with --probe, 2e-4 with --rank, else 2e-5)",
     )
     option(
-        "--warm-up",
-        type=float,
-        default=0.05,
-        metavar="X",
-        help="share of the steps in which the rate rises, then cosine (default: 0.05)",
-    )
-    option("--weight-decay", type=float, default=0.01, metavar="X", help="AdamW's (default: 0.01)")
-    option(
         "--pos-weight",
         type=_weight,
         default=1.0,
@@ -184,28 +160,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help="weight of critical tokens in the loss; auto: as many times as they are rarer. Other "
         "values than 1 shift all probabilities (default: 1)",
     )
-    option(
-        "--held-out",
-        type=float,
-        default=0.1,
-        metavar="X",
-        help="share of the prompts to measure on (default: 0.1)",
-    )
-    option("--seed", type=int, default=0, metavar="N", help="default: 0")
-    option(
-        "--save-every",
-        type=int,
-        default=200,
-        metavar="N",
-        help="steps between checkpoints (default: 200)",
-    )
-    option("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
-    option(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16"),
-        help="of the body's arithmetic; what is trained stays float32 (default: float32)",
-    )
+    add_held_out(option)
+    add_running(option, warm_up=0.05, weight_decay=0.01, save_every=200)
 
 
 def _weight(text: str) -> float | str:
@@ -224,19 +180,11 @@ def run(given: argparse.Namespace) -> int:
     Raises:
         AdapterError: something given cannot be used.
     """
-    import torch
-
     from adapters.training.critic import train
     from adapters.training.critic_settings import CriticSettings
     from adapters.training.errors import BadRecipe
     from adapters.training.measures import table
 
-    template = None
-    if given.chat_template is not None:
-        try:
-            template = given.chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadRecipe(f"cannot be read: {error}", field="--chat-template") from error
     for key, default in (("prompts", None), ("model", None), ("request", "{}")):
         if given.data is not None and (value := getattr(given, key)) != default:
             raise BadRecipe(
@@ -248,10 +196,10 @@ def run(given: argparse.Namespace) -> int:
     settings = CriticSettings(
         served=served_by(given) if given.data is None else None,
         label_timeout_s=given.label_timeout,
-        device=given.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device(given),
         **{key: getattr(given, key) for key in _SAME},
     )
-    found = train(settings, template, say=lambda line: print(line, file=sys.stderr))
+    found = train(settings, template_of(given), say=lambda line: print(line, file=sys.stderr))
     if found["held_out"] is not None:
         print(table(found["held_out"]))
     place = f"model: {given.body}, head: classifier, path: {given.out}"

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from server.training.flags import add_running, device, template_of
+
 _DESCRIPTION = """\
 Trains the gates of a MeteoRA pack (arXiv 2405.13053) over LoRA adapters that you already have: in
 every adapted layer a small matrix that decides, token by token, which k adapters answer. Served as
@@ -151,34 +153,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help="trains the adapters too, at this rate (default: they stay as they are)",
     )
     option(
-        "--warm-up",
-        type=float,
-        default=0.005,
-        metavar="X",
-        help="share of the steps in which the rates rise, then cosine (default: 0.005)",
-    )
-    option("--weight-decay", type=float, default=0.01, metavar="X", help="AdamW's (default: 0.01)")
-    option(
         "--max-tokens",
         type=int,
         metavar="N",
         help="longest example (default: the base's positions, 1024 at most)",
     )
-    option("--seed", type=int, default=0, metavar="N", help="default: 0")
-    option(
-        "--save-every",
-        type=int,
-        default=100,
-        metavar="N",
-        help="steps between checkpoints (default: 100)",
-    )
-    option("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
-    option(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16"),
-        help="of the arithmetic; what is trained stays float32 (default: float32)",
-    )
+    add_running(option, warm_up=0.005, weight_decay=0.01, save_every=100)
 
 
 def _named(text: str) -> tuple[str, Path]:
@@ -197,19 +177,10 @@ def run(given: argparse.Namespace) -> int:
     Raises:
         AdapterError: something given cannot be used.
     """
-    import torch
-
-    from adapters.training.errors import BadRecipe
     from adapters.training.meteora import train
     from adapters.training.settings import Settings
 
     adapters, data = _unique("adapter", given.adapter), _unique("data", given.data)
-    template = None
-    if given.chat_template is not None:
-        try:
-            template = given.chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadRecipe(f"cannot be read: {error}", field="--chat-template") from error
     same = (
         "base",
         "out",
@@ -232,10 +203,10 @@ def run(given: argparse.Namespace) -> int:
     settings = Settings(
         adapters=adapters,
         data=data,
-        device=given.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device(given),
         **{key: getattr(given, key) for key in same},
     )
-    pack = train(settings, template, say=lambda line: print(line, file=sys.stderr))
+    pack = train(settings, template_of(given), say=lambda line: print(line, file=sys.stderr))
     width = sum(pack.ranks) + len(pack.members)
     print(
         f"{settings.out}: {len(pack.members)} adapters, {len(pack.gates)} gates; "

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from server.adapters_command import URL
-from server.training.served import served_by
+from server.training.flags import add_held_out, add_running, add_sampling, device, served_by
 
 _DESCRIPTION = """\
 Trains a value model for the method value_augmented (arXiv 2405.06639): a small model that says, of
@@ -70,7 +68,8 @@ def add(recipes: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_inputs(parser)
-    _add_sampling(parser)
+    option = parser.add_argument_group("the samples").add_argument
+    add_sampling(option, samples=16, max_tokens=64)
     _add_training(parser)
 
 
@@ -106,36 +105,6 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    option = parser.add_argument_group("the samples").add_argument
-    url = os.environ.get("COXSWAIN_URL", URL)
-    option(
-        "--server",
-        default=url,
-        metavar="URL",
-        help=f"a running Coxswain (default: COXSWAIN_URL, else {URL})",
-    )
-    option("--key", metavar="KEY", help="an API key of the server")
-    option(
-        "--model", metavar="NAME", help="base, profile or adapter that replies (default: the base)"
-    )
-    option(
-        "--request",
-        metavar="JSON",
-        default="{}",
-        help='further fields of each request, e.g. \'{"steering": {…}, "adapters": […]}\'',
-    )
-    option("--samples", type=int, default=16, metavar="N", help="for each prompt (default: 16)")
-    option(
-        "--max-tokens", type=int, default=64, metavar="N", help="the longest reply (default: 64)"
-    )
-    option("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
-    option("--top-p", type=float, default=1.0, metavar="P", help="default: 1")
-    option(
-        "--concurrency", type=int, default=8, metavar="N", help="requests at a time (default: 8)"
-    )
-
-
 def _add_training(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument_group("the fit").add_argument
     option(
@@ -165,36 +134,13 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     option("--batch", type=int, default=32, metavar="N", help="replies per step (default: 32)")
     option("--rate", type=float, default=1e-4, metavar="X", help="learning rate (default: 1e-4)")
-    option(
-        "--warm-up",
-        type=float,
-        default=0.05,
-        metavar="X",
-        help="share of the steps in which the rate rises, then cosine (default: 0.05)",
-    )
-    option("--weight-decay", type=float, default=0.0, metavar="X", help="AdamW's (default: 0)")
-    option(
-        "--held-out",
-        type=float,
-        default=0.1,
-        metavar="X",
-        help="share of the prompts that is measured on, not trained on (default: 0.1)",
-    )
-    option("--seed", type=int, default=0, metavar="N", help="default: 0")
-    option(
-        "--save-every",
-        type=int,
-        default=100,
-        metavar="N",
-        help="steps between checkpoints and measurements (default: 100)",
-    )
-    option("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
-    option(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16"),
-        help="of the arithmetic; what is trained stays float32, and the body's file decides "
-        "what is written (default: float32)",
+    add_held_out(option)
+    add_running(
+        option,
+        warm_up=0.05,
+        weight_decay=0.0,
+        save_every=100,
+        written=", and the body's file decides what is written",
     )
 
 
@@ -212,8 +158,6 @@ def run(given: argparse.Namespace) -> int:
     Raises:
         AdapterError: something given cannot be used, or the server or the reward fails.
     """
-    import torch
-
     from adapters.training.value import train
     from adapters.training.value_fit import shown
     from adapters.training.value_settings import ValueSettings
@@ -221,7 +165,7 @@ def run(given: argparse.Namespace) -> int:
     settings = ValueSettings(
         served=served_by(given),
         reward_timeout_s=given.reward_timeout,
-        device=given.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device(given),
         **{key: getattr(given, key) for key in _SAME},
     )
     found = train(settings, say=lambda line: print(line, file=sys.stderr))
