@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapters.training.checked import flag
 from adapters.training.errors import BadRecipe
-from adapters.training.settings import flag
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 

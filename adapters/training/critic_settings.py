@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from adapters.training.checked import Checked, bad
 from adapters.training.errors import BadRecipe
 from adapters.training.served import Served
-from adapters.training.settings import flag
-
-_ELSEWHERE = ("body", "adapter", "data", "prompts", "served", "label", "label_timeout_s", "out",
-              "save_every", "device")  # fmt: skip
-"""Not compared by `deciding`: folders, files, the server and the rule are compared by content."""
 
 
 @dataclass(frozen=True)
-class CriticSettings:
+class CriticSettings(Checked):
     """One training run of a classifier that says whether the next token is critical.
 
     Args:
@@ -49,6 +44,12 @@ class CriticSettings:
         device: torch's name of it, e.g. `cpu` or `cuda`.
         dtype: of the body's arithmetic, `float32` or `bfloat16`; what is trained stays float32.
     """
+
+    # Folders, files, the server and the rule are compared by content.
+    ELSEWHERE = frozenset(
+        {"body", "adapter", "data", "prompts", "served", "label", "label_timeout_s", "out"}
+        | {"save_every", "device"}
+    )
 
     body: Path
     out: Path
@@ -105,13 +106,12 @@ class CriticSettings:
         for key in ("weight_decay", "temperature"):
             self._number(key, "≥ 0", lambda v: v >= 0)
         if self.temperature == 0 and self.samples > 1 and self.data is None:
-            raise _bad("samples", self.samples, "1, as replies at --temperature 0 are all the same")
+            raise bad("samples", self.samples, "1, as replies at --temperature 0 are all the same")
         self._number("top_p", "above 0, up to 1", lambda v: 0 < v <= 1)
         self._number("warm_up", "0 to 1", lambda v: 0 <= v <= 1)
         self._number("held_out", "0 up to below 1", lambda v: 0 <= v < 1)
         self._number("label_timeout_s", "> 0", lambda v: v > 0)
-        if self.dtype not in ("float32", "bfloat16"):
-            raise _bad("dtype", self.dtype, "float32, bfloat16")
+        self._check_dtype()
 
     def _check_sources(self) -> None:
         if self.data is not None:
@@ -129,29 +129,16 @@ class CriticSettings:
                 allowed="--server and --prompts to sample replies, or --data with ready ones",
             )
         elif self.label == "data":
-            raise _bad("label", "data", "with --data; else names, FILE.py:FUNCTION, http(s)://…")
+            raise bad("label", "data", "with --data; else names, FILE.py:FUNCTION, http(s)://…")
 
     def _check_kind(self) -> None:
         if self.hidden is not None and not self.probe:
-            raise _bad("hidden", self.hidden, "with --probe")
+            raise bad("hidden", self.hidden, "with --probe")
         if self.rank is not None and self.probe:
-            raise _bad("rank", self.rank, "without --probe, whose body is frozen")
+            raise bad("rank", self.rank, "without --probe, whose body is frozen")
         if self.adapter is not None and not self.probe:
-            raise _bad(
+            raise bad(
                 "adapter",
                 str(self.adapter),
                 "with --probe; a classifier with a body of its own does not read the aligned one's",
             )
-
-    def _number(self, key: str, allowed: str, fits: Any) -> None:
-        value = getattr(self, key)
-        if not math.isfinite(value) or not fits(value):
-            raise _bad(key, value, allowed)
-
-    def deciding(self) -> dict[str, Any]:
-        """The settings that a resumed run must share, JSON values."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ELSEWHERE}
-
-
-def _bad(key: str, value: object, allowed: str) -> BadRecipe:
-    return BadRecipe("cannot be used", field=flag(key), value=value, allowed=allowed)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters.training.errors import BadRecipe
+from adapters.training.checked import Checked, bad
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """One training run. The defaults of the loss are the paper's (arXiv 2405.13053, section 3.3).
 
     Args:
@@ -40,6 +39,8 @@ class Settings:
         dtype: of the arithmetic, `float32` or `bfloat16`; what is trained stays float32.
     """
 
+    ELSEWHERE = frozenset({"base", "adapters", "data", "out", "save_every", "device"})
+
     base: Path
     adapters: dict[str, Path]
     data: dict[str, Path]
@@ -64,19 +65,19 @@ class Settings:
     def check(self) -> None:
         """Raises BadRecipe for the first value that cannot be used."""
         if len(self.adapters) < 2:
-            raise _bad("adapter", sorted(self.adapters), "two or more: there is nothing to route")
+            raise bad("adapter", sorted(self.adapters), "two or more: there is nothing to route")
         for name in self.adapters:
             if not _NAME.fullmatch(name):
-                raise _bad("adapter", name, "a name of up to 100 letters, digits, _ . -")
+                raise bad("adapter", name, "a name of up to 100 letters, digits, _ . -")
         if lacking := self.adapters.keys() ^ self.data.keys():
-            raise _bad(
+            raise bad(
                 "data",
                 sorted(self.data),
                 f"one file for each of {_list(self.adapters)}, "
                 f"and for no other (see {_list(lacking)})",
             )
         if not 1 <= self.top_k <= len(self.adapters):
-            raise _bad("top_k", self.top_k, f"1 to {len(self.adapters)}, the number of adapters")
+            raise bad("top_k", self.top_k, f"1 to {len(self.adapters)}, the number of adapters")
         for key in ("temperature", "gate_std", "rate"):
             self._number(key, "> 0", lambda v: v > 0)
         for key in ("gate_factor", "weight_decay"):
@@ -88,30 +89,7 @@ class Settings:
             self._number(key, "≥ 1", lambda v: v >= 1)
         if self.max_tokens is not None:
             self._number("max_tokens", "≥ 2", lambda v: v >= 2)
-        if self.dtype not in ("float32", "bfloat16"):
-            raise _bad("dtype", self.dtype, "float32, bfloat16")
-
-    def _number(self, key: str, allowed: str, fits: Any) -> None:
-        value = getattr(self, key)
-        if not math.isfinite(value) or not fits(value):
-            raise _bad(key, value, allowed)
-
-    def deciding(self) -> dict[str, Any]:
-        """The settings that a resumed run must share: all but folders, the device and save_every.
-
-        Adapters and data are compared by content, elsewhere.
-        """
-        ours = {"base", "adapters", "data", "out", "save_every", "device"}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ours}
-
-
-def _bad(key: str, value: object, allowed: str) -> BadRecipe:
-    return BadRecipe("cannot be used", field=flag(key), value=value, allowed=allowed)
-
-
-def flag(key: str) -> str:
-    """A setting as the command line writes it: without the unit, and `lambda_` as `--lambda`."""
-    return "--" + key.removesuffix("_s").rstrip("_").replace("_", "-")
+        self._check_dtype()
 
 
 def _list(names: Any) -> str:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from adapters.training.errors import BadRecipe
+from adapters.training.checked import Checked, bad
 from adapters.training.served import Served
-from adapters.training.settings import flag
-
-_ELSEWHERE = ("served", "prompts", "reward", "body", "out", "reward_timeout_s", "save_every",
-              "device")  # fmt: skip
-"""What two runs may differ in, or what is compared by content."""
 
 
 @dataclass(frozen=True)
-class ValueSettings:
+class ValueSettings(Checked):
     """One training run. γ, λ and the epochs are the authors' (arXiv 2405.06639).
 
     Args:
@@ -47,6 +39,10 @@ class ValueSettings:
         device: torch's name of it, e.g. `cpu` or `cuda`.
         dtype: of the arithmetic, `float32` or `bfloat16`; what is trained stays float32.
     """
+
+    ELSEWHERE = frozenset(
+        {"served", "prompts", "reward", "body", "out", "reward_timeout_s", "save_every", "device"}
+    )
 
     served: Served
     prompts: Path
@@ -82,10 +78,10 @@ class ValueSettings:
         if self.alpha is not None:
             self._number("alpha", "> 0", lambda v: v > 0)
             if self.rank is None:
-                raise _bad("alpha", self.alpha, "with --rank")
+                raise bad("alpha", self.alpha, "with --rank")
         self._number("temperature", "≥ 0", lambda v: v >= 0)
         if self.temperature == 0 and self.samples > 1:
-            raise _bad("samples", self.samples, "1, as replies at --temperature 0 are all the same")
+            raise bad("samples", self.samples, "1, as replies at --temperature 0 are all the same")
         for key in ("top_p", "gamma"):
             self._number(key, "above 0, up to 1", lambda v: 0 < v <= 1)
         for key in ("lambda_", "warm_up"):
@@ -94,18 +90,4 @@ class ValueSettings:
             self._number(key, "> 0", lambda v: v > 0)
         self._number("weight_decay", "≥ 0", lambda v: v >= 0)
         self._number("held_out", "0 up to below 1", lambda v: 0 <= v < 1)
-        if self.dtype not in ("float32", "bfloat16"):
-            raise _bad("dtype", self.dtype, "float32, bfloat16")
-
-    def _number(self, key: str, allowed: str, fits: Callable[[float], bool]) -> None:
-        value = getattr(self, key)
-        if not math.isfinite(value) or not fits(value):
-            raise _bad(key, value, allowed)
-
-    def deciding(self) -> dict[str, Any]:
-        """The settings that a resumed fit must share, JSON values."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ELSEWHERE}
-
-
-def _bad(key: str, value: object, allowed: str) -> BadRecipe:
-    return BadRecipe("cannot be used", field=flag(key), value=value, allowed=allowed)
+        self._check_dtype()

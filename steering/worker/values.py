@@ -145,6 +145,25 @@ class ValueStreams:
         return found
 
 
+Runs = list[tuple[slice, int]]
+"""(rows, block): the block is copied to each of the rows. Whole blocks: within one, backends lay
+tokens out as they like."""
+
+
+def broadcast(cache: torch.Tensor, scratch: torch.Tensor, runs: Runs) -> None:
+    """Copies blocks of `cache` to rows of `scratch`: one copy for each run, nothing written twice."""
+    for rows, block in runs:
+        scratch[rows] = cache[block]
+
+
+def gather(cache: torch.Tensor, scratch: torch.Tensor, runs: Runs) -> None:
+    """The same in one launch, which on a GPU costs less than one for each run."""
+    target = np.concatenate([np.arange(rows.start, rows.stop) for rows, _ in runs])
+    source = np.repeat([block for _, block in runs], [r.stop - r.start for r, _ in runs])
+    both = torch.from_numpy(np.stack([target, source])).to(cache.device, non_blocking=True)
+    scratch[both[0]] = cache[both[1]]
+
+
 def candidates_of(scores: torch.Tensor, padded: torch.Tensor | None) -> torch.Tensor:
     """The base's scores as candidates are chosen by, [n, V] float32: rows of padding never are."""
     scores = scores.float()

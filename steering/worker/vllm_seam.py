@@ -29,6 +29,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from steering.heads import body_architecture
 from steering.wire import Freight, unpack
 from steering.worker.batches import Candidates, Step, StreamBatch
+from steering.worker.values import broadcast, gather
 
 # --- building the streams -----------------------------------------------------------------------
 
@@ -312,9 +313,10 @@ class Seam:
         for group in self._groups[stream]:
             table = self._runner.input_batch.block_table[group.kv_group]
             begun = batch.begun(table.block_table.np, table.block_size)
-            for name, _ in group.layers:
+            spread = broadcast if self._runner.device.type == "cpu" else gather
+            for name, _ in group.layers if begun else ():
                 cache = layers[name].kv_cache
-                _spread(cache, cache[self._scratch[stream] :], begun)
+                spread(cache, cache[self._scratch[stream] :], begun)
 
     def _build(
         self, group: _LayerGroup, batch: StreamBatch, scratch: int
@@ -341,23 +343,6 @@ class Seam:
     def to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         """A host array on the model's device."""
         return torch.from_numpy(array).to(self._runner.device, non_blocking=True)
-
-
-def _spread(cache: torch.Tensor, scratch: torch.Tensor, runs: list[tuple[slice, int]]) -> None:
-    """Copies blocks of `cache` to runs of blocks of `scratch`.
-
-    Whole blocks: within one, backends lay tokens out as they like.
-    """
-    if cache.device.type == "cpu":
-        # Gathering would write every block twice.
-        for rows, block in runs:
-            scratch[rows] = cache[block]
-    elif runs:
-        # A launch for each request would cost more than the bytes.
-        target = np.concatenate([np.arange(rows.start, rows.stop) for rows, _ in runs])
-        source = np.repeat([block for _, block in runs], [r.stop - r.start for r, _ in runs])
-        both = torch.from_numpy(np.stack([target, source])).to(cache.device, non_blocking=True)
-        scratch[both[0]] = cache[both[1]]
 
 
 def choice_of(request_id: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -177,3 +178,6 @@ def test_batches_hold_each_reply_once_an_epoch_in_order_of_the_seed() -> None:
         assert all(len(batch) <= 8 for _, batch in epoch)
     assert whole[:26] != whole[26:]
     assert list(value_fit._batches(settings, rows, 30)) == whole[30:]
+    # Rewards follow lengths: batches of one length would pull the head to and fro.
+    lengths = [[len(row.ids) for row in batch] for _, batch in whole if len(batch) == 8]
+    assert fmean(max(some) - min(some) for some in lengths) > 18  # of 36

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from steering.plan import Values
 from steering.worker.batches import Candidates, Step
 from steering.worker.layout import EXTRA, Layout
 from steering.worker.readout import Readout, Vocabulary
-from steering.worker.values import ValueStreams, candidates_of
+from steering.worker.values import ValueStreams, broadcast, candidates_of, gather
 
 SIZE, END = 40, 3
 INDEX = {"good": 1, "kind": 2}
@@ -110,3 +111,15 @@ def test_additions_ride_on_their_rows_and_land_on_their_ids(dtype: torch.dtype) 
     assert torch.equal(found.z[[1, 3]], want[[1, 3]])
     # The others have the base's bits: nothing is added, and nothing is banned.
     assert torch.equal(found.z[[0, 2]], found.base[[0, 2]].float())
+
+
+@pytest.mark.parametrize("spread", [broadcast, gather])
+def test_begun_blocks_are_copied_to_their_rows_and_nowhere_else(
+    spread: Callable[..., None],
+) -> None:
+    cache = torch.arange(12.0).view(6, 2)
+    spread(cache, cache[3:], [(slice(0, 1), 2), (slice(1, 3), 0)])
+    assert cache.tolist() == [[0, 1], [2, 3], [4, 5], [4, 5], [0, 1], [0, 1]]
+    other = torch.arange(12.0).view(6, 2)
+    spread(other, other[3:], [(slice(2, 3), 1)])
+    assert other.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [2, 3]]
