@@ -151,7 +151,7 @@ tokens out as they like."""
 
 
 def broadcast(cache: torch.Tensor, scratch: torch.Tensor, runs: Runs) -> None:
-    """Copies blocks of `cache` to rows of `scratch`: one copy for each run, nothing written twice."""
+    """Copies blocks of `cache` to rows of `scratch`: a copy for each run, no byte twice."""
     for rows, block in runs:
         scratch[rows] = cache[block]
 
