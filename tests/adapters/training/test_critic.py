@@ -438,6 +438,7 @@ def test_an_unfinished_run_is_not_mixed_with_another(
 
 REFUSED: Sequence[tuple[dict[str, Any], str]] = [
     ({"rate": float("nan")}, r"--rate: .*got nan.*> 0"),
+    ({"rate": float("inf")}, r"--rate: .*got inf.*> 0"),
     ({"epochs": 0}, r"--epochs: .*got 0.*≥ 1"),
     ({"hidden": 0}, r"--hidden: .*≥ 1"),
     ({"batch": 0}, r"--batch: .*≥ 1"),

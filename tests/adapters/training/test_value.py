@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -267,6 +268,7 @@ def away(settings: ValueSettings, folder: Path) -> dict[str, Any]:
 
 REFUSED: list[tuple[Change, str]] = [
     (fixed(lambda_=1.01), r"--lambda: cannot be used \(got 1.01\); allowed: 0 to 1"),
+    (fixed(rate=math.inf), r"--rate: cannot be used \(got inf\); allowed: > 0"),
     (fixed(lambda_=float("nan")), r"--lambda: .*got nan"),
     (fixed(gamma=0.0), r"--gamma: .*above 0, up to 1"),
     (fixed(samples=0), r"--samples: .*≥ 1"),
