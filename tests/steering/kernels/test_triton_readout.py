@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.adapters.test_triton import POINTERS, compiled
+from tests.compiled import POINTERS, compiled
 from tests.interpreted import interpret
 
 pytestmark = pytest.mark.skipif(
