@@ -58,13 +58,18 @@ class Told(NamedTuple):
     """[R, 2] int32: the most likely id of the base, and of z; of equals the lowest."""
 
 
+LARGEST = 2048
+"""Ids of the largest block."""
+
+
 @dataclass(frozen=True)
 class Blocks:
     """How the vocabulary is cut.
 
     Args:
         size: ids of a program. A few rows give few programs, too few for the whole GPU.
-        warps: of a program, so that each thread reads at least 16 bytes of a stream.
+        warps: of a program. Eight ids to a thread: it reads a stream 16 bytes at a time, and has
+            registers left for enough threads to hide that.
     """
 
     size: int
@@ -73,11 +78,7 @@ class Blocks:
     @classmethod
     def of(cls, rows: int) -> Blocks:
         """For R rows."""
-        return cls(1024, 4) if rows <= 16 else cls(4096, 8)
-
-
-LARGEST = 4096
-"""Ids of the largest block."""
+        return cls(1024, 4) if rows <= 16 else cls(LARGEST, 8)
 
 
 def marks(

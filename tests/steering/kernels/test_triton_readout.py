@@ -57,7 +57,7 @@ def test_compiles_for_nvidia_gpus(
         static = {"STREAMS": STREAMS, "PRESENT": 0b111, "PLACED": everything, "MARKED": everything}
         flags = dict.fromkeys(("RULES", "HEADS", "LACKING"), everything)
         flags |= {"CANDIDATES": 20 * everything, "PLACES": 32, "REPORTS": everything}
-        blocks = {"BLOCK": cut.size, "BLOCKS": 256 if cut.size == 1024 else 64}
+        blocks = {"BLOCK": cut.size, "BLOCKS": 262144 // cut.size}
         first = compiled(
             kernels.first,
             read | row | {"size": "i32"},
