@@ -22,7 +22,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,11 @@ def cases() -> Iterator[Case]:
                     yield Case(size, rows, 3, rule)
 
 
+def _giving(logits: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An unembedding that has been done."""
+    return lambda _hidden: logits
+
+
 class Work:
     """One case in the memory of `device`; scores in `dtype`."""
 
@@ -100,7 +105,7 @@ class Work:
         odds = torch.ones(case.rows, device=device)
         self.readout = Readout(
             layout,
-            [lambda _hidden, own=own: own for own in self.logits],
+            [_giving(own) for own in self.logits],
             [Vocabulary()] * case.streams,
             None,
             (Reading(0, lambda _hidden: odds),) if case.rule in CRITICAL_KINDS else (),

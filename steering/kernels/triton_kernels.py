@@ -26,7 +26,7 @@ The tables hold one number per block, so that a row's total is one load and one 
             the base, the largest of z, its id, the largest of the base, its id
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # What a kernel's names stand for is Triton's to decide: they are traced, not run.
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 import triton
 
-from steering.kernels.triton_kernels import LINES, WAYS, finish, first, narrow, tell
+from steering.kernels.triton_kernels import LINES, finish, first, narrow, tell
+from steering.kernels.triton_parts import WAYS
 
 ROUND = 16
 """Numbers in a row are read by that many at a time where the row has room for it."""

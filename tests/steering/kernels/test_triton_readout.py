@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,12 @@ def test_compiles_for_nvidia_gpus(
 
     values = POINTERS[dtype]
     sizes = ("i32",) * STREAMS
-    read = {"logits": (values,) * STREAMS, "steps": sizes, "widths": sizes, "rooms": sizes}
+    read: dict[str, Any] = {
+        "logits": (values,) * STREAMS,
+        "steps": sizes,
+        "widths": sizes,
+        "rooms": sizes,
+    }
     read |= {"places": "*i32", "marks": "*u8"}
     rules = {"rule": ("*fp32",) * 4, "rule_rows": ("i32",) * 4}
     row = {"coef": "*fp32", "coef_row": "i32"} | rules
@@ -55,7 +61,7 @@ def test_compiles_for_nvidia_gpus(
     for rows, everything in ((1, True), (256, True), (256, False)):
         cut = Blocks.of(rows)
         static = {"STREAMS": STREAMS, "PRESENT": 0b111, "PLACED": everything, "MARKED": everything}
-        flags = dict.fromkeys(("RULES", "HEADS", "LACKING"), everything)
+        flags: dict[str, Any] = dict.fromkeys(("RULES", "HEADS", "LACKING"), everything)
         flags |= {"CANDIDATES": 20 * everything, "PLACES": 32, "REPORTS": everything}
         blocks = {"BLOCK": cut.size, "BLOCKS": 262144 // cut.size}
         first = compiled(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def close(found: torch.Tensor, want: Scores, what: object) -> None:
     ],
 )
 def test_every_row_agrees_with_the_definition(
-    way: type[triton_mix.mix],
+    way: Callable[..., torch.Tensor],
     rows: int,
     streams: int,
     size: int,
@@ -114,7 +115,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     together = triton_mix.mix(logits, coef, kind, stream, param, critical=odds, ends=ends)
     for row in range(10):
         own = slice(row, row + 1)
-        rule = [part[own] for part in (kind, stream, param)]
+        rule = (kind[own], stream[own], param[own])
         alone = triton_mix.mix(
             [s[own] for s in logits], coef[own], *rule, critical=odds[own], ends=ends
         )
@@ -149,7 +150,7 @@ def served(rng: np.random.Generator, rows: int, dtype: torch.dtype) -> tuple[Bat
     raw.coef[0], raw.kind[0] = [1, 0, 0], RuleKind.SUM
     raw.coef[5], raw.kind[5] = [1, 0, 0], RuleKind.SUM
     raw.ends = ENDS
-    seen = Batch(**{k: list(v) if k == "scores" else v for k, v in vars(raw).items()})
+    seen = replace(raw, scores=list(raw.scores))
     for i, lost in enumerate(UNSHARED):
         seen.scores[i] = raw.scores[i].copy()
         seen.scores[i][:, lost] = -np.inf

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from vllm.platforms import current_platform
 
 from steering.plan import CRITICAL_KINDS, RuleKind
-from steering.worker import triton_readout as module
 from steering.worker.layout import EXTRA, RULE_HEAD, RULE_KIND, RULE_PARAM, RULE_STREAM, Layout
 from steering.worker.readout import Reading, Readout, Vocabulary
 from steering.worker.triton_readout import TritonReadout, readout_class
@@ -92,7 +92,8 @@ def test_like_the_torch_path(dtype: torch.dtype, lacking: bool, ruled: bool, val
     assert torch.equal(found.base.float(), want.base.float())
     torch.testing.assert_close(found.z, want.z.float(), atol=2e-4, rtol=1e-5)
     if ruled:
-        assert found.critical is not None and torch.equal(found.critical, want.critical)
+        assert found.critical is not None and want.critical is not None
+        assert torch.equal(found.critical, want.critical)
     elif not lacking:
         assert torch.equal(found.z[0], want.base[0].float())
 
@@ -120,5 +121,5 @@ def test_scores_of_other_dtypes_are_widened() -> None:
 
 def test_chosen_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert readout_class() is Readout
-    monkeypatch.setattr(module.current_platform, "is_cuda", lambda: True, raising=False)
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True, raising=False)
     assert readout_class() is TritonReadout
