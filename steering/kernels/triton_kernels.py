@@ -3,8 +3,8 @@
     first   every row and block of the vocabulary: z where the row's rule needs nothing of other
             blocks, else what it must know of this block
     narrow  nucleus rows, several times: a bracket around the lowest score of the nucleus, each
-            time 16 times narrower
-    finish  the rows and blocks that `first` left open
+            time 16 times narrower (`triton_nucleus`)
+    finish  the rows and blocks that `first` left open (`triton_finish`)
     tell    rows that report: KL to the base, and both most likely ids
 
 A program works on one row and one block; programs meet only between launches, by tables that are
@@ -17,7 +17,8 @@ is S, bit i of PRESENT says whether stream i runs, BLOCKS is B up to the next po
 
 The tables hold one number per block, so that a row's total is one load and one sum:
 
-    found   [R, S + LINES, B] float32: log Σ exp of each stream, then the lines named below
+    found   [R, S + LINES, B] float32: log Σ exp of each stream, then the lines that
+            `triton_parts` names
     bounds  [turns, R, 4] int32, the bracket of each turn: lowest key, highest, the probability
             above as float32, unused
     counts  [2, R, 2 WAYS, B] float32, by turns: inside the bracket, from each of 16 keys upwards,
@@ -34,46 +35,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from steering.kernels import reference
 from steering.kernels.triton_parts import (
+    BEST,
+    BEST_ID,
+    ENDS,
+    LACKS,
+    LACKS_ENDS,
+    LINES,
     NEVER,
     NUCLEUS,
+    OPEN,
+    OTHERS,
     PLAUSIBLE,
-    WAYS,
+    SUM,
+    SUM_ENDS,
+    TOP,
     is_critical,
     is_steered,
-    key_of,
     line_of,
-    log_add,
     log_mass,
-    log_sigmoid,
     marks_of,
-    narrowed,
-    picked,
     put,
     rule_of,
-    scores_of,
-    spread,
     streams_of,
     total_mass,
-    weight_of,
 )
-
-SET_BACK = tl.constexpr(reference.SET_BACK)
-
-TOP = tl.constexpr(0)
-"""Line of `found`: the largest score of k."""
-OTHERS, ENDS = tl.constexpr(1), tl.constexpr(2)
-"""Log Σ exp of k outside of E, and on E."""
-BEST, BEST_ID = tl.constexpr(3), tl.constexpr(4)
-"""The largest score of k outside of E, and its id."""
-SUM, SUM_ENDS = tl.constexpr(5), tl.constexpr(6)
-"""Log Σ exp of the sum, outside of E and on E, over ids that no stream of it lacks."""
-LACKS, LACKS_ENDS = tl.constexpr(7), tl.constexpr(8)
-"""The same of the base over the other ids."""
-OPEN = tl.constexpr(9)
-"""1 where `first` left the block to `finish`, whatever the rule."""
-LINES = tl.constexpr(10)
 
 
 @triton.jit
@@ -129,6 +115,9 @@ def first(
     whole = ~hard
     if not LACKING:
         whole = ~(hard | (kind == PLAUSIBLE))
+    base = kind == NEVER
+    if REPORTS:
+        base = tl.load(asks + r * asks_row) != 0
     lines = found + tl.cast(r, tl.int64) * (STREAMS + LINES) * blocks + b
     total, _own, never, _own_never, lacking, raw, plain, chosen = streams_of(
         logits,
@@ -145,7 +134,7 @@ def first(
         v,
         whole,
         ruled,
-        k != k,
+        base,
         steered,
         lines,
         blocks,
@@ -205,266 +194,6 @@ def first(
             REPORTS,
             BLOCK,
         )
-
-
-@triton.jit
-def narrow(
-    logits,
-    steps,
-    widths,
-    rooms,
-    places,
-    marks,
-    rule,
-    rule_rows,
-    found,
-    bounds,
-    counts,
-    turn,
-    size,
-    STREAMS: tl.constexpr,
-    PLACED: tl.constexpr,
-    MARKED: tl.constexpr,
-    SHIFT: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """What the keys of one turn have above them in one block of a nucleus row.
-
-    Keys are scores as integers. The lowest key of the nucleus is the highest one from which on
-    upwards the probability is at least p.
-    """
-    r, b, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    kind, k, p, _odds = rule_of(rule, rule_rows, r, True, False)
-    if (kind != NUCLEUS) | (p >= 1):
-        return
-    rows = tl.num_programs(0)
-    lines = found + tl.cast(r, tl.int64) * (STREAMS + LINES) * blocks
-    mass = total_mass(lines, k, blocks, BLOCKS)
-    lines += (STREAMS + TOP) * blocks
-    here = tl.cast(turn % 2 * rows + r, tl.int64) * 2 * WAYS * blocks
-    last = tl.cast((turn + 1) % 2 * rows + r, tl.int64) * 2 * WAYS * blocks
-    bounds += (turn * rows + r) * 4
-    if FIRST:
-        high = key_of(tl.max(line_of(lines, 0, blocks, BLOCKS), 0), SHIFT).to(tl.int64)
-        # All scores below this one together have not the 1 − p that lies outside.
-        low = key_of(mass + tl.log((1 - p) / size) - 0.01, SHIFT).to(tl.int64)
-        low, above = tl.minimum(low, high), tl.full((), 0, tl.float32)
-    else:
-        low, high, above, _way = narrowed(bounds - rows * 4, counts + last, blocks, p, BLOCKS)
-    if b == 0:
-        tl.store(bounds, low.to(tl.int32))
-        tl.store(bounds + 1, high.to(tl.int32))
-        tl.store(bounds + 2, above.to(tl.int32, bitcast=True))
-    v = b * BLOCK + tl.arange(0, BLOCK)
-    # Most blocks have nothing in the bracket after a turn or two.
-    wanted = key_of(tl.load(lines + b), SHIFT) >= low
-    place = tl.cast(r, tl.int64)
-    if PLACED:
-        place = tl.where(k == 0, place, tl.load(places + r * STREAMS + k).to(tl.int64))
-    s = scores_of(
-        picked(logits, k), picked(steps, k), picked(widths, k), picked(rooms, k), place, v, wanted
-    )
-    s = tl.where(((marks_of(marks, v, MARKED) >> k) & 1) > 0, NEVER, s)
-    key = key_of(s, SHIFT)
-    inside = spread(wanted, v) & (key <= high)
-    way = tl.arange(0, WAYS)
-    keys = (low + way * ((high - low) // WAYS + 1)).to(tl.int32)
-    reached = inside[:, None] & (key[:, None] >= keys[None, :])
-    p_of = tl.exp(s - mass)
-    at = counts + here + way * blocks + b
-    tl.store(at, tl.sum(tl.where(reached, p_of[:, None], 0.0), 0))
-    if LAST:
-        tl.store(at + WAYS * blocks, tl.sum(reached.to(tl.float32), 0))
-
-
-@triton.jit
-def finish(
-    logits,
-    steps,
-    widths,
-    rooms,
-    places,
-    marks,
-    coef,
-    coef_row,
-    rule,
-    rule_rows,
-    ids,
-    added,
-    added_row,
-    asks,
-    asks_row,
-    z,
-    z_row,
-    z_room,
-    found,
-    told,
-    bounds,
-    counts,
-    turns,
-    size,
-    STREAMS: tl.constexpr,
-    PRESENT: tl.constexpr,
-    PLACED: tl.constexpr,
-    MARKED: tl.constexpr,
-    RULES: tl.constexpr,
-    HEADS: tl.constexpr,
-    LACKING: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-    PLACES: tl.constexpr,
-    REPORTS: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """Z of a block that `first` left open, from what is known of all blocks of its row."""
-    r, b, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    kind, k, param, odds = rule_of(rule, rule_rows, r, RULES, HEADS)
-    hard, soft = is_critical(kind, param, odds, HEADS)
-    plausible, nucleus = kind == PLAUSIBLE, kind == NUCLEUS
-    ruled = plausible | nucleus | hard | soft
-    lines = found + tl.cast(r, tl.int64) * (STREAMS + LINES) * blocks
-    rest = lines + STREAMS * blocks
-    opened = kind == NEVER
-    if LACKING:
-        opened = tl.load(rest + OPEN * blocks + b) > 0
-    if ~(ruled | opened):
-        return
-    # What is raw in the sum, what is normalised there, and the base, all as log Σ exp.
-    offset, normal = tl.full((), 0, tl.float32), tl.full((), 0, tl.float32)
-    base_mass = tl.full((), 0, tl.float32)
-    for i in tl.static_range(STREAMS):
-        if (PRESENT >> i) & 1:
-            c = weight_of(coef, coef_row, r, kind, k, i, HEADS)
-            if (c != 0) & (nucleus | (~hard & LACKING)):
-                mass = total_mass(lines, i, blocks, BLOCKS)
-                apart = nucleus & (k != i)
-                offset += tl.where(apart, 0.0, c * mass)
-                normal += tl.where(apart, c * mass, 0.0)
-                if i == 0:
-                    base_mass = mass
-    no_delta = tl.where(
-        weight_of(coef, coef_row, r, kind, k, 0, HEADS) > 0, offset - base_mass, NEVER
-    )
-    whole, floor, cut = ~hard, tl.full((), NEVER, tl.float32), tl.full((), 0, tl.int64)
-    above, ties, own_mass = floor, floor, floor
-    filtered = nucleus & (param < 1)
-    if RULES:
-        top = tl.load(rest + TOP * blocks + b)
-        if plausible:
-            floor = tl.max(line_of(rest, TOP, blocks, BLOCKS), 0) + tl.log(param)
-            whole = ~(top < floor)
-        if filtered:
-            rows = tl.num_programs(0)
-            turn = turns - 1
-            counts += tl.cast(turn % 2 * rows + r, tl.int64) * 2 * WAYS * blocks
-            bounds += (turn * rows + r) * 4
-            cut, _high, above, way = narrowed(bounds, counts, blocks, param, BLOCKS)
-            # In blocks before this one, how many ids have just that score.
-            n = tl.arange(0, BLOCKS)
-            many = tl.maximum(line_of(counts, WAYS + way, blocks, BLOCKS), 0.0)
-            fewer = tl.maximum(
-                line_of(counts, tl.minimum(WAYS + way + 1, 2 * WAYS - 1), blocks, BLOCKS), 0.0
-            )
-            many -= tl.where(way == WAYS - 1, 0.0, fewer)
-            ties = tl.sum(tl.where(n < b, many, 0.0), 0)
-            own_mass = total_mass(lines, k, blocks, BLOCKS)
-            whole = opened | (key_of(top, SHIFT) >= cut)
-    base = kind == NEVER
-    if REPORTS:
-        base = tl.load(asks + r * asks_row) != 0
-    v = b * BLOCK + tl.arange(0, BLOCK)
-    mark = marks_of(marks, v, MARKED)
-    total, own, never, own_never, lacking, raw, plain, chosen = streams_of(
-        logits,
-        steps,
-        widths,
-        rooms,
-        places,
-        mark,
-        coef,
-        coef_row,
-        kind,
-        k,
-        r,
-        v,
-        whole,
-        ruled,
-        base,
-        k == k,
-        lines,
-        blocks,
-        False,
-        False,
-        STREAMS,
-        PRESENT,
-        PLACED,
-        HEADS,
-    )
-    inside = v >= 0
-    if RULES:  # noqa: SIM102 - decides what is compiled; the other, what runs
-        if filtered:
-            key = key_of(chosen, SHIFT)
-            tie = key == cut
-            before = ties + (tl.cumsum(tie.to(tl.int32), 0) - tie.to(tl.int32)).to(tl.float32)
-            mass = above + before * tl.exp(chosen - own_mass)
-            inside = (key > cut) | (tie & (mass < param))
-    scores = own + tl.where(inside, total - normal, 0.0)
-    scores = tl.where(own_never | (inside & never), NEVER, scores)
-    if LACKING:
-        scores = tl.where(lacking, plain + no_delta, scores)
-    scores = tl.where(chosen < floor, NEVER, scores)
-    if HEADS:
-        ending = ((mark >> STREAMS) & 1) > 0
-        if hard | soft:
-            others = total_mass(rest, OTHERS, blocks, BLOCKS)
-            if hard:
-                values = line_of(rest, BEST, blocks, BLOCKS)
-                best_at = tl.argmax(values, 0)
-                n = tl.arange(0, BLOCKS)
-                best_ids = line_of(rest, BEST_ID, blocks, BLOCKS)
-                best = tl.sum(tl.where(n == best_at, best_ids, 0.0), 0).to(tl.int32)
-                both = log_add(others, total_mass(rest, ENDS, blocks, BLOCKS))
-                behind = tl.where(v == best, 0.0, SET_BACK)
-                scores = chosen - tl.where(ending, both + 2 * SET_BACK, others + behind)
-            else:
-                ours = total_mass(rest, SUM, blocks, BLOCKS)
-                ours_ends = total_mass(rest, SUM_ENDS, blocks, BLOCKS)
-                if LACKING:
-                    more = total_mass(rest, LACKS, blocks, BLOCKS) + no_delta
-                    ours = log_add(ours, more)
-                    more = total_mass(rest, LACKS_ENDS, blocks, BLOCKS) + no_delta
-                    ours_ends = log_add(ours_ends, more)
-                both = log_add(ours, ours_ends)
-                aligned = scores - both
-                theirs = chosen - others + (ours - both)
-                mixed = log_add(log_sigmoid(-odds) + aligned, log_sigmoid(odds) + theirs)
-                scores = tl.where(ending, aligned, mixed)
-    token = (v < size) & ((mark & 1) == 0)
-    put(
-        z,
-        z_row,
-        z_room,
-        tl.where(token, scores, NEVER),
-        raw,
-        ids,
-        added,
-        added_row,
-        asks,
-        asks_row,
-        told,
-        r,
-        b,
-        v,
-        blocks,
-        CANDIDATES,
-        PLACES,
-        REPORTS,
-        BLOCK,
-    )
 
 
 @triton.jit

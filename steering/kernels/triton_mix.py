@@ -18,8 +18,10 @@ from typing import NamedTuple
 import torch
 import triton
 
-from steering.kernels.triton_kernels import LINES, finish, first, narrow, tell
-from steering.kernels.triton_parts import WAYS
+from steering.kernels.triton_finish import finish
+from steering.kernels.triton_kernels import first, tell
+from steering.kernels.triton_nucleus import WAYS, narrow
+from steering.kernels.triton_parts import LINES
 
 ROUND = 16
 """Numbers in a row are read by that many at a time where the row has room for it."""

@@ -17,8 +17,19 @@ NUCLEUS = tl.constexpr(float(RuleKind.NUCLEUS))
 CRITICAL = tl.constexpr(float(RuleKind.CRITICAL))
 CRITICAL_MIX = tl.constexpr(float(RuleKind.CRITICAL_MIX))
 
-WAYS = tl.constexpr(16)
-"""Keys that one turn of `narrow` tries."""
+TOP = tl.constexpr(0)
+"""Line of `found`: the largest score of k."""
+OTHERS, ENDS = tl.constexpr(1), tl.constexpr(2)
+"""Log Σ exp of k outside of E, and on E."""
+BEST, BEST_ID = tl.constexpr(3), tl.constexpr(4)
+"""The largest score of k outside of E, and its id."""
+SUM, SUM_ENDS = tl.constexpr(5), tl.constexpr(6)
+"""Log Σ exp of the sum, outside of E and on E, over ids that no stream of it lacks."""
+LACKS, LACKS_ENDS = tl.constexpr(7), tl.constexpr(8)
+"""The same of the base over the other ids."""
+OPEN = tl.constexpr(9)
+"""1 where `first` left the block to `finish`, whatever the rule."""
+LINES = tl.constexpr(10)
 
 
 @triton.jit
@@ -233,25 +244,6 @@ def streams_of(
                 if (summed & noting) | apart:
                     tl.store(lines + i * blocks, log_mass(s))
     return total, own, never, own_never, lacking, raw, plain, chosen
-
-
-@triton.jit
-def narrowed(bounds, counts, blocks, p, BLOCKS: tl.constexpr):
-    """The bracket that follows from one turn: (lowest key, highest, probability above, way).
-
-    `bounds` is the bracket of that turn and `counts` what its blocks found; of its 16 ways the
-    last is taken whose keys and all above have a probability of p.
-    """
-    low, high = tl.load(bounds).to(tl.int64), tl.load(bounds + 1).to(tl.int64)
-    above = tl.load(bounds + 2).to(tl.float32, bitcast=True)
-    way, n = tl.arange(0, WAYS), tl.arange(0, BLOCKS)
-    at = counts + way[:, None] * blocks + n[None, :]
-    mass = above + tl.sum(tl.load(at, mask=n[None, :] < blocks, other=0.0), 1)
-    taken = tl.max(tl.where(mass >= p, way, 0), 0)
-    step = (high - low) // WAYS + 1
-    low += taken * step
-    above = tl.where(taken == WAYS - 1, above, tl.sum(tl.where(way == taken + 1, mass, 0.0), 0))
-    return low, tl.minimum(low + step - 1, high), above, taken
 
 
 @triton.jit

@@ -40,6 +40,7 @@ def test_compiles_for_nvidia_gpus(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import torch
 
+    from steering.kernels import triton_finish, triton_nucleus
     from steering.kernels import triton_kernels as kernels
     from steering.kernels.triton_mix import KEY_BITS, Blocks
 
@@ -78,11 +79,13 @@ def test_compiles_for_nvidia_gpus(
             for turn in ({"FIRST": True, "LAST": False}, {"FIRST": False, "LAST": True}):
                 own = {"STREAMS": STREAMS, "PLACED": True, "MARKED": True, "SHIFT": shift}
                 types = read | rules | narrow
-                built.append(compiled(kernels.narrow, types, own | turn | blocks, arch, cut.warps))
+                built.append(
+                    compiled(triton_nucleus.narrow, types, own | turn | blocks, arch, cut.warps)
+                )
             types = read | row | {"bounds": "*i32", "counts": "*fp32", "turns": "i32"}
             built.append(
                 compiled(
-                    kernels.finish,
+                    triton_finish.finish,
                     types | {"size": "i32"},
                     static | flags | {"SHIFT": shift} | blocks,
                     arch,
