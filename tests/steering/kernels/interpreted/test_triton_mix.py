@@ -149,7 +149,7 @@ def served(rng: np.random.Generator, rows: int, dtype: torch.dtype) -> tuple[Bat
     raw = Batch.draw(rng, rows, 3, SIZE, dtype)
     raw.coef[0], raw.kind[0] = [1, 0, 0], RuleKind.SUM
     raw.coef[5], raw.kind[5] = [1, 0, 0], RuleKind.SUM
-    raw.coef[10], raw.kind[10] = [0, 1, 0.5], RuleKind.SUM  # reports, without the base
+    raw.coef[10], raw.kind[10] = [0, 1.5, 0], RuleKind.SUM  # reports, without the base
     raw.ends = ENDS
     seen = replace(raw, scores=list(raw.scores))
     for i, lost in enumerate(UNSHARED):
