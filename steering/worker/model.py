@@ -36,6 +36,7 @@ from steering.worker.layout import REPORT, Layout
 from steering.worker.readout import Mixed, Readout, Vocabulary
 from steering.worker.report import Marked, ReportBook
 from steering.worker.seats import SeatBook, Tables
+from steering.worker.triton_readout import readout_class
 from steering.worker.values import ValueStreams, candidates_of
 
 
@@ -132,7 +133,7 @@ class SteeredForCausalLM(nn.Module):
             None if "head" in self._sources.get(name, ()) else m.compute_logits
             for name, m in zip(self.names, self._forwards, strict=True)
         ]
-        return Readout(
+        return readout_class()(
             Layout(
                 sizes,
                 vllm_config.model_config.dtype,

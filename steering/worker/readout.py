@@ -98,9 +98,18 @@ class Readout:
                 if active[i]:  # the gather inside is collective: every rank takes part
                     self._unembed(i, hidden[:, self.layout.columns(i)].contiguous())
             return None
-        if not special and not any(
-            v.lacking for v, ran in zip(self.vocabularies, active, strict=True) if ran
-        ):
+        return self._mixed(base, hidden, control, active, special)
+
+    def _mixed(
+        self,
+        base: torch.Tensor,
+        hidden: torch.Tensor,
+        control: Control,
+        active: Sequence[bool],
+        special: bool,
+    ) -> Mixed:
+        """The scores, from the base's own and what the other streams' become."""
+        if not special and not self._lacking(active):
             return Mixed(self._plain_sum(base, hidden, control.coef, active), base, control)
         base = base.float()
         steered = _steered(control.coef)
@@ -123,6 +132,10 @@ class Readout:
             ids = control.ids.long().clamp(0, z.shape[-1] - 1)
             z.scatter_add_(-1, ids, control.added)
         return Mixed(z, base, control, critical)
+
+    def _lacking(self, active: Sequence[bool]) -> bool:
+        """Whether a stream that ran lacks a token of the base."""
+        return any(v.lacking for v, ran in zip(self.vocabularies, active, strict=True) if ran)
 
     def _unembed(self, i: int, hidden: torch.Tensor) -> torch.Tensor | None:
         unembed = self.unembed[i]
@@ -180,14 +193,13 @@ class Readout:
         for i in range(1, self.layout.streams):
             logits.append(self._stream_logits(i, base, hidden, control) if active[i] else None)
         kind = control.kind if special else None
-        lacking = any(v.lacking for v, ran in zip(self.vocabularies, active, strict=True) if ran)
         z = mix(
             logits,
             control.coef,
             kind,
             control.stream,
             control.param,
-            lacking,
+            self._lacking(active),
             critical,
             self.ends,
         )

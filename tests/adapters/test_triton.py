@@ -6,17 +6,15 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.compiled import POINTERS, compiled
 from tests.interpreted import interpret
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton has no build for this machine"
 )
-
-POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 
 
 @pytest.mark.slow
@@ -24,37 +22,6 @@ POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 @pytest.mark.parametrize("module", ["test_triton_sum", "test_kernel_bench"])
 def test_interpreted(module: str) -> None:
     interpret(f"tests/adapters/interpreted/{module}.py")
-
-
-def compiled(
-    kernel: Any, types: dict[str, Any], constants: dict[str, Any], arch: int, warps: int
-) -> Any:
-    """The kernel, compiled for a GPU that need not be there.
-
-    Args:
-        kernel: jitted.
-        types: of its first arguments, as Triton writes them; tuples for tuples.
-        constants: the others.
-        arch: compute capability, 80 for 8.0.
-        warps: of a program.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    assert [*types, *constants] == kernel.arg_names
-    # What a layer's sizes and addresses are: multiples of 16.
-    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
-    for i, kind in enumerate(types.values()):
-        for path in [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]:
-            aligned[path] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        fn=kernel,
-        signature=types | dict.fromkeys(constants, "constexpr"),
-        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        attrs=aligned,
-    )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
 
 
 @pytest.mark.slow

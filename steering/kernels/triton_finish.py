@@ -1,0 +1,234 @@
+"""The second launch of the read-out: z where `first` could not know it.
+
+Letters and tables: `steering.kernels.triton_kernels`.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# What a kernel's names stand for is Triton's to decide: they are traced, not run.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from steering.kernels import reference
+from steering.kernels.triton_nucleus import end_of_nucleus, inside_nucleus
+from steering.kernels.triton_parts import (
+    BEST,
+    BEST_ID,
+    ENDS,
+    LACKS,
+    LACKS_ENDS,
+    LINES,
+    NEVER,
+    NUCLEUS,
+    OPEN,
+    OTHERS,
+    PLAUSIBLE,
+    SUM,
+    SUM_ENDS,
+    TOP,
+    is_critical,
+    key_of,
+    line_of,
+    log_add,
+    log_sigmoid,
+    marks_of,
+    put,
+    rule_of,
+    streams_of,
+    total_mass,
+    weight_of,
+)
+
+SET_BACK = tl.constexpr(reference.SET_BACK)
+
+
+@triton.jit
+def critical_scores(
+    lines,
+    hard,
+    odds,
+    scores,
+    chosen,
+    ending,
+    v,
+    no_delta,
+    blocks,
+    LACKING: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """A block of a row whose token is critical, or may be: `scores` is the sum without k."""
+    others = total_mass(lines, OTHERS, blocks, BLOCKS)
+    if hard:
+        n = tl.arange(0, BLOCKS)
+        best_block = tl.argmax(line_of(lines, BEST, blocks, BLOCKS), 0)
+        best_ids = line_of(lines, BEST_ID, blocks, BLOCKS)
+        best = tl.sum(tl.where(n == best_block, best_ids, 0.0), 0).to(tl.int32)
+        both = log_add(others, total_mass(lines, ENDS, blocks, BLOCKS))
+        behind = tl.where(v == best, 0.0, SET_BACK)
+        scores = chosen - tl.where(ending, both + 2 * SET_BACK, others + behind)
+    else:
+        ours = total_mass(lines, SUM, blocks, BLOCKS)
+        ours_ends = total_mass(lines, SUM_ENDS, blocks, BLOCKS)
+        if LACKING:
+            ours = log_add(ours, total_mass(lines, LACKS, blocks, BLOCKS) + no_delta)
+            lacks_ends = total_mass(lines, LACKS_ENDS, blocks, BLOCKS)
+            ours_ends = log_add(ours_ends, lacks_ends + no_delta)
+        both = log_add(ours, ours_ends)
+        aligned = scores - both
+        theirs = chosen - others + (ours - both)
+        mixed = log_add(log_sigmoid(-odds) + aligned, log_sigmoid(odds) + theirs)
+        scores = tl.where(ending, aligned, mixed)
+    return scores
+
+
+@triton.jit
+def finish(
+    logits,
+    steps,
+    widths,
+    rooms,
+    places,
+    marks,
+    coef,
+    coef_row,
+    rule,
+    rule_rows,
+    ids,
+    added,
+    added_row,
+    asks,
+    asks_row,
+    z,
+    z_row,
+    z_room,
+    found,
+    told,
+    bounds,
+    counts,
+    turns,
+    size,
+    STREAMS: tl.constexpr,
+    PRESENT: tl.constexpr,
+    PLACED: tl.constexpr,
+    MARKED: tl.constexpr,
+    RULES: tl.constexpr,
+    HEADS: tl.constexpr,
+    LACKING: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    PLACES: tl.constexpr,
+    REPORTS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Z of a block that `first` left open, from what is known of all blocks of its row."""
+    r, b, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    kind, k, param, odds = rule_of(rule, rule_rows, r, RULES, HEADS)
+    hard, soft = is_critical(kind, param, odds, HEADS)
+    plausible, nucleus = kind == PLAUSIBLE, kind == NUCLEUS
+    ruled = plausible | nucleus | hard | soft
+    lines = found + tl.cast(r, tl.int64) * (STREAMS + LINES) * blocks
+    rest = lines + STREAMS * blocks
+    opened = kind == NEVER
+    if LACKING:
+        opened = tl.load(rest + OPEN * blocks + b) > 0
+    if ~(ruled | opened):
+        return
+    # What is raw in the sum, what is normalised there, and the base, all as log Σ exp.
+    offset, normal = tl.full((), 0, tl.float32), tl.full((), 0, tl.float32)
+    base_mass = tl.full((), 0, tl.float32)
+    for i in tl.static_range(STREAMS):
+        if (PRESENT >> i) & 1:
+            c = weight_of(coef, coef_row, r, kind, k, i, HEADS)
+            if (c != 0) & (nucleus | (~hard & LACKING)):
+                mass = total_mass(lines, i, blocks, BLOCKS)
+                apart = nucleus & (k != i)
+                offset += tl.where(apart, 0.0, c * mass)
+                normal += tl.where(apart, c * mass, 0.0)
+                if i == 0:
+                    base_mass = mass
+    no_delta = tl.where(
+        weight_of(coef, coef_row, r, kind, k, 0, HEADS) > 0, offset - base_mass, NEVER
+    )
+    whole, floor, cut = ~hard, tl.full((), NEVER, tl.float32), tl.full((), 0, tl.int64)
+    above, ties, own_mass = floor, floor, floor
+    filtered = nucleus & (param < 1)
+    if RULES:
+        top = tl.load(rest + TOP * blocks + b)
+        if plausible:
+            floor = tl.max(line_of(rest, TOP, blocks, BLOCKS), 0) + tl.log(param)
+            whole = ~(top < floor)
+        if filtered:
+            cut, above, ties = end_of_nucleus(counts, bounds, turns, r, b, blocks, param, BLOCKS)
+            own_mass = total_mass(lines, k, blocks, BLOCKS)
+            whole = opened | (key_of(top, SHIFT) >= cut)
+    base = kind == NEVER
+    if REPORTS:
+        base = tl.load(asks + r * asks_row) != 0
+    v = b * BLOCK + tl.arange(0, BLOCK)
+    mark = marks_of(marks, v, MARKED)
+    total, own, never, own_never, lacking, raw, plain, chosen = streams_of(
+        logits,
+        steps,
+        widths,
+        rooms,
+        places,
+        mark,
+        coef,
+        coef_row,
+        kind,
+        k,
+        r,
+        v,
+        whole,
+        ruled,
+        base,
+        k == k,
+        lines,
+        blocks,
+        False,
+        False,
+        STREAMS,
+        PRESENT,
+        PLACED,
+        HEADS,
+    )
+    inside = v >= 0
+    if RULES:  # noqa: SIM102 - decides what is compiled; the other, what runs
+        if filtered:
+            inside = inside_nucleus(chosen, own_mass, cut, above, ties, param, SHIFT)
+    scores = own + tl.where(inside, total - normal, 0.0)
+    scores = tl.where(own_never | (inside & never), NEVER, scores)
+    if LACKING:
+        scores = tl.where(lacking, plain + no_delta, scores)
+    scores = tl.where(chosen < floor, NEVER, scores)
+    if HEADS:  # noqa: SIM102
+        if hard | soft:
+            ending = ((mark >> STREAMS) & 1) > 0
+            scores = critical_scores(
+                rest, hard, odds, scores, chosen, ending, v, no_delta, blocks, LACKING, BLOCKS
+            )
+    token = (v < size) & ((mark & 1) == 0)
+    put(
+        z,
+        z_row,
+        z_room,
+        tl.where(token, scores, NEVER),
+        raw,
+        ids,
+        added,
+        added_row,
+        asks,
+        asks_row,
+        told,
+        r,
+        b,
+        v,
+        blocks,
+        CANDIDATES,
+        PLACES,
+        REPORTS,
+        BLOCK,
+    )

@@ -1,0 +1,223 @@
+"""The read-out on a GPU: four Triton kernels, which `steering.kernels.triton_mix` launches.
+
+    first   every row and block of the vocabulary: z where the row's rule needs nothing of other
+            blocks, else what it must know of this block
+    narrow  nucleus rows, several times: a bracket around the lowest score of the nucleus, each
+            time 16 times narrower (`triton_nucleus`)
+    finish  the rows and blocks that `first` left open (`triton_finish`)
+    tell    rows that report: KL to the base, and both most likely ids
+
+A program works on one row and one block; programs meet only between launches, by tables that are
+written and added up in a fixed order. There are no atomics: the same input gives the same bits.
+Launch shapes depend on rows and vocabulary alone, so launches can be recorded in a graph.
+
+Letters: R rows, V the base's vocabulary, S streams, B blocks of a row, E the ids that end a text, k
+the stream that a row's rule reads. A name in capitals is known when a kernel is compiled: STREAMS
+is S, bit i of PRESENT says whether stream i runs, BLOCKS is B up to the next power of two.
+
+The tables hold one number per block, so that a row's total is one load and one sum:
+
+    found   [R, S + LINES, B] float32: log Σ exp of each stream, then the lines that
+            `triton_parts` names
+    bounds  [turns, R, 4] int32, the bracket of each turn: lowest key, highest, the probability
+            above as float32, unused
+    counts  [2, R, 2 WAYS, B] float32, by turns: inside the bracket, from each of 16 keys upwards,
+            the probability; in the last turn also how many ids
+    told    [R, 7, B] float32: log Σ exp of z, Σ softmax(z) (z − base) over the block, log Σ exp of
+            the base, the largest of z, its id, the largest of the base, its id
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# What a kernel's names stand for is Triton's to decide: they are traced, not run.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from steering.kernels.triton_parts import (
+    BEST,
+    BEST_ID,
+    ENDS,
+    LACKS,
+    LACKS_ENDS,
+    LINES,
+    NEVER,
+    NUCLEUS,
+    OPEN,
+    OTHERS,
+    PLAUSIBLE,
+    SUM,
+    SUM_ENDS,
+    TOP,
+    is_critical,
+    is_steered,
+    line_of,
+    log_mass,
+    marks_of,
+    put,
+    rule_of,
+    streams_of,
+    total_mass,
+)
+
+
+@triton.jit
+def first(
+    logits,
+    steps,
+    widths,
+    rooms,
+    places,
+    marks,
+    coef,
+    coef_row,
+    rule,
+    rule_rows,
+    ids,
+    added,
+    added_row,
+    asks,
+    asks_row,
+    z,
+    z_row,
+    z_room,
+    found,
+    told,
+    size,
+    STREAMS: tl.constexpr,
+    PRESENT: tl.constexpr,
+    PLACED: tl.constexpr,
+    MARKED: tl.constexpr,
+    RULES: tl.constexpr,
+    HEADS: tl.constexpr,
+    LACKING: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    PLACES: tl.constexpr,
+    REPORTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Z of a block if its row has a plain sum and no stream lacks an id; else what to know of it.
+
+    logits: S tuples' worth of [n_i, widths] with rows `steps` apart and `rooms` readable numbers,
+    of which row r is number `places` [R, S] int32. marks: see `marks_of`. coef, rule (kind, k,
+    parameter, log-odds), ids and added, asks: float32, rows the given number apart.
+    """
+    r, b, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    v = b * BLOCK + tl.arange(0, BLOCK)
+    mark = marks_of(marks, v, MARKED)
+    kind, k, param, odds = rule_of(rule, rule_rows, r, RULES, HEADS)
+    steered = is_steered(
+        coef, coef_row, kind, ids, added, added_row, r, STREAMS, CANDIDATES, PLACES
+    )
+    hard, soft = is_critical(kind, param, odds, HEADS)
+    ruled = (kind == PLAUSIBLE) | (kind == NUCLEUS) | hard | soft
+    whole = ~hard
+    if not LACKING:
+        whole = ~(hard | (kind == PLAUSIBLE))
+    base = kind == NEVER
+    if REPORTS:
+        base = tl.load(asks + r * asks_row) != 0
+    lines = found + tl.cast(r, tl.int64) * (STREAMS + LINES) * blocks + b
+    total, _own, never, _own_never, lacking, raw, plain, chosen = streams_of(
+        logits,
+        steps,
+        widths,
+        rooms,
+        places,
+        mark,
+        coef,
+        coef_row,
+        kind,
+        k,
+        r,
+        v,
+        whole,
+        ruled,
+        base,
+        steered,
+        lines,
+        blocks,
+        (kind == NUCLEUS) | LACKING,
+        True,
+        STREAMS,
+        PRESENT,
+        PLACED,
+        HEADS,
+    )
+    # Padding is never drawn, so nothing of it is open.
+    token = (v < size) & ((mark & 1) == 0)
+    lacking = lacking & token
+    lines += STREAMS * blocks
+    opened = tl.max(lacking.to(tl.int32), 0)
+    if LACKING:
+        tl.store(lines + OPEN * blocks, opened.to(tl.float32))
+    if RULES:  # noqa: SIM102 - decides what is compiled; the other, what runs
+        if ruled:
+            tl.store(lines + TOP * blocks, tl.max(chosen, 0))
+    if HEADS:  # noqa: SIM102
+        if hard | soft:
+            ending = ((mark >> STREAMS) & 1) > 0
+            outside = tl.where(ending, NEVER, chosen)
+            best, best_id = tl.max(outside, 0, return_indices=True)
+            tl.store(lines + OTHERS * blocks, log_mass(outside))
+            tl.store(lines + ENDS * blocks, log_mass(tl.where(ending, chosen, NEVER)))
+            tl.store(lines + BEST * blocks, best)
+            tl.store(lines + BEST_ID * blocks, (b * BLOCK + best_id).to(tl.float32))
+            summed = tl.where(never | lacking | ~token, NEVER, total)
+            lacks = tl.where(lacking, plain, NEVER)
+            tl.store(lines + SUM * blocks, log_mass(tl.where(ending, NEVER, summed)))
+            tl.store(lines + SUM_ENDS * blocks, log_mass(tl.where(ending, summed, NEVER)))
+            tl.store(lines + LACKS * blocks, log_mass(tl.where(ending, NEVER, lacks)))
+            tl.store(lines + LACKS_ENDS * blocks, log_mass(tl.where(ending, lacks, NEVER)))
+    if LACKING:
+        ruled = ruled | (opened > 0)
+    if ~ruled:
+        put(
+            z,
+            z_row,
+            z_room,
+            tl.where(steered, tl.where(never | ~token, NEVER, total), raw),
+            raw,
+            ids,
+            added,
+            added_row,
+            asks,
+            asks_row,
+            told,
+            r,
+            b,
+            v,
+            blocks,
+            CANDIDATES,
+            PLACES,
+            REPORTS,
+            BLOCK,
+        )
+
+
+@triton.jit
+def tell(asks, asks_row, told, numbers, choices, blocks, BLOCKS: tl.constexpr):
+    """What a row's report says, from its blocks.
+
+    numbers [R, 3] float32: KL(z ‖ base) in nats, log Σ exp of z, of the base. choices [R, 2] int32:
+    the most likely id of the base, and of z.
+    """
+    r = tl.program_id(0)
+    if tl.load(asks + r * asks_row) == 0:
+        return
+    lines = told + tl.cast(r, tl.int64) * 7 * blocks
+    masses = line_of(lines, 0, blocks, BLOCKS)
+    mass, base_mass = log_mass(masses), total_mass(lines, 2, blocks, BLOCKS)
+    share = tl.exp(masses - tl.where(mass > NEVER, mass, 0.0))
+    gap = tl.sum(tl.where(share > 0, share * line_of(lines, 1, blocks, BLOCKS), 0.0), 0)
+    tl.store(numbers + r * 3, gap - mass + base_mass)
+    tl.store(numbers + r * 3 + 1, mass)
+    tl.store(numbers + r * 3 + 2, base_mass)
+    n = tl.arange(0, BLOCKS)
+    best = tl.argmax(line_of(lines, 3, blocks, BLOCKS), 0)
+    base = tl.argmax(line_of(lines, 5, blocks, BLOCKS), 0)
+    of_base = tl.where(n == base, line_of(lines, 6, blocks, BLOCKS), 0.0)
+    of_z = tl.where(n == best, line_of(lines, 4, blocks, BLOCKS), 0.0)
+    tl.store(choices + r * 2, tl.sum(of_base, 0).to(tl.int32))
+    tl.store(choices + r * 2 + 1, tl.sum(of_z, 0).to(tl.int32))

@@ -1,0 +1,248 @@
+"""The read-out on a GPU: which kernels are launched, with which tables.
+
+`mix` is `steering.kernels.mix.mix` by other means; `read_out` also takes what the worker would
+otherwise do around it in further passes. Nothing here waits for the device.
+
+Held to the definition through Triton's interpreter on the CPU, and compiled for NVIDIA GPUs in the
+tests; block sizes are chosen by reasoning, not by measurement (`load_tests/readout_bench`).
+
+Letters: R rows, V the base's vocabulary, S streams (base first), E ids that end a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+
+from steering.kernels.triton_finish import finish
+from steering.kernels.triton_kernels import first, tell
+from steering.kernels.triton_nucleus import WAYS, narrow
+from steering.kernels.triton_parts import LINES
+
+ROUND = 16
+"""Numbers in a row are read by that many at a time where the row has room for it."""
+
+KEY_BITS = {torch.float32: 32, torch.float16: 19, torch.bfloat16: 16}
+"""Leading bits of a score as float32 that tell it from any other score of the dtype."""
+
+
+class Rule(NamedTuple):
+    """The rows' rules, [R] float32 each: kind, stream, parameter, and the heads' log-odds."""
+
+    kind: torch.Tensor
+    stream: torch.Tensor
+    param: torch.Tensor
+    critical: torch.Tensor | None = None
+    """None if no row has a `CRITICAL` rule."""
+    nuclei: bool = True
+    """False promises that no row has the `NUCLEUS` rule, which saves launches."""
+
+
+class Additions(NamedTuple):
+    """What is added to some scores, [R, K] float32 each: ids below 2²⁴, and the numbers.
+
+    Where both are 0 there is none. Rows that have one are steered.
+    """
+
+    ids: torch.Tensor
+    added: torch.Tensor
+
+
+class Told(NamedTuple):
+    """What reports say, on rows that asked; 0 on others."""
+
+    numbers: torch.Tensor
+    """[R, 3] float32: KL(z ‖ base) in nats, log Σ exp of z, log Σ exp of the base."""
+    choices: torch.Tensor
+    """[R, 2] int32: the most likely id of the base, and of z; of equals the lowest."""
+
+
+LARGEST = 2048
+"""Ids of the largest block."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the vocabulary is cut.
+
+    Args:
+        size: ids of a program. A few rows give few programs, too few for the whole GPU.
+        warps: of a program. Eight ids to a thread: it reads a stream 16 bytes at a time, and has
+            registers left for enough threads to hide that.
+    """
+
+    size: int
+    warps: int
+
+    @classmethod
+    def of(cls, rows: int) -> Blocks:
+        """For R rows."""
+        return cls(1024, 4) if rows <= 16 else cls(LARGEST, 8)
+
+
+def marks(
+    size: int,
+    unshared: Sequence[torch.Tensor | None],
+    ends: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """Which ids a stream does not have, and which end a text: one number per id.
+
+    Bit i: stream i does not have the token; for the base: the id is no token, and never drawn from
+    a steered row. Bit S: the id ends a text. Padded to whole blocks.
+
+    Args:
+        size: V.
+        unshared: per stream, base first, int64 ids below V, or None.
+        ends: [E] int64 ids, or None.
+        device: of the answer.
+    """
+    sets = [*unshared, ends]
+    dtype = torch.uint8 if len(sets) <= 8 else torch.int32
+    assert len(sets) <= 31
+    found = torch.zeros(-(-size // LARGEST) * LARGEST, dtype=dtype, device=device)
+    for i, ids in enumerate(sets):
+        if ids is not None:
+            found[ids] |= 1 << i
+    return found
+
+
+def mix(
+    logits: Sequence[torch.Tensor | None],
+    coef: torch.Tensor,
+    kind: torch.Tensor | None,
+    stream: torch.Tensor,
+    param: torch.Tensor,
+    lacking: bool = True,
+    critical: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`z` for R rows, [R, V] float32; arguments as of `steering.kernels.mix.mix`.
+
+    `logits` may also be bfloat16 or float16.
+    """
+    rule = None if kind is None else Rule(kind, stream, param, critical)
+    size = next(s.shape[1] for s in logits if s is not None)
+    table = None if ends is None else marks(size, [None] * len(logits), ends, ends.device)
+    z, _ = read_out(logits, coef, rule, lacking, table)
+    return z
+
+
+def read_out(
+    logits: Sequence[torch.Tensor | None],
+    coef: torch.Tensor,
+    rule: Rule | None,
+    lacking: bool = True,
+    marked: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
+    additions: Additions | None = None,
+    asks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Told | None]:
+    """Scores of R rows, and what their reports say.
+
+    A row whose coefficients are those of the base alone, without rule and additions, gets the
+    base's scores bit for bit, also on ids that are no token.
+
+    Args:
+        logits: per stream [n_i, V_i] raw scores, all float32, bfloat16 or float16; the base's is
+            [R, V], a stream's other columns than the first V are left aside and those it has not
+            count as −∞. None for a stream that no row uses.
+        coef: [R, S] float32 coefficients; where 0 the stream's row is not read.
+        rule: None when every row is a plain sum.
+        lacking: False promises that no stream lacks an id that the base has, which saves work.
+        marked: what `marks` made of the vocabularies; None if all streams have all ids and none
+            ends a text.
+        places: [R, S] int32, contiguous: which row of its stream's scores a row has, if its
+            coefficient is not 0; None: the same row in all. The base's is not read.
+        additions: what is added to the scores, before the report; None for nothing.
+        asks: [R] float32, not 0 where a row reports; None if none does.
+
+    Returns:
+        [R, V] float32 (its rows may lie further apart than V), and the reports if any is asked.
+    """
+    base = logits[0]
+    assert base is not None, "the base runs in every step"
+    (rows, size), device = base.shape, base.device
+    assert all(s is None or (s.dtype == base.dtype and _adjacent(s)) for s in logits)
+    room = -(-size // ROUND) * ROUND
+    z = torch.empty(rows, room, device=device)
+    cut = Blocks.of(rows)
+    blocks = triton.cdiv(size, cut.size)
+    streams = len(logits)
+    sources = [base if s is None else s for s in logits]
+    found = torch.empty(rows, streams + LINES.value, blocks, device=device)
+    told = torch.empty(rows if asks is not None else 0, 7, blocks, device=device)
+    read = (
+        tuple(sources),
+        tuple(s.stride(0) for s in sources),
+        tuple(min(s.shape[1], size) for s in sources),
+        tuple(_room(s, size) for s in sources),
+        coef if places is None else places,
+        coef if marked is None else marked,
+    )
+    columns = (coef,) * 4 if rule is None else (*rule[:3], coef if rule[3] is None else rule[3])
+    rules = (columns, tuple(c.stride(0) for c in columns))
+    more = additions or Additions(coef, coef)
+    assert _adjacent(coef) and _adjacent(more.ids) and _adjacent(more.added)
+    assert more.ids.stride(0) == more.added.stride(0)
+    row = (
+        *(coef, coef.stride(0), *rules, more.ids, more.added, more.ids.stride(0)),
+        *((coef, 0) if asks is None else (asks, asks.stride(0))),
+        *(z, z.stride(0), room, found, told),
+    )
+    candidates = 0 if additions is None else additions.ids.shape[1]
+    static = {
+        "STREAMS": streams,
+        "PLACED": places is not None,
+        "MARKED": marked is not None,
+        "BLOCK": cut.size,
+        "num_warps": cut.warps,
+    }
+    own = {
+        "PRESENT": sum(1 << i for i, s in enumerate(logits) if s is not None),
+        "RULES": rule is not None,
+        "HEADS": rule is not None and rule.critical is not None,
+        "LACKING": lacking,
+        "CANDIDATES": candidates,
+        "PLACES": triton.next_power_of_2(max(candidates, 1)),
+        "REPORTS": asks is not None,
+    }
+    grid = (rows, blocks)
+    if not rows:
+        return z[:, :size], None
+    first[grid](*read, *row, size, **static, **own)
+    if rule is not None or lacking:
+        bits = KEY_BITS[base.dtype]
+        turns = -(-bits // 4) if rule is not None and rule.nuclei else 0
+        bounds = torch.empty(turns, rows, 4, dtype=torch.int32, device=device)
+        counts = torch.empty(min(turns, 2), rows, 2 * WAYS.value, blocks, device=device)
+        static |= {"SHIFT": 32 - bits, "BLOCKS": triton.next_power_of_2(blocks)}
+        for turn in range(turns):
+            ends = {"FIRST": turn == 0, "LAST": turn == turns - 1}
+            narrow[grid](*read, *rules, found, bounds, counts, turn, size, **static, **ends)
+        finish[grid](*read, *row, bounds, counts, turns, size, **static, **own)
+    if asks is None:
+        return z[:, :size], None
+    said = Told(
+        torch.zeros(rows, 3, device=device), torch.zeros(rows, 2, dtype=torch.int32, device=device)
+    )
+    tell[(rows,)](asks, asks.stride(0), told, *said, blocks, BLOCKS=triton.next_power_of_2(blocks))
+    return z[:, :size], said
+
+
+def _adjacent(table: torch.Tensor) -> bool:
+    """Whether the numbers of a row are neighbours in memory."""
+    return table.stride(1) == 1 or table.shape[1] <= 1
+
+
+def _room(s: torch.Tensor, size: int) -> int:
+    """How many numbers of each row may be read, of which the first ones are its scores."""
+    width = min(s.shape[1], size)
+    room = -(-width // ROUND) * ROUND
+    last = s.storage_offset() + (s.shape[0] - 1) * s.stride(0) + room
+    fits = s.stride(0) % ROUND == 0 and last * s.itemsize <= s.untyped_storage().nbytes()
+    return room if fits else width

@@ -1,0 +1,294 @@
+"""What the kernels of the read-out share. Letters and tables: `steering.kernels.triton_kernels`."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# What a kernel's names stand for is Triton's to decide: they are traced, not run.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from steering.plan import RuleKind
+
+NEVER = tl.constexpr(float("-inf"))
+INFINITE = tl.constexpr(float("inf"))
+PLAUSIBLE = tl.constexpr(float(RuleKind.PLAUSIBLE))
+NUCLEUS = tl.constexpr(float(RuleKind.NUCLEUS))
+CRITICAL = tl.constexpr(float(RuleKind.CRITICAL))
+CRITICAL_MIX = tl.constexpr(float(RuleKind.CRITICAL_MIX))
+
+TOP = tl.constexpr(0)
+"""Line of `found`: the largest score of k."""
+OTHERS, ENDS = tl.constexpr(1), tl.constexpr(2)
+"""Log Σ exp of k outside of E, and on E."""
+BEST, BEST_ID = tl.constexpr(3), tl.constexpr(4)
+"""The largest score of k outside of E, and its id."""
+SUM, SUM_ENDS = tl.constexpr(5), tl.constexpr(6)
+"""Log Σ exp of the sum, outside of E and on E, over ids that no stream of it lacks."""
+LACKS, LACKS_ENDS = tl.constexpr(7), tl.constexpr(8)
+"""The same of the base over the other ids."""
+OPEN = tl.constexpr(9)
+"""1 where `first` left the block to `finish`, whatever the rule."""
+LINES = tl.constexpr(10)
+
+
+@triton.jit
+def log_mass(x):
+    """Log Σ exp, −inf where all is −inf."""
+    top = tl.max(x, 0)
+    at = tl.where(top > NEVER, top, 0.0)
+    return at + tl.log(tl.sum(tl.exp(x - at), 0))
+
+
+@triton.jit
+def log_add(x, y):
+    """Log (eˣ + eʸ)."""
+    top = tl.maximum(x, y)
+    at = tl.where(top > NEVER, top, 0.0)
+    return at + tl.log(tl.exp(x - at) + tl.exp(y - at))
+
+
+@triton.jit
+def log_sigmoid(x):
+    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def picked(choices, index):
+    """`choices[index]` of a tuple, by an index that is not known when the kernel is compiled."""
+    found = choices[0]
+    for i in tl.static_range(1, len(choices)):
+        found = tl.where(index == i, choices[i], found)
+    return found
+
+
+@triton.jit
+def line_of(lines, i, blocks, BLOCKS: tl.constexpr):
+    """[BLOCKS] line i of a table, one number per block of the vocabulary; −inf behind the last."""
+    n = tl.arange(0, BLOCKS)
+    return tl.load(lines + i * blocks + n, mask=n < blocks, other=NEVER)
+
+
+@triton.jit
+def total_mass(lines, i, blocks, BLOCKS: tl.constexpr):
+    """Log Σ exp over all blocks."""
+    return log_mass(line_of(lines, i, blocks, BLOCKS))
+
+
+@triton.jit
+def key_of(x, SHIFT: tl.constexpr):
+    """Integers in the order of floats, without the lowest `SHIFT` bits; both zeros are alike."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+
+
+@triton.jit
+def rule_of(rule, rule_rows, r, RULES: tl.constexpr, HEADS: tl.constexpr):
+    """(kind, k, parameter, log-odds) of a row; a plain sum where no row has a rule."""
+    kind, k = tl.full((), 0, tl.float32), tl.full((), 0, tl.int32)
+    param, odds = tl.full((), 0, tl.float32), tl.full((), 0, tl.float32)
+    if RULES:
+        kind = tl.load(rule[0] + r * rule_rows[0])
+        k = tl.load(rule[1] + r * rule_rows[1]).to(tl.int32)
+        param = tl.load(rule[2] + r * rule_rows[2])
+    if HEADS:
+        odds = tl.load(rule[3] + r * rule_rows[3])
+    return kind, k, param, odds
+
+
+@triton.jit
+def is_critical(kind, param, odds, HEADS: tl.constexpr):
+    """Whether the row's token is critical by the hard rule, and whether the row has the soft."""
+    hard, soft = kind == NEVER, kind == NEVER
+    if HEADS:
+        hard = (kind == CRITICAL) & (1.0 / (1.0 + tl.exp(-odds)) > param)
+        soft = kind == CRITICAL_MIX
+    return hard, soft
+
+
+@triton.jit
+def weight_of(coef, coef_row, r, kind, k, i: tl.constexpr, HEADS: tl.constexpr):
+    """c_i in the sum; a critical rule's stream is not in it."""
+    c = tl.load(coef + r * coef_row + i)
+    if HEADS:
+        c = tl.where(((kind == CRITICAL) | (kind == CRITICAL_MIX)) & (k == i), 0.0, c)
+    return c
+
+
+@triton.jit
+def additions_of(ids, added, added_row, r, CANDIDATES: tl.constexpr, PLACES: tl.constexpr):
+    """[PLACES] ids that something is added to, and what; 0 and 0 where there is none."""
+    n = tl.arange(0, PLACES)
+    at = r * added_row + n
+    own = n < CANDIDATES
+    places = tl.load(ids + at, mask=own, other=0.0).to(tl.int32)
+    return places, tl.load(added + at, mask=own, other=0.0)
+
+
+@triton.jit
+def is_steered(
+    coef,
+    coef_row,
+    kind,
+    ids,
+    added,
+    added_row,
+    r,
+    STREAMS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """Whether the row is anything but the base's own scores."""
+    found = (tl.load(coef + r * coef_row) != 1) | (kind != 0)
+    for i in tl.static_range(1, STREAMS):
+        found |= tl.load(coef + r * coef_row + i) != 0
+    if CANDIDATES > 0:
+        places, more = additions_of(ids, added, added_row, r, CANDIDATES, PLACES)
+        found |= tl.max(((places != 0) | (more != 0)).to(tl.int32), 0) > 0
+    return found
+
+
+@triton.jit
+def spread(flag, v):
+    """One flag for all of v. The interpreter takes a scalar that compares floats for a float."""
+    return (tl.zeros_like(v) + flag.to(tl.int32)) > 0
+
+
+@triton.jit
+def marks_of(marks, v, MARKED: tl.constexpr):
+    """The marks of some ids: bit i, stream i has no such token; bit S, it ends a text."""
+    mark = tl.zeros_like(v)
+    if MARKED:
+        mark = tl.load(marks + v).to(tl.int32)
+    return mark
+
+
+@triton.jit
+def scores_of(source, step, width, room, place, v, wanted):
+    """Raw scores of one row, float32; −inf beyond the stream's width, anything if not `wanted`."""
+    # Whole sixteens are loaded, 16 bytes at a time, and what lies behind the width thrown away.
+    s = tl.load(source + place * step + v, mask=(v < room) & spread(wanted, v), other=0.0)
+    return tl.where(v < width, s.to(tl.float32), NEVER)
+
+
+@triton.jit
+def streams_of(
+    logits,
+    steps,
+    widths,
+    rooms,
+    places,
+    mark,
+    coef,
+    coef_row,
+    kind,
+    k,
+    r,
+    v,
+    whole,
+    alone,
+    base,
+    steered,
+    lines,
+    blocks,
+    noting,
+    NOTE: tl.constexpr,
+    STREAMS: tl.constexpr,
+    PRESENT: tl.constexpr,
+    PLACED: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Reads the block of each stream once.
+
+    The streams of the sum are read if `whole`, stream k if `alone`, the base if `base`. With
+    `NOTE`, rows that are `noting` write the streams' log Σ exp into `lines`.
+
+    Returns the sum, a nucleus row's without c_k s_k; c_k s_k of that; where each of the two is
+    −inf; which ids a stream of the sum lacks; the base's scores, as they are and without its
+    padding; the scores of k.
+    """
+    total, own = tl.zeros(v.shape, tl.float32), tl.zeros(v.shape, tl.float32)
+    never = tl.zeros(v.shape, tl.int1)
+    own_never, lacking = never, never
+    raw, plain, chosen = total, total, total
+    padding = spread(steered, v)
+    for i in tl.static_range(STREAMS):
+        if (PRESENT >> i) & 1:
+            c = weight_of(coef, coef_row, r, kind, k, i, HEADS)
+            apart = (kind == NUCLEUS) & (k == i)
+            summed = (whole | apart) & (c != 0)
+            wanted = summed | (alone & (k == i))
+            place = tl.cast(r, tl.int64)
+            if i == 0:
+                wanted = wanted | base
+            elif PLACED:
+                place = tl.load(places + r * STREAMS + i).to(tl.int64)
+            s = scores_of(logits[i], steps[i], widths[i], rooms[i], place, v, wanted)
+            if i == 0:
+                raw = s
+            s = tl.where((((mark >> i) & 1) > 0) & padding, NEVER, s)
+            if i == 0:
+                plain = s
+            else:
+                lacking = lacking | (spread(summed, v) & (s == NEVER))
+            chosen = tl.where(k == i, s, chosen)
+            # What is no number has no place in a sum either.
+            known = tl.abs(s) < INFINITE
+            part = tl.where(known, c * s, 0.0)
+            alike, other = spread(summed & apart, v), spread(summed & ~apart, v)
+            own += tl.where(alike, part, 0.0)
+            total += tl.where(other, part, 0.0)
+            own_never = own_never | (alike & ~known)
+            never = never | (other & ~known)
+            if NOTE:  # noqa: SIM102 - decides what is compiled; the other, what runs
+                if (summed & noting) | apart:
+                    tl.store(lines + i * blocks, log_mass(s))
+    return total, own, never, own_never, lacking, raw, plain, chosen
+
+
+@triton.jit
+def put(
+    z,
+    z_row,
+    z_room,
+    scores,
+    raw,
+    ids,
+    added,
+    added_row,
+    asks,
+    asks_row,
+    told,
+    r,
+    b,
+    v,
+    blocks,
+    CANDIDATES: tl.constexpr,
+    PLACES: tl.constexpr,
+    REPORTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes a finished block, with what is added to it; notes what a report needs of it."""
+    if CANDIDATES > 0:
+        at, more = additions_of(ids, added, added_row, r, CANDIDATES, PLACES)
+        here = (at // BLOCK == b) & (more != 0)
+        if tl.max(here.to(tl.int32), 0) > 0:
+            for n in range(CANDIDATES):
+                place = tl.load(ids + r * added_row + n).to(tl.int32)
+                plus = tl.load(added + r * added_row + n)
+                scores += tl.where(v == place, plus, 0.0)
+    tl.store(z + tl.cast(r, tl.int64) * z_row + v, scores, mask=v < z_room)
+    if REPORTS:  # noqa: SIM102 - decides what is compiled; the other, what runs
+        if tl.load(asks + r * asks_row) != 0:
+            mass = log_mass(scores)
+            p = tl.exp(scores - tl.where(mass > NEVER, mass, 0.0))
+            best, best_id = tl.max(scores, 0, return_indices=True)
+            base, base_id = tl.max(raw, 0, return_indices=True)
+            line = told + tl.cast(r, tl.int64) * 7 * blocks + b
+            tl.store(line, mass)
+            tl.store(line + blocks, tl.sum(tl.where(p > 0, p * (scores - raw), 0.0), 0))
+            tl.store(line + 2 * blocks, log_mass(raw))
+            tl.store(line + 3 * blocks, best)
+            tl.store(line + 4 * blocks, (b * BLOCK + best_id).to(tl.float32))
+            tl.store(line + 5 * blocks, base)
+            tl.store(line + 6 * blocks, (b * BLOCK + base_id).to(tl.float32))

@@ -1,0 +1,125 @@
+"""The worker's Triton read-out against its torch path, from hidden states to scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from vllm.platforms import current_platform
+
+from steering.plan import CRITICAL_KINDS, RuleKind
+from steering.worker.layout import EXTRA, RULE_HEAD, RULE_KIND, RULE_PARAM, RULE_STREAM, Layout
+from steering.worker.readout import Reading, Readout, Vocabulary
+from steering.worker.triton_readout import TritonReadout, readout_class
+
+SIZE, SHORT, HIDDEN, STREAMS, CANDIDATES = 1100, 1060, 8, 3, 4
+PADDED = torch.arange(1090, SIZE)
+LACKING = torch.tensor([5, 1050, *range(SHORT, SIZE)])
+ENDS = torch.tensor([0, 1049])
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def both(dtype: torch.dtype, lacking: bool = True) -> tuple[Readout, TritonReadout]:
+    """A base, a stream with a wider table, and one whose table ends before the base's."""
+    rng = torch.Generator().manual_seed(2)
+    sizes = (SIZE, SIZE + 30, SHORT if lacking else SIZE)
+    tables = [torch.randn(rows, HIDDEN, generator=rng) for rows in sizes]
+    probe = torch.randn(HIDDEN, generator=rng)
+    last = Vocabulary(LACKING, lacking=True) if lacking else Vocabulary(PADDED)
+    parts = (
+        Layout((HIDDEN,) * STREAMS, torch.float32, CANDIDATES),
+        [lambda h, t=t: (h @ t.T).to(dtype) for t in tables],
+        [Vocabulary(), Vocabulary(PADDED), last],
+        PADDED,
+        (Reading(0, lambda h: h @ probe), Reading(2, lambda h: h @ probe)),
+        ENDS,
+    )
+    return Readout(*parts), TritonReadout(*parts)
+
+
+def rows_of(layout: Layout, coef: np.ndarray, ruled: bool, valued: bool) -> torch.Tensor:
+    """Hidden states with control, a row for each line of `coef`; NaN where a stream did not run."""
+    rng = np.random.default_rng(len(coef))
+    hidden = torch.tensor(rng.normal(size=(len(coef), layout.width)), dtype=torch.float32)
+    control = np.zeros((len(coef), STREAMS + EXTRA), np.float32)
+    control[:, :STREAMS] = coef
+    for row in range(len(coef) if ruled else 0):
+        kind = RuleKind(row % len(RuleKind))
+        k = int(rng.choice(np.flatnonzero(coef[row])))
+        if kind in CRITICAL_KINDS and np.count_nonzero(coef[row]) == 1:
+            continue
+        control[row, STREAMS + RULE_KIND], control[row, STREAMS + RULE_STREAM] = kind, k
+        control[row, STREAMS + RULE_PARAM] = rng.choice([0.1, 0.5, 0.93])
+        control[row, STREAMS + RULE_HEAD] = rng.integers(2)
+    layout.write_control(hidden, control)
+    if valued:
+        some = torch.arange(0, len(coef), 4)
+        ids = torch.tensor(rng.choice(np.arange(1, 1049), (len(some), CANDIDATES), replace=False))
+        layout.write_additions(hidden, some, ids, torch.randn(ids.shape))
+    for i in range(1, STREAMS):
+        # Heads read stream 2 on any row.
+        if i == 1:
+            hidden[torch.tensor(coef[:, i]) == 0, layout.columns(i)] = torch.nan
+    return hidden
+
+
+def weights(rows: int) -> np.ndarray:
+    """Rows of the base alone, rows without it, rows that use some streams."""
+    rng = np.random.default_rng(7)
+    coef = rng.normal(size=(rows, STREAMS)) * (rng.random((rows, STREAMS)) < 0.6)
+    coef[~coef.any(1), 0] = 0.8
+    coef[::5] = [1, 0, 0]
+    return coef.astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lacking", [True, False])
+@pytest.mark.parametrize(("ruled", "valued"), [(True, True), (False, False)])
+def test_like_the_torch_path(dtype: torch.dtype, lacking: bool, ruled: bool, valued: bool) -> None:
+    by_torch, by_triton = both(dtype, lacking)
+    hidden = rows_of(by_torch.layout, weights(11), ruled, valued)
+    want = by_torch(hidden, [True] * STREAMS, ruled)
+    found = by_triton(hidden, [True] * STREAMS, ruled)
+    assert want is not None and found is not None
+    assert torch.equal(found.base.float(), want.base.float())
+    torch.testing.assert_close(found.z, want.z.float(), atol=2e-4, rtol=1e-5)
+    if ruled:
+        assert found.critical is not None and want.critical is not None
+        assert torch.equal(found.critical, want.critical)
+    elif not lacking:
+        assert torch.equal(found.z[0], want.base[0].float())
+
+
+def test_a_stream_that_did_not_run_is_not_asked() -> None:
+    by_torch, by_triton = both(torch.bfloat16)
+    hidden = rows_of(by_torch.layout, np.tile([[0.7, 0, 0.3]], (3, 1)), False, False)
+    active = [True, False, True]
+    want, found = by_torch(hidden, active, False), by_triton(hidden, active, False)
+    assert want is not None and found is not None
+    torch.testing.assert_close(found.z, want.z, atol=2e-4, rtol=1e-5)
+
+
+def test_scores_of_other_dtypes_are_widened() -> None:
+    by_torch, _ = both(torch.bfloat16)
+    unembed = list(by_torch.unembed)
+    unembed[1] = both(torch.float32)[0].unembed[1]
+    parts = (by_torch.layout, unembed, by_torch.vocabularies, PADDED, (), ENDS)
+    hidden = rows_of(by_torch.layout, weights(5), False, False)
+    want = Readout(*parts)(hidden, [True] * STREAMS, False)
+    found = TritonReadout(*parts)(hidden, [True] * STREAMS, False)
+    assert want is not None and found is not None
+    torch.testing.assert_close(found.z, want.z, atol=2e-4, rtol=1e-5)
+
+
+def test_chosen_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert readout_class() is Readout
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True, raising=False)
+    assert readout_class() is TritonReadout
