@@ -129,7 +129,7 @@ class Driven:
         return {"replies": found, "rate": decoded / seconds}
 
     def counts(self) -> dict[str, int]:
-        """vLLM's own series of drafts and accepted drafts, since start."""
+        """Drafts and accepted drafts since start, by vLLM's own series."""
         found = {m.name: getattr(m, "value", 0) for m in self._llm.get_metrics()}
         start = "vllm:spec_decode_num_"
         return {k: int(found.get(f"{start}{k}_tokens", 0)) for k in ("draft", "accepted")}

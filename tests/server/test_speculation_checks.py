@@ -40,11 +40,16 @@ def test_the_engine_is_told_which_stream_drafts(models: Path) -> None:
     assert arguments["speculative_config"]["num_speculative_tokens"] == 3
 
 
+CHATT = (
+    "steering.speculation.draft: not a stream with a language model of its own (got 'chatt'); "
+    "allowed: one of: chat, plain"
+)
+
+
 @pytest.mark.parametrize(
     ("speculation", "engine", "words"),
     [
-        ({"draft": "chatt"}, {}, "steering.speculation.draft: not a stream with a "
-         + "language model of its own (got 'chatt'); allowed: one of: chat, plain"),
+        ({"draft": "chatt"}, {}, CHATT),
         ({"draft": "twin"}, {}, "steering.speculation.draft: not a stream"),
         ({"draft": "base"}, {}, "steering.speculation.draft: not a stream"),
         ({"draft": "chat"}, {"tensor_parallel_size": 2},
