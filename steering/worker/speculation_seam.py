@@ -115,6 +115,16 @@ class SpeculationSeam:
         # vLLM drafts for nobody while one request is near the end of the context. Here that
         # request goes without drafts by itself.
         runner.effective_drafter_max_model_len = sys.maxsize
+        sample = runner._sample
+
+        def without_drafts_as_ever(logits: torch.Tensor, metadata: Any) -> Any:
+            """On CPUs vLLM's rejection sampler ends the engine in a step without any draft if a
+            request there has a top-k. Such a step is a plain one.
+            """
+            drafted = metadata is not None and any(metadata.num_draft_tokens)
+            return sample(logits, metadata if drafted else None)
+
+        runner._sample = without_drafts_as_ever
 
     def draws(self, rows: Int64) -> Draws:
         """How these requests of the step draw."""
