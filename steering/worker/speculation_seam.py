@@ -12,11 +12,36 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 import torch
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.ops.bad_words import apply_bad_words
 from vllm.v1.sample.ops.penalties import apply_all_penalties
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p, random_sample
 
 from steering.worker.batches import Int64
+
+
+def expand(
+    values: torch.Tensor,
+    ends: torch.Tensor,
+    total: int,
+    replace_from: float = 0,
+    replace_to: float = 0,
+) -> torch.Tensor:
+    """[total] each request's value once for each of its drafts, in place of vLLM's function.
+
+    That of the CPU build leaves its result uninitialised, so that drafts were verified at any
+    temperature, top-k and top-p.
+
+    Args:
+        values: [Q] of any dtype.
+        ends: [Q] where each request's drafts end.
+        total: drafts of all requests.
+        replace_from: a value that stands for another,
+        replace_to: which is this one.
+    """
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    values = torch.where(values == replace_from, values.new_tensor(replace_to), values)
+    return values.repeat_interleave(counts, output_size=total)
 
 
 class Draws:
@@ -125,6 +150,8 @@ class SpeculationSeam:
             return sample(logits, metadata if drafted else None)
 
         runner._sample = without_drafts_as_ever
+        if runner.device.type == "cpu":
+            rejection_sampler.expand_batch_to_tokens = expand
 
     def draws(self, rows: Int64) -> Draws:
         """How these requests of the step draw."""
