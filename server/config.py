@@ -230,7 +230,9 @@ class SteeringConfig(Section):
         description="Most replies that a `best_of_n` request may choose from. They are drawn at "
         "the same time, as far as `max_num_seqs` of the engine goes.",
     )
-    speculation: SpeculationConfig | None = Field(None)
+    speculation: SpeculationConfig | None = Field(
+        None, description="A stream that drafts. Absent: every step draws one token."
+    )
     chat_templates: bool = Field(
         True,
         description="Whether requests may bring chat templates for streams. They are rendered in "
