@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from server.config import ConfigInvalid
 from server.config_file import parse
 from server.doctor import diagnose
 from server.loading import engine_arguments
@@ -55,8 +56,6 @@ CHATT = (
         ({"draft": "chat"}, {"tensor_parallel_size": 2},
          "engine.tensor_parallel_size: refused (got 2): steering.speculation"),
         ({"draft": "chat"}, {"max_model_len": 5}, "steering.speculation.tokens: 4 drafts do not"),
-        ({"draft": "chat"}, {"speculative_config": {"model": "x"}},
-         "engine.speculative_config: not here: use `steering.speculation`"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_served_is_one_line(
@@ -67,7 +66,10 @@ def test_what_cannot_be_served_is_one_line(
 
 @pytest.mark.parametrize("tokens", [0, 17, "many"])
 def test_the_number_of_drafts_has_a_range(models: Path, tokens: Any) -> None:
-    from server.config import ConfigInvalid
-
     with pytest.raises(ConfigInvalid, match=r"steering\.speculation\.tokens"):
         problems(models, {"draft": "chat", "tokens": tokens})
+
+
+def test_vllms_own_speculation_is_refused(models: Path) -> None:
+    with pytest.raises(ConfigInvalid, match=r"use `steering\.speculation`"):
+        problems(models, {"draft": "chat"}, speculative_config={"model": "x"})
