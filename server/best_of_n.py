@@ -46,7 +46,7 @@ class Engine(Protocol):
         """Runs a request that has boarded."""
         ...
 
-    async def report(self, tag: str, finals: dict[str, int]) -> dict[str, dict[str, Any]]:
+    async def report(self, tag: str, drawn: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
         """What the worker measured."""
         ...
 

@@ -26,6 +26,7 @@ RESERVED_ENGINE = {
     "scheduler_cls": "Coxswain sets it",
     "disable_hybrid_kv_cache_manager": "Coxswain sets it",
     "hf_overrides": "Coxswain sets it",
+    "speculative_config": "use `steering.speculation`",
     **dict.fromkeys(
         (
             "enable_lora",
@@ -190,6 +191,19 @@ class RegistryConfig(Section):
     )
 
 
+class SpeculationConfig(Section):
+    """A stream drafts tokens, which one step of all streams verifies. Replies stay the steered
+    model's own. Requests that do not use the stream go on without drafts; `min_p` and
+    `logit_bias` are refused.
+    """
+
+    draft: str = Field(
+        description="The stream that drafts, e.g. a profile's expert: a language model with a "
+        "`model` of its own, much cheaper than the base."
+    )
+    tokens: int = Field(4, ge=1, le=16, description="Drafts per step.")
+
+
 class SteeringConfig(Section):
     """What callers may ask for."""
 
@@ -215,6 +229,9 @@ class SteeringConfig(Section):
         le=1024,
         description="Most replies that a `best_of_n` request may choose from. They are drawn at "
         "the same time, as far as `max_num_seqs` of the engine goes.",
+    )
+    speculation: SpeculationConfig | None = Field(
+        None, description="A stream that drafts. Absent: every step draws one token."
     )
     chat_templates: bool = Field(
         True,

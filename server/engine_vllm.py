@@ -17,7 +17,7 @@ from typing import Any
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -105,7 +105,8 @@ class SteeredLLM(AsyncLLM):
         length, context = len(prompt["prompt_token_ids"]), self.model_config.max_model_len
         limit_tokens(ride.params, steered.max_tokens, length, boarding.pad, context)
         outputs = self.submit(replace(ride, prompt=prompt))
-        return self._watch(outputs, boarding, index, reports)
+        delta = ride.params.output_kind == RequestOutputKind.DELTA
+        return self._watch(outputs, boarding, index, reports, delta)
 
     def submit(self, ride: Ride) -> AsyncGenerator[RequestOutput, None]:
         """Runs a request that has boarded; closing the generator aborts it."""
@@ -136,20 +137,22 @@ class SteeredLLM(AsyncLLM):
         boarding: Boarding,
         index: int,
         reports: dict[int, Report],
+        delta: bool,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Passes outputs on without the padding; fetches the report before the last one."""
-        finals: dict[str, int] = {}
+        drawn: dict[str, list[int]] = {}
         taken = not boarding.tag
         try:
             async with aclosing(outputs):
                 async for output in outputs:
                     boarding.unpad(output)
                     for choice in output.outputs:
-                        if choice.token_ids:
-                            finals[str(choice.index)] = choice.token_ids[-1]
+                        own = drawn.setdefault(str(choice.index), [])
+                        # Of a stream's outputs each tells what is new, of others each tells all.
+                        own[len(own) if delta else 0 :] = choice.token_ids
                     if output.finished and not taken:
                         taken = True
-                        reports[index] = await self.report(boarding.tag, finals)
+                        reports[index] = await self.report(boarding.tag, drawn)
                     yield output
         finally:
             if not taken:
@@ -195,14 +198,14 @@ class SteeredLLM(AsyncLLM):
         """Empties the slot of a set."""
         await self.remove_lora(lora_request(found).lora_int_id)
 
-    async def report(self, tag: str, finals: dict[str, int]) -> dict[str, dict[str, Any]]:
+    async def report(self, tag: str, drawn: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
         """What the worker measured for one prompt; the worker forgets it.
 
         Args:
             tag: from the prompt's freight.
-            finals: choice index (as text) → id of its last token.
+            drawn: choice index (as text) → all its tokens.
         """
-        answers = await self._ask("coxswain_report", tag, finals)
+        answers = await self._ask("coxswain_report", tag, drawn)
         return next((answer for answer in answers if answer), {})
 
     async def counters(self) -> dict[str, Any]:

@@ -59,7 +59,4 @@ def value_problems(config: Config, found: Diagnosis) -> list[str]:
     if ranks_of(config) > 1:
         lines.append("engine.tensor_parallel_size: refused (got "
                      f"{ranks_of(config)}): value streams have not been run split")  # fmt: skip
-    if config.engine.get("speculative_config"):
-        lines.append("engine.speculative_config: refused: value streams evaluate the candidates "
-                     "of one position per step")  # fmt: skip
     return lines

@@ -69,7 +69,7 @@ def engine_arguments(config: Config, diagnosis: Diagnosis) -> dict[str, Any]:
     """Keyword arguments for vLLM's `AsyncEngineArgs`."""
     from vllm.platforms import current_platform
 
-    from steering.engine_args import adapter_engine_args, steered_engine_args
+    from steering.engine_args import Speculation, adapter_engine_args, steered_engine_args
 
     engine = dict(config.engine)
     engine.setdefault("load_format", "safetensors")
@@ -82,8 +82,11 @@ def engine_arguments(config: Config, diagnosis: Diagnosis) -> dict[str, Any]:
     streams = {name: _source(name, s, diagnosis) for name, s in config.streams.items()}
     if config.adapters is not None:
         engine |= adapter_engine_args(config.adapters.max_loaded, config.adapters.max_rank)
-    top_k = config.steering.max_top_k
-    return steered_engine_args(config.model, streams, diagnosis.overlaps, top_k, **engine)
+    top_k, asked = config.steering.max_top_k, config.steering.speculation
+    speculation = None if asked is None else Speculation(asked.draft, asked.tokens)
+    return steered_engine_args(
+        config.model, streams, diagnosis.overlaps, top_k, speculation, **engine
+    )
 
 
 def _source(name: str, stream: StreamConfig, diagnosis: Diagnosis) -> StreamSource:

@@ -48,6 +48,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("profiles.NAME", Profile),
     ("profiles.NAME.limits", ProfileLimits),
     ("steering", config.SteeringConfig),
+    ("steering.speculation", config.SpeculationConfig),
     ("auth", config.AuthConfig),
     ("auth.api_keys[]", config.LimitedKey),
     ("server", config.ServerConfig),

@@ -140,11 +140,14 @@ def _totals(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def share(total: float) -> float | None:
         return _finite(total / tokens) if tokens else None
 
+    drafted, accepted = (sum(r[key] for r in reports) for key in ("drafted", "accepted"))
+    speculation = {"speculation": {"drafted": drafted, "accepted": accepted}} if drafted else {}
     return {
         "tokens": tokens,
         "forward_passes_per_token": {stream: share(count) for stream, count in passes.items()},
         "mean_kl": share(sum(report["kl_sum"] for report in reports)),
         "share_changed": share(sum(report["changed"] for report in reports)),
+        **speculation,
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 ARCHITECTURE = "SteeredForCausalLM"
 WORKER_EXTENSION = "steering.worker.extension.WorkerExtension"
 SCHEDULER = "steering.worker.scheduler.SteeredScheduler"
+DRAFTER = "steering.worker.drafting.Drafter"
 
 
 SCRATCH = 2
@@ -34,6 +35,19 @@ class StreamSource:
     head: str | None = None
     on: str | None = None
     path: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """A stream that drafts the steered model's tokens.
+
+    Args:
+        draft: name of a stream with a language model of its own.
+        tokens: drafts per step, ≥ 1.
+    """
+
+    draft: str
+    tokens: int
 
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -67,6 +81,7 @@ def steered_engine_args(
     streams: Mapping[str, StreamSource],
     overlaps: Mapping[str, dict[str, Any]] | None = None,
     top_k: int = 64,
+    speculation: Speculation | None = None,
     **engine: Any,
 ) -> dict[str, Any]:
     """Keyword arguments for vLLM's `EngineArgs` / `AsyncEngineArgs`.
@@ -78,6 +93,7 @@ def steered_engine_args(
             shares the base's vocabulary id by id. Give the base's overlap with itself too: it
             tells which rows of its table are padding when all streams are twins.
         top_k: most candidates of a request that value streams evaluate.
+        speculation: which stream drafts; None: every step draws one token.
         engine: any other engine argument; they win over our defaults.
     """
     from vllm.transformers_utils.config import get_config
@@ -92,6 +108,7 @@ def steered_engine_args(
         "overlaps": dict(overlaps or {}),
         "top_k": top_k,
         "ends": sorted(end_ids(model, config)),
+        "draft": None if speculation is None else speculation.draft,
     }
     ours: dict[str, Any] = {
         "model": model,
@@ -104,6 +121,12 @@ def steered_engine_args(
         # Reports read drawn tokens from the runner's host state, which lags under async.
         "async_scheduling": False,
     }
+    if speculation is not None:
+        ours["speculative_config"] = {
+            "method": "custom_class",
+            "model": DRAFTER,
+            "num_speculative_tokens": speculation.tokens,
+        }
     extra = {**engine.pop("additional_config", {}), "coxswain": settings}
     return {**ours, **engine, "additional_config": extra}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +76,25 @@ class StreamBatch:
     lengths: Int32
     own: tuple[OwnTokens, ...]
 
+    @classmethod
+    def of(cls, rows: Int64, ends: Int32) -> Self:
+        """A batch of n one-token rows behind prefixes.
+
+        Args:
+            rows: [n] the request that each extends.
+            ends: [n] length of its prefix.
+        """
+        each = np.arange(rows.size)
+        return cls(
+            rows=rows,
+            tokens=each,
+            positions=ends.astype(np.int64),
+            token_rows=each,
+            starts=np.arange(rows.size + 1, dtype=np.int32),
+            lengths=(ends + 1).astype(np.int32),
+            own=(),
+        )
+
     def table(self, block_table: Int32, _block_size: int, _scratch: int) -> Int32:
         """[n, B] the rows' block ids.
 
@@ -101,25 +121,6 @@ class Candidates(StreamBatch):
     """
 
     __slots__ = ()
-
-    @classmethod
-    def of(cls, rows: Int64, ends: Int32) -> Candidates:
-        """The batch of n candidates.
-
-        Args:
-            rows: [n] the request that each extends.
-            ends: [n] length of its prefix.
-        """
-        each = np.arange(rows.size)
-        return cls(
-            rows=rows,
-            tokens=each,
-            positions=ends.astype(np.int64),
-            token_rows=each,
-            starts=np.arange(rows.size + 1, dtype=np.int32),
-            lengths=(ends + 1).astype(np.int32),
-            own=(),
-        )
 
     def table(self, block_table: Int32, block_size: int, scratch: int) -> Int32:
         """[n, B] the rows' block ids, the last one of row i being `scratch` + i."""

@@ -42,7 +42,7 @@ class WorkerExtension:
             "tokens": dict(model.tokens),
         }
 
-    def coxswain_report(self, tag: str, finals: dict[str, int]) -> dict[str, Any]:
+    def coxswain_report(self, tag: str, drawn: dict[str, list[int]]) -> dict[str, Any]:
         """The report of a finished request, by choice; see `report.ReportBook.take`."""
-        reports: dict[str, Any] = self.model_runner.get_model().reports.take(tag, finals)
+        reports: dict[str, Any] = self.model_runner.get_model().reports.take(tag, drawn)
         return reports

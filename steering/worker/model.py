@@ -25,6 +25,7 @@ from steering.worker import vllm_seam as seam
 from steering.worker.adapting import Adapted
 from steering.worker.batches import (
     Candidates,
+    Int32,
     Int64,
     OwnTokens,
     Step,
@@ -32,10 +33,12 @@ from steering.worker.batches import (
     stream_batch,
     whole,
 )
+from steering.worker.drafting import Drafting
 from steering.worker.layout import REPORT, Layout
 from steering.worker.readout import Mixed, Readout, Vocabulary
 from steering.worker.report import Marked, ReportBook
 from steering.worker.seats import SeatBook, Tables
+from steering.worker.speculation_seam import SpeculationSeam
 from steering.worker.triton_readout import readout_class
 from steering.worker.values import ValueStreams, candidates_of
 
@@ -91,6 +94,9 @@ class SteeredForCausalLM(nn.Module):
         self._readings = dict(zip(built, heads.readings(streams, self.names, built), strict=True))
         self._readout = self._build_readout(settings, vllm_config)
         self._values = self._build_values(settings["top_k"], vllm_config)
+        # Index of the stream that drafts, 0 without speculation.
+        self._draft = self.names.index(settings["draft"] or BASE)
+        self._drafting: Drafting | None = None
         self._seam: seam.Seam | None = None
         self._lora: lora_seam.LoraSeam | None = None
         self._lora_manager: Any = None
@@ -169,6 +175,15 @@ class SteeredForCausalLM(nn.Module):
                 layers.append({n: n for n in seam.layer_names(self._vllm_config, name)})
         self._seam = seam.Seam(runner, layers)
         self._lora = lora_seam.LoraSeam(runner) if runner.lora_config else None
+        if self._draft:
+            model, speculative = runner.vllm_config.model_config, runner.speculative_config
+            self._drafting = Drafting(
+                self._draft,
+                speculative.num_speculative_tokens,
+                model.max_model_len,
+                partial(self._draft_scores, size=model.get_vocab_size()),
+                SpeculationSeam(runner),
+            )
         for stream in self._values.heads:
             self._seam.add_scratch(stream, self._values.chunk)
 
@@ -234,6 +249,17 @@ class SteeredForCausalLM(nn.Module):
         if self._reporting:
             self._report(mixed, hidden)
         return mixed.z
+
+    def draft(self, rows: Int64, newest: Int64, token_ids: Int32) -> dict[int, list[int]]:
+        """Drafts what may follow the step that was run last; see `Drafting`."""
+        assert self._seam is not None and self._drafting is not None
+        tables = self._seats.update(self._seam.request_ids(), self._seam.freight)
+        found = self._drafting(tables, rows, newest, token_ids)
+        for row, seat in tables.tagged:
+            if row in found:
+                tally = self.reports.tally(seat.tag, seam.choice_of(self._seam.request_ids()[row]))
+                tally.run([self.names[self._draft]], len(found[row]))
+        return found
 
     # --- one step -------------------------------------------------------------------------------
 
@@ -333,6 +359,18 @@ class SteeredForCausalLM(nn.Module):
         self._count(i, batch.tokens.size)
         return True
 
+    def _draft_scores(
+        self, token_ids: torch.Tensor, batch: StreamBatch, *, size: int
+    ) -> torch.Tensor:
+        """[n, size] scores of the draft stream behind n requests; see `drafting.Score`."""
+        assert self._seam is not None
+        i, positions = self._draft, self._seam.to_device(batch.positions)
+        ids = _read_as(token_ids.to(torch.int32), self._readout.vocabularies[i].read_as)
+        with self._seam.between_steps(i, batch), self._adapting(i, batch, positions):
+            hidden = self._forwards[i](ids, positions)
+        self._count(i, batch.rows.size)
+        return self._readout.alone(i, hidden, size)
+
     def _adapting(
         self, i: int, batch: StreamBatch | None, positions: torch.Tensor
     ) -> AbstractContextManager[None]:
@@ -363,16 +401,20 @@ class SteeredForCausalLM(nn.Module):
         for row, seat in tables.tagged:
             choice = seam.choice_of(ids[row])
             tally = self.reports.tally(seat.tag, choice)
+            if tally.waiting:
+                tally.settle(self._seam.drawn(row, tally.waiting[0].row.place))
+            if not self._seam.samples(row):
+                continue
+            tally.run(n for n, used in zip(self.names, seat.uses, strict=True) if used)
+            tally.run(name for name, _ in (seat.values.strengths if seat.values else ()))
+            drafts, last = self._seam.drafts(row), int(step.starts[row + 1]) - 1
+            tally.drafted += drafts
             end = int(step.computed[row] + step.lengths[row])
-            if tally.pending is not None and tally.pending.index < end:
-                tally.settle(self._seam.token(row, tally.pending.index))
-            if self._seam.samples(row):
-                names = [n for n, used in zip(self.names, seat.uses, strict=True) if used]
-                names += [n for n, _ in seat.values.strengths] if seat.values else []
-                marked = Marked(seat.tag, choice, end, names, seat.heads, seat.tokens)
+            for back in range(drafts, -1, -1):
+                draft = self._seam.token(row, end - back) if back else None
+                marked = Marked(seat.tag, choice, end - back, draft, seat.heads, seat.tokens)
                 self._reporting.append(marked)
-                last = int(step.starts[row + 1]) - 1
-                control[last, len(self.names) + REPORT] = len(self._reporting)
+                control[last - back, len(self.names) + REPORT] = len(self._reporting)
 
     def _report_routes(self, tables: Tables) -> None:
         if self._adapted is None or self._seam is None:

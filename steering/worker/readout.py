@@ -137,6 +137,24 @@ class Readout:
         """Whether a stream that ran lacks a token of the base."""
         return any(v.lacking for v, ran in zip(self.vocabularies, active, strict=True) if ran)
 
+    def alone(self, i: int, hidden: torch.Tensor, size: int) -> torch.Tensor:
+        """[R, V] float32 scores of stream i by itself; −∞ on ids that are not in both tables.
+
+        Args:
+            i: the stream.
+            hidden: [R, H_i] its hidden states.
+            size: V, the size of the base's table.
+        """
+        own = self._unembed(i, hidden)
+        assert own is not None
+        out = torch.full((hidden.shape[0], size), NEVER, device=hidden.device)
+        both = min(size, own.shape[-1])
+        out[:, :both] = own[:, :both]
+        for ids in (self.vocabularies[i].unshared, self.padded):
+            if ids is not None:
+                out[:, ids] = NEVER
+        return out
+
     def _unembed(self, i: int, hidden: torch.Tensor) -> torch.Tensor | None:
         unembed = self.unembed[i]
         assert unembed is not None

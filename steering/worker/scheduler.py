@@ -20,7 +20,13 @@ from steering.wire import unpack
 
 
 class SteeredScheduler(Scheduler):
-    """vLLM's scheduler; only the block hashes of lagging requests differ."""
+    """vLLM's scheduler; only lagging requests' block hashes differ, and the room for drafts."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # The draft stream writes its KV behind the step's tokens. vLLM leaves room for that only
+        # where the drafter is one of its own models.
+        self.num_lookahead_tokens = self.num_spec_tokens
 
     def add_request(self, request: Any) -> None:
         """Queues a request, its block hashes made private beyond what it may share."""

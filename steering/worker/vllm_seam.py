@@ -18,7 +18,11 @@ import torch
 from torch import nn
 from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.config.utils import replace
-from vllm.forward_context import get_forward_context, override_forward_context
+from vllm.forward_context import (
+    get_forward_context,
+    override_forward_context,
+    set_forward_context,
+)
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
@@ -225,9 +229,21 @@ class Seam:
         """Whether this step draws a token for a row (False inside a chunked prompt)."""
         return not self._runner.discard_request_mask.np[row]
 
+    def drafts(self, row: int) -> int:
+        """How many drafts of a row this step verifies: its last tokens."""
+        if self._runner.speculative_config is None:
+            return 0
+        return max(0, int(self._runner.num_decode_draft_tokens.np[row]))
+
     def token(self, row: int, index: int) -> int:
-        """Token `index` of a row's request, counted from the start of its prompt."""
+        """Token `index` of a row's request, counted from the start of its prompt; or a draft."""
         return int(self._runner.input_batch.token_ids_cpu[row, index])
+
+    def drawn(self, row: int, start: int) -> list[int]:
+        """The tokens of a row's request from `start` on, without this step's drafts."""
+        batch = self._runner.input_batch
+        found: list[int] = batch.token_ids_cpu[row, start : batch.num_tokens_no_spec[row]].tolist()
+        return found
 
     def hold_generators(self) -> None:
         """Keeps the random generators of rows that draw no token in this step out of the sampler.
@@ -281,6 +297,18 @@ class Seam:
             inner.cudagraph_runtime_mode = CUDAGraphMode.NONE
             inner.batch_descriptor = None
         with override_forward_context(inner):
+            yield
+
+    @contextmanager
+    def between_steps(self, stream: int, batch: StreamBatch) -> Iterator[None]:
+        """Makes the stream's attention layers see `batch` behind a step; not for a twin."""
+        metadata, mapping = {}, {}
+        for group in self._groups[stream]:
+            built, slots = self._build(group, batch, 0)
+            for name, _ in group.layers:
+                metadata[name], mapping[name] = built, slots
+        config, size = self._runner.vllm_config, batch.tokens.size
+        with set_forward_context(metadata, config, num_tokens=size, slot_mapping=mapping):
             yield
 
     def add_scratch(self, stream: int, blocks: int) -> None:

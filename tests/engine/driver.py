@@ -23,7 +23,7 @@ from adapters.formats.base import base_shapes
 from adapters.formats.inspect import inspect
 from adapters.sets import AdapterSet
 from steering.adapters import Chosen, adapt
-from steering.engine_args import StreamSource, steered_engine_args
+from steering.engine_args import Speculation, StreamSource, steered_engine_args
 from steering.kernels.reference import mix_reference
 from steering.method import Limits, Snapshot
 from steering.plan import BASE, Recipe, Report, SteeringPlan
@@ -101,6 +101,7 @@ class Engine:
         base: (architecture, table size).
         streams: name → (architecture, table size), or the stream whose weights it shares.
         heads: makes streams with heads, given a folder and those of the other streams.
+        speculation: which stream drafts.
         engine: more vLLM engine arguments.
     """
 
@@ -110,6 +111,7 @@ class Engine:
         base: tuple[str, int],
         streams: Mapping[str, tuple[str, int] | str],
         heads: Callable[[Path, Mapping[str, Path]], Mapping[str, Headed]] = lambda *_: {},
+        speculation: Speculation | None = None,
         **engine: Any,
     ) -> None:
         from vllm import LLM
@@ -149,7 +151,11 @@ class Engine:
         }
         wires = {n: o.to_wire() for n, o in self.overlaps.items()}
         arguments = steered_engine_args(
-            str(self.folders[BASE]), sources, wires, **{**defaults, **engine}
+            str(self.folders[BASE]),
+            sources,
+            wires,
+            speculation=speculation,
+            **{**defaults, **engine},
         )
         self.llm = LLM(**arguments)
         self.llm.collective_rpc("coxswain_bind")
@@ -245,8 +251,8 @@ class Engine:
 
     def report(self, tag: str, output: Any) -> dict[str, Any]:
         """A finished request's report, by choice."""
-        finals = {str(o.index): o.token_ids[-1] for o in output.outputs}
-        found: dict[str, Any] = self.llm.collective_rpc("coxswain_report", args=(tag, finals))[0]
+        drawn = {str(o.index): list(o.token_ids) for o in output.outputs}
+        found: dict[str, Any] = self.llm.collective_rpc("coxswain_report", args=(tag, drawn))[0]
         return found
 
     @property

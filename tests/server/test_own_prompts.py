@@ -250,7 +250,8 @@ def test_a_summary_adds_up_over_prompts_and_choices() -> None:
 
     def tally(tokens: int) -> dict[str, Any]:
         return {"tokens": tokens, "kl_sum": 0.5 * tokens, "changed": 1,
-                "passes": {"base": tokens, "chat": tokens}, "detail": [entry]}  # fmt: skip
+                "passes": {"base": tokens, "chat": tokens}, "detail": [entry],
+                "drafted": 0, "accepted": 0}  # fmt: skip
 
     steered = Steered([plan], n=2)
     steered.reports = {1: {"0": tally(2), "1": tally(4)}, 0: {"0": tally(1), "1": tally(1)}}

@@ -1,0 +1,79 @@
+"""Speculation over HTTP: the report and `/metrics` count drafts, and what is refused says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.live import Server, document
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+BODY: dict[str, Any] = {
+    "model": "big",
+    "prompt": "The old mill beside the bridge",
+    "max_tokens": 21,
+    "temperature": 0,
+    "ignore_eos": True,
+}
+SAME = {"method": "mix", "weights": {"base": 0.0, "chat": 1.0}, "report": "tokens"}
+"""The draft stream alone: every draft is accepted."""
+
+
+@pytest.fixture(scope="module")
+def drafting(models: Path) -> Iterator[Server]:
+    """A server where `chat` drafts four tokens a step."""
+    found = Server(models, document(steering={"speculation": {"draft": "chat", "tokens": 4}}))
+    try:
+        found.wait_ready()
+        yield found
+    finally:
+        found.stop()
+
+
+def counted(server: Server, what: str) -> float:
+    """One of vLLM's series, summed."""
+    start = f"vllm:spec_decode_num_{what}_tokens_total"
+    lines = server.get("/metrics").text.splitlines()
+    found = [float(line.split()[-1]) for line in lines if line.startswith(start)]
+    assert found
+    return sum(found)
+
+
+def test_the_report_and_the_metrics_count_drafts(drafting: Server) -> None:
+    before = counted(drafting, "accepted")
+    answer = drafting.post("/v1/completions", {**BODY, "steering": SAME}).json()
+    report = answer["steering"]
+    assert report["tokens"] == answer["usage"]["completion_tokens"] == 21
+    # The prompt gives a token, and each of four steps five.
+    assert report["speculation"] == {"drafted": 16, "accepted": 16}
+    assert report["forward_passes_per_token"]["chat"] > 1
+    (choice,) = report["choices"]
+    assert len(choice["token_details"]) == 21
+    assert counted(drafting, "accepted") == before + 16
+    assert counted(drafting, "draft") >= counted(drafting, "accepted")
+
+
+def test_streamed_replies_have_the_same_report(drafting: Server) -> None:
+    whole = drafting.post("/v1/completions", {**BODY, "steering": SAME}).json()
+    body = {**BODY, "steering": SAME, "stream": True}
+    lines = drafting.post("/v1/completions", body).text
+    assert '"drafted":16' in lines.replace(" ", "")
+    assert f'"mean_kl":{whole["steering"]["mean_kl"]}'[:14] in lines.replace(" ", "")
+
+
+def test_the_base_has_no_drafts(drafting: Server) -> None:
+    before = counted(drafting, "draft")
+    answer = drafting.post("/v1/completions", {**BODY, "steering": {"report": True}}).json()
+    assert "speculation" not in answer["steering"]
+    assert counted(drafting, "draft") == before
+
+
+@pytest.mark.parametrize("more", [{"min_p": 0.1}, {"logit_bias": {"9": 5}}])
+def test_what_cannot_be_speculated_is_refused(drafting: Server, more: dict[str, Any]) -> None:
+    answer = drafting.post("/v1/completions", {**BODY, **more})
+    assert answer.status_code == 400
+    assert "min_p and logit_bias" in answer.json()["error"]["message"]
