@@ -95,12 +95,15 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def start(model: str, streams: dict[str, str], engine: dict[str, Any]) -> Any:
+def start(
+    model: str, streams: dict[str, str], engine: dict[str, Any], one_product: bool = False
+) -> Any:
     """An engine: plain vLLM without streams.
 
     Args:
         model: folder of the base.
         streams: name → folder.
+        one_product: as in `steered_engine_args`.
         engine: vLLM's arguments, from `engine_args`.
     """
     from vllm import LLM
@@ -110,7 +113,7 @@ def start(model: str, streams: dict[str, str], engine: dict[str, Any]) -> Any:
     if not streams:
         return LLM(model=model, **engine)
     sources = {name: StreamSource(path) for name, path in streams.items()}
-    llm = LLM(**steered_engine_args(model, sources, **engine))
+    llm = LLM(**steered_engine_args(model, sources, one_product=one_product, **engine))
     llm.collective_rpc("coxswain_bind")
     return llm
 
