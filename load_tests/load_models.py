@@ -103,7 +103,7 @@ def configuration(shapes: Shapes, engine: dict[str, object]) -> dict[str, object
         engine: vLLM's arguments.
     """
     tuning = {"method": "proxy_tuning", "expert": COMPANIONS[0], "anti_expert": COMPANIONS[1]}
-    ensemble = {name: 0.5 for name in COMPANIONS}
+    ensemble = dict.fromkeys(COMPANIONS, 0.5)
     found: dict[str, object] = {
         "model": "./base",
         "served_model_name": "base",
