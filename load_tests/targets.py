@@ -21,6 +21,8 @@ ENGINE = {
     "max_num_seqs": 64,
     "max_num_batched_tokens": 4096,
     "kv_cache_memory_bytes": 2 << 30,
+    # Prompts share no prefixes; without this, a server would know them from the scenario before.
+    "enable_prefix_caching": False,
 }
 """vLLM's arguments, the same for its own servers and for ours."""
 
@@ -66,8 +68,12 @@ class Targets:
         command += ["--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port)]
         command += ["--disable-uvicorn-access-log"]
         for key, value in engine.items():
-            flag = f"--{key.replace('_', '-')}"
-            command += [flag] if value is True else [flag, str(value)]
+            flag = key.replace("_", "-")
+            command += (
+                [f"--{flag}", str(value)]
+                if not isinstance(value, bool)
+                else [f"--{flag}" if value else f"--no-{flag}"]
+            )
         return running_command(command, f"http://127.0.0.1:{port}", VLLM_ENVIRONMENT)
 
     @contextlib.contextmanager
@@ -87,7 +93,8 @@ class Targets:
     @contextlib.contextmanager
     def _client_mix(self) -> Iterator[str]:
         # Small blocks: with each token, a server computes the last, unfinished block again.
-        engine = {**self._engine, "block_size": 32, "kv_cache_memory_bytes": 1 << 30}
+        small = {"block_size": 32, "enable_prefix_caching": True}
+        engine = {**self._engine, **small, "kv_cache_memory_bytes": 1 << 30}
         with contextlib.ExitStack() as stack:
             urls = {m: stack.enter_context(self._vllm(m, engine)) for m in MIXED}
             port = free_port()
