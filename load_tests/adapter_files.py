@@ -36,7 +36,7 @@ def shapes() -> BaseShapes:
 
 def write_lora(folder: Path, seed: int, base: Mapping[str, int] = BASE) -> None:
     """A PEFT adapter of rank 8 on all seven modules of a base of that shape, bfloat16."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     random = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (out, into) in modules(base).items():

@@ -4,6 +4,7 @@
     python -m load_tests.load --quick                  # about five
     python -m load_tests.load --only plain steered     # some scenarios
     python -m load_tests.load --add                    # further rounds to the figures in --out
+    python -m load_tests.load --add --parts growth     # only how the cost grows, measured again
     python -m load_tests.load --render                 # the report again, from the figures in --out
 
 All servers are up at the same time with the same models, and asked in turn, round by round, because
@@ -41,6 +42,7 @@ from load_tests.scenario import (
 from load_tests.targets import ENGINE, Targets
 
 WARM = Level(rate=16.0, requests=6)
+PARTS = ("loads", "growth")
 QUICK_REQUESTS = 6
 """Most requests per level of a scenario that has a limit of its own, in the quick form."""
 
@@ -109,7 +111,16 @@ class Load:
 
 
 def measured(args: argparse.Namespace, found: dict[str, Any], figures: Path) -> None:
-    """Adds rounds to the results, and saves them after each."""
+    """Adds to the results, and saves them after each round."""
+    if "loads" in args.parts:
+        loaded(args, found, figures)
+    if "growth" in args.parts:
+        found["growth"] = growth.run(args.quick, 1 if args.quick else 3)
+        save(found, figures)
+
+
+def loaded(args: argparse.Namespace, found: dict[str, Any], figures: Path) -> None:
+    """Adds rounds of the scenarios."""
     traffic, scenarios = load_traffic(), load_scenarios()
     chosen = {name: scenarios[name] for name in args.only or scenarios}
     levels = traffic.quick if args.quick else traffic.levels
@@ -118,25 +129,24 @@ def measured(args: argparse.Namespace, found: dict[str, Any], figures: Path) -> 
             name: one.model_copy(update={"requests": QUICK_REQUESTS}) if one.requests else one
             for name, one in chosen.items()
         }
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = write_models(Path(folder), REAL)
+    engine: dict[str, object] = {"enforce_eager": True} if args.quick else {}
+    with contextlib.ExitStack() as stack:
+        folder = args.models or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        sizes = write_models(folder, REAL)
         found.setdefault("rounds", [])
         found |= {
             "machine": machine(),
             "models": {"parameters": sizes, "base": REAL.base, "companion": REAL.companion}
             | {"vocabulary": REAL.vocabulary, "adapters": REAL.adapters},
-            "engine": ENGINE,
+            "engine": ENGINE | engine,
             "traffic": traffic.model_dump(exclude={"quick", "levels"}),
             "levels": {name: level.model_dump() for name, level in levels.items()},
             "scenarios": {name: one.model_dump() for name, one in chosen.items()},
         }
-        load = Load(Path(folder), REAL, chosen, traffic, levels, {})
+        load = Load(folder, REAL, chosen, traffic, levels, engine)
         for one in load.rounds(len(found["rounds"]), args.rounds):
             found["rounds"].append(one)
             save(found, figures)
-    if args.growth:
-        found["growth"] = growth.run(args.quick, 1 if args.quick else 3)
-        save(found, figures)
 
 
 def save(found: dict[str, Any], figures: Path) -> None:
@@ -152,14 +162,21 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("load-report.md"), help="the report")
     parser.add_argument("--rounds", type=int, help="how often to repeat (default 2; quick: 1)")
-    parser.add_argument("--quick", action="store_true", help="few requests, two levels")
+    parser.add_argument("--quick", action="store_true", help="few requests, two levels, eager")
+    parser.add_argument(
+        "--models", type=Path,
+        help="where to write the models (0.7 GB); in the same place again, vLLM finds what it has\n"
+        "compiled for them (default: a temporary folder)",
+    )  # fmt: skip
     parser.add_argument("--only", nargs="+", metavar="SCENARIO", help="some scenarios")
-    parser.add_argument("--no-growth", dest="growth", action="store_false", help="loads only")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: both")
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--add", action="store_true", help="further rounds to the figures of --out")
     kept.add_argument("--render", action="store_true", help="only the report, measure nothing")
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or (1 if args.quick else 2)
+    if "loads" not in args.parts and not (args.add or args.render):
+        parser.error("--parts growth needs --add: the report is of the loads first")
     if unknown := set(args.only or ()) - set(load_scenarios()):
         parser.error(f"--only: {sorted(unknown)} is none of {list(load_scenarios())}")
     return args
