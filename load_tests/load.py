@@ -20,6 +20,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -72,10 +73,11 @@ class Load:
         self._traffic, self._levels = traffic, levels
         self._targets = Targets(folder, shapes, engine)
 
-    def rounds(self, first: int, count: int) -> Iterator[dict[str, Any]]:
+    def rounds(self, first: int, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Rounds `first` to `first + count − 1`: scenario → level → figures.
 
-        Every round asks other requests, and begins with another scenario.
+        Every round asks other requests, and begins with another scenario. A round is given again
+        after each of its runs, so that a run that is ended keeps what it has measured.
         """
         names = list(self._scenarios)
         total = count * len(names) * len(self._levels)
@@ -92,7 +94,7 @@ class Load:
                         bar.set_description(f"round {i + 1}, {level}, {name}")
                         found[name][level] = self._run(name, load, urls, i + 1, log)
                         bar.update()
-                yield found
+                        yield i, found
 
     def _started(self, stack: contextlib.ExitStack) -> dict[str, str]:
         targets = list(dict.fromkeys(one.target for one in self._scenarios.values()))
@@ -144,8 +146,8 @@ def loaded(args: argparse.Namespace, found: dict[str, Any], figures: Path) -> No
             "scenarios": {name: one.model_dump() for name, one in chosen.items()},
         }
         load = Load(folder, REAL, chosen, traffic, levels, engine)
-        for one in load.rounds(len(found["rounds"]), args.rounds):
-            found["rounds"].append(one)
+        for i, one in load.rounds(len(found["rounds"]), args.rounds):
+            found["rounds"][i:] = [one]
             save(found, figures)
 
 
@@ -197,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = args.add or args.render
     found: dict[str, Any] = json.loads(figures.read_text()) if kept else {}
     if not args.render:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
         measured(args, found, figures)
     plots(found, folder)
     args.out.write_text(page(found, folder.name))

@@ -38,8 +38,9 @@ def test_steering_tenants_and_the_baseline_are_measured(
     chosen = {name: found[name] for name in ("steered", "tenants", "transformers")}
     levels = {"light": Level(rate=20, requests=9)}
     load = Load(folder, TINY, chosen, load_traffic(), levels, ENGINE)
-    first, second = load.rounds(0, 2)
-    for one in (first, second):
+    rounds = dict(load.rounds(0, 2))
+    assert list(rounds) == [0, 1]
+    for one in rounds.values():
         assert list(one) == list(chosen)
         for scenario in one.values():
             assert scenario["light"]["completed"] == 9
