@@ -44,7 +44,7 @@ from load_tests.targets import ENGINE, Targets
 
 WARM = Level(rate=16.0, requests=6)
 PARTS = ("loads", "growth")
-QUICK_REQUESTS = 6
+QUICK_REQUESTS = 3
 """Most requests per level of a scenario that has a limit of its own, in the quick form."""
 
 
