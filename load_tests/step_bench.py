@@ -28,13 +28,13 @@ VOCAB = 32_000
 PROMPT_TOKENS, WARM_STEPS, STEPS = 64, 8, 48
 
 
-def write_model(folder: Path, shape: dict[str, int]) -> None:
+def write_model(folder: Path, shape: dict[str, int], vocabulary: int = VOCAB) -> None:
     """A Llama configuration without weights (vLLM's dummy loader fills them)."""
     folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": VOCAB,
+        "vocab_size": vocabulary,
         "hidden_size": shape["hidden_size"],
         "intermediate_size": shape["intermediate_size"],
         "num_hidden_layers": shape["num_hidden_layers"],
