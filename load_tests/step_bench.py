@@ -1,12 +1,11 @@
 """What a steered decode step costs, beside its streams served alone by vLLM.
 
-    python -m load_tests.step_bench                 # the table, about ten minutes on 2 cores
+    python -m load_tests.step_bench                 # the table, about six minutes on 2 cores
     python -m load_tests.step_bench --out result.json
 
 Every figure is the median milliseconds of one decode step. Each engine runs in a process of its
-own, one after the other, and the whole round is repeated, because machines drift: a ratio is
-taken within a round, and the table shows the median ratio over the rounds. Weights are random;
-only the time matters.
+own; all stay up and are asked in turn, because machines drift: a ratio is taken within a round,
+and the table shows the median ratio over the rounds. Weights are random; only the time matters.
 """
 
 from __future__ import annotations
@@ -15,12 +14,15 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from load_tests.adapter_engine import STEERED
+from load_tests.rounds import Engine, Round, Work, rounds, running, spread
 
 BASE = {"hidden_size": 1024, "num_hidden_layers": 14, "heads": 16, "intermediate_size": 2816}
 COMPANION = {"hidden_size": 256, "num_hidden_layers": 6, "heads": 4, "intermediate_size": 704}
@@ -71,32 +73,11 @@ def engine_args() -> dict[str, Any]:
     }
 
 
-def measure(job: dict[str, Any]) -> dict[str, float]:
-    """Decode-step times of one engine, in this process.
-
-    Args:
-        job: {"model", "streams": {name: model}, "batches": {label: [rows, steered rows]}};
-            streams absent means plain vLLM.
-
-    Returns:
-        label → median milliseconds per step.
-    """
-    engine = engine_args()
-    from steering.plan import SteeringPlan
-    from steering.wire import Freight, pack
-
-    streams = job.get("streams", {})
-    llm = start(job["model"], streams, engine)
-    weights = (("base", 1.0), *zip(streams, (1.0, -1.0), strict=False))
-    freight = pack(Freight(SteeringPlan("mix", weights)))
-    return {
-        label: step_ms(llm, rows, steered, freight)
-        for label, (rows, steered) in job["batches"].items()
-    }
-
-
 def start(
-    model: str, streams: dict[str, str], engine: dict[str, Any], one_product: bool = False
+    model: str,
+    streams: dict[str, str],
+    engine: dict[str, Any],
+    one_product: Sequence[Sequence[str]] = (),
 ) -> Any:
     """An engine: plain vLLM without streams.
 
@@ -148,65 +129,72 @@ def step_ms(llm: Any, rows: int, steered: int, freight: dict[str, Any]) -> float
     return 1e3 * statistics.median(times[WARM_STEPS:-1])
 
 
-def run(job: dict[str, Any], module: str = "load_tests.step_bench") -> Any:
-    """What `--job` of a module prints, in a process of its own; here that is `measure`."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--job", json.dumps(job)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"an engine failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def kinds(folder: Path) -> dict[str, dict[str, Any]]:
+    """The engines: plain vLLM with either model, and ours with the read-out either way."""
+    common = {"sets": 0, "rank": 0, "adapters": {}}
+    paths = {name: str(folder / name) for name in ("base", "companion")}
+    streams = {"expert": paths["companion"], "anti": paths["companion"]}
+    ours = {**common, "model": paths["base"], "ours": True, "streams": streams}
+    return {
+        "base": {**common, "model": paths["base"], "ours": False},
+        "companion": {**common, "model": paths["companion"], "ours": False},
+        "steered": ours,
+        "one product": {**ours, "one_product": [list(streams)]},
+    }
 
 
-def one_round(folder: Path, sizes: list[int]) -> list[dict[str, float]]:
-    """One line of figures per batch size, in milliseconds and ratios."""
-    base, companion = str(folder / "base"), str(folder / "companion")
-    alone = {f"{n}": [n, 0] for n in sorted({*sizes, *(max(1, n // 2) for n in sizes)})}
-    print("  base alone …", file=sys.stderr)
-    plain = run({"model": base, "batches": alone})
-    print("  companion alone …", file=sys.stderr)
-    small = run({"model": companion, "batches": alone})
-    mixed: dict[str, list[int]] = {}
+def works(engines: Mapping[str, Engine], sizes: Sequence[int]) -> dict[str, Work]:
+    """Rows → column → what measures it."""
+    found: dict[str, Work] = {}
     for n in sizes:
-        mixed |= {f"{n}/{n}": [n, n], f"{n}/0": [n, 0], f"{n}/half": [n, n // 2]}
-    print("  base with two companions …", file=sys.stderr)
-    steered = run(
-        {"model": base, "streams": {"expert": companion, "anti": companion}, "batches": mixed}
-    )
-    lines = []
-    for n in sizes:
-        parts = plain[f"{n}"] + 2 * small[f"{n}"]
-        line = {
-            "rows": n,
-            "base": plain[f"{n}"],
-            "companion": small[f"{n}"],
-            "steered": steered[f"{n}/{n}"],
-            "steered / sum of streams": steered[f"{n}/{n}"] / parts,
-            "unsteered": steered[f"{n}/0"],
-            "unsteered throughput / plain": plain[f"{n}"] / steered[f"{n}/0"],
+        found[str(n)] = {
+            "base": partial(decode_ms, engines["base"], n, 0),
+            "companion": partial(decode_ms, engines["companion"], n, 0),
+            "steered": partial(decode_ms, engines["steered"], n, n),
+            "one product": partial(decode_ms, engines["one product"], n, n),
+            "unsteered": partial(decode_ms, engines["steered"], n, 0),
         }
         if n > 1:
-            half = plain[f"{n}"] + 2 * small[f"{n // 2}"]
-            line["half steered"] = steered[f"{n}/half"]
-            line["half / (base + streams on half)"] = steered[f"{n}/half"] / half
-        lines.append(line)
-    return lines
+            found[str(n)] |= {
+                "half": partial(decode_ms, engines["steered"], n, n // 2),
+                "companion, half": partial(decode_ms, engines["companion"], n // 2, 0),
+            }
+    return found
 
 
-def table(rounds: list[list[dict[str, float]]]) -> str:
-    """A Markdown table of the medians over the rounds."""
-    names = list(dict.fromkeys(name for line in rounds[0] for name in line))
-    out = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for i, first in enumerate(rounds[0]):
-        cells = []
-        for name in names:
-            values = [r[i][name] for r in rounds if name in r[i]]
-            digits = 0 if name == "rows" else 2
-            cells.append(f"{statistics.median(values):.{digits}f}" if name in first else "")
-        out.append("| " + " | ".join(cells) + " |")
+def decode_ms(engine: Engine, rows: int, steered: int) -> float:
+    """Median milliseconds of a decode step, the first rows steered."""
+    named = [STEERED] * steered + [None] * (rows - steered)
+    drawn = WARM_STEPS + STEPS
+    return float(engine.ask("serve", rows=named, prompt=PROMPT_TOKENS, drawn=drawn)["decode"])
+
+
+def ratios(one: Mapping[str, float]) -> dict[str, float]:
+    """The claims, of one size in one round."""
+    alone = one["base"] + 2 * one["companion"]
+    found = {
+        "steered / sum of its streams": one["steered"] / alone,
+        "in one product / sum": one["one product"] / alone,
+        "unsteered throughput / plain vLLM": one["base"] / one["unsteered"],
+    }
+    if "half" in one:
+        parts = one["base"] + 2 * one["companion, half"]
+        found["half steered / (base + streams on half)"] = one["half"] / parts
+    return found
+
+
+def table(measured: Sequence[Round]) -> str:
+    """A Markdown table: medians in milliseconds, then ratios with their range over the rounds."""
+    times = ("base", "companion", "steered", "one product")
+    claims = list(ratios(measured[0][max(measured[0], key=int)]))
+    out = ["| rows | " + " | ".join([*(f"{t}, ms" for t in times), *claims]) + " |"]
+    out.append("|---" * (1 + len(times) + len(claims)) + "|")
+    for rows in measured[0]:
+        cells = [f"{statistics.median(one[rows][name] for one in measured):.1f}" for name in times]
+        for claim in claims:
+            found = [r[claim] for one in measured if claim in (r := ratios(one[rows]))]
+            cells.append(spread(found) if found else "")
+        out.append("| " + " | ".join([rows, *cells]) + " |")
     return "\n".join(out)
 
 
@@ -215,24 +203,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, help="how often to repeat (default 3)")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16], help="batch sizes")
+    parser.add_argument("--rounds", type=int, default=5, help="how often to repeat (default 5)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64], help="batch sizes")
     parser.add_argument("--out", type=Path, help="write all figures as JSON")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--models", type=Path, help="keep the models here: vLLM then need not compile them again"
+    )
     args = parser.parse_args()
-    if args.job:
-        print(json.dumps(measure(json.loads(args.job))))
-        return
-    rounds = []
     with tempfile.TemporaryDirectory() as tmp:
-        write_model(Path(tmp) / "base", BASE)
-        write_model(Path(tmp) / "companion", COMPANION)
-        for i in range(args.rounds):
-            print(f"round {i + 1} of {args.rounds}", file=sys.stderr)
-            rounds.append(one_round(Path(tmp), args.rows))
-    print(table(rounds))
+        folder = args.models or Path(tmp)
+        for name, shape in (("base", BASE), ("companion", COMPANION)):
+            if not (folder / name).exists():
+                write_model(folder / name, shape)
+        with running(kinds(folder)) as engines:
+            measured = rounds(args.rounds, works(engines, args.rows))
+    print(table(measured))
     if args.out:
-        args.out.write_text(json.dumps(rounds, indent=1))
+        args.out.write_text(json.dumps(measured, indent=1))
 
 
 if __name__ == "__main__":

@@ -85,9 +85,22 @@ def _weights(config: Config, found: Diagnosis) -> int:
     dtype = str(config.engine.get("dtype", "auto"))
     owners = [f.checkpoint for f in found.streams.values() if f.owns_weights]
     total = sum(point.weight_bytes(dtype) for point in owners)
-    total += _scratch(config, found)
+    total += _scratch(config, found) + _joined(config, found)
     if config.adapters is not None:
         total += slot_bytes(config, config.adapters, _shapes(owners))
+    return total
+
+
+def _joined(config: Config, found: Diagnosis) -> int:
+    """Bytes of the tables that lie side by side (`steering.one_product`)."""
+    dtype, total = str(config.engine.get("dtype", "auto")), 0
+    for streams in config.steering.one_product:
+        facts = [found.streams[n] for n in streams if n in found.streams]
+        owners = [found.streams[BASE], *(f for f in facts if f.owns_weights)]
+        total += sum(
+            f.checkpoint.vocabulary * f.checkpoint.hidden * f.checkpoint.item_bytes(dtype)
+            for f in owners
+        )
     return total
 
 

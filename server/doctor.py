@@ -18,6 +18,7 @@ from server.checkpoints import Unusable, inspect
 from server.config import RESERVED_ENGINE, Config
 from server.diagnosis import Diagnosis, StreamFacts, where
 from server.head_checks import check_heads, value_problems
+from server.one_product_checks import one_product_problems
 from server.speculation_checks import speculation_problems
 from server.templates import check_profile_templates, check_template
 from steering.heads import body_architecture
@@ -69,6 +70,7 @@ def diagnose(config: Config) -> Diagnosis:
         _vocabularies(config, found)
         found.problems += value_problems(config, found)
         found.problems += speculation_problems(config, found)
+        found.problems += one_product_problems(config, found)
         found.problems += _architectures(config, found)
         found.problems += contexts(config, found)
         found.problems += memory(config, found)

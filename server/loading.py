@@ -85,7 +85,13 @@ def engine_arguments(config: Config, diagnosis: Diagnosis) -> dict[str, Any]:
     top_k, asked = config.steering.max_top_k, config.steering.speculation
     speculation = None if asked is None else Speculation(asked.draft, asked.tokens)
     return steered_engine_args(
-        config.model, streams, diagnosis.overlaps, top_k, speculation, **engine
+        config.model,
+        streams,
+        diagnosis.overlaps,
+        top_k,
+        speculation,
+        config.steering.one_product,
+        **engine,
     )
 
 

@@ -72,7 +72,7 @@ class SteeredForCausalLM(nn.Module):
         streams: dict[str, dict[str, str]] = settings["streams"]
         self.names: tuple[str, ...] = (BASE, *(n for n, s in streams.items() if "on" not in s))
         self._sources = streams
-        self._join: bool = settings["one_product"]
+        self._sums: list[list[str]] = settings["one_product"]
         self._vllm_config = vllm_config
         self._companions: dict[str, VllmConfig] = {}
         self._twins: dict[str, seam.Twin] = {}
@@ -172,8 +172,9 @@ class SteeredForCausalLM(nn.Module):
         if runner.vllm_config.parallel_config.tensor_parallel_size > 1:
             return None
         whole = [u is not None for u in self._readout.unembed]
-        join = self._join and runner.device.type == "cpu"
-        return one_product(self._readout.layout, self._forwards, whole, join)
+        sums = self._sums if runner.device.type == "cpu" else []
+        indices = [[self.names.index(name) for name in names] for names in sums]
+        return one_product(self._readout.layout, self._forwards, whole, indices)
 
     # --- what vLLM calls ------------------------------------------------------------------------
 

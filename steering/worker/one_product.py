@@ -7,7 +7,8 @@ streams; docs/decisions/0013-one-product.md says when this wins. Lives in the wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from steering.worker.layout import Layout
+
+_LOG = logging.getLogger(__name__)
 
 Unembed = Callable[[torch.Tensor], torch.Tensor]
 """[R, H] hidden states → [R, V] scores in the model's dtype."""
@@ -32,13 +35,13 @@ class OneProduct:
         owner: [S] the first stream with the same unembedding; −1 for a stream that cannot take
             part.
         base: the base's unembedding.
-        joined: the unembeddings of all owners side by side; None if there is no such table.
+        joined: owners → their unembeddings side by side.
     """
 
     layout: Layout
     owner: tuple[int, ...]
     base: Unembed
-    joined: Unembed | None
+    joined: Mapping[tuple[int, ...], Unembed]
 
     def __call__(self, hidden: torch.Tensor, active: Sequence[bool]) -> torch.Tensor | None:
         """[R, V] scores in the model's dtype; None where these streams have no common table.
@@ -48,11 +51,8 @@ class OneProduct:
             active: [S] which streams every row sums.
         """
         summed = [i for i, ran in enumerate(active) if ran]
-        owners = sorted({self.owner[i] for i in summed})
-        if owners == [0]:
-            unembed: Unembed | None = self.base
-        else:
-            unembed = self.joined if owners == sorted(set(self.owner)) else None
+        owners = tuple(sorted({self.owner[i] for i in summed}))
+        unembed = self.base if owners == (0,) else self.joined.get(owners)
         if unembed is None:
             return None
         coef = self.layout.read_coef(hidden)
@@ -74,7 +74,7 @@ class OneProduct:
 
 
 def one_product(
-    layout: Layout, models: Sequence[Any], whole: Sequence[bool], join: bool
+    layout: Layout, models: Sequence[Any], whole: Sequence[bool], sums: Sequence[Sequence[int]]
 ) -> OneProduct | None:
     """The one product of a steered model; None if its base cannot take part.
 
@@ -82,7 +82,8 @@ def one_product(
         layout: of its hidden states.
         models: [S] the streams' models, base first, loaded; twins are their originals.
         whole: [S] whether the stream is a language model with the base's vocabulary.
-        join: whether to lay tables side by side, which takes as much memory as the tables.
+        sums: sets of streams whose tables to lay side by side too, which takes as much memory
+            as these tables; each with the base.
     """
     able = [_is_plain_matrix(m) if w else False for m, w in zip(models, whole, strict=True)]
     first: dict[int, int] = {}
@@ -92,8 +93,14 @@ def one_product(
     )
     if not able[0]:
         return None
-    owners = [models[i] for i in sorted(set(owner)) if i >= 0]
-    joined = _join(owners) if join and len(owners) > 1 and all(able) else None
+    joined: dict[tuple[int, ...], Unembed] = {}
+    for streams in sums:
+        owners = tuple(sorted({0, *(owner[i] for i in streams)}))
+        together = _join([models[i] for i in owners]) if owners[0] == 0 else None
+        if together is None:
+            _LOG.warning("no table for one product of the streams %s: see decision 13", streams)
+        else:
+            joined[owners] = together
     return OneProduct(layout, owner, models[0].compute_logits, joined)
 
 

@@ -25,7 +25,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         "short": ("llama", VOCAB_SIZE - 10),
         "twin": "base",
     }
-    found = Engine(tmp_path_factory.mktemp("models"), ("llama", VOCAB_SIZE), streams)
+    found = Engine(
+        tmp_path_factory.mktemp("models"),
+        ("llama", VOCAB_SIZE),
+        streams,
+        one_product=[["chat", "plain"], ["third", "twin"]],
+    )
     yield found
     del found
     gc.collect()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from steering.worker.readout import Readout
 from tests.engine.driver import BLOCK, ERRORS, Case, Engine, logprobs, tokens
 from tests.models import SPECIAL, VOCAB_SIZE
 
@@ -253,3 +254,45 @@ def test_streams_run_only_the_rows_that_use_them(engine: Engine) -> None:
     assert grown("passes", "opt") == steered.max_tokens
     for idle in ("chat", "third", "plain", "short", "twin"):
         assert grown("passes", idle) == 0
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain"},
+        {"method": "guidance", "negative": "twin"},
+        {"method": "mix", "weights": {"base": 1.0, "third": 0.5, "twin": -0.4}},
+    ],
+    ids=["side by side", "twin", "side by side with a twin"],
+)
+def test_one_product(engine: Engine, spec: dict[str, Any], monkeypatch: Any) -> None:
+    """Requests of one method at many strengths, then others beside them: exact on both paths."""
+    ways = {"one": 0, "general": 0}
+    in_one, general = Readout.in_one, Readout.__call__
+
+    def counted(self: Readout, *args: Any) -> Any:
+        found = in_one(self, *args)
+        ways["one"] += found is not None
+        return found
+
+    def counted_general(self: Readout, *args: Any) -> Any:
+        ways["general"] += 1
+        return general(self, *args)
+
+    monkeypatch.setattr(Readout, "in_one", counted)
+    monkeypatch.setattr(Readout, "__call__", counted_general)
+    rng = random.Random(3)
+    own = {"twin": prompt(rng, 5, 40)} if spec["method"] == "guidance" else {}
+    strengths: list[dict[str, Any]] = [{}]
+    if spec["method"] != "mix":
+        strengths = [{"strength": s} for s in (0.3, 1.5, 2.0)]
+    alike = [
+        Case(prompt(rng, 1, 200), {**spec, **s}, own, max_tokens=9, arrives=i)
+        for i, s in enumerate(strengths * 2)
+    ]
+    assert_exact(engine, alike, engine.run(alike))
+    assert ways["one"] > 5
+    assert not ways["general"]
+    others = [*alike, Case(prompt(rng, 1, 90), None, max_tokens=6, arrives=4)]
+    assert_exact(engine, others, engine.run(others))
+    assert ways["general"] >= 5

@@ -50,7 +50,8 @@ class Model(nn.Module):
 def readout(models: Sequence[Model], dtype: torch.dtype, join: bool = True) -> Readout:
     layout = Layout(tuple(m.lm_head.weight.shape[1] for m in models), dtype)
     unembed = [m.compute_logits for m in models]
-    one = one_product(layout, models, [True] * len(models), join)
+    sums = [list(range(1, len(models)))] if join else []
+    one = one_product(layout, models, [True] * len(models), sums)
     none = [Vocabulary() for _ in models]
     return Readout(layout, unembed, none, PADDED, one_product=one)
 
@@ -139,22 +140,25 @@ def test_a_vocabulary_that_lacks_ids_takes_the_general_path() -> None:
 
 
 @pytest.mark.parametrize("odd", [{"soft_cap": 30.0}, {"scale": 0.5}, {"square": True}, {"bias": 1}])
-def test_only_plain_matrices_take_part(odd: dict[str, Any]) -> None:
+def test_only_plain_matrices_take_part(
+    odd: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     square, bias = odd.pop("square", False), odd.pop("bias", 0)
     models = [Model(32, 0, torch.float32), Model(32, 1, torch.float32, **odd)]
     models[1].square = square
     if bias:
         models[1].lm_head.register_parameter("bias", nn.Parameter(torch.ones(SIZE)))
     layout = Layout((32, 32), torch.float32)
-    one = one_product(layout, models, [True, True], True)
+    one = one_product(layout, models, [True, True], [[1]])
     assert one is not None
     assert one.owner == (0, -1)
-    assert one.joined is None
-    assert one_product(layout, models[::-1], [True, True], True) is None
+    assert not one.joined
+    assert "no table for one product" in caplog.text
+    assert one_product(layout, models[::-1], [True, True], [[1]]) is None
 
 
 def test_heads_take_no_part() -> None:
     models = [Model(32, i, torch.float32) for i in range(2)]
-    one = one_product(Layout((32, 32), torch.float32), models, [True, False], True)
+    one = one_product(Layout((32, 32), torch.float32), models, [True, False], [])
     assert one is not None
     assert one.owner == (0, -1)
