@@ -143,7 +143,8 @@ def loaded(args: argparse.Namespace, found: dict[str, Any], figures: Path) -> No
             "engine": ENGINE | engine,
             "traffic": traffic.model_dump(exclude={"quick", "levels"}),
             "levels": {name: level.model_dump() for name, level in levels.items()},
-            "scenarios": {name: one.model_dump() for name, one in chosen.items()},
+            "scenarios": found.get("scenarios", {})
+            | {name: one.model_dump() for name, one in chosen.items()},
         }
         load = Load(folder, REAL, chosen, traffic, levels, engine)
         for i, one in load.rounds(len(found["rounds"]), args.rounds):
