@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from load_tests.rounds import spread
+
 ZOO = Path(__file__).parents[1] / "zoo"
 ANSWER = "answer: "
 STRENGTH = 1.25
@@ -226,7 +228,7 @@ def one_round(engines: dict[str, Engine], asked: list[list[int]], tokens: int) -
 
 
 def table(rounds: list[dict[str, Any]]) -> str:
-    """A Markdown table: medians over the rounds, ratios taken within a round."""
+    """A Markdown table: medians over the rounds; ratios taken within a round, with their range."""
     lines = [
         "| engine | tokens/s | ÷ base alone | ÷ steered | accepted drafts |",
         "|---|---|---|---|---|",
@@ -234,7 +236,7 @@ def table(rounds: list[dict[str, Any]]) -> str:
     for name in rounds[0]:
         rates = [one[name]["rate"] for one in rounds]
         ratios = [
-            f"{statistics.median(one[name]['rate'] / one[other]['rate'] for one in rounds):.2f}"
+            spread([one[name]["rate"] / one[other]["rate"] for one in rounds])
             for other in (PLAIN, STEERED)
         ]
         drafts, kept = (sum(one[name][key] for one in rounds) for key in ("draft", "accepted"))

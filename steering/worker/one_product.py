@@ -47,7 +47,7 @@ class OneProduct:
         """[R, V] scores in the model's dtype; None where these streams have no common table.
 
         Args:
-            hidden: [R, width] rows of the steered model's hidden states, c_0 = 1.
+            hidden: [R, width] rows of the steered model's hidden states.
             active: [S] which streams every row sums.
         """
         summed = [i for i, ran in enumerate(active) if ran]
@@ -64,10 +64,7 @@ class OneProduct:
     ) -> torch.Tensor:
         """[R, H] Σ c_i h_i over the streams with one unembedding; float32 until it is rounded."""
         parts = [i for i in summed if self.owner[i] == owner]
-        first = hidden[:, self.layout.columns(parts[0])]
-        if parts == [0]:
-            return first
-        block = first * coef[:, parts[0], None]
+        block = hidden[:, self.layout.columns(parts[0])] * coef[:, parts[0], None]
         for i in parts[1:]:
             block.addcmul_(hidden[:, self.layout.columns(i)], coef[:, i, None])
         return block.to(hidden.dtype)

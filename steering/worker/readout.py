@@ -91,8 +91,8 @@ class Readout:
             hidden: [R, width] rows of the steered model's hidden states.
             active: [S] which streams ran in this step. A stream that did not is not in any sum.
             special: whether any row of this step has a rule other than the plain sum.
-            even: whether all rows sum the same streams, more than the base, with c_0 = 1. Then
-                nobody waits for the device to learn which rows use what.
+            even: whether all rows sum the same streams, the base and more. Then nobody waits for
+                the device to learn which rows use what.
 
         Returns:
             The scores with what they were made of, or None on ranks that hold no logits.
@@ -111,7 +111,7 @@ class Readout:
         """[R, V] float32 scores by one product; None where these streams have none.
 
         Args:
-            hidden: [R, width], rows that all sum the same streams, more than the base, c_0 = 1.
+            hidden: [R, width], rows that all sum the same streams, the base and more.
             active: [S] which streams these are.
         """
         if self.one_product is None or self._lacking(active):
@@ -207,7 +207,7 @@ class Readout:
     ) -> torch.Tensor:
         """[R, V] float32 `Σ_i c_i s_i` of streams that lack no id: one pass over each's scores."""
         z = base.float()
-        if not even and (coef[:, 0] != 1).any():
+        if (coef[:, 0] != 1).any():
             z = torch.where(coef[:, :1] == 0, 0.0, z * coef[:, :1])
         elif z is base:
             z = base.clone()

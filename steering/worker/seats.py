@@ -121,7 +121,7 @@ class Tables:
         valued: (row, values) of requests that value streams add to.
         whole: [S] streams that run exactly what vLLM scheduled: every row, from its first token.
         like: [S] the first stream that runs the same tokens at the same positions.
-        even: whether every row sums the same streams, more than the base, with the base at 1.
+        even: whether every row sums the same streams, the base and more.
     """
 
     control: npt.NDArray[np.float32]
@@ -180,8 +180,7 @@ def _like(uses: Bool, offsets: Int32, own: Bool) -> tuple[int, ...]:
 
 
 def _even(coef: npt.NDArray[np.float32], uses: Bool) -> bool:
-    summed = coef != 0
-    return bool((summed == uses[0]).all() and uses[0, 1:].any() and (coef[:, 0] == 1).all())
+    return bool(((coef != 0) == uses[0]).all() and uses[0, 0] and uses[0, 1:].any())
 
 
 SeatLoader = Callable[[str], tuple[Freight | None, int]]

@@ -104,7 +104,7 @@ def test_tables_follow_the_batch(seed: int) -> None:
         weights = [one.control[: len(STREAMS)] for one in want]
         running = {tuple(np.flatnonzero(w)) for w in weights}
         sums = {tuple(np.flatnonzero(one.uses)) for one in want}
-        even = running == sums and len(sums) == 1 and all(w[0] == 1 for w in weights)
+        even = running == sums and len(sums) == 1 and all(w[0] for w in weights)
         assert tables.even == (even and sums != {(0,)})
         steered = any(requests[i][0] is not None for i in batch)
         assert tables.steered == steered
