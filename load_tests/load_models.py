@@ -120,7 +120,7 @@ def configuration(shapes: Shapes, engine: dict[str, object]) -> dict[str, object
                 {"name": name, "source": f"adapters/{name}"} for name in shapes.adapter_names()
             ],
             "max_loaded": max(1, shapes.adapters),
-            "max_rank": RANK,
+            "max_rank": 2 * RANK,  # a tenant mixes two
         },
         "engine": engine,
     }

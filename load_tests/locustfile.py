@@ -77,11 +77,13 @@ class Tenant(HttpUser):
     """To the question that is asked again and again, over all users."""
 
     def _body(self, **fields: Any) -> dict[str, Any]:
+        best = fields.get("steering", {}).get("method") == "best_of_n"
         return {
             "model": "base",
             "messages": [{"role": "user", "content": random.choice(QUESTIONS)}],
             "max_tokens": random.randint(4, 48),
-            "temperature": random.choice((0.0, 0.7, 1.0)),
+            # The best of several replies needs several.
+            "temperature": random.choice((0.7, 1.0) if best else (0.0, 0.7, 1.0)),
             **fields,
         }
 
