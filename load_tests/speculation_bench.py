@@ -1,6 +1,6 @@
 """What speculation gives, on the demo zoo: a base of many times the cost, a small stream drafts.
 
-    python -m load_tests.speculation_bench               # the table, about ten minutes on 2 cores
+    python -m load_tests.speculation_bench               # the table, about four minutes on 2 cores
     python -m load_tests.speculation_bench --out result.json
 
 The base is the zoo's, inflated: each of its layers is joined by many whose output projections are
@@ -252,10 +252,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, help="how often to repeat (default 3)")
-    parser.add_argument("--questions", type=int, default=20, help="per round (default 20)")
+    parser.add_argument("--rounds", type=int, default=7, help="how often to repeat (default 7)")
+    parser.add_argument("--questions", type=int, default=30, help="per round (default 30)")
     parser.add_argument("--layers", type=int, default=64, help="of the inflated base (default 64)")
-    parser.add_argument("--drafts", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--drafts", type=int, nargs="+", default=[4, 5, 6])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, help="write all figures as JSON")
     parser.add_argument("--job", help=argparse.SUPPRESS)
