@@ -72,7 +72,7 @@ class Replica:
             limits=httpx.Limits(max_connections=None),
         )  # fmt: skip
         async with asyncio.timeout(settings.start_timeout_s):
-            while not await self._ready():
+            while not await self._ready():  # noqa: ASYNC110 - another process cannot set an event
                 await asyncio.sleep(0.3)
 
     async def _ready(self) -> bool:
@@ -104,7 +104,9 @@ class Replica:
                        "type": "service_unavailable", "param": None, "code": "dead"}  # fmt: skip
             return JSONResponse({"error": problem}, 503, {"retry-after": "5"})
         found = StreamingResponse(_body(answer), answer.status_code)
-        found.raw_headers = [(k, v) for k, v in answer.headers.raw if k.lower().decode() not in _HOP]
+        found.raw_headers = [
+            (k, v) for k, v in answer.headers.raw if k.lower().decode() not in _HOP
+        ]
         return found
 
     async def __del__(self) -> None:
