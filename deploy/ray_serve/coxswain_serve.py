@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 from pydantic import BaseModel, Field
@@ -59,7 +60,8 @@ class Replica:
         ServerEnded: it did not start.
     """
 
-    async def __init__(self, settings: Settings) -> None:
+    # Serve awaits it, and sends no request before.
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
         self.drain_s = load(Path(settings.config)).server.drain_timeout_s
         port = _free_port()
         # setpriv: a replica that is killed takes its server along.
@@ -148,7 +150,16 @@ def _check(config: Config) -> None:
         raise ValueError("registry.url is required: replicas with adapters must share one Redis")
 
 
-def build(args: Settings) -> Application:
-    """The application, for `import_path: coxswain_serve:build`."""
-    _check(load(Path(args.config)))
-    return Replica.bind(args)
+def build(args: dict[str, Any]) -> Application:
+    """The application, for `import_path: coxswain_serve:build`.
+
+    Args:
+        args: fields of `Settings`.
+
+    Raises:
+        pydantic.ValidationError: `args` has a wrong field.
+        ValueError: the configuration is not for several replicas.
+    """
+    settings = Settings.model_validate(args)
+    _check(load(Path(settings.config)))
+    return Replica.bind(settings)  # type: ignore[attr-defined]

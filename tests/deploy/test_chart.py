@@ -1,4 +1,4 @@
-"""The Helm chart, rendered by Helm itself (as a library) and checked against Kubernetes's schemas."""
+"""The Helm chart, rendered by Helm itself and checked against the schemas of Kubernetes."""
 
 from __future__ import annotations
 

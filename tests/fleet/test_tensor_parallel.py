@@ -1,4 +1,4 @@
-"""Two ranks of one engine on one machine: base, companions and adapters are all split."""
+"""Two ranks of one engine on one machine: base, companions and LoRA adapters are all split."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.fleet.asking import ADAPTED, STEERED, ask_all
 from tests.server.adapting.expected import Oracle
-from tests.server.adapting.kit import configuration, load_all, serving
+from tests.server.adapting.kit import configuration, load, serving, settled, submit
 from tests.server.live import Server
 
 pytestmark = [pytest.mark.fleet, pytest.mark.engine, pytest.mark.timeout(900)]
@@ -29,9 +29,13 @@ def test_two_ranks_answer_as_transformers_does(
             if "Worker" in child.name()
         ]
         assert len(workers) == 2, workers
-        load_all(server, folders)
-        load = ask_all(server.url, oracle, [*STEERED, *ADAPTED], rounds=4)
+        for name in ("a", "b"):
+            load(server, name, folders[name])
+        submit(server, "pack", folders["pack"])
+        assert "not served under tensor parallelism" in settled(server, "pack")["reason"]
+        kinds = [kind for kind in ADAPTED if "pack" not in str(kind)]
+        found = ask_all(server.url, oracle, [*STEERED, *kinds], rounds=4)
     print(
-        f"\ntensor parallel 2: {load.answers} answers, steered, adapted and plain, "
-        f"largest error {load.error:.1e} nats, {load.seconds:.1f} s"
+        f"\ntensor parallel 2: {found.answers} answers, steered, adapted and plain, "
+        f"largest error {found.error:.1e} nats, {found.seconds:.1f} s"
     )
