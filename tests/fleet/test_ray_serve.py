@@ -69,8 +69,8 @@ def running(file: Path, url: str) -> Iterator[subprocess.Popen[bytes]]:
             [command, "run", str(file)], env=environ, stdout=output, stderr=output
         )
     try:
-        until(lambda: process.poll() is not None or ready(url), 400)
-        assert process.poll() is None, log.read_text()
+        until(lambda: process.poll() is not None or "failed" in log.read_text() or ready(url), 400)
+        assert process.poll() is None and ready(url), log.read_text()
         yield process
     finally:
         if process.poll() is None:
