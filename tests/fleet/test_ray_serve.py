@@ -68,8 +68,12 @@ def running(file: Path, url: str) -> Iterator[subprocess.Popen[bytes]]:
         process = subprocess.Popen(
             [command, "run", str(file)], env=environ, stdout=output, stderr=output
         )
+
+    def failed() -> bool:
+        return "' failed with exception" in log.read_text()
+
     try:
-        until(lambda: process.poll() is not None or "failed" in log.read_text() or ready(url), 400)
+        until(lambda: process.poll() is not None or failed() or ready(url), 400)
         assert process.poll() is None and ready(url), log.read_text()
         yield process
     finally:
