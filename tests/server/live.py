@@ -96,11 +96,13 @@ class Server:
         folder: of the models; the configuration and the log go there too.
         config: the configuration.
         flags: further command-line arguments.
+        environ: further environment variables.
     """
 
     folder: Path
     config: dict[str, Any]
     flags: tuple[str, ...] = ()
+    environ: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     early: list[tuple[str, int, dict[str, Any], dict[str, str]]] = field(default_factory=list)
     """(path, status, body, headers) of answers before it was ready."""
@@ -116,6 +118,7 @@ class Server:
         # Models this small gain nothing from a second thread, and threads that wait for each
         # other crawl when something else uses the cores.
         environ["OMP_NUM_THREADS"] = "1"
+        environ |= self.environ
         with self.log.open("w") as log:
             # A group of its own, so that a test can play the terminal that signals all of it.
             self.process = subprocess.Popen(

@@ -1,0 +1,120 @@
+"""The documentation cannot lie about names: links, files, functions, methods, figures of cost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from steering.method import ENTRY_POINT_GROUP
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+READMES = [ROOT / folder / "README.md" for folder in (".", "steering", "zoo")]
+PAGES = sorted([*READMES, *DOCS.rglob("*.md")])
+CODE = ("server", "steering", "adapters", "zoo", "tests", "load_tests", "deploy", "docs")
+METHODS = sorted(
+    e.name for e in entry_points(group=ENTRY_POINT_GROUP) if e.value.startswith("steering.methods.")
+)
+METHOD_PAGES = sorted(set((DOCS / "methods").glob("*.md")) - {DOCS / "methods" / "README.md"})
+
+
+def text_of(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def name_of(page: Path) -> str:
+    """For a test's id."""
+    return str(page.relative_to(ROOT))
+
+
+def anchors(page: Path) -> set[str]:
+    """What links may name on a page: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", h.replace("`", "")).lower().replace(" ", "-") for h in headings}
+
+
+def section(page: Path, title: str) -> str:
+    """The text below a heading of the second level."""
+    found = re.search(rf"^## {title}$(.*?)(?=^## |\Z)", text_of(page), re.DOTALL | re.MULTILINE)
+    assert found is not None, f"{page.name} lacks the section {title}"
+    return found[1].strip("\n")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text_of(page)):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_cited_files_are_there(page: Path) -> None:
+    """Whatever stands in backticks and begins with one of our folders."""
+    for cited in re.findall(r"`((?:\w[\w.-]*/)+[\w.-]*)`", text_of(page)):
+        if cited.split("/")[0] not in CODE:
+            continue
+        near = [ROOT / cited, page.parent / cited]
+        assert any(path.exists() for path in near), cited
+
+
+def cited_functions() -> Iterator[tuple[str, str, str]]:
+    """(page, file, name) of every table row that begins with a file and a name."""
+    for page in PAGES:
+        found = re.findall(r"^\| `([\w/]+\.py)` \| `(\w+)` \|", text_of(page), re.MULTILINE)
+        for file, name in found:
+            yield name_of(page), file, name
+
+
+CITED = sorted(set(cited_functions()))
+
+
+def test_the_traced_request_is_found() -> None:
+    assert len([row for row in CITED if row[0] == "docs/architecture.md"]) > 20
+
+
+@pytest.mark.parametrize(("page", "file", "name"), CITED)
+def test_cited_functions_are_there(page: str, file: str, name: str) -> None:
+    source = (ROOT / file).read_text(encoding="utf-8")
+    assert re.search(rf"^\s*(async def|def|class) {name}\b", source, re.MULTILINE), (page, name)
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (DOCS / "README.md").read_text("utf-8")
+    linked = {(DOCS / link).resolve() for link in re.findall(r"\]\(([\w./-]+\.md)\)", index)}
+    assert set(DOCS.glob("*.md")) - {DOCS / "README.md"} <= linked
+    methods = (DOCS / "methods" / "README.md").read_text("utf-8")
+    linked = {(DOCS / "methods" / link) for link in re.findall(r"\]\(([\w-]+\.md)\)", methods)}
+    assert set(METHOD_PAGES) <= linked
+
+
+def test_every_method_has_a_page_and_a_row() -> None:
+    titles = [page.read_text("utf-8").split("\n")[0] for page in METHOD_PAGES]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(titles))) == METHODS
+    rows = re.findall(r"\| `(\w+)` \|", (DOCS / "methods" / "README.md").read_text("utf-8"))
+    assert sorted(rows) == METHODS
+
+
+@pytest.mark.parametrize("page", METHOD_PAGES, ids=name_of)
+def test_a_method_page_says_formula_use_request_and_cost(page: Path) -> None:
+    assert re.search(r"^    \S+", section(page, "Formula"), re.MULTILINE), "no formula"
+    for title in ("When", "Cost"):
+        assert len(section(page, title)) > 80
+
+
+@pytest.mark.parametrize("page", METHOD_PAGES, ids=name_of)
+def test_figures_of_cost_are_the_readmes(page: Path) -> None:
+    """Figures with a decimal point and larger counts; the README says how to repeat each."""
+    known = (ROOT / "README.md").read_text("utf-8") + (ROOT / "zoo" / "README.md").read_text(
+        "utf-8"
+    )
+    cost = re.sub(r"\]\([^)]*\)", "]", section(page, "Cost"))
+    for figure in re.findall(r"(?<![\w.])\d+\.\d+(?!\w)|(?<![\w.])\d{3,}(?![\w.])", cost):
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", known), figure

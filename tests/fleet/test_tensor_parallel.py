@@ -1,0 +1,41 @@
+"""Two ranks of one engine on one machine: base, companions and LoRA adapters are all split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from tests.fleet.asking import ADAPTED, STEERED, ask_all
+from tests.server.adapting.expected import Oracle
+from tests.server.adapting.kit import configuration, load, serving, settled, submit
+from tests.server.live import Server
+
+pytestmark = [pytest.mark.fleet, pytest.mark.engine, pytest.mark.timeout(900)]
+
+
+def test_two_ranks_answer_as_transformers_does(
+    models: Path, folders: dict[str, Path], oracle: Oracle, tmp_path: Path
+) -> None:
+    config = configuration(models, tmp_path)
+    config["engine"]["tensor_parallel_size"] = 2
+    # vLLM's rank 0 on the first core, rank 1 on the second.
+    server = Server(models, config, environ={"VLLM_CPU_OMP_THREADS_BIND": "0|1"})
+    with serving(server):
+        workers = [
+            child.name()
+            for child in psutil.Process(server.process.pid).children(recursive=True)
+            if "Worker" in child.name()
+        ]
+        assert len(workers) == 2, workers
+        for name in ("a", "b"):
+            load(server, name, folders[name])
+        submit(server, "pack", folders["pack"])
+        assert "not served under tensor parallelism" in settled(server, "pack")["reason"]
+        kinds = [kind for kind in ADAPTED if "pack" not in str(kind)]
+        found = ask_all(server.url, oracle, [*STEERED, *kinds], rounds=4)
+    print(
+        f"\ntensor parallel 2: {found.answers} answers, steered, adapted and plain, "
+        f"largest error {found.error:.1e} nats, {found.seconds:.1f} s"
+    )
