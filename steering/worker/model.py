@@ -244,11 +244,9 @@ class SteeredForCausalLM(nn.Module):
         if hidden.shape[-1] == self._readout.layout.sizes[0]:
             return self._forwards[0].compute_logits(hidden)
         mixed = self._readout(hidden, self._active, self._special)
-        if mixed is None:
-            return None
         if self._reporting:
             self._report(mixed, hidden)
-        return mixed.z
+        return None if mixed is None else mixed.z
 
     def draft(self, rows: Int64, newest: Int64, token_ids: Int32) -> dict[int, list[int]]:
         """Drafts what may follow the step that was run last; see `Drafting`."""
@@ -426,15 +424,25 @@ class SteeredForCausalLM(nn.Module):
                     tally = self.reports.tally(seat.tag, seam.choice_of(ids[row]))
                     tally.route(stream, digest, counts[row].tolist())
 
-    def _report(self, mixed: Mixed, hidden: torch.Tensor) -> None:
-        marks = enumerate(mixed.control.report.tolist())
+    def _report(self, mixed: Mixed | None, hidden: torch.Tensor) -> None:
+        """Measures the marked rows; on ranks that hold no logits it only takes part."""
+        marks = enumerate(self._readout.layout.read_control(hidden).report.tolist())
         rows = {row: self._reporting[int(mark) - 1] for row, mark in marks if mark}
+        detailed = [row for row, marked in rows.items() if marked.tokens]
+        size = 0 if mixed is None else mixed.base.shape[-1]
+        own = self._readout.choices(hidden, detailed, self._active, size) if detailed else {}
+        if mixed is None:
+            return
         asked = {row: marked.heads for row, marked in rows.items()}
         told = heads.read(self._readings, self._readout.layout, hidden, asked)
         for row, marked in rows.items():
             steered, plain = (s[row].float().log_softmax(-1) for s in (mixed.z, mixed.base))
             tally = self.reports.tally(marked.tag, marked.choice)
-            tally.add(steered, plain, marked, _critical_of(mixed, row) | told.get(row, {}))
+            more = _critical_of(mixed, row) | told.get(row, {})
+            if marked.tokens:
+                streams = {self.names[i]: pair for i, pair in own[row].items()}
+                more["choices"] = {BASE: _choice(plain), **streams}
+            tally.add(steered, plain, marked, more)
 
 
 def _read_as(token_ids: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
@@ -452,6 +460,12 @@ def _critical_of(mixed: Mixed, row: int) -> dict[str, Any]:
     if kind == RuleKind.CRITICAL:
         found["critical"] = probability > float(mixed.control.param[row])
     return found
+
+
+def _choice(logprobs: torch.Tensor) -> tuple[int, float]:
+    """The most likely id and its log-probability, of [V]."""
+    best = logprobs.max(-1)
+    return int(best.indices), float(best.values)
 
 
 def _put(token_ids: torch.Tensor, own: OwnTokens) -> None:
