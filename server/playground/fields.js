@@ -3,11 +3,12 @@
 
 import { el, freshId, labelled, select } from "./dom.js";
 
-/** A slider with a number beside it; both say the same. */
-export function slider(name, { label, hint, low, high, step, value, whole = false }) {
+/** A slider with a number beside it; both say the same. `all` is the range of the number, where it
+ *  is wider than what the slider shows. */
+export function slider(name, { label, hint, low, high, step, value, whole = false, all = [low, high] }) {
   const range = el("input", { type: "range", min: low, max: high, step, value, id: freshId("range") });
   const number = el("input", {
-    type: "number", min: low, max: high, step: whole ? 1 : "any", value, className: "number",
+    type: "number", min: all[0], max: all[1], step: whole ? 1 : "any", value, className: "number",
     "aria-label": `${label}, exact`,
   });
   let moved = false;
@@ -60,9 +61,9 @@ export function line(name, { label, hint, value = "" }) {
 }
 
 /** Numbers by stream: a slider for each; those at nothing are left out of the request. */
-export function weights(name, { label, hint, streams, range, values }) {
+export function weights(name, { label, hint, streams, range, all, values }) {
   const sliders = streams.map((stream) => [stream, slider(`${name}.${stream}`, {
-    label: stream, low: range[0], high: range[1], step: 0.05, value: values?.[stream] ?? 0,
+    label: stream, low: range[0], high: range[1], all, step: 0.05, value: values?.[stream] ?? 0,
   })]);
   return group(label, hint, sliders.map(([, one]) => one), () => {
     const found = sliders.map(([stream, one]) => [stream, one.value()]).filter(([, value]) => value);
@@ -71,10 +72,10 @@ export function weights(name, { label, hint, streams, range, values }) {
 }
 
 /** A list of {stream, number} objects: a slider for each stream; those at 0 are left out. */
-export function terms(name, { label, hint, streams, range, streamKey, numberKey, values }) {
+export function terms(name, { label, hint, streams, range, all, streamKey, numberKey, values }) {
   const before = new Map((values ?? []).map((term) => [term[streamKey], term[numberKey]]));
   const sliders = streams.map((stream) => [stream, slider(`${name}.${stream}`, {
-    label: stream, low: range[0], high: range[1], step: 0.05, value: before.get(stream) ?? 0,
+    label: stream, low: range[0], high: range[1], all, step: 0.05, value: before.get(stream) ?? 0,
   })]);
   return group(label, hint, sliders.map(([, one]) => one), () => {
     const found = sliders

@@ -9,6 +9,15 @@ const KIND = "x-kind";
 /** Which heads a stream may have in a field; others take language models. */
 const HEADS = { classifier: ["classifier"], value: ["value", "classifier"], values: ["value", "q"] };
 
+/** Roles that want the same kind of stream: a profile that fills one tells about the others. */
+const LIKE = {
+  expert: ["expert", "tuned"], tuned: ["tuned", "expert"],
+  anti_expert: ["anti_expert", "reference", "amateur"], reference: ["reference", "anti_expert"], amateur: ["amateur", "anti_expert", "reference"],
+};
+
+/** Roles of another copy of the base. */
+const TWINS = ["without", "negative", "pretrained"];
+
 /** Sliders of strengths reach this far at first sight; the number beside takes all of the range. */
 const USUAL = { strength: [0, 4], weight: [-2, 2] };
 
@@ -57,7 +66,7 @@ export class Options {
     if (schema.type === "object" && schema.propertyNames?.[KIND] === "stream") {
       const range = this.shown("weight");
       const values = this.preset[name] ?? { base: 1 };
-      return weights(name, { ...common, streams: this.streams(name, values), range, values });
+      return weights(name, { ...common, streams: this.streams(name, values), range, all: this.limits.weight, values });
     }
     if (schema.type === "array") return this.list(name, schema, whole, common);
     if (schema.type === "string") return line(name, { ...common, value: preset });
@@ -74,12 +83,24 @@ export class Options {
   stream(name, schema, preset, taken, common, whole) {
     const names = this.streams(name);
     if (!names.length) return null;
-    const required = whole.required?.includes(name);
-    const others = names.filter((one) => one !== "base" && !taken.includes(one));
-    const value = preset ?? (required ? others[0] ?? names[0] : "");
+    const required = whole.required?.includes(name) || name === "tuned";
+    const value = preset ?? (required ? this.likely(name, names, taken) : "");
     if (value && value !== "base") taken.push(value);
     const options = required || preset ? names : [["", "(none)"], ...names];
     return chooser(name, { ...common, options, value });
+  }
+
+  /** The stream that a role is most likely meant for. */
+  likely(name, names, taken) {
+    const others = names.filter((one) => one !== "base" && !taken.includes(one));
+    const twin = this.offers.streams.find((one) => one.same_as === "base")?.name;
+    if (TWINS.includes(name) && others.includes(twin)) return twin;
+    for (const role of LIKE[name] ?? []) {
+      for (const { options } of this.offers.profiles) {
+        if (others.includes(options[role])) return options[role];
+      }
+    }
+    return others[0] ?? names[0];
   }
 
   number(name, schema, preset, common) {
@@ -89,7 +110,8 @@ export class Options {
     if (whole) [low, high] = [schema.minimum ?? 1, schema.maximum ?? (name === "n" ? this.limits.best_of : this.limits.top_k)];
     if (schema.exclusiveMinimum !== undefined) low = 0.01;
     const value = preset ?? (schema.optional ? "" : low);
-    return slider(name, { ...common, low, high, step: whole ? 1 : kind ? 0.05 : 0.01, value, whole });
+    const all = kind ? this.limits[kind] : [low, high];
+    return slider(name, { ...common, low, high, all, step: whole ? 1 : kind ? 0.05 : 0.01, value, whole });
   }
 
   /** Lists of {stream, number}: the values of value-augmented sampling, the rewards of a mix. */
@@ -104,7 +126,7 @@ export class Options {
     const names = this.streams(name, Object.fromEntries((values ?? []).map((t) => [t[streamKey], 0])))
       .filter((one) => one !== "base");
     if (!values && whole.required?.includes(name)) values = [{ [streamKey]: names[0], [numberKey]: 2 }];
-    return terms(name, { ...common, streams: names, range: this.shown(kind), streamKey, numberKey, values });
+    return terms(name, { ...common, streams: names, range: this.shown(kind), all: this.limits[kind], streamKey, numberKey, values });
   }
 
   /** A slider's range: the usual one, inside what the server allows. */

@@ -83,8 +83,7 @@ def offers(raw_request: Request) -> Response:
                  "options": method.config.model_json_schema()}
                 for name, method in steerer.methods.items()
             ],
-            "streams": [{"name": name, "head": head}
-                        for name, head in steerer.snapshot.streams.items()] if own else [],
+            "streams": _streams(parts) if own else [],
             "adapters": _adapters(parts.adapters) if parts.adapters and steerer.inline else [],
         }
     )  # fmt: skip
@@ -100,6 +99,15 @@ def _profile(name: str, profile: Profile) -> dict[str, Any]:
         "limits": profile.limits.model_dump(exclude_none=True),
         "options": options,
     }
+
+
+def _streams(parts: Serving) -> list[dict[str, Any]]:
+    configured = parts.config.streams
+    found = []
+    for name, head in parts.steerer.snapshot.streams.items():
+        same_as = configured[name].same_as if name in configured else None
+        found.append({"name": name, "head": head, "same_as": same_as})
+    return found
 
 
 def _adapters(adapters: Adapters) -> list[dict[str, Any]]:
