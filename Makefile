@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve test check fix bench bench-adapters bench-heads eval zoo doctor clean
+.PHONY: help install install-gpu serve test check fix bench bench-adapters bench-heads eval pictures zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -54,6 +54,10 @@ bench-heads: install ## what value models and collaborative decoding cost (about
 eval: install ## the zoo's scores, asked from the server at HOST:PORT (starts one if none runs)
 	$(BIN)/python -m load_tests.with_server $(CONFIG) --host $(HOST) --port $(PORT) -- \
 		$(BIN)/python -m zoo.evaluate --url http://$(HOST):$(PORT) $(ARGS)
+
+pictures: install ## the playground's screenshots in docs/images (needs Chromium)
+	$(BIN)/python -m load_tests.with_server $(CONFIG) --host $(HOST) --port $(PORT) -- \
+		$(BIN)/python -m tests.pictures --url http://$(HOST):$(PORT) $(ARGS)
 
 zoo: install ## trains the zoo's models again, from nothing
 	$(BIN)/python -m zoo.train $(ARGS)

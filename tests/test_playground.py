@@ -267,7 +267,7 @@ def test_untrusted_text_stays_text(page: Page, zoo: str) -> None:
     expect(page.locator("#admin-said")).to_contain_text("Not done")
 
     def write_it(route: Route) -> None:
-        asked = route.request.post_data_json
+        asked: dict[str, Any] = route.request.post_data_json or {}
         route.continue_(post_data={**asked, "structured_outputs": {"choice": [EVIL]}})
 
     page.route("**/v1/chat/completions", write_it)
