@@ -31,7 +31,13 @@ def page(browser: Browser, zoo: str) -> Iterator[Page]:
 def run(page: Page) -> None:
     """Asks and waits for the report."""
     page.get_by_role("button", name="Run").click()
-    expect(page.locator("#said")).to_have_text(re.compile("^Done"))
+    finished(page)
+
+
+def finished(page: Page) -> None:
+    """Waits for the end of a run, and for its report."""
+    expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+    expect(page.locator("#said")).to_have_text(re.compile("^Done"), timeout=1000)
 
 
 def tokens(page: Page) -> Locator:
@@ -40,6 +46,14 @@ def tokens(page: Page) -> Locator:
 
 def steer(page: Page, value: str) -> None:
     page.get_by_label("Profile or method").select_option(value)
+
+
+def look(page: Page, view: str) -> None:
+    """Opens a view, and everything that is folded in it."""
+    page.get_by_role("button", name=view).click()
+    if view == "Administration":
+        expect(page.locator("#admin:not([aria-busy]) .card")).to_have_count(4)
+    page.evaluate("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
 
 
 def answer_of(zoo: str, **more: Any) -> dict[str, Any]:
@@ -114,7 +128,7 @@ def test_all_of_it_works_from_the_keyboard(page: Page) -> None:
     for _ in range(5):
         page.keyboard.press("ArrowRight")
     page.keyboard.press("Control+Enter")
-    expect(page.locator("#said")).to_have_text(re.compile("^Done"))
+    finished(page)
     assert '"strength": 1.25' in (page.locator("#request").text_content() or "")
     for _ in range(80):
         page.keyboard.press("Tab")
@@ -149,7 +163,7 @@ def test_a_strength_of_nothing_colours_nothing(page: Page) -> None:
 ])  # fmt: skip
 def test_every_method_runs_with_what_its_form_suggests(page: Page, method: str) -> None:
     steer(page, f"method:{method}")
-    for area in page.locator("#own textarea").all():
+    for area in page.locator("#own-prompts[open] textarea").all():
         area.fill("Answer:")
     if method == "best_of_n":
         page.get_by_role("spinbutton", name="N, exact").fill("3")
@@ -191,10 +205,7 @@ def test_both_themes_have_contrast_and_the_switch_wins(browser: Browser, zoo: st
             for theme in ("auto", other):
                 page.get_by_label("Theme").select_option(theme)
                 for view in ("Administration", "Compare"):
-                    page.get_by_role("button", name=view).click()
-                    expect(page.locator("#admin .card").nth(3)).to_be_attached()
-                    for fold in page.locator("details:not([open]) > summary:visible").all():
-                        fold.click()
+                    look(page, view)
                     found = page.evaluate(CONTRASTS)
                     assert len(found) > 30
                     assert [f for f in found if f[0] < LEAST_CONTRAST] == []
@@ -209,9 +220,7 @@ def test_both_themes_have_contrast_and_the_switch_wins(browser: Browser, zoo: st
 def test_every_control_has_a_name(page: Page) -> None:
     run(page)
     for view in ("Compare", "Administration"):
-        page.get_by_role("button", name=view).click()
-        for fold in page.locator("details:not([open]) > summary:visible").all():
-            fold.click()
+        look(page, view)
         assert page.evaluate(NAMELESS) == []
 
 
@@ -219,7 +228,7 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(browser: Browser, zoo: str)
     with opened(browser, zoo, viewport={"width": 360, "height": 740}) as page:
         run(page)
         for view in ("Compare", "Administration"):
-            page.get_by_role("button", name=view).click()
+            look(page, view)
             assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
@@ -274,6 +283,8 @@ def test_untrusted_text_stays_text(page: Page, zoo: str) -> None:
     page.get_by_role("button", name="Compare").click()
     steer(page, "profile:evil")
     expect(page.locator("#about")).to_have_text(EVIL)
+    page.get_by_text("Sampling").click()
+    page.get_by_role("spinbutton", name="Tokens at most, exact").fill("200")
     run(page)
     expect(page.locator("#base-text")).to_have_text(EVIL)
     written = page.locator("#steered-text .token:not(.ghost)").all_text_contents()

@@ -19,6 +19,7 @@ export function start(onChange) {
 /** Builds the view anew from what the server says. */
 export async function open() {
   const view = byId("admin");
+  view.setAttribute("aria-busy", "true");
   try {
     const [status, streams, profiles] = await Promise.all(
       ["status", "streams", "profiles"].map((what) => admin("GET", `admin/${what}`)));
@@ -27,11 +28,13 @@ export async function open() {
       throw error;
     });
     view.replaceChildren(
-      el("p", { id: "admin-said", className: "said", role: "status" }),
+      el("p", { id: "admin-said", className: "said", role: "status", tabIndex: -1 }),
       statusCard(status), adaptersCard(adapters, streams.streams), profilesCard(profiles.profiles), streamsCard(streams.streams));
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
     view.replaceChildren(keyForm(error));
+  } finally {
+    view.removeAttribute("aria-busy");
   }
 }
 
@@ -87,7 +90,9 @@ async function act(text, work) {
   }
   await open();
   const line = byId("admin-said");
-  if (line) line.textContent = said;
+  if (!line) return;
+  line.textContent = said;
+  line.focus(); // the button that was pressed is gone with the old view
 }
 
 function button(label, name, work, { danger = false } = {}) {

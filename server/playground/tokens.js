@@ -10,6 +10,7 @@ const LEAST_NATS = 0.02;
 /** Text pieces of the tokens: what each chunk of the stream said, split where it has several.
  *  `chunks` are {text, ids}; `details` the report's, one per token. */
 export function pieces(chunks, details) {
+  if (!chunks.some(({ ids }) => ids.length)) return details.map((detail) => detail.token);
   const found = [];
   for (const { text, ids } of chunks) {
     let rest = text;
