@@ -239,7 +239,7 @@ def test_adapters_are_loaded_pinned_and_unloaded(page: Page) -> None:
     card.get_by_text("Load an adapter").click()
     card.get_by_label("Name").fill("register")
     card.get_by_label("Source").fill(str(ROOT / "zoo" / "adapters" / "swap"))
-    card.get_by_role("button", name="Load").press("Enter")
+    card.get_by_role("button", name="Load", exact=True).press("Enter")
     expect(page.locator("#admin-said")).to_have_text("register is ready.")
     row = card.get_by_role("row", name=re.compile("^register"))
     expect(row).to_contain_text("ready")
@@ -272,7 +272,7 @@ def test_untrusted_text_stays_text(page: Page, zoo: str) -> None:
     card = page.get_by_role("form", name="Load an adapter")
     card.get_by_label("Name").fill("x")
     card.get_by_label("Source").fill(EVIL)
-    card.get_by_role("button", name="Load").click()
+    card.get_by_role("button", name="Load", exact=True).click()
     expect(page.locator("#admin-said")).to_contain_text("Not done")
 
     def write_it(route: Route) -> None:
@@ -298,14 +298,17 @@ def test_untrusted_text_stays_text(page: Page, zoo: str) -> None:
 
 
 def test_the_page_s_policy_forbids_markup_from_text_and_anything_from_elsewhere(
-    page: Page, zoo: str
+    browser: Browser, zoo: str
 ) -> None:
+    page = browser.new_page()
+    page.goto(f"{zoo}/playground")
     refused = page.evaluate(
         "() => { try { document.body.innerHTML = '<b>x</b>'; return ''; }"
         "catch (error) { return String(error); } }"
     )
     assert "TrustedHTML" in refused
     parts = [*re.findall(r'(?:href|src)="(playground/[^"]+)"', page.content()), "playground"]
+    page.close()
     assert len(parts) == 4
     for part in parts:
         headers = httpx.get(f"{zoo}/{part}").headers

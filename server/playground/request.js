@@ -51,6 +51,9 @@ export class Request {
     const entry = list.find((one) => one.name === rest.join(":")) ?? { name: "" };
     this.options = new Options(this.offers, { kind, entry });
     byId("options").replaceChildren(this.options.element);
+    // Several replies of which one is chosen must differ, and greedy ones do not.
+    const { temperature } = this.sampling;
+    if (this.options.fields.has("n") && !temperature.value()) temperature.set(0.7);
     const fixed = kind === "profile" && !this.offers.options;
     byId("about").textContent = (entry.description ?? "") + (fixed ? " This server takes profiles as they are." : "");
     this.options.onChange(() => this.showOwnPrompts());

@@ -44,13 +44,13 @@ def _file(name: str) -> Response:
 
 
 @router.get("/playground", include_in_schema=False)
-def page() -> Response:
+async def page() -> Response:
     """The page."""
     return _file(_PAGE)
 
 
 @router.get("/playground/{name}", include_in_schema=False)
-def part(name: str) -> Response:
+async def part(name: str) -> Response:
     """One of the files that the page loads."""
     if name == _PAGE or name not in _FILES:
         raise HttpError(404, f"No such path: /playground/{name}")
@@ -58,7 +58,7 @@ def part(name: str) -> Response:
 
 
 @router.get("/v1/playground")
-def offers(raw_request: Request) -> Response:
+async def offers(raw_request: Request) -> Response:
     """What the caller's key may use: profiles, methods with their options, streams, adapters."""
     parts: Serving = raw_request.app.state.serving
     steerer, allowed = parts.steerer, access.get()
