@@ -21,6 +21,16 @@ def compare(page: Page) -> None:
     page.locator(".token.changed").first.hover()
 
 
+def values(page: Page) -> None:
+    """Small talk, drawn towards sunny words by a value model."""
+    page.get_by_label("Profile or method").select_option("profile:cheerful")
+    page.get_by_label("Text", exact=True).check()
+    page.get_by_label("Prompt", exact=True).fill("The old baker")
+    page.get_by_role("button", name="Run").click()
+    expect(page.locator("#said")).to_have_text(re.compile("^Done"))
+    page.locator(".token.changed").nth(2).hover()
+
+
 def routing(page: Page) -> None:
     """Where a pack's gates sent the tokens."""
     page.get_by_label("Profile or method").select_option("none:adapters only")
@@ -39,7 +49,7 @@ def administration(page: Page) -> None:
 
 PICTURES = {
     "playground-light": ("light", compare),
-    "playground-dark": ("dark", compare),
+    "playground-dark": ("dark", values),
     "playground-routing": ("light", routing),
     "playground-admin": ("dark", administration),
 }

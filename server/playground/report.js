@@ -18,12 +18,14 @@ export function told(report) {
   if (report.speculation) {
     facts.push(["Drafts accepted", percent(report.speculation.accepted / report.speculation.drafted)]);
   }
+  const adapted = report.adapters?.length > 0;
   return [
-    el("h3", {}, words(report.method), report.profile ? el("span", { className: "soft" }, ` by profile ${report.profile}`) : null),
+    el("h3", {}, report.method === "base" && adapted ? "Base with adapters" : words(report.method), report.profile ? el("span", { className: "soft" }, ` by profile ${report.profile}`) : null),
     el("dl", { className: "chips" }, ...facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
+    adapted ? el("p", { className: "hint" }, "Adapters change a stream itself: colours and numbers compare with the base as these adapters make it.") : null,
     streams(report),
     ...(report.adapters ?? []).map(adapter),
-  ];
+  ].filter(Boolean);
 }
 
 /** Weights in the sum, and forward passes. */
