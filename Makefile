@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve test test-slow check fix bench bench-adapters bench-heads bench-speculation bench-load soak eval zoo doctor clean
+.PHONY: help install install-gpu serve test test-slow check fix bench bench-adapters bench-heads bench-speculation bench-load soak eval pictures zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -69,6 +69,10 @@ soak: install ## hours of mixed requests against the zoo's server at HOST:PORT (
 eval: install ## the zoo's scores, asked from the server at HOST:PORT (starts one if none runs)
 	$(BIN)/python -m load_tests.with_server $(CONFIG) --host $(HOST) --port $(PORT) -- \
 		$(BIN)/python -m zoo.evaluate --url http://$(HOST):$(PORT) $(ARGS)
+
+pictures: install ## the playground's screenshots in docs/images (needs Chromium)
+	$(BIN)/python -m load_tests.with_server $(CONFIG) --host $(HOST) --port $(PORT) -- \
+		$(BIN)/python -m tests.pictures --url http://$(HOST):$(PORT) $(ARGS)
 
 zoo: install ## trains the zoo's models again, from nothing
 	$(BIN)/python -m zoo.train $(ARGS)

@@ -1,33 +1,32 @@
-"""`coxswain adapters`: the adapters of a running server, from a shell. Needs httpx only."""
+"""`coxswain adapters`: the adapters of a running server, from a shell."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
-from server.console import table
+from server.admin_client import NOTE, Failed, ask, dump, flags, named, size, talk
+from server.console import facts, table
 
 if TYPE_CHECKING:
     import httpx
 
-URL = "http://127.0.0.1:8000"
 POLL_S = 0.3
 
-_EPILOG = """\
+_EPILOG = f"""\
 examples:
   coxswain adapters list
   coxswain adapters load sql ./adapters/sql        a folder under one of the server's roots
   coxswain adapters load sql hf://owner/sql-lora@main --version 2 --replace
   coxswain adapters pin sql
   coxswain adapters unload sql
+  coxswain adapters list --json                    for programs
 
-A request then says {"model": "sql"}, or {"adapters": [{"name": "sql", "weight": 0.5}]}.
-The key is read from COXSWAIN_ADMIN_KEY, the address from COXSWAIN_URL.
+A request then says {{"model": "sql"}}, or {{"adapters": [{{"name": "sql", "weight": 0.5}}]}}.
+{NOTE}
 """
 
 
@@ -40,11 +39,9 @@ def add(commands: Any) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     top = commands.add_parser("adapters", help="list, load and unload adapters of a server",
                               epilog=_EPILOG, formatter_class=raw)  # fmt: skip
-    top.add_argument("--url", default=os.environ.get("COXSWAIN_URL", URL),
-                     help=f"the server (default: COXSWAIN_URL, else {URL})")  # fmt: skip
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    verbs.add_parser("list", help="all adapters, as a table")
-    load = verbs.add_parser("load", help="load one, and wait until it is ready")
+    flags(verbs.add_parser("list", help="all adapters, as a table"))
+    load = flags(verbs.add_parser("load", help="load one, and wait until it is ready"))
     load.add_argument("name", metavar="NAME", help="what requests will call it")
     load.add_argument("source", metavar="SOURCE",
                       help="a folder, hf://owner/name[@revision], s3://bucket/folder or "
@@ -57,7 +54,7 @@ def add(commands: Any) -> None:
     others = {"show": "everything about one", "unload": "unload one",
               "pin": "keep one in the engine", "unpin": "let it be evicted"}  # fmt: skip
     for verb, text in others.items():
-        verbs.add_parser(verb, help=text).add_argument("name", metavar="NAME")
+        flags(verbs.add_parser(verb, help=text)).add_argument("name", metavar="NAME")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -66,78 +63,87 @@ def run(given: argparse.Namespace) -> int:
     Returns:
         The exit status.
     """
-    import httpx
-
-    key = os.environ.get("COXSWAIN_ADMIN_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        with httpx.Client(base_url=given.url, headers=headers, timeout=60) as client:
-            return _run(given, client)
-    except httpx.HTTPError as error:
-        print(f"coxswain: {given.url}: {error}", file=sys.stderr)
-    except _Refused as error:
-        print(f"coxswain: {error}", file=sys.stderr)
-    return 1
-
-
-class _Refused(Exception):
-    """The server's error message."""
+    return talk(given, lambda client: _run(given, client))
 
 
 def _run(given: argparse.Namespace, client: httpx.Client) -> int:
     if given.verb == "list":
-        _list(_ask(client, "GET", ""))
+        found = ask(client, "GET", "adapters")
+        dump(found) if given.json else _list(found)
         return 0
     if given.verb == "load":
-        return _load(given, client)
-    one = f"/{quote(given.name, safe='')}"
-    if given.verb == "show":
-        _show(_ask(client, "GET", one))
-    elif given.verb == "unload":
-        _ask(client, "DELETE", one)
-        print(f"{given.name} is unloading: new requests no longer find it")
+        record = _load(given, client)
+        told = _progress(record)
     else:
-        record = _ask(client, "POST", f"{one}/{given.verb}")
-        print(f"{given.name} is {'pinned' if record['pinned'] else 'not pinned'}")
+        one = named("adapters", given.name)
+        calls = {"show": ("GET", one), "unload": ("DELETE", one),
+                 "pin": ("POST", f"{one}/pin"), "unpin": ("POST", f"{one}/unpin")}  # fmt: skip
+        record = ask(client, *calls[given.verb])
+        told = {
+            "show": facts(record),
+            "unload": f"{given.name} is unloading: new requests no longer find it",
+        }.get(given.verb, f"{given.name} is {'pinned' if record['pinned'] else 'not pinned'}")
+    dump(record) if given.json else print(told)
     return 0
 
 
-def _ask(client: httpx.Client, verb: str, path: str, **options: Any) -> Any:
-    answer = client.request(verb, f"/admin/adapters{path}", **options)
-    try:
-        found = answer.json()
-        if answer.is_success:
-            return found
-        raise _Refused(f"{answer.status_code}: {found['error']['message']}")
-    except (ValueError, LookupError, TypeError):
-        raise _Refused(f"{answer.status_code}: not an answer of Coxswain") from None
-
-
-def _load(given: argparse.Namespace, client: httpx.Client) -> int:
+def _load(given: argparse.Namespace, client: httpx.Client) -> dict[str, Any]:
     source = given.source
     if source.startswith((".", "~")) or Path(source).is_dir():
         source = str(Path(source).expanduser().resolve())
     body = {"name": given.name, "source": source, "version": given.version,
             "stream": given.stream, "pin": given.pin, "replace": given.replace}  # fmt: skip
-    record = _ask(client, "POST", "", json=body)
-    said = ""
-    while not given.no_wait and record["state"] not in ("ready", "failed"):
-        if (text := _progress(record)) != said:
-            print(said := text, file=sys.stderr)
-        time.sleep(POLL_S)
-        record = _ask(client, "GET", f"/{quote(given.name, safe='')}")
+    record: dict[str, Any] = ask(client, "POST", "adapters", json=body)
+    with _Watched() as watched:
+        while not given.no_wait and record["state"] not in ("ready", "failed"):
+            watched.see(record)
+            time.sleep(POLL_S)
+            record = ask(client, "GET", named("adapters", given.name))
     if record["state"] == "failed":
-        raise _Refused(f"{given.name}: {record['reason']}")
-    print(_progress(record))
-    return 0
+        raise Failed(f"{given.name}: {record['reason']}")
+    return record
+
+
+class _Watched:
+    """Tells on standard error how far a load is: a bar on a terminal, elsewhere a line for each
+    change.
+    """
+
+    def __init__(self) -> None:
+        self._said = ""
+        self._bar: Any = None
+
+    def __enter__(self) -> _Watched:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            form = "{desc}: {n_fmt} in {elapsed}, {rate_fmt}"
+            self._bar = tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False,
+                             bar_format=form)  # fmt: skip
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def see(self, record: dict[str, Any]) -> None:
+        """What is known now."""
+        text = _progress(record)
+        if self._bar is not None:
+            self._bar.set_description(f"{record['name']}: {record['state']}", refresh=False)
+            self._bar.n = record["progress_bytes"]
+            self._bar.refresh()
+        elif text != self._said:
+            print(text, file=sys.stderr)
+        self._said = text
 
 
 def _progress(record: dict[str, Any]) -> str:
     text = f"{record['name']}@{record['version']}: {record['state']}"
     if record["state"] == "downloading" and record["progress_bytes"]:
-        text += f", {_size(record['progress_bytes'])}"
+        text += f", {size(record['progress_bytes'])}"
     elif record["state"] == "ready":
-        text += f" ({record['kind']}, {_size(record['size_bytes'])}, {record['digest'][:12]}…)"
+        text += f" ({record['kind']}, {size(record['size_bytes'])}, {record['digest'][:12]}…)"
     return text
 
 
@@ -147,7 +153,7 @@ def _list(found: dict[str, Any]) -> None:
         here = "pinned" if record["pinned"] else "yes" if record["here"]["resident"] else "no"
         rows.append((
             record["name"], record["version"], record["kind"] or "", record["stream"],
-            record["state"], _size(record["size_bytes"]), here, record["source"],
+            record["state"], size(record["size_bytes"]), here, record["source"],
         ))  # fmt: skip
     print(table(rows))
     for record in found["adapters"]:
@@ -155,24 +161,6 @@ def _list(found: dict[str, Any]) -> None:
             print(f"{record['name']}: {why}")
     engine = found["engine"]
     print(f"{engine['taken']} of {engine['places']} places in the engine are taken, "
-          f"{_size(engine['bytes'])} of {_size(engine['max_bytes'])}")  # fmt: skip
+          f"{size(engine['bytes'])} of {size(engine['max_bytes'])}")  # fmt: skip
     if found["registry"]["away"]:
         print(f"the registry does not answer: {found['registry']['away']}")
-
-
-def _show(record: dict[str, Any]) -> None:
-    width = max(map(len, record))
-    for name, value in record.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{k}: {v}" for k, v in value.items())
-        print(f"{name:<{width}}  {'' if value is None else value}")
-
-
-def _size(count: float | None) -> str:
-    if count is None:
-        return ""
-    units = ("B", "KiB", "MiB", "GiB")
-    step = 0
-    while count >= 1024 and step < len(units) - 1:
-        count, step = count / 1024, step + 1
-    return f"{count:.4g} {units[step]}"

@@ -20,7 +20,7 @@ from server import errors, openapi
 from server.adapting.leases import Leasing
 from server.errors import HttpError
 from server.metrics import Meter
-from server.routes import adapters, admin, metrics, openai
+from server.routes import adapters, admin, metrics, openai, playground
 from server.serving import Serving
 from server.validation import problems
 from steering.errors import SteeringError
@@ -102,6 +102,8 @@ def build_app(serving: Serving) -> ASGIApp:
     app.include_router(admin.router)
     app.include_router(adapters.router)
     app.include_router(metrics.router)
+    if serving.config.playground:
+        app.include_router(playground.router)
     handlers: tuple[tuple[Any, Any], ...] = (
         (HttpError, _http_error),
         (SteeringError, _steering_error),

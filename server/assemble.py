@@ -156,16 +156,22 @@ def announce(serving: Serving, port: int, seconds: float) -> str:
             f"  profiles  {profiles}",
             f"  methods   {', '.join(serving.methods)}",
             *adapters,
+            *([f"  page      {address(config, port)}/playground"] if config.playground else []),
             f"  try       {curl(serving, port)}",
         ]
     )
 
 
+def address(config: Config, port: int) -> str:
+    """Where a person on this machine finds the server."""
+    host = "127.0.0.1" if config.server.host in ("0.0.0.0", "::") else config.server.host
+    host = f"[{host}]" if ":" in host else host
+    return f"http://{host}:{port}"
+
+
 def curl(serving: Serving, port: int) -> str:
     """A request that works as it stands."""
     config = serving.config
-    host = "127.0.0.1" if config.server.host in ("0.0.0.0", "::") else config.server.host
-    host = f"[{host}]" if ":" in host else host
     model = next(iter(serving.profiles), config.name)
     profile = serving.profiles.get(model)
     body: dict[str, Any] = {"model": model, "max_tokens": 32}
@@ -175,6 +181,6 @@ def curl(serving: Serving, port: int) -> str:
         path, body["prompt"] = "completions", "Once upon a time"
     key = ' -H "Authorization: Bearer $COXSWAIN_API_KEY"' if config.auth.api_keys else ""
     return (
-        f"curl http://{host}:{port}/v1/{path} -H 'Content-Type: application/json'{key} "
+        f"curl {address(config, port)}/v1/{path} -H 'Content-Type: application/json'{key} "
         f"-d '{json.dumps(body)}'"
     )

@@ -366,6 +366,9 @@ class Config(Section):
     auth: AuthConfig = Field(default_factory=AuthConfig)
     server: ServerConfig = Field(default_factory=ServerConfig)
     chat: ChatConfig = Field(default_factory=ChatConfig)
+    playground: bool = Field(
+        True, description="Whether `/playground` serves a page for trying steering by hand."
+    )
     adapters: AdaptersConfig | None = Field(None)
     registry: RegistryConfig | None = Field(None)
     plugins: tuple[str, ...] = Field(

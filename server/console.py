@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 
 def say(text: str) -> None:
@@ -77,3 +78,17 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
              for row in rows]  # fmt: skip
     return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+
+
+def facts(record: Mapping[str, Any]) -> str:
+    """A line for each field of a record."""
+    width = max(map(len, record))
+    return "\n".join(f"{name:<{width}}  {_told(value)}".rstrip() for name, value in record.items())
+
+
+def _told(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_told(one)}" for key, one in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_told(one) for one in value)
+    return "" if value is None else str(value)

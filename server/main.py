@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server import adapters_command, train_command
+from server import adapters_command, profiles_command, status_command, train_command
 
 if TYPE_CHECKING:
     from server.config import Config
@@ -23,9 +23,11 @@ examples:
   coxswain serve zoo.yaml                  serve it on 127.0.0.1:8000
   coxswain serve zoo.yaml --port 9000 --max-model-len 4096
                                            any vLLM engine flag may follow; it wins over the file
-  coxswain profiles zoo.yaml               the profiles of a configuration
-  coxswain profiles http://127.0.0.1:8000  the profiles of a running server
+  coxswain profiles list zoo.yaml          the profiles of a configuration
+  coxswain profiles list                   those of the running server; also show, put, delete
   coxswain adapters list                   the adapters of a running server; also load, unload …
+  coxswain status                          how the running server is
+  coxswain drain                           lets it finish what runs, and end
   coxswain methods                         the installed steering methods and their options
   coxswain train meteora --help            gates that choose among your LoRA adapters
   coxswain train value --help              a value model from your own reward
@@ -63,12 +65,12 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, help="port to bind (default: the file's, else 8000)")
     doctor = commands.add_parser("doctor", help="check a configuration; exit 1 with reasons")
     doctor.add_argument("config", metavar="CONFIG", type=Path, help="the YAML file")
-    profiles = commands.add_parser("profiles", help="list profiles")
-    profiles.add_argument("source", metavar="CONFIG_OR_URL", help="the YAML file, or a server")
     methods = commands.add_parser("methods", help="list the steering methods and their options")
     methods.add_argument("--allow", action="append", default=[], metavar="PACKAGE",
                          help="a distribution whose methods may load")  # fmt: skip
+    profiles_command.add(commands)
     adapters_command.add(commands)
+    status_command.add(commands)
     train_command.add(commands)
     commands.add_parser("reference", help="print all settings as Markdown")
     return top
@@ -107,18 +109,19 @@ def _commands(given: argparse.Namespace, rest: list[str]) -> int:
         return _serve(given, rest)
     if given.command == "doctor":
         return _doctor(given.config)
-    if given.command == "profiles":
-        from server.listing import profiles
-
-        return profiles(given.source)
     if given.command == "methods":
         from server.listing import methods
 
         return methods(given.allow)
-    if given.command == "adapters":
-        return adapters_command.run(given)
-    if given.command == "train":
-        return train_command.run(given)
+    by_name = {
+        "adapters": adapters_command.run,
+        "profiles": profiles_command.run,
+        "status": status_command.run,
+        "drain": status_command.run,
+        "train": train_command.run,
+    }
+    if given.command in by_name:
+        return by_name[given.command](given)
     from server.reference import reference
 
     print(reference(), end="")

@@ -197,12 +197,23 @@ def _detail(
                 "base_choice": decode(entry["base_choice"]),
                 "base_choice_id": entry["base_choice"],
                 "changed": entry["changed"],
+                **_choices(entry, decode),
                 **_critical(entry, plan),
                 **_values(entry),
             }
             for entry in report.get("detail", ())
         ]
     }
+
+
+def _choices(entry: Mapping[str, Any], decode: Callable[[int], str]) -> dict[str, Any]:
+    """What the base and each stream by itself found most likely in a token's place."""
+    choices: Mapping[str, tuple[int, float]] = entry.get("choices", {})
+    told = {
+        stream: {"token": decode(token), "token_id": token, "logprob": _finite(logprob)}
+        for stream, (token, logprob) in choices.items()
+    }
+    return {"stream_choices": told} if told else {}
 
 
 def _finite(value: float) -> float | None:

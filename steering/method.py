@@ -121,7 +121,14 @@ def _check_stream(value: str, info: ValidationInfo) -> str:
     return value
 
 
-Strength = Annotated[float, Field(strict=True), AfterValidator(_check_strength)]
+KIND = "x-kind"
+"""Key in the JSON schema of a field that tells what its value is: for forms made from it."""
+
+Strength = Annotated[
+    float,
+    Field(strict=True, json_schema_extra={KIND: "strength"}),
+    AfterValidator(_check_strength),
+]
 """How strongly to steer; finite, inside the server's `steering.strength` range."""
 
 TopK = Annotated[int, Field(strict=True, ge=1), AfterValidator(_check_top_k)]
@@ -139,7 +146,9 @@ Probability = Annotated[
 ]
 """A probability; in [0, 1]."""
 
-Weight = Annotated[float, Field(strict=True), AfterValidator(_check_weight)]
+Weight = Annotated[
+    float, Field(strict=True, json_schema_extra={KIND: "weight"}), AfterValidator(_check_weight)
+]
 """A coefficient of the read-out sum; finite, inside the server's `steering.weight` range."""
 
 Fraction = Annotated[
@@ -149,7 +158,11 @@ Fraction = Annotated[
 ]
 """A share of probability; in (0, 1]."""
 
-StreamName = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_check_stream)]
+StreamName = Annotated[
+    str,
+    Field(min_length=1, max_length=64, json_schema_extra={KIND: "stream"}),
+    AfterValidator(_check_stream),
+]
 """The name of a stream from the server's configuration."""
 
 
@@ -195,7 +208,7 @@ class MethodConfig(BaseModel):
     report: bool | Literal["tokens"] = Field(
         False,
         description="true adds a `steering` object to the response; 'tokens' adds the per-token "
-        "base and steered log-probabilities.",
+        "base and steered log-probabilities, and what each stream by itself would have chosen.",
     )
 
 

@@ -9,14 +9,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
-from load_tests.with_server import running_server
 from steering.method import ENTRY_POINT_GROUP
 
 ROOT = Path(__file__).parents[1]
@@ -58,13 +56,6 @@ METHODS = sorted(
 )
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    """A server with the zoo."""
-    with running_server(ROOT / "zoo" / "server.yaml") as address:
-        yield address
-
-
 def test_every_runnable_block_is_an_example() -> None:
     for text in (README, *(page.read_text(encoding="utf-8") for page in PAGES)):
         blocks = re.findall(r"^```(?:bash|python)$", text, flags=re.MULTILINE)
@@ -84,10 +75,10 @@ def test_every_method_has_a_valid_example_for_curl_and_for_the_client(method: st
 @pytest.mark.engine
 @pytest.mark.timeout(600)  # the first test waits for the server to start
 @pytest.mark.parametrize("example", CURL, ids=lambda e: e.name)
-def test_the_curl_examples_are_answered(example: Example, url: str) -> None:
+def test_the_curl_examples_are_answered(example: Example, zoo: str) -> None:
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
-    found = run(["bash", "-euo", "pipefail", "-c", example.code.replace(ADDRESS, url)])
+    found = run(["bash", "-euo", "pipefail", "-c", example.code.replace(ADDRESS, zoo)])
     answer = json.loads(found)
     assert "error" not in answer
     (choice,) = answer["choices"]
@@ -100,17 +91,17 @@ def test_the_curl_examples_are_answered(example: Example, url: str) -> None:
 @pytest.mark.engine
 @pytest.mark.timeout(600)  # the first test waits for the server to start
 @pytest.mark.parametrize("example", PYTHON, ids=lambda e: e.name)
-def test_the_python_examples_run(example: Example, url: str) -> None:
-    assert run([sys.executable, "-c", example.code.replace(ADDRESS, url)]).strip()
+def test_the_python_examples_run(example: Example, zoo: str) -> None:
+    assert run([sys.executable, "-c", example.code.replace(ADDRESS, zoo)]).strip()
 
 
 @pytest.mark.engine
 @pytest.mark.timeout(600)  # the first test waits for the server to start
 @pytest.mark.parametrize("example", SHELL, ids=lambda e: e.name)
-def test_the_commands_run(example: Example, url: str) -> None:
+def test_the_commands_run(example: Example, zoo: str) -> None:
     bin_folder = str(Path(sys.executable).parent)
     code = example.code.replace(".venv/bin", bin_folder)
-    assert run(["bash", "-euo", "pipefail", "-c", code], COXSWAIN_URL=url).strip()
+    assert run(["bash", "-euo", "pipefail", "-c", code], COXSWAIN_URL=zoo).strip()
 
 
 def run(command: list[str], **environ: str) -> str:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from server.adapters_command import URL
+from server.admin_client import URL
 
 Option = Callable[..., Any]
 """`add_argument` of a parser, or of a group of it."""

@@ -237,11 +237,10 @@ class SteeredForCausalLM(nn.Module):
             if z is not None:
                 return z
         mixed = self._readout(hidden, self._active, self._special, self._even)
-        if mixed is None:
-            return None
         if self._reporter.waits:
-            self._reporter.measure(mixed, hidden)
-        return mixed.z
+            choices = partial(self._readout.choices, hidden, active=self._active)
+            self._reporter.measure(mixed, hidden, choices)
+        return None if mixed is None else mixed.z
 
     def draft(self, rows: Int64, newest: Int64, token_ids: Int32) -> dict[int, list[int]]:
         """Drafts what may follow the step that was run last; see `Drafting`."""

@@ -172,7 +172,43 @@ class Readout:
         """
         own = self._unembed(i, hidden)
         assert own is not None
-        out = torch.full((hidden.shape[0], size), NEVER, device=hidden.device)
+        return self._over_base(i, own, size)
+
+    def choices(
+        self, hidden: torch.Tensor, rows: Sequence[int], active: Sequence[bool], size: int
+    ) -> dict[int, dict[int, tuple[int, float]]]:
+        """What each stream by itself finds most likely next. Unembeds the rows once more.
+
+        Every rank takes part (the gather inside is collective); ranks that hold no logits find
+        nothing.
+
+        Args:
+            hidden: [R, width] rows of the steered model's hidden states.
+            rows: which of them are asked for.
+            active: [S] which streams ran in this step.
+            size: V, the size of the base's table; any number on ranks that hold no logits.
+
+        Returns:
+            Row → companion stream that its sum reads → the id, and its log-probability.
+        """
+        found: dict[int, dict[int, tuple[int, float]]] = {row: {} for row in rows}
+        used = self.layout.read_control(hidden).coef[list(rows)].ne(0).tolist()
+        for i in range(1, self.layout.streams):
+            readers = [row for row, uses in zip(rows, used, strict=True) if uses[i]]
+            if not (readers and active[i] and self.unembed[i] is not None):
+                continue
+            own = self._unembed(i, hidden[readers][:, self.layout.columns(i)])
+            if own is None:
+                continue
+            best = self._over_base(i, own, size).log_softmax(-1).max(-1)
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            for row, pair in zip(readers, pairs, strict=True):
+                found[row][i] = pair
+        return found
+
+    def _over_base(self, i: int, own: torch.Tensor, size: int) -> torch.Tensor:
+        """[R, V] float32: the scores of stream i, −∞ on ids that are not in both tables."""
+        out = torch.full((own.shape[0], size), NEVER, device=own.device)
         both = min(size, own.shape[-1])
         out[:, :both] = own[:, :both]
         for ids in (self.vocabularies[i].unshared, self.padded):

@@ -5,7 +5,7 @@ Lives in the worker; one instance per steered model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from steering.plan import CRITICAL_KINDS, RuleKind
+from steering.plan import BASE, CRITICAL_KINDS, RuleKind
 from steering.worker import heads
 from steering.worker import vllm_seam as seam
 from steering.worker.adapting import Routed
@@ -22,6 +22,9 @@ from steering.worker.layout import REPORT, Layout
 from steering.worker.readout import Mixed, Reading
 from steering.worker.report import Marked, ReportBook
 from steering.worker.seats import Tables
+
+Choices = Callable[..., dict[int, dict[int, tuple[int, float]]]]
+"""`Readout.choices` of the step's hidden states and streams, but for `rows` and `size`."""
 
 
 @dataclass
@@ -81,21 +84,31 @@ class Reporter:
                     tally = self.book.tally(seat.tag, seam.choice_of(ids[row]))
                     tally.route(stream, digest, counts[row].tolist())
 
-    def measure(self, mixed: Mixed, hidden: torch.Tensor) -> None:
-        """Measures the marked rows.
+    def measure(self, mixed: Mixed | None, hidden: torch.Tensor, choices: Choices) -> None:
+        """Measures the marked rows; on ranks that hold no logits it only takes part.
 
         Args:
-            mixed: R rows of scores.
+            mixed: R rows of scores; None on ranks that hold none.
             hidden: [R, width] what they were made of.
+            choices: tells what the streams by themselves would have chosen.
         """
-        marks = enumerate(mixed.control.report.tolist())
+        marks = enumerate(self.layout.read_control(hidden).report.tolist())
         rows = {row: self._marked[int(mark) - 1] for row, mark in marks if mark}
+        detailed = [row for row, marked in rows.items() if marked.tokens]
+        size = 0 if mixed is None else mixed.base.shape[-1]
+        own = choices(rows=detailed, size=size) if detailed else {}
+        if mixed is None:
+            return
         asked = {row: marked.heads for row, marked in rows.items()}
         told = heads.read(self.readings, self.layout, hidden, asked)
         for row, marked in rows.items():
             steered, plain = (s[row].float().log_softmax(-1) for s in (mixed.z, mixed.base))
+            more = _critical_of(mixed, row) | told.get(row, {})
+            if marked.tokens:
+                streams = {self.names[i]: pair for i, pair in own[row].items()}
+                more["choices"] = {BASE: _choice(plain), **streams}
             tally = self.book.tally(marked.tag, marked.choice)
-            tally.add(steered, plain, marked, _critical_of(mixed, row) | told.get(row, {}))
+            tally.add(steered, plain, marked, more)
 
 
 def _critical_of(mixed: Mixed, row: int) -> dict[str, Any]:
@@ -108,3 +121,9 @@ def _critical_of(mixed: Mixed, row: int) -> dict[str, Any]:
     if kind == RuleKind.CRITICAL:
         found["critical"] = probability > float(mixed.control.param[row])
     return found
+
+
+def _choice(logprobs: torch.Tensor) -> tuple[int, float]:
+    """The most likely id and its log-probability, of [V]."""
+    best = logprobs.max(-1)
+    return int(best.indices), float(best.values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,17 +21,23 @@ def test_methods_lists_options(capsys: pytest.CaptureFixture[str]) -> None:
 def test_profiles_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("model: a\nprofiles: {p: {method: mix, weights: {base: 1}}}\n")
-    assert run(["profiles", str(file)]) == 0
+    assert run(["profiles", "list", str(file)]) == 0
     assert "mix" in capsys.readouterr().out
+    assert run(["profiles", "list", str(file), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["profiles"]
+    assert found == {"name": "p", "origin": "config", "method": "mix", "weights": {"base": 1}}
 
 
 def test_problems_are_lines_not_tracebacks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["profiles", str(tmp_path / "gone.yaml")]) == 1
-    assert run(["profiles", "http://127.0.0.1:9"]) == 1
-    told = capsys.readouterr().err
-    assert told.count("coxswain: ") == 2
+    nowhere = ["--url", "http://127.0.0.1:9"]
+    asked = (["profiles", "list", str(tmp_path / "gone.yaml")], ["profiles", "list", *nowhere],
+             ["adapters", "list", *nowhere], ["status", *nowhere], ["drain", *nowhere],
+             ["status", "--url", "http://["])  # fmt: skip
+    for argv in asked:
+        assert run(argv) == 1
+        assert capsys.readouterr().err.count("coxswain: ") == 1
 
 
 @pytest.mark.parametrize(

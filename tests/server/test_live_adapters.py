@@ -32,12 +32,12 @@ def folders(models: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def server(models: Path, folders: dict[str, Path]) -> Iterator[Server]:
-    """Three places, one adapter from the configuration."""
+    """Three places, one adapter from the configuration; no playground."""
     section = {
         "roots": ["./adapters"], "max_loaded": 3, "max_rank": 24,
         "preload": [{"name": "a", "source": "./adapters/a"}],
     }  # fmt: skip
-    config = document(adapters=section, registry={"directory": "./state"})
+    config = document(adapters=section, registry={"directory": "./state"}, playground=False)
     found = Server(models, config)
     try:
         found.wait_ready()
@@ -104,3 +104,9 @@ def test_single_weighted_mixed_and_routed(server: Server, folders: dict[str, Pat
     assert report["name"] == "pack" and len(report["digest"]) == 64
     assert report["routed"].keys() == {"task0", "task1", "task2"}
     assert math.isclose(sum(report["routed"].values()), 1)
+
+
+def test_a_server_without_playground_has_neither_page_nor_offers(server: Server) -> None:
+    for path in ("/playground", "/playground/main.js"):
+        assert server.get(path).status_code == 404
+    assert server.get("/v1/playground").status_code == 404

@@ -30,9 +30,14 @@ class Stream(threading.Thread):
     """Reads one stream in the background."""
 
     def __init__(
-        self, server: Server, body: dict[str, Any] = BODY, path: str = "/v1/completions"
+        self,
+        server: Server,
+        body: dict[str, Any] = BODY,
+        path: str = "/v1/completions",
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
+        self.headers = headers
         self.url = server.url + path
         self.body = body
         self.lines: list[str] = []
@@ -41,7 +46,9 @@ class Stream(threading.Thread):
     def run(self) -> None:
         with (
             contextlib.suppress(httpx.RemoteProtocolError),  # the server may end before the stream
-            httpx.stream("POST", self.url, json=self.body, timeout=120) as answer,
+            httpx.stream(
+                "POST", self.url, json=self.body, headers=self.headers, timeout=120
+            ) as answer,
         ):
             for line in answer.iter_lines():
                 self.lines.append(line)

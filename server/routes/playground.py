@@ -1,0 +1,123 @@
+"""GET /playground: one page with what it needs, and what it may offer to the caller's key.
+
+The page is public: it holds nothing but itself, and asks for keys. What it shows comes from routes
+that check them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from server.adapting.service import Adapters
+from server.auth import access
+from server.errors import HttpError
+from server.serving import Serving
+from steering.spec import Profile
+
+router = APIRouter()
+
+_FOLDER = Path(__file__).parents[1] / "playground"
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+_PAGE = "index.html"
+_FILES = {file.name: file.read_bytes() for file in _FOLDER.iterdir() if file.suffix in _TYPES}
+_HEADERS = {
+    # Nothing from elsewhere, nothing inline, and no way for a string to become markup.
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "cache-control": "no-cache",
+}
+
+
+def _file(name: str) -> Response:
+    kind = _TYPES[Path(name).suffix]
+    return Response(_FILES[name], headers=_HEADERS, media_type=kind)
+
+
+@router.get("/playground", include_in_schema=False)
+async def page() -> Response:
+    """The page."""
+    return _file(_PAGE)
+
+
+@router.get("/playground/{name}", include_in_schema=False)
+async def part(name: str) -> Response:
+    """One of the files that the page loads."""
+    if name == _PAGE or name not in _FILES:
+        raise HttpError(404, f"No such path: /playground/{name}")
+    return _file(name)
+
+
+@router.get("/v1/playground")
+async def offers(raw_request: Request) -> Response:
+    """What the caller's key may use: profiles, methods with their options, streams, adapters."""
+    parts: Serving = raw_request.app.state.serving
+    steerer, allowed = parts.steerer, access.get()
+    own = steerer.inline and allowed.profiles is None
+    limits = steerer.limits
+    return JSONResponse(
+        {
+            "base": steerer.base_name,
+            "chat": parts.has_template,
+            "max_model_len": parts.engine.model_config.max_model_len,
+            "own_methods": own,
+            "options": steerer.inline,
+            "limits": {"strength": limits.strength, "weight": limits.weight,
+                       "top_k": limits.top_k, "best_of": limits.best_of},
+            "profiles": [
+                _profile(name, profile)
+                for name, profile in steerer.profiles.items()
+                if allowed.profiles is None or name in allowed.profiles
+            ],
+            "methods": [
+                {"name": name, "description": (method.__doc__ or "").strip().split("\n")[0],
+                 "options": method.config.model_json_schema()}
+                for name, method in steerer.methods.items()
+            ],
+            "streams": _streams(parts) if own else [],
+            "adapters": _adapters(parts.adapters) if parts.adapters and steerer.inline else [],
+        }
+    )  # fmt: skip
+
+
+def _profile(name: str, profile: Profile) -> dict[str, Any]:
+    """A profile without its texts: prompts and templates are the operator's own."""
+    options = {key: value for key, value in profile.spec.items() if key != "prompts"}
+    return {
+        "name": name,
+        "description": profile.description,
+        "template": profile.chat_template is not None,
+        "limits": profile.limits.model_dump(exclude_none=True),
+        "options": options,
+    }
+
+
+def _streams(parts: Serving) -> list[dict[str, Any]]:
+    configured = parts.config.streams
+    found = []
+    for name, head in parts.steerer.snapshot.streams.items():
+        same_as = configured[name].same_as if name in configured else None
+        found.append({"name": name, "head": head, "same_as": same_as})
+    return found
+
+
+def _adapters(adapters: Adapters) -> list[dict[str, Any]]:
+    allowed = access.get().adapters
+    found = []
+    for name in adapters.names:
+        record = adapters.manager.records.get(name)
+        if record is None or (allowed is not None and name not in allowed):
+            continue
+        facts = record.want.facts
+        found.append({"name": name, "version": record.want.version, "stream": record.want.stream,
+                      "kind": facts.kind if facts else None})  # fmt: skip
+    return found

@@ -1,0 +1,26 @@
+"""What tests of several folders share: one server with the zoo, and a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser
+
+from load_tests.with_server import running_server
+from tests.browser import chromium
+
+
+@pytest.fixture(scope="session")
+def zoo() -> Iterator[str]:
+    """The address of a server with the zoo; tests leave its adapters and profiles as they were."""
+    with running_server(Path(__file__).parents[1] / "zoo" / "server.yaml") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium; skips where there is none."""
+    with chromium() as found:
+        yield found

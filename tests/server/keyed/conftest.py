@@ -1,0 +1,41 @@
+"""A server with keys for everything, for the tests of this folder; `test_the_end.py` drains it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.adapters.make import make_lora, make_native
+from tests.server.live import Server, document
+
+FULL, LIMITED, ADMIN = "key-full-0123", "key-limited-4567", "key-admin-89ab"
+
+
+@pytest.fixture(scope="package")
+def folders(models: Path) -> dict[str, Path]:
+    """Two adapters of the base and a pack."""
+    root, base = models / "keyed", models / "base"
+    found = {name: make_lora(root / name, base, seed=50 + i) for i, name in enumerate("ab")}
+    found["pack"] = make_native(root / "pack", base, tasks=2, seed=60)
+    return found
+
+
+@pytest.fixture(scope="package")
+def keyed(models: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+          ) -> Iterator[Server]:  # fmt: skip
+    """Adapters `a` and `pack` are loaded; the limited key may use `own` and `a` only."""
+    limited = {"key": LIMITED, "profiles": ["own"], "adapters": ["a"]}
+    config = document(
+        adapters={"roots": ["./keyed"], "max_loaded": 3, "max_rank": 24,
+                  "preload": [{"name": n, "source": f"./keyed/{n}"} for n in ("a", "pack")]},
+        registry={"directory": str(tmp_path_factory.mktemp("state"))},
+        auth={"api_keys": [FULL, limited], "admin_key": ADMIN},
+    )  # fmt: skip
+    found = Server(models, config)
+    try:
+        found.wait_ready()
+        yield found
+    finally:
+        found.stop()
