@@ -25,6 +25,8 @@ from server.config import Config
 from server.console import Progress, say
 from server.gate import Gate
 from server.loading import StartFailed, environment, load
+from server.observer import Observer
+from server.rates import Rates
 from server.state import Life
 
 if TYPE_CHECKING:
@@ -79,7 +81,9 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.life = Life()
-        self.gate = Gate(self.life, Auth(config), config.server)
+        self.rates = rates(config)
+        self.gate = Gate(self.life, Auth(config), config.server, config.limits, self.rates)
+        self.outermost = Observer(self.gate)
         self.engine: SteeredLLM | None = None
         self.loading: asyncio.Task[Serving] | None = None
         self.closing = contextlib.AsyncExitStack()
@@ -94,7 +98,7 @@ class Run:
         """
         sock = bind(self.config)
         http = _Http(uvicorn.Config(
-            self.gate, lifespan="off", log_config=None, access_log=False,
+            self.outermost, lifespan="off", log_config=None, access_log=False,
             timeout_keep_alive=5, timeout_graceful_shutdown=2,
         ))  # fmt: skip
         loop = asyncio.get_running_loop()
@@ -115,6 +119,8 @@ class Run:
                 await asyncio.wait([loading])
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self.closing.aclose(), SHUTDOWN_S)
+            with contextlib.suppress(Exception):
+                await self.rates.close()
             await self._stop_engine()
         say(f"coxswain: {last_line}")
         return status
@@ -165,7 +171,9 @@ class Run:
                 progress.stage(text)
 
             try:
-                serving = await assemble(self.config, self.life, loaded, self.closing, stage)
+                serving = await assemble(
+                    self.config, self.life, loaded, self.closing, stage, self.rates
+                )
             except PreloadFailed as error:
                 raise StartFailed(error.problems) from error
             except AdapterError as error:
@@ -174,7 +182,7 @@ class Run:
         from server.app import build_app
 
         self.gate.inner = build_app(serving)
-        self.life.phase, self.life.reason = "ready", ""
+        self.life.become_ready()
         say(announce(serving, port, seconds))
         return serving
 
@@ -191,6 +199,7 @@ class Run:
         while True:
             with contextlib.suppress(Exception):  # a dead engine is `_watch`'s business
                 serving.counters.update(await serving.engine.counters())
+                self.life.hear()
             await asyncio.sleep(self.config.server.counters_every_s)
 
     async def _died(self, reason: str) -> tuple[int, str]:
@@ -199,13 +208,19 @@ class Run:
         return 1, f"engine failure: {reason}. Exit status 1."
 
     async def _drain(self, watching: asyncio.Task[str]) -> tuple[int, str]:
-        """Lets running requests finish."""
+        """Tells load balancers, then lets running requests finish."""
         life, limit = self.life, self.config.server.drain_timeout_s
+        hurry = asyncio.create_task(self.hurry.wait())
+        if notice := self.config.server.drain_notice_s:
+            life.leaving = True
+            say(f"coxswain: not ready from now on; draining in {notice:g} s")
+            await asyncio.wait(
+                {hurry, watching}, timeout=notice, return_when=asyncio.FIRST_COMPLETED
+            )
         life.phase, life.reason = "draining", "the server is asked to end"
         say(f"coxswain: draining, requests in flight: {life.in_flight}, at most {limit:g} s "
             "(a second signal: at once)")  # fmt: skip
         idle = asyncio.create_task(life.idle.wait())
-        hurry = asyncio.create_task(self.hurry.wait())
         await asyncio.wait(
             {idle, hurry, watching}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
         )
@@ -236,6 +251,21 @@ def _exit_detail(engine: Any) -> str:
     if codes[0] < 0:
         return f" (killed by signal {-codes[0]}, {signal.Signals(-codes[0]).name})"
     return f" (exit status {codes[0]}); its own message is above"
+
+
+def rates(config: Config) -> Rates:
+    """What callers may take per minute, counted where the configuration says.
+
+    Raises:
+        StartFailed: the URL is none of a Redis.
+    """
+    section, registry = config.limits, config.registry
+    url = section.redis or (registry.url if registry else None)
+    namespace = registry.namespace if registry else "coxswain"
+    try:
+        return Rates(section, url, namespace)
+    except ValueError as error:
+        raise StartFailed([f"limits.redis: not a URL of a Redis: {error}"]) from error
 
 
 def serve(config: Config) -> int:
