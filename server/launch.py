@@ -12,7 +12,6 @@ import logging
 import multiprocessing
 import signal
 import socket
-import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ import uvicorn
 
 from adapters.errors import AdapterError
 from adapters.thread import in_thread
+from server import logs, tracing
 from server.auth import Auth
 from server.config import Config
 from server.console import Progress, say
@@ -28,10 +28,13 @@ from server.loading import StartFailed, environment, load
 from server.observer import Observer
 from server.rates import Rates
 from server.state import Life
+from server.tracing import Tracing
 
 if TYPE_CHECKING:
     from server.engine_vllm import SteeredLLM
     from server.serving import Serving
+
+logger = logging.getLogger("coxswain")
 
 LINGER_S = 3.0
 """How long a server whose engine died still answers, so that probes can read why."""
@@ -83,7 +86,8 @@ class Run:
         self.life = Life()
         self.rates = rates(config)
         self.gate = Gate(self.life, Auth(config), config.server, config.limits, self.rates)
-        self.outermost = Observer(self.gate)
+        self.tracing = _tracing(config)
+        self.outermost = Observer(self.gate, config.logging, self.tracing)
         self.engine: SteeredLLM | None = None
         self.loading: asyncio.Task[Serving] | None = None
         self.closing = contextlib.AsyncExitStack()
@@ -121,6 +125,9 @@ class Run:
                 await asyncio.wait_for(self.closing.aclose(), SHUTDOWN_S)
             with contextlib.suppress(Exception):
                 await self.rates.close()
+            if self.tracing is not None:
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(in_thread(self.tracing.close), SHUTDOWN_S)
             await self._stop_engine()
         say(f"coxswain: {last_line}")
         return status
@@ -147,7 +154,7 @@ class Run:
                 say(f"coxswain: {problem}")
             return 1, "cannot start"
         except Exception as error:
-            traceback.print_exc()
+            logger.error("the start failed", exc_info=error)
             return 1, f"cannot start: {type(error).__name__}: {error}"
         watching = asyncio.create_task(self._watch())
         polling = asyncio.create_task(self._poll(serving))
@@ -268,12 +275,27 @@ def rates(config: Config) -> Rates:
         raise StartFailed([f"limits.redis: not a URL of a Redis: {error}"]) from error
 
 
+def _tracing(config: Config) -> Tracing | None:
+    """Traces, if the configuration asks for them.
+
+    Raises:
+        StartFailed: OpenTelemetry is not installed.
+    """
+    if config.tracing is None:
+        return None
+    try:
+        return tracing.start(config.tracing)
+    except ImportError as error:
+        raise StartFailed([f"tracing: needs {error.name}: pip install 'coxswain[otel]'"]) from error
+
+
 def serve(config: Config) -> int:
     """Runs a server in this process until its end.
 
     Returns:
         The exit status.
     """
+    logs.setup(config.logging)
     notes = environment(config)
     say(f"coxswain: opening http://{config.server.host}:{config.server.port}; {'; '.join(notes)}")
     try:

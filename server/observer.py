@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -10,6 +10,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server import metrics
 from server.auth import is_admin
+from server.logs import request_line
+from server.operating_config import LoggingConfig
+from server.tracing import Tracing
 from server.trail import Trail, begin, request_id
 
 LEFT = 499
@@ -19,29 +22,44 @@ HEADER = "x-request-id"
 
 
 class Observer:
-    """Counts inference requests and their time, refused ones too.
+    """Counts, logs and traces inference requests, refused ones too.
 
     Args:
         app: the gate.
+        logging: section `logging`.
+        tracing: makes spans; None: there are none.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(
+        self, app: ASGIApp, logging: LoggingConfig | None = None, tracing: Tracing | None = None
+    ) -> None:
         self.app = app
+        self.logging = logging or LoggingConfig()
+        self.tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        trail = Trail(request_id(Headers(scope=scope).get(HEADER)))
+        headers = Headers(scope=scope)
+        trail = Trail(request_id(headers.get(HEADER)))
         begin(trail)
         watch = _Watch(trail, receive, send)
+        method, path = scope["method"], scope["path"]
+        own, span = {HEADER: trail.id}, None
+        if self.tracing is not None and is_inference(scope):
+            span, below = self.tracing.begin(f"{method} {path}", headers)
+            own |= below
         try:
-            await self.app(_with_id(scope, trail.id), watch.receive, watch.send)
+            await self.app(_with(scope, own), watch.receive, watch.send)
         finally:
             if trail.refusal is not None:
                 metrics.REFUSALS.labels(trail.refusal).inc()
             if is_inference(scope):
                 metrics.observe(trail, watch.status)
+                request_line(trail, self.logging, method, path, watch.status)
+            if self.tracing is not None and span is not None:
+                self.tracing.end(span, trail, watch.status)
 
 
 def is_inference(scope: Scope) -> bool:
@@ -50,11 +68,14 @@ def is_inference(scope: Scope) -> bool:
     return scope["method"] == "POST" and path.startswith("/v1/") and not is_admin(path)
 
 
-def _with_id(scope: Scope, identifier: str) -> Scope:
-    """The request with the id that we call it by: vLLM puts it into its own ids."""
-    name = HEADER.encode()
-    headers = [pair for pair in scope["headers"] if pair[0] != name]
-    return {**scope, "headers": [*headers, (name, identifier.encode())]}
+def _with(scope: Scope, own: Mapping[str, str]) -> Scope:
+    """The request with headers of ours: the id, which vLLM puts into its own ids, and our span,
+    below which vLLM puts its own.
+    """
+    ours = [(name.encode(), value.encode()) for name, value in own.items()]
+    names = {name for name, _ in ours}
+    headers = [pair for pair in scope["headers"] if pair[0] not in names]
+    return {**scope, "headers": [*headers, *ours]}
 
 
 class _Watch:

@@ -11,6 +11,7 @@ from pydantic import SecretStr
 from server import config
 from server.config import Config, ConfigInvalid
 from server.config_file import load, parse
+from server.operating_config import Section
 from server.reference import reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,7 +132,7 @@ def _all_fields() -> list[tuple[str, str, Any]]:
     sections = [
         c
         for c in vars(config).values()
-        if isinstance(c, type) and issubclass(c, config.Section) and c is not Config
+        if isinstance(c, type) and issubclass(c, Section) and c is not Config
     ]
     return [
         (section.__name__, name, info)
