@@ -19,7 +19,7 @@ import uvicorn
 
 from adapters.errors import AdapterError
 from adapters.thread import in_thread
-from server import logs, tracing
+from server import tracing
 from server.auth import Auth
 from server.config import Config
 from server.console import Progress, say
@@ -295,7 +295,6 @@ def serve(config: Config) -> int:
     Returns:
         The exit status.
     """
-    logs.setup(config.logging)
     notes = environment(config)
     say(f"coxswain: opening http://{config.server.host}:{config.server.port}; {'; '.join(notes)}")
     try:
