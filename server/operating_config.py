@@ -109,6 +109,7 @@ class LimitsConfig(Rate):
     )
     redis: str | None = Field(
         None,
+        pattern=r"^(redis|rediss|unix)://.+",
         description="`redis://…`, `rediss://…` or `unix://…` of the Redis in which replicas count "
         "requests and tokens per minute together. Absent: `registry.url`; without that too, each "
         "replica counts for itself, as it does while Redis is away.",

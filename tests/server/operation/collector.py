@@ -5,11 +5,20 @@ from __future__ import annotations
 import gzip
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+import grpc
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
 
 
 class Collector:
@@ -55,6 +64,28 @@ class Collector:
         own = [s for s in self.spans if attributes(s).get("coxswain.request_id") == request_id]
         below = [s for s in self.spans if own and s.parent_span_id == own[0].span_id]
         return [*own, *below]
+
+
+@contextmanager
+def grpc_collector() -> Iterator[tuple[str, list[Any]]]:
+    """A collector that takes OTLP over gRPC: its endpoint, and the spans that it was sent."""
+    spans: list[Any] = []
+
+    class Service(TraceServiceServicer):
+        def Export(self, request: Any, _: Any) -> ExportTraceServiceResponse:  # noqa: N802
+            for resource in request.resource_spans:
+                for scope in resource.scope_spans:
+                    spans.extend(scope.spans)
+            return ExportTraceServiceResponse()
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    add_TraceServiceServicer_to_server(Service(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"http://127.0.0.1:{port}", spans
+    finally:
+        server.stop(None)
 
 
 def attributes(span: Any) -> dict[str, Any]:
