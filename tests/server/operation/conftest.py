@@ -56,12 +56,12 @@ def operated(
         },
         "limits": {
             "max_prompt_tokens": 100, "max_output_tokens": 150, "max_replies": 8,
-            "request_timeout_s": 10, "body_timeout_s": 2,
+            "request_timeout_s": 7, "body_timeout_s": 2,
         },
         "metrics": {"report_share": 1.0},
         "logging": {"format": "json", "requests": True},
         "tracing": {"endpoint": collector.endpoint, "protocol": "http/protobuf"},
     }  # fmt: skip
-    config["server"] |= {"max_in_flight": 6, "engine_timeout_s": 4, "drain_notice_s": 2}
+    config["server"] |= {"max_in_flight": 6, "engine_timeout_s": 3, "drain_notice_s": 1.5}
     with serving(Server(models, config)) as found:
         yield found
