@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,6 +26,23 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
 def keyed(name: str) -> dict[str, Any]:
     return {"headers": {"authorization": f"Bearer {KEYS[name]}"}}
+
+
+class Stream(threading.Thread):
+    """Reads one stream in the background; `first` is set by its first line."""
+
+    def __init__(self, server: Server, body: dict[str, Any]) -> None:
+        super().__init__()
+        self.server, self.body = server, body
+        self.lines: list[str] = []
+        self.first = threading.Event()
+
+    def run(self) -> None:
+        url = f"{self.server.url}/v1/completions"
+        with httpx.stream("POST", url, json=self.body, timeout=60, **keyed("free")) as answer:
+            for line in answer.iter_lines():
+                self.lines += [line] if line else []
+                self.first.set()
 
 
 @pytest.mark.parametrize(
@@ -129,11 +148,14 @@ def test_a_stuck_engine_fills_the_queue_ends_requests_and_is_not_ready_until_it_
     right = complete(operated, STEERED).json()["choices"]
     engine = operated.engine_process()
     with ThreadPoolExecutor(8) as pool:
+        begun = Stream(operated, {**STEERED, "max_tokens": 150, "n": 8, "stream": True})
+        begun.start()
+        assert begun.first.wait(30)
         os.kill(engine, signal.SIGSTOP)
         try:
             asked = [
                 pool.submit(operated.post, "/v1/completions", {**STEERED, "stream": i % 2 == 0})
-                for i in range(6)
+                for i in range(5)
             ]
             until(lambda: operated.get("/ready").json()["in_flight"] == 6, 6)
             full = operated.post("/v1/completions", BODY)
@@ -144,11 +166,13 @@ def test_a_stuck_engine_fills_the_queue_ends_requests_and_is_not_ready_until_it_
             assert "the engine has not answered for" in answer.json()["reason"]
             assert operated.get("/health").status_code == 200
             answers = [one.result(60) for one in asked]
+            begun.join(60)
         finally:
             os.kill(engine, signal.SIGCONT)
     for answer in answers:
         assert answer.status_code == 504, answer.text
         assert "limits.request_timeout_s (7 s)" in answer.json()["error"]["message"]
+    assert json.loads(begun.lines[-1].removeprefix("data: "))["error"]["code"] == "request_timeout"
     until(lambda: operated.get("/ready").status_code == 200, 30)
     assert operated.get("/ready").json()["in_flight"] == 0
     until(lambda: value(operated, "vllm:num_requests_running") == 0, 10)
