@@ -28,6 +28,7 @@ from adapters.sets import AdapterSet
 from server import best_of_n, metrics
 from server.adapting.residency import Residency
 from server.boarding import Boarding, Ride, board, limit_tokens
+from server.counting import counted
 from server.operating_config import LimitsConfig
 from server.steered import Report, Steered
 from server.trail import Trail, trail
@@ -68,7 +69,7 @@ class SteeredLLM(AsyncLLM):
         steered = extra.pop(KEY, None)
         if steered is None:
             plain = super().generate(prompt, sampling_params, request_id, **options)
-            return _counted(plain, trail(), sampling_params)
+            return counted(plain, trail(), sampling_params)
         if not isinstance(steered, Steered):
             raise BadValue("use the `steering` field", field=f"vllm_xargs.{KEY}")
         index = steered.next_prompt()
@@ -121,12 +122,12 @@ class SteeredLLM(AsyncLLM):
             BadValue: the lengthened prompt leaves no room in the context.
         """
         if not plan.steers and not plan.adapters and plan.report == "off":
-            return _counted(self.submit(ride), trail(), ride.params)
+            return counted(self.submit(ride), trail(), ride.params)
         tag = f"{steered.tag}-{index}" if plan.report != "off" else ""
         prompt, boarding = board(ride.prompt, ride.params, plan, tag)
         length, context = len(prompt["prompt_token_ids"]), self.model_config.max_model_len
         limit_tokens(ride.params, steered.max_tokens, length, boarding.pad, context)
-        outputs = _counted(self.submit(replace(ride, prompt=prompt)), trail(), ride.params)
+        outputs = counted(self.submit(replace(ride, prompt=prompt)), trail(), ride.params)
         delta = ride.params.output_kind == RequestOutputKind.DELTA
         return self._watch(outputs, boarding, index, reports, delta, trail())
 
@@ -253,26 +254,6 @@ class SteeredLLM(AsyncLLM):
         call = self.collective_rpc(name, args=args)
         answers: list[Any] = await asyncio.wait_for(call, RPC_TIMEOUT_S)
         return answers
-
-
-async def _counted(
-    outputs: AsyncGenerator[RequestOutput, None], noted: Trail, params: SamplingParams
-) -> AsyncGenerator[RequestOutput, None]:
-    """Passes outputs on and counts their tokens, also those of a request that is broken off."""
-    delta = params.output_kind == RequestOutputKind.DELTA
-    before: dict[int, int] = {}
-    first = True
-    async with aclosing(outputs):
-        async for output in outputs:
-            if first:
-                first = False
-                noted.prompt_tokens += len(output.prompt_token_ids or ())
-            for choice in output.outputs:
-                drawn = len(choice.token_ids)
-                # Of a stream's outputs each tells what is new, of others each tells all.
-                noted.drew(drawn if delta else drawn - before.get(choice.index, 0))
-                before[choice.index] = drawn
-            yield output
 
 
 def lora_request(found: AdapterSet) -> LoRARequest:

@@ -21,14 +21,13 @@ from adapters.errors import AdapterError
 from adapters.thread import in_thread
 from server import tracing
 from server.auth import Auth
-from server.config import Config
+from server.config import Config, ConfigInvalid
 from server.console import Progress, say
 from server.gate import Gate
 from server.loading import StartFailed, environment, load
 from server.observer import Observer
 from server.rates import Rates
 from server.state import Life
-from server.tracing import Tracing
 
 if TYPE_CHECKING:
     from server.engine_vllm import SteeredLLM
@@ -84,9 +83,9 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.life = Life()
-        self.rates = rates(config)
+        self.rates = Rates.of(config)
         self.gate = Gate(self.life, Auth(config), config.server, config.limits, self.rates)
-        self.tracing = _tracing(config)
+        self.tracing = tracing.start(config.tracing)
         self.outermost = Observer(self.gate, config.logging, self.tracing)
         self.engine: SteeredLLM | None = None
         self.loading: asyncio.Task[Serving] | None = None
@@ -260,35 +259,6 @@ def _exit_detail(engine: Any) -> str:
     return f" (exit status {codes[0]}); its own message is above"
 
 
-def rates(config: Config) -> Rates:
-    """What callers may take per minute, counted where the configuration says.
-
-    Raises:
-        StartFailed: the URL is none of a Redis.
-    """
-    section, registry = config.limits, config.registry
-    url = section.redis or (registry.url if registry else None)
-    namespace = registry.namespace if registry else "coxswain"
-    try:
-        return Rates(section, url, namespace)
-    except ValueError as error:
-        raise StartFailed([f"limits.redis: not a URL of a Redis: {error}"]) from error
-
-
-def _tracing(config: Config) -> Tracing | None:
-    """Traces, if the configuration asks for them.
-
-    Raises:
-        StartFailed: OpenTelemetry is not installed.
-    """
-    if config.tracing is None:
-        return None
-    try:
-        return tracing.start(config.tracing)
-    except ImportError as error:
-        raise StartFailed([f"tracing: needs {error.name}: pip install 'coxswain[otel]'"]) from error
-
-
 def serve(config: Config) -> int:
     """Runs a server in this process until its end.
 
@@ -299,7 +269,7 @@ def serve(config: Config) -> int:
     say(f"coxswain: opening http://{config.server.host}:{config.server.port}; {'; '.join(notes)}")
     try:
         return asyncio.run(Run(config).run())
-    except StartFailed as error:
+    except (StartFailed, ConfigInvalid) as error:
         for problem in error.problems:
             say(f"coxswain: {problem}")
         return 1

@@ -20,6 +20,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from server.config import Config, ConfigInvalid
 from server.errors import HttpError
 from server.operating_config import Rate
 
@@ -125,6 +126,21 @@ class Rates:
             self._redis = Redis.from_url(url, socket_timeout=ANSWER_S, retry=Retry(NoBackoff(), 0),
                                          socket_connect_timeout=ANSWER_S)  # fmt: skip
             self._scripts = {text: self._redis.register_script(text) for text in (_ADMIT, _CHARGE)}
+
+    @classmethod
+    def of(cls, config: Config) -> Rates:
+        """What callers may take, counted where the configuration says.
+
+        Raises:
+            ConfigInvalid: the URL is none of a Redis.
+        """
+        section, registry = config.limits, config.registry
+        url = section.redis or (registry.url if registry else None)
+        try:
+            return cls(section, url, registry.namespace if registry else "coxswain")
+        except ValueError as error:
+            field = "limits.redis" if section.redis else "registry.url"
+            raise ConfigInvalid([f"{field}: not a URL of a Redis: {error}"]) from error
 
     async def admit(self, caller: str, rate: Rate | None) -> None:
         """Lets a request pass and counts it; or raises.

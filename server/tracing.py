@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from server.config import ConfigInvalid
 from server.operating_config import TracingConfig
 from server.trail import NONE, Trail
 
@@ -77,12 +78,22 @@ class Tracing:
         self._provider.shutdown()
 
 
-def start(config: TracingConfig) -> Tracing:
-    """Traces as the configuration says.
+def start(config: TracingConfig | None) -> Tracing | None:
+    """Traces as the configuration says; None: it wants none.
 
     Raises:
-        ImportError: the packages are not installed.
+        ConfigInvalid: OpenTelemetry is not installed.
     """
+    if config is None:
+        return None
+    try:
+        return Tracing(_provider(config))
+    except ImportError as error:
+        why = f"tracing: needs {error.name}: pip install 'coxswain[otel]'"
+        raise ConfigInvalid([why]) from error
+
+
+def _provider(config: TracingConfig) -> TracerProvider:
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -94,7 +105,7 @@ def start(config: TracingConfig) -> Tracing:
         shutdown_on_exit=False,
     )
     provider.add_span_processor(BatchSpanProcessor(_exporter(config)))
-    return Tracing(provider)
+    return provider
 
 
 def _exporter(config: TracingConfig) -> Any:

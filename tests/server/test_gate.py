@@ -19,7 +19,7 @@ from server.config import Config
 from server.config_file import parse
 from server.errors import HttpError, from_vllm
 from server.gate import Gate, strict_json
-from server.launch import rates
+from server.rates import Rates
 from server.state import Life
 
 BODY_LIMIT = 2000
@@ -46,7 +46,7 @@ def parsed_config(**config: Any) -> Config:
 
 def gate(**config: Any) -> Gate:
     parsed = parsed_config(**config)
-    found = Gate(Life(), Auth(parsed), parsed.server, parsed.limits, rates(parsed))
+    found = Gate(Life(), Auth(parsed), parsed.server, parsed.limits, Rates.of(parsed))
     found.inner = echo
     found.life.phase = "ready"
     return found

@@ -17,9 +17,9 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from server import metrics, tracing
+from server.config import ConfigInvalid
 from server.gate import Gate
 from server.launch import Run
-from server.loading import StartFailed
 from server.metrics import Names
 from server.observer import Observer
 from server.operating_config import LoggingConfig, TracingConfig
@@ -205,6 +205,7 @@ async def test_a_span_goes_to_the_collector_with_what_was_found_out(collector: C
         headers = {"x-request-id": "t-1", "traceparent": above}
         answer = await http.post("/v1/completions", json=BODY, headers=headers)
         await http.get("/v1/models")
+    assert traces is not None
     traces.close()
     (span,) = collector.find("t-1")
     assert answer.json()["traceparent"] == (
@@ -232,7 +233,7 @@ def test_without_the_packages_the_start_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace.export", None)
     config = parsed_config(tracing={"endpoint": "http://127.0.0.1:4317"})
-    with pytest.raises(StartFailed) as caught:
+    with pytest.raises(ConfigInvalid) as caught:
         Run(config)
     (problem,) = caught.value.problems
     assert problem.startswith("tracing: needs opentelemetry.sdk.trace.export: pip install")
@@ -244,5 +245,6 @@ async def test_a_caller_s_decision_not_to_sample_holds(collector: Collector) -> 
     async with client(observed(tracing=traces)) as http:
         headers = {"x-request-id": "t-2", "traceparent": above}
         await http.post("/v1/completions", json=BODY, headers=headers)
+    assert traces is not None
     traces.close()
     assert not collector.find("t-2")
