@@ -224,6 +224,7 @@ async def test_spans_go_over_grpc_too() -> None:
         traces = tracing.start(TracingConfig(endpoint=endpoint, service_name="here"))
         async with client(observed(tracing=traces)) as http:
             await http.post("/v1/completions", json=BODY)
+        assert traces is not None
         traces.close()
     assert [span.name for span in spans] == ["POST /v1/completions"]
 
