@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve test check fix bench bench-adapters bench-heads eval zoo doctor clean
+.PHONY: help install install-gpu serve test check fix bench bench-adapters bench-heads bench-load soak eval zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -50,6 +50,14 @@ bench-adapters: install ## what adapters cost, beside stock vLLM (about half an 
 
 bench-heads: install ## what value models and collaborative decoding cost (about ten minutes; needs a quiet machine)
 	$(BIN)/python -m load_tests.head_bench $(ARGS)
+
+bench-load: install ## load tests of all servers and baselines: docs/load-report.md (ARGS=--quick: a short form)
+	$(BIN)/python -m load_tests.load --out docs/load-report.md $(ARGS)
+
+soak: install ## hours of mixed requests against the zoo's server at HOST:PORT (starts one if none runs)
+	$(BIN)/python -m load_tests.with_server $(CONFIG) --host $(HOST) --port $(PORT) -- \
+		$(BIN)/python -m locust -f load_tests/locustfile.py --host http://$(HOST):$(PORT) \
+		--headless -u 16 -r 2 -t 8h --stop-timeout 60 $(ARGS)
 
 eval: install ## the zoo's scores, asked from the server at HOST:PORT (starts one if none runs)
 	$(BIN)/python -m load_tests.with_server $(CONFIG) --host $(HOST) --port $(PORT) -- \

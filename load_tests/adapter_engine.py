@@ -1,4 +1,4 @@
-"""One engine of `load_tests.adapter_bench`, in a process of its own: jobs in, times out.
+"""One engine of `adapter_bench` or `growth`, in a process of its own: jobs in, times out.
 
 A job is a line of JSON on standard input, its answer a line on standard output. Several engines
 stay up at the same time and are asked in turn, so that a ratio compares times a second apart.
@@ -7,6 +7,7 @@ stay up at the same time and are asked in turn, so that a ratio compares times a
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -24,19 +25,27 @@ WARM_STEPS = 4
 PIECE_S = 0.005
 """As in `server.engine_vllm`."""
 
+STEERED = "steered"
+"""The name of rows that use all streams of their engine, in place of an adapter's."""
+
 
 class Driven:
     """An engine and the adapters that it can use.
 
     Args:
         kind: {"model": folder, "ours": bool, "sets": slots, 0 for an engine without adapters,
-            "rank": of a slot, "adapters": {name: folder}}.
+            "rank": of a slot, "adapters": {name: folder}, and optional: "streams": {name: folder}
+            of companions, "engine": vLLM's arguments over ours}.
     """
 
     def __init__(self, kind: dict[str, Any]) -> None:
         from vllm import LLM
 
-        from steering.engine_args import adapter_engine_args, steered_engine_args
+        from steering.engine_args import (
+            StreamSource,
+            adapter_engine_args,
+            steered_engine_args,
+        )
 
         engine: dict[str, Any] = {
             "dtype": "bfloat16",
@@ -50,17 +59,29 @@ class Driven:
             "distributed_executor_backend": "uni",
             "disable_log_stats": True,
         }
+        engine |= kind.get("engine", {})
         if kind["sets"]:
             engine |= adapter_engine_args(kind["sets"], kind["rank"])
         self._served = 0
         self._ours = kind["ours"]
         if self._ours:
-            self._llm = LLM(**steered_engine_args(kind["model"], {}, **engine))
+            streams = {n: StreamSource(path) for n, path in kind.get("streams", {}).items()}
+            self._llm = LLM(**steered_engine_args(kind["model"], streams, **engine))
             self._llm.collective_rpc("coxswain_bind")
         else:
             self._llm = LLM(model=kind["model"], **engine)
         use = self._set_request if self._ours else self._peft_request
         self._uses = {n: use(i, n, Path(f)) for i, (n, f) in enumerate(kind["adapters"].items())}
+        if kind.get("streams"):
+            self._uses[STEERED] = (None, self._mix(list(kind["streams"])))
+
+    def _mix(self, streams: list[str]) -> Any:
+        from steering.plan import SteeringPlan
+        from steering.wire import Freight, pack
+
+        signs = itertools.cycle((1.0, -1.0))
+        weights = (("base", 1.0), *zip(streams, signs, strict=False))
+        return pack(Freight(SteeringPlan("mix", weights)))
 
     def _set_request(self, _: int, __: str, folder: Path) -> tuple[Any, Any]:
         from vllm.lora.request import LoRARequest
@@ -97,7 +118,7 @@ class Driven:
         """Serves one request per row, all arriving at once.
 
         Args:
-            rows: the adapter of each, None for none.
+            rows: the adapter of each, None for none, or `STEERED`.
             prompt: tokens of every prompt; all prompts must fit in one step.
             drawn: tokens to draw for every row.
 

@@ -1,8 +1,9 @@
-"""Random adapters on disk for `load_tests.adapter_bench`: only their sizes matter."""
+"""Random adapters on disk for the benchmarks: only their sizes matter."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,16 +15,16 @@ from load_tests.step_bench import BASE
 RANK, TASKS = 8, 28
 
 
-def modules() -> dict[str, tuple[int, int]]:
+def modules(base: Mapping[str, int] = BASE) -> dict[str, tuple[int, int]]:
     """Name → (out, in) of the base's linear layers, all seven of every layer."""
-    hidden, inner = BASE["hidden_size"], BASE["intermediate_size"]
+    hidden, inner = base["hidden_size"], base["intermediate_size"]
     shapes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (hidden, hidden))
     parts = {f"self_attn.{name}": shape for name, shape in shapes.items()}
     parts |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
     parts["mlp.down_proj"] = (hidden, inner)
     return {
         f"model.layers.{i}.{name}": shape
-        for i in range(BASE["num_hidden_layers"])
+        for i in range(base["num_hidden_layers"])
         for name, shape in parts.items()
     }
 
@@ -33,12 +34,12 @@ def shapes() -> BaseShapes:
     return BaseShapes({f"{name}.weight": shape for name, shape in modules().items()})
 
 
-def write_lora(folder: Path, seed: int) -> None:
-    """A PEFT adapter of rank 8 on all seven modules, bfloat16."""
-    folder.mkdir(parents=True)
+def write_lora(folder: Path, seed: int, base: Mapping[str, int] = BASE) -> None:
+    """A PEFT adapter of rank 8 on all seven modules of a base of that shape, bfloat16."""
+    folder.mkdir(parents=True, exist_ok=True)
     random = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, (out, into) in modules().items():
+    for name, (out, into) in modules(base).items():
         prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"] = _draw(random, RANK, into, gain=into**-0.5)
         tensors[f"{prefix}.lora_B.weight"] = _draw(random, out, RANK, gain=0.01)
@@ -48,7 +49,7 @@ def write_lora(folder: Path, seed: int) -> None:
         "task_type": "CAUSAL_LM",
         "r": RANK,
         "lora_alpha": 2 * RANK,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in modules()}),
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in modules(base)}),
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
 

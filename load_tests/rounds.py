@@ -1,4 +1,4 @@
-"""Engines that are asked in turn, and tables of the ratios; for `load_tests.adapter_bench`."""
+"""Engines that are asked in turn, and tables of the ratios; for `adapter_bench` and `growth`."""
 
 from __future__ import annotations
 

@@ -28,13 +28,13 @@ VOCAB = 32_000
 PROMPT_TOKENS, WARM_STEPS, STEPS = 64, 8, 48
 
 
-def write_model(folder: Path, shape: dict[str, int]) -> None:
+def write_model(folder: Path, shape: dict[str, int], vocabulary: int = VOCAB) -> None:
     """A Llama configuration without weights (vLLM's dummy loader fills them)."""
     folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": VOCAB,
+        "vocab_size": vocabulary,
         "hidden_size": shape["hidden_size"],
         "intermediate_size": shape["intermediate_size"],
         "num_hidden_layers": shape["num_hidden_layers"],
@@ -82,25 +82,40 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         label → median milliseconds per step.
     """
     engine = engine_args()
-    from vllm import LLM
-
-    from steering.engine_args import StreamSource, steered_engine_args
     from steering.plan import SteeringPlan
     from steering.wire import Freight, pack
 
     streams = job.get("streams", {})
-    if streams:
-        sources = {name: StreamSource(path) for name, path in streams.items()}
-        llm = LLM(**steered_engine_args(job["model"], sources, **engine))
-        llm.collective_rpc("coxswain_bind")
-    else:
-        llm = LLM(model=job["model"], **engine)
+    llm = start(job["model"], streams, engine)
     weights = (("base", 1.0), *zip(streams, (1.0, -1.0), strict=False))
     freight = pack(Freight(SteeringPlan("mix", weights)))
     return {
         label: step_ms(llm, rows, steered, freight)
         for label, (rows, steered) in job["batches"].items()
     }
+
+
+def start(
+    model: str, streams: dict[str, str], engine: dict[str, Any], one_product: bool = False
+) -> Any:
+    """An engine: plain vLLM without streams.
+
+    Args:
+        model: folder of the base.
+        streams: name → folder.
+        one_product: as in `steered_engine_args`.
+        engine: vLLM's arguments, from `engine_args`.
+    """
+    from vllm import LLM
+
+    from steering.engine_args import StreamSource, steered_engine_args
+
+    if not streams:
+        return LLM(model=model, **engine)
+    sources = {name: StreamSource(path) for name, path in streams.items()}
+    llm = LLM(**steered_engine_args(model, sources, one_product=one_product, **engine))
+    llm.collective_rpc("coxswain_bind")
+    return llm
 
 
 def step_ms(llm: Any, rows: int, steered: int, freight: dict[str, Any]) -> float:
@@ -133,18 +148,17 @@ def step_ms(llm: Any, rows: int, steered: int, freight: dict[str, Any]) -> float
     return 1e3 * statistics.median(times[WARM_STEPS:-1])
 
 
-def run(job: dict[str, Any]) -> dict[str, float]:
-    """`measure` in a process of its own."""
+def run(job: dict[str, Any], module: str = "load_tests.step_bench") -> Any:
+    """What `--job` of a module prints, in a process of its own; here that is `measure`."""
     done = subprocess.run(
-        [sys.executable, "-m", "load_tests.step_bench", "--job", json.dumps(job)],
+        [sys.executable, "-m", module, "--job", json.dumps(job)],
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
         raise RuntimeError(f"an engine failed:\n{done.stderr[-3000:]}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def one_round(folder: Path, sizes: list[int]) -> list[dict[str, float]]:

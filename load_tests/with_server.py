@@ -16,7 +16,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -38,10 +38,10 @@ def free_port() -> int:
     return port
 
 
-def is_ready(url: str) -> bool:
-    """Whether a server at `url` answers /ready with 200."""
+def is_ready(url: str, path: str = "/ready") -> bool:
+    """Whether a server at `url` answers `path` with 200."""
     try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=5) as response:
+        with urllib.request.urlopen(f"{url}{path}", timeout=5) as response:
             ready: bool = response.status == 200
     except (urllib.error.URLError, OSError):
         return False
@@ -74,14 +74,44 @@ def running_server(
     # The command of this environment, which need not be on the PATH.
     program = str(Path(sys.executable).with_name("coxswain"))
     command = [program, "serve", str(config), "--host", host, "--port", str(port), *arguments]
-    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryDirectory() as state:
-        # A registry of its own: the usual one may be in use by a server that runs already.
-        environ = {**os.environ, "XDG_STATE_HOME": state}
+    # A registry of its own: the usual one may be in use by a server that runs already.
+    with tempfile.TemporaryDirectory() as state:
+        environ = {"XDG_STATE_HOME": state}
+        with running_command(command, url, environ, ready="/ready", timeout_s=timeout_s) as found:
+            yield found
+
+
+@contextlib.contextmanager
+def running_command(
+    command: Sequence[str],
+    url: str,
+    environ: Mapping[str, str],
+    *,
+    ready: str = "/health",
+    timeout_s: float = START_TIMEOUT_S,
+) -> Iterator[str]:
+    """Starts a server, yields its URL once it is ready, and stops it.
+
+    Args:
+        command: what starts it.
+        url: where it will answer.
+        environ: variables beside those of this process.
+        ready: the path that it answers with 200 when it is ready.
+        timeout_s: how long the start may take.
+
+    Raises:
+        NotReadyError: the server ended, or was not ready in time.
+    """
+    with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environ
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environ},
         )
         try:
-            _wait(server, url, timeout_s, log)
+            _wait(server, url + ready, timeout_s, log)
             yield url
         finally:
             _stop(server)
@@ -89,7 +119,7 @@ def running_server(
 
 def _wait(server: subprocess.Popen[bytes], url: str, timeout_s: float, log: IO[str]) -> None:
     deadline = time.monotonic() + timeout_s
-    while not is_ready(url):
+    while not is_ready(url, ""):
         code = server.poll()
         if code is None and time.monotonic() < deadline:
             time.sleep(0.25)

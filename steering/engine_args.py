@@ -82,6 +82,7 @@ def steered_engine_args(
     overlaps: Mapping[str, dict[str, Any]] | None = None,
     top_k: int = 64,
     speculation: Speculation | None = None,
+    one_product: bool = False,
     **engine: Any,
 ) -> dict[str, Any]:
     """Keyword arguments for vLLM's `EngineArgs` / `AsyncEngineArgs`.
@@ -94,6 +95,7 @@ def steered_engine_args(
             tells which rows of its table are padding when all streams are twins.
         top_k: most candidates of a request that value streams evaluate.
         speculation: which stream drafts; None: every step draws one token.
+        one_product: lay the streams' unembeddings side by side, on CPUs: a second copy of them.
         engine: any other engine argument; they win over our defaults.
     """
     from vllm.transformers_utils.config import get_config
@@ -108,6 +110,7 @@ def steered_engine_args(
         "overlaps": dict(overlaps or {}),
         "top_k": top_k,
         "ends": sorted(end_ids(model, config)),
+        "one_product": one_product,
         "draft": None if speculation is None else speculation.draft,
     }
     ours: dict[str, Any] = {

@@ -42,6 +42,29 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnPrompts:
+    """What m of the step's requests have one stream read in place of their prompts.
+
+    Args:
+        rows: [m] of the step, ascending.
+        sizes: [m] tokens.
+        ids: [m] their ids.
+    """
+
+    rows: Int64
+    sizes: Int64
+    ids: tuple[Int32, ...]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Int32 | None]) -> Self | None:
+        """Those of [Q] requests; None if there are none."""
+        ids = {row: p for row, p in enumerate(prompts) if p is not None}
+        if not ids:
+            return None
+        return cls(np.array([*ids]), np.array([p.size for p in ids.values()]), tuple(ids.values()))
+
+
+@dataclass(frozen=True, slots=True)
 class OwnTokens:
     """Tokens of a stream's own prompt that replace the request's in a stream batch.
 
@@ -140,13 +163,8 @@ class Candidates(StreamBatch):
         return [(run, int(blocks[run.start])) for run in runs if blocks[run.start] >= 0]
 
 
-def whole(uses: Bool, offsets: Int32) -> bool:
-    """True if the stream runs exactly what vLLM scheduled: every row, from its first token."""
-    return bool(uses.all()) and not offsets.any()
-
-
 def stream_batch(
-    step: Step, uses: Bool, offsets: Int32, prompts: Sequence[Int32 | None]
+    step: Step, uses: Bool, offsets: Int32, prompts: OwnPrompts | None
 ) -> StreamBatch | None:
     """The batch of one stream, or None when it has nothing to run.
 
@@ -154,7 +172,7 @@ def stream_batch(
         step: what vLLM scheduled.
         uses: [Q] whether the request uses the stream.
         offsets: [Q] d ≥ 0: by how many tokens the stream's prompt is shorter.
-        prompts: per request, the stream's own prompt or None if it reads the request's.
+        prompts: the stream's own prompts; None if it reads every request's.
     """
     ends = step.computed + step.lengths
     first = np.maximum(step.computed, offsets)
@@ -176,18 +194,17 @@ def stream_batch(
         token_rows=token_rows,
         starts=starts,
         lengths=(ends - offsets)[rows].astype(np.int32),
-        own=_own_tokens(rows, starts, position0, prompts),
+        own=_own_tokens(rows, starts, position0, prompts) if prompts else (),
     )
 
 
 def _own_tokens(
-    rows: Int64, starts: Int32, position0: Int32, prompts: Sequence[Int32 | None]
+    rows: Int64, starts: Int32, position0: Int32, prompts: OwnPrompts
 ) -> tuple[OwnTokens, ...]:
+    _, k, which = np.intersect1d(rows, prompts.rows, assume_unique=True, return_indices=True)
+    unread = position0[k] < prompts.sizes[which]
     found = []
-    for k, row in enumerate(rows):
-        prompt = prompts[row]
-        if prompt is not None and position0[k] < prompt.size:
-            count = starts[k + 1] - starts[k]
-            ids = prompt[position0[k] : position0[k] + count]
-            found.append(OwnTokens(int(starts[k]), ids))
+    for j, i in zip(k[unread].tolist(), which[unread].tolist(), strict=True):
+        begin, count = position0[j], starts[j + 1] - starts[j]
+        found.append(OwnTokens(int(starts[j]), prompts.ids[i][begin : begin + count]))
     return tuple(found)

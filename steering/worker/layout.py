@@ -78,17 +78,16 @@ class Layout:
         return slice(start, start + self.sizes[stream])
 
     def write_control(self, out: torch.Tensor, control: npt.NDArray[np.float32]) -> None:
-        """Writes control rows into the first rows of `out`; the other rows get zeros.
+        """Writes control rows into the first rows of `out`.
 
         Args:
-            out: [T, width] of `dtype`, changed in place.
+            out: [T, width] of `dtype`, changed in place; its other control columns must be 0.
             control: [t ≤ T, S + EXTRA] float32.
         """
-        part = out[:, sum(self.sizes) :]
         bits = torch.from_numpy(np.ascontiguousarray(control)).view(self.dtype)
-        part[: bits.shape[0], : bits.shape[1]] = bits.to(part.device, non_blocking=True)
-        part[bits.shape[0] :] = 0
-        part[:, bits.shape[1] :] = 0
+        start = sum(self.sizes)
+        part = out[: bits.shape[0], start : start + bits.shape[1]]
+        part.copy_(bits, non_blocking=True)
 
     def write_additions(
         self, out: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, added: torch.Tensor
@@ -106,6 +105,12 @@ class Layout:
         both[:, 1, : ids.shape[1]] = added
         bits = both.flatten(1).view(self.dtype)
         out[rows, out.shape[1] - bits.shape[1] :] = bits
+
+    def read_coef(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, S] float32 coefficients of R rows [R, width] of a real step."""
+        start = sum(self.sizes)
+        width = self.streams * 4 // self.dtype.itemsize
+        return hidden[:, start : start + width].contiguous().view(torch.float32)
 
     def read_control(self, hidden: torch.Tensor) -> Control:
         """The control part of R rows [R, width].

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 
 from steering.engine_args import SCRATCH
-from steering.plan import BASE, CRITICAL_KINDS, RuleKind
-from steering.vocabulary import Overlap
-from steering.worker import heads, lora_seam, lora_sets
+from steering.plan import BASE
+from steering.worker import heads, lora_seam, lora_sets, overlaps
 from steering.worker import vllm_seam as seam
 from steering.worker.adapting import Adapted
 from steering.worker.batches import (
@@ -31,12 +32,12 @@ from steering.worker.batches import (
     Step,
     StreamBatch,
     stream_batch,
-    whole,
 )
 from steering.worker.drafting import Drafting
-from steering.worker.layout import REPORT, Layout
-from steering.worker.readout import Mixed, Readout, Vocabulary
-from steering.worker.report import Marked, ReportBook
+from steering.worker.layout import Layout
+from steering.worker.one_product import OneProduct, one_product
+from steering.worker.readout import Readout
+from steering.worker.reporter import Reporter
 from steering.worker.seats import SeatBook, Tables
 from steering.worker.speculation_seam import SpeculationSeam
 from steering.worker.triton_readout import readout_class
@@ -71,6 +72,7 @@ class SteeredForCausalLM(nn.Module):
         streams: dict[str, dict[str, str]] = settings["streams"]
         self.names: tuple[str, ...] = (BASE, *(n for n, s in streams.items() if "on" not in s))
         self._sources = streams
+        self._join: bool = settings["one_product"]
         self._vllm_config = vllm_config
         self._companions: dict[str, VllmConfig] = {}
         self._twins: dict[str, seam.Twin] = {}
@@ -91,7 +93,6 @@ class SteeredForCausalLM(nn.Module):
         built = heads.build(streams, self.names, self._forwards, vllm_config)
         self.heads = {n: h for n, h in built.items() if streams[n]["head"] == "classifier"}
         self._value_heads = {n: h for n, h in built.items() if n not in self.heads}
-        self._readings = dict(zip(built, heads.readings(streams, self.names, built), strict=True))
         self._readout = self._build_readout(settings, vllm_config)
         self._values = self._build_values(settings["top_k"], vllm_config)
         # Index of the stream that drafts, 0 without speculation.
@@ -104,52 +105,30 @@ class SteeredForCausalLM(nn.Module):
         self._seats = SeatBook(self.names, tuple(self.heads))
         self._active = [True] * len(self.names)
         self._special = True
-        self._reporting: list[Marked] = []
-        self.reports = ReportBook()
+        self._even = False
+        readings = dict(zip(built, heads.readings(streams, self.names, built), strict=True))
+        self._reporter = Reporter(self.names, self._readout.layout, readings)
+        self.reports = self._reporter.book
         self.steps = 0
         self.passes = dict.fromkeys(self.names, 0)
         self.tokens = dict.fromkeys(self.names, 0)
         lora_seam.prepare(self, vllm_config)
 
     def _build_readout(self, settings: dict[str, Any], vllm_config: VllmConfig) -> Readout:
-        overlaps = settings["overlaps"]
-
-        def tensor(array: Any) -> torch.Tensor | None:
-            return None if array is None else torch.as_tensor(array, dtype=torch.int64)
-
-        vocabularies = [Vocabulary()]
-        for name in self.names[1:]:
-            wire = overlaps.get(self._original[name]) or overlaps.get(name)
-            if wire is None:
-                vocabularies.append(Vocabulary())
-                continue
-            overlap = Overlap.from_wire(wire)
-            unshared = np.flatnonzero(~overlap.shared)
-            vocabularies.append(
-                Vocabulary(
-                    tensor(unshared) if unshared.size else None,
-                    bool(overlap.differing),
-                    tensor(overlap.read_as),
-                )
-            )
-        anyone = next(iter(overlaps.values()), None)
-        rows = Overlap.from_wire(anyone).padded if anyone else ()
+        candidates = settings["top_k"] if self._value_heads else 0
         sizes = tuple(seam.hidden_width(m) for m in self._forwards)
         unembed = [
             None if "head" in self._sources.get(name, ()) else m.compute_logits
             for name, m in zip(self.names, self._forwards, strict=True)
         ]
+        ends = settings["ends"]
         return readout_class()(
-            Layout(
-                sizes,
-                vllm_config.model_config.dtype,
-                settings["top_k"] if self._value_heads else 0,
-            ),
+            Layout(sizes, vllm_config.model_config.dtype, candidates),
             unembed,
-            vocabularies,
-            tensor(rows) if len(rows) else None,
+            overlaps.vocabularies(self.names, self._original, settings["overlaps"]),
+            overlaps.padded(settings["overlaps"]),
             heads.readings(self._sources, self.names, self.heads),
-            tensor(settings["ends"]) if settings["ends"] else None,
+            torch.tensor(ends) if ends else None,
         )
 
     def _build_values(self, top_k: int, vllm_config: VllmConfig) -> ValueStreams:
@@ -184,8 +163,17 @@ class SteeredForCausalLM(nn.Module):
                 partial(self._draft_scores, size=model.get_vocab_size()),
                 SpeculationSeam(runner),
             )
+        self._readout = replace(self._readout, one_product=self._one_product(runner))
         for stream in self._values.heads:
             self._seam.add_scratch(stream, self._values.chunk)
+
+    def _one_product(self, runner: Any) -> OneProduct | None:
+        """Not for tables that are split over ranks; side by side where that was measured."""
+        if runner.vllm_config.parallel_config.tensor_parallel_size > 1:
+            return None
+        whole = [u is not None for u in self._readout.unembed]
+        join = self._join and runner.device.type == "cpu"
+        return one_product(self._readout.layout, self._forwards, whole, join)
 
     # --- what vLLM calls ------------------------------------------------------------------------
 
@@ -243,11 +231,15 @@ class SteeredForCausalLM(nn.Module):
         """[R, V] scores of the steered model, a pure function of the rows."""
         if hidden.shape[-1] == self._readout.layout.sizes[0]:
             return self._forwards[0].compute_logits(hidden)
-        mixed = self._readout(hidden, self._active, self._special)
+        if self._even and not self._reporter.waits:
+            z = self._readout.in_one(hidden, self._active)
+            if z is not None:
+                return z
+        mixed = self._readout(hidden, self._active, self._special, self._even)
         if mixed is None:
             return None
-        if self._reporting:
-            self._report(mixed, hidden)
+        if self._reporter.waits:
+            self._reporter.measure(mixed, hidden)
         return mixed.z
 
     def draft(self, rows: Int64, newest: Int64, token_ids: Int32) -> dict[int, list[int]]:
@@ -257,7 +249,8 @@ class SteeredForCausalLM(nn.Module):
         found = self._drafting(tables, rows, newest, token_ids)
         for row, seat in tables.tagged:
             if row in found:
-                tally = self.reports.tally(seat.tag, seam.choice_of(self._seam.request_ids()[row]))
+                choice = seam.choice_of(self._seam.request_ids()[row])
+                tally = self._reporter.book.tally(seat.tag, choice)
                 tally.run([self.names[self._draft]], len(found[row]))
         return found
 
@@ -270,7 +263,7 @@ class SteeredForCausalLM(nn.Module):
         inputs_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
         layout = self._readout.layout
-        self._active, self._special = [True] * layout.streams, True
+        self._active, self._special, self._even = [True] * layout.streams, True, False
         hidden = self._forwards[0](input_ids, positions, None, inputs_embeds)
         if layout.streams == 1:
             return hidden
@@ -289,13 +282,22 @@ class SteeredForCausalLM(nn.Module):
         out = torch.zeros(
             positions.shape[0], layout.width, dtype=layout.dtype, device=positions.device
         )
+        batches: dict[int, StreamBatch | None] = {}
         for i in range(layout.streams):
-            self._active[i] = self._run_stream(i, tables, step, input_ids, positions, out)
-        self._report_routes(tables)
-        self._special = tables.special
-        control = np.repeat(tables.control, step.lengths, axis=0)
-        self._mark_reports(tables, step, control)
-        layout.write_control(out, control)
+            like = tables.like[i]
+            if tables.whole[i]:
+                self._run_whole(i, int(step.starts[-1]), input_ids, positions, out)
+                self._active[i] = True
+                continue
+            if like not in batches:
+                uses, offsets = tables.uses[:, i], tables.offsets[:, i]
+                batches[like] = stream_batch(step, uses, offsets, tables.prompts[i])
+            batch = batches[like]
+            self._active[i] = batch is not None
+            if batch is not None:
+                self._run_batch(i, batch, input_ids, out)
+        self._special, self._even = tables.special, tables.even
+        layout.write_control(out, self._control(tables, step))
         if tables.valued:
             self._add_values(tables, step, input_ids, out)
         return out
@@ -325,39 +327,51 @@ class SteeredForCausalLM(nn.Module):
         add = self._values.add(asked, scores, hidden, step, tables.offsets, run)
         layout.write_additions(out, last, add.ids, add.added)
 
-    def _run_stream(
+    def _control(self, tables: Tables, step: Step) -> npt.NDArray[np.float32]:
+        """[T, S + EXTRA] the control of this step's tokens."""
+        if not tables.tagged:
+            self._reporter.forget()
+            if int(step.starts[-1]) == len(tables.control):
+                return tables.control
+        control = np.repeat(tables.control, step.lengths, axis=0)
+        if tables.tagged:
+            assert self._seam is not None
+            if self._adapted is not None:
+                ids = self._seam.request_ids()
+                self._reporter.routes(ids, tables, self._adapted.routed)
+            self._reporter.mark(self._seam, tables, step, control)
+        return control
+
+    def _run_whole(
         self,
         i: int,
-        tables: Tables,
-        step: Step,
+        tokens: int,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         out: torch.Tensor,
-    ) -> bool:
-        """Runs stream i on the rows that use it, into its columns of `out`; False if none do."""
+    ) -> None:
+        """Runs stream i on all the step's tokens, into its columns of `out`."""
         assert self._seam is not None
-        uses, offsets, forward = tables.uses[:, i], tables.offsets[:, i], self._forwards[i]
-        columns = self._readout.layout.columns(i)
         read_as = self._readout.vocabularies[i].read_as
-        prompts = tables.prompts[i]
-        if whole(uses, offsets) and not any(p is not None for p in prompts):
-            with self._seam.stream_context(i, None), self._adapting(i, None, positions):
-                out[:, columns] = forward(_read_as(input_ids, read_as), positions)
-            self._count(i, int(step.starts[-1]))
-            return True
-        batch = stream_batch(step, uses, offsets, prompts)
-        if batch is None:
-            return False
+        with self._seam.stream_context(i, None), self._adapting(i, None, positions):
+            hidden = self._forwards[i](_read_as(input_ids, read_as), positions)
+        out[:, self._readout.layout.columns(i)] = hidden
+        self._count(i, tokens)
+
+    def _run_batch(
+        self, i: int, batch: StreamBatch, input_ids: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Runs stream i on the tokens of a batch, into its columns of their rows of `out`."""
+        assert self._seam is not None
         tokens = self._seam.to_device(batch.tokens)
-        token_ids = _read_as(input_ids[tokens], read_as)
+        token_ids = _read_as(input_ids[tokens], self._readout.vocabularies[i].read_as)
         for own in batch.own:
             _put(token_ids, own)
         positions = self._seam.to_device(batch.positions)
         with self._seam.stream_context(i, batch), self._adapting(i, batch, positions):
-            hidden = forward(token_ids, positions)
-        out[tokens, columns] = hidden
+            hidden = self._forwards[i](token_ids, positions)
+        out[tokens, self._readout.layout.columns(i)] = hidden
         self._count(i, batch.tokens.size)
-        return True
 
     def _draft_scores(
         self, token_ids: torch.Tensor, batch: StreamBatch, *, size: int
@@ -391,67 +405,10 @@ class SteeredForCausalLM(nn.Module):
         self.passes[self.names[i]] += 1
         self.tokens[self.names[i]] += tokens
 
-    # --- reports --------------------------------------------------------------------------------
-
-    def _mark_reports(self, tables: Tables, step: Step, control: Any) -> None:
-        """Marks the rows whose drawn token is reported, and settles the tokens drawn before."""
-        assert self._seam is not None
-        self._reporting = []
-        ids = self._seam.request_ids() if tables.tagged else []
-        for row, seat in tables.tagged:
-            choice = seam.choice_of(ids[row])
-            tally = self.reports.tally(seat.tag, choice)
-            if tally.waiting:
-                tally.settle(self._seam.drawn(row, tally.waiting[0].row.place))
-            if not self._seam.samples(row):
-                continue
-            tally.run(n for n, used in zip(self.names, seat.uses, strict=True) if used)
-            tally.run(name for name, _ in (seat.values.strengths if seat.values else ()))
-            drafts, last = self._seam.drafts(row), int(step.starts[row + 1]) - 1
-            tally.drafted += drafts
-            end = int(step.computed[row] + step.lengths[row])
-            for back in range(drafts, -1, -1):
-                draft = self._seam.token(row, end - back) if back else None
-                marked = Marked(seat.tag, choice, end - back, draft, seat.heads, seat.tokens)
-                self._reporting.append(marked)
-                control[last - back, len(self.names) + REPORT] = len(self._reporting)
-
-    def _report_routes(self, tables: Tables) -> None:
-        if self._adapted is None or self._seam is None:
-            return
-        ids = self._seam.request_ids()
-        for stream, digest, counts in self._adapted.routed:
-            for row, seat in tables.tagged:
-                if any(u.stream == stream and u.digest == digest for u in seat.adapters):
-                    tally = self.reports.tally(seat.tag, seam.choice_of(ids[row]))
-                    tally.route(stream, digest, counts[row].tolist())
-
-    def _report(self, mixed: Mixed, hidden: torch.Tensor) -> None:
-        marks = enumerate(mixed.control.report.tolist())
-        rows = {row: self._reporting[int(mark) - 1] for row, mark in marks if mark}
-        asked = {row: marked.heads for row, marked in rows.items()}
-        told = heads.read(self._readings, self._readout.layout, hidden, asked)
-        for row, marked in rows.items():
-            steered, plain = (s[row].float().log_softmax(-1) for s in (mixed.z, mixed.base))
-            tally = self.reports.tally(marked.tag, marked.choice)
-            tally.add(steered, plain, marked, _critical_of(mixed, row) | told.get(row, {}))
-
 
 def _read_as(token_ids: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
     """The stream's ids for the base's. Compiled code checks no dtypes: it must stay the same."""
     return token_ids if table is None else table[token_ids].to(token_ids.dtype)
-
-
-def _critical_of(mixed: Mixed, row: int) -> dict[str, Any]:
-    """What a report says of a critical-token row; nothing of others."""
-    kind = int(mixed.control.kind[row])
-    if kind not in CRITICAL_KINDS or mixed.critical is None:
-        return {}
-    probability = float(mixed.critical[row].sigmoid())
-    found: dict[str, Any] = {"critical_probability": probability}
-    if kind == RuleKind.CRITICAL:
-        found["critical"] = probability > float(mixed.control.param[row])
-    return found
 
 
 def _put(token_ids: torch.Tensor, own: OwnTokens) -> None:

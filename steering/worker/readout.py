@@ -14,6 +14,7 @@ import torch
 from steering.kernels.mix import NEVER, mix
 from steering.plan import CRITICAL_KINDS
 from steering.worker.layout import Control, Layout
+from steering.worker.one_product import OneProduct
 
 Unembed = Callable[[torch.Tensor], torch.Tensor | None]
 """[R, H] hidden states → [R, V] logits in the model's dtype (None on ranks that hold none)."""
@@ -70,6 +71,7 @@ class Readout:
         padded: [P] int64 ids of the base's table that are no token: never sampled when steered.
         heads: classifier heads.
         ends: [E] int64 ids that end a text; None for none.
+        one_product: for rows that all sum the same streams; None if there is none.
     """
 
     layout: Layout
@@ -78,14 +80,19 @@ class Readout:
     padded: torch.Tensor | None
     heads: Sequence[Reading] = ()
     ends: torch.Tensor | None = None
+    one_product: OneProduct | None = None
 
-    def __call__(self, hidden: torch.Tensor, active: Sequence[bool], special: bool) -> Mixed | None:
+    def __call__(
+        self, hidden: torch.Tensor, active: Sequence[bool], special: bool, even: bool = False
+    ) -> Mixed | None:
         """Scores of R rows.
 
         Args:
             hidden: [R, width] rows of the steered model's hidden states.
             active: [S] which streams ran in this step. A stream that did not is not in any sum.
             special: whether any row of this step has a rule other than the plain sum.
+            even: whether all rows sum the same streams, more than the base, with c_0 = 1. Then
+                nobody waits for the device to learn which rows use what.
 
         Returns:
             The scores with what they were made of, or None on ranks that hold no logits.
@@ -98,7 +105,24 @@ class Readout:
                 if active[i]:  # the gather inside is collective: every rank takes part
                     self._unembed(i, hidden[:, self.layout.columns(i)].contiguous())
             return None
-        return self._mixed(base, hidden, control, active, special)
+        return self._mixed(base, hidden, control, active, special, even)
+
+    def in_one(self, hidden: torch.Tensor, active: Sequence[bool]) -> torch.Tensor | None:
+        """[R, V] float32 scores by one product; None where these streams have none.
+
+        Args:
+            hidden: [R, width], rows that all sum the same streams, more than the base, c_0 = 1.
+            active: [S] which streams these are.
+        """
+        if self.one_product is None or self._lacking(active):
+            return None
+        z = self.one_product(hidden, active)
+        if z is None:
+            return None
+        z = z.float()
+        if self.padded is not None:
+            z[:, self.padded] = NEVER
+        return z
 
     def _mixed(
         self,
@@ -107,10 +131,11 @@ class Readout:
         control: Control,
         active: Sequence[bool],
         special: bool,
+        even: bool,
     ) -> Mixed:
         """The scores, from the base's own and what the other streams' become."""
         if not special and not self._lacking(active):
-            return Mixed(self._plain_sum(base, hidden, control.coef, active), base, control)
+            return Mixed(self._plain_sum(base, hidden, control.coef, active, even), base, control)
         base = base.float()
         steered = _steered(control.coef)
         if special:
@@ -173,18 +198,23 @@ class Readout:
         return found
 
     def _plain_sum(
-        self, base: torch.Tensor, hidden: torch.Tensor, coef: torch.Tensor, active: Sequence[bool]
+        self,
+        base: torch.Tensor,
+        hidden: torch.Tensor,
+        coef: torch.Tensor,
+        active: Sequence[bool],
+        even: bool,
     ) -> torch.Tensor:
         """[R, V] float32 `Σ_i c_i s_i` of streams that lack no id: one pass over each's scores."""
         z = base.float()
-        if (coef[:, 0] != 1).any():
+        if not even and (coef[:, 0] != 1).any():
             z = torch.where(coef[:, :1] == 0, 0.0, z * coef[:, :1])
         elif z is base:
             z = base.clone()
         for i in range(1, self.layout.streams):
             if not active[i]:
                 continue
-            rows, own = self._own_logits(i, hidden, coef)
+            rows, own = self._own_logits(i, hidden, coef, even)
             own = own[:, : z.shape[-1]]
             if rows is None:
                 # One pass, and float32 inside whatever the dtype of `own` is.
@@ -193,7 +223,7 @@ class Readout:
             else:
                 z[rows, : own.shape[-1]] += own.float() * coef[rows, i : i + 1]
         if self.padded is not None:
-            z[torch.nonzero(_steered(coef)), self.padded] = NEVER
+            z[slice(None) if even else torch.nonzero(_steered(coef)), self.padded] = NEVER
         return z
 
     def _mix_rows(
@@ -240,11 +270,15 @@ class Readout:
         return out
 
     def _own_logits(
-        self, i: int, hidden: torch.Tensor, coef: torch.Tensor
+        self, i: int, hidden: torch.Tensor, coef: torch.Tensor, even: bool = False
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The rows that use stream i (None: all of them), and its [n, own V] scores there."""
-        rows = torch.nonzero(coef[:, i])[:, 0]
         part = hidden[:, self.layout.columns(i)]
+        if even:
+            own = self._unembed(i, part.contiguous())
+            assert own is not None
+            return None, own
+        rows = torch.nonzero(coef[:, i])[:, 0]
         everywhere = rows.numel() == hidden.shape[0]
         own = self._unembed(i, part.contiguous() if everywhere else part[rows])
         assert own is not None

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from steering.plan import BASE, CRITICAL_KINDS, AdapterUse, RuleKind, Values
 from steering.wire import Freight
-from steering.worker.batches import Int32
+from steering.worker.batches import Bool, Int32, OwnPrompts
 from steering.worker.layout import EXTRA, RULE_HEAD, RULE_KIND, RULE_PARAM, RULE_STREAM
 
 
@@ -113,23 +113,29 @@ class Tables:
         control: [Q, S + EXTRA] float32.
         uses: [Q, S] bool.
         offsets: [Q, S] int32.
-        prompts: [S][Q] own prompts or None.
+        prompts: [S] the streams' own prompts, None for a stream without any.
         tagged: (row, seat) of requests that report.
         steered: whether any row leaves the base's path or reports.
         special: whether any row has a rule other than the plain sum, or values.
         adapters: [Q] the requests' adapters.
         valued: (row, values) of requests that value streams add to.
+        whole: [S] streams that run exactly what vLLM scheduled: every row, from its first token.
+        like: [S] the first stream that runs the same tokens at the same positions.
+        even: whether every row sums the same streams, more than the base, with the base at 1.
     """
 
     control: npt.NDArray[np.float32]
     uses: npt.NDArray[np.bool_]
     offsets: Int32
-    prompts: list[list[Int32 | None]]
+    prompts: tuple[OwnPrompts | None, ...]
     tagged: list[tuple[int, Seat]]
     steered: bool
     special: bool
     adapters: list[tuple[AdapterUse, ...]]
     valued: list[tuple[int, Values]]
+    whole: tuple[bool, ...]
+    like: tuple[int, ...]
+    even: bool
 
 
 def tables(seats: Sequence[Seat], streams: int) -> Tables:
@@ -143,9 +149,39 @@ def tables(seats: Sequence[Seat], streams: int) -> Tables:
     plain = np.zeros(streams + EXTRA, np.float32)
     plain[0] = 1.0
     steered = bool((control != plain).any() or offsets.any() or tagged or valued)
-    prompts = [[s.prompts[i] for s in seats] for i in range(streams)]
+    prompts = tuple(OwnPrompts.of([s.prompts[i] for s in seats]) for i in range(streams))
     adapters = [s.adapters for s in seats]
-    return Tables(control, uses, offsets, prompts, tagged, steered, special, adapters, valued)
+    own = np.array([p is not None for p in prompts])
+    whole = uses.all(0) & ~offsets.any(0) & ~own
+    return Tables(
+        control,
+        uses,
+        offsets,
+        prompts,
+        tagged,
+        steered,
+        special,
+        adapters,
+        valued,
+        tuple(whole.tolist()),
+        _like(uses, offsets, own),
+        not special and _even(control[:, :streams], uses),
+    )
+
+
+def _like(uses: Bool, offsets: Int32, own: Bool) -> tuple[int, ...]:
+    first: dict[object, int] = {}
+    found = []
+    for i in range(own.size):
+        alone = i if own[i] else -1
+        key = uses[:, i].tobytes(), offsets[:, i].tobytes(), alone
+        found.append(first.setdefault(key, i))
+    return tuple(found)
+
+
+def _even(coef: npt.NDArray[np.float32], uses: Bool) -> bool:
+    summed = coef != 0
+    return bool((summed == uses[0]).all() and uses[0, 1:].any() and (coef[:, 0] == 1).all())
 
 
 SeatLoader = Callable[[str], tuple[Freight | None, int]]

@@ -42,6 +42,7 @@ class TritonReadout(Readout):
         control: Control,
         active: Sequence[bool],
         special: bool,
+        even: bool,
     ) -> Mixed:
         from steering.kernels.triton_mix import Additions, Rule, read_out
 
@@ -50,7 +51,9 @@ class TritonReadout(Readout):
         logits: list[torch.Tensor | None] = [base]
         whole = True
         for i in range(1, self.layout.streams):
-            used, own = self._own_logits(i, hidden, control.coef) if active[i] else (None, None)
+            used, own = None, None
+            if active[i]:
+                used, own = self._own_logits(i, hidden, control.coef, even)
             logits.append(own if own is not None and len(own) else None)
             if used is not None:
                 whole = False

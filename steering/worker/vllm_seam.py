@@ -189,6 +189,7 @@ class Seam:
         self._groups = [self._layer_groups(layers) for layers in streams]
         self._held: set[str] = set()
         self._scratch: dict[int, int] = {}
+        self._built: tuple[StreamBatch, tuple[int, int], tuple[Any, torch.Tensor]] | None = None
         self._twin = [any(kv != name for kv, name in layers.items()) for layers in streams]
 
     def _layer_groups(self, layers: dict[str, str]) -> list[_LayerGroup]:
@@ -347,6 +348,15 @@ class Seam:
                 spread(cache, cache[self._scratch[stream] :], begun)
 
     def _build(
+        self, group: _LayerGroup, batch: StreamBatch, scratch: int
+    ) -> tuple[Any, torch.Tensor]:
+        """(attention metadata, slots) of a batch: the same for streams that share both."""
+        key = id(group.attention), scratch
+        if self._built is None or self._built[0] is not batch or self._built[1] != key:
+            self._built = batch, key, self._build_new(group, batch, scratch)
+        return self._built[2]
+
+    def _build_new(
         self, group: _LayerGroup, batch: StreamBatch, scratch: int
     ) -> tuple[Any, torch.Tensor]:
         managed = self._runner.input_batch.block_table[group.kv_group]

@@ -75,7 +75,7 @@ def test_the_base_has_no_drafts(drafting: Server) -> None:
     assert counted(drafting, "draft") == before
 
 
-@pytest.mark.parametrize("more", [{"min_p": 0.1}, {"logit_bias": {"9": 5}}])
+@pytest.mark.parametrize("more", [{"temperature": 1, "min_p": 0.1}, {"logit_bias": {"9": 5}}])
 def test_what_cannot_be_speculated_is_refused(drafting: Server, more: dict[str, Any]) -> None:
     answer = drafting.post("/v1/completions", {**BODY, **more})
     assert answer.status_code == 400

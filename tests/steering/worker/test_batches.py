@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from steering.worker.batches import Candidates, Step, stream_batch, whole
+from steering.worker.batches import Candidates, OwnPrompts, Step, stream_batch
 
 BLOCK = 4
 
@@ -58,7 +58,7 @@ def test_agrees_with_the_mirror(seed: int) -> None:
         step,
         np.array([row.uses for row in rows]),
         np.array([row.offset for row in rows], np.int32),
-        [row.prompt for row in rows],
+        OwnPrompts.of([row.prompt for row in rows]),
     )
 
     want = mirror(rows, token_ids, table)
@@ -79,14 +79,8 @@ def test_agrees_with_the_mirror(seed: int) -> None:
 def test_nothing_to_run_is_none() -> None:
     step = Step(np.array([0, 3], np.int32), np.array([2], np.int32))
     offset = np.array([9], np.int32)
-    assert stream_batch(step, np.array([False]), np.array([0], np.int32), [None]) is None
-    assert stream_batch(step, np.array([True]), offset, [None]) is None
-
-
-def test_whole_needs_every_row_from_its_first_token() -> None:
-    assert whole(np.array([True, True]), np.zeros(2, np.int32))
-    assert not whole(np.array([True, False]), np.zeros(2, np.int32))
-    assert not whole(np.array([True, True]), np.array([0, 1], np.int32))
+    assert stream_batch(step, np.array([False]), np.array([0], np.int32), None) is None
+    assert stream_batch(step, np.array([True]), offset, None) is None
 
 
 def test_candidates_read_the_prefix_and_write_to_scratch() -> None:

@@ -16,8 +16,10 @@ def test_coefficients_survive_bit_for_bit(dtype: torch.dtype) -> None:
     extra = [[0.0, 1, 0.25, 0, 0], [1, 0, 1e-7, 0, 3], [3, 2, 1, 2, 0], [0, 0, 0, 0, 9]]
     values[:, 3:] = np.array(extra)
     out = torch.full((6, layout.width), float("nan"), dtype=dtype)
+    out[:, sum(layout.sizes) :] = 0
     layout.write_control(out, values)
     control = layout.read_control(out)
+    assert torch.equal(layout.read_coef(out), control.coef)
     assert torch.equal(control.coef[:4], torch.from_numpy(values[:, :3]))
     found = torch.stack(
         [control.kind, control.stream, control.param, control.head, control.report], 1

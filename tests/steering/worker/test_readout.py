@@ -82,7 +82,7 @@ def test_an_unsteered_row_has_the_bases_bits_beside_steered_ones() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [[0, 1, 3, 5], [1, 3, 5], [0], [5]])
+@pytest.mark.parametrize("rows", [[0, 1, 3, 5], [1, 3, 5], [1, 5], [0], [5]])
 def test_plain_sums_over_one_vocabulary_take_one_pass(rows: list[int], dtype: torch.dtype) -> None:
     mixer, tables = readout()
     unembed = [lambda h, t=t: (h @ t.T).to(dtype) for t in tables]
@@ -103,3 +103,7 @@ def test_plain_sums_over_one_vocabulary_take_one_pass(rows: list[int], dtype: to
         want = c * parts[0][row] + d * parts[1][row]
         want[PADDED] = float("-inf")
         torch.testing.assert_close(z[row].double(), want, atol=1e-5, rtol=1e-5)
+    if rows == [1, 5]:
+        even = mixer(hidden, [True, True, False], special=False, even=True)
+        assert even is not None
+        assert torch.equal(even.z, z)

@@ -18,9 +18,10 @@ STREAMS = ("base", "chat", "plain")
 def freight(rng: random.Random) -> Freight | None:
     if rng.random() < 0.3:
         return None
-    weights = (("base", rng.random()), ("plain", rng.random()))
+    weights = ((("base", 1.0), ("plain", rng.random())), (("base", 0.5), ("chat", 1.0)))
+    summed = weights[rng.random() < 0.2]
     own = (("plain", tuple(range(rng.randint(1, 5)))),) if rng.random() < 0.5 else ()
-    return Freight(SteeringPlan("mix", weights, prompts=own), pad=rng.choice([0, 2]))
+    return Freight(SteeringPlan("mix", summed, prompts=own), pad=rng.choice([0, 2]))
 
 
 def test_freight_travels_whole() -> None:
@@ -84,8 +85,27 @@ def test_tables_follow_the_batch(seed: int) -> None:
         assert np.array_equal(tables.uses, np.stack([s.uses for s in want]))
         assert np.array_equal(tables.offsets, np.stack([s.offsets for s in want]))
         for i in range(len(STREAMS)):
-            for got, one in zip(tables.prompts[i], want, strict=True):
-                assert (got is None) == (one.prompts[i] is None)
+            own = {row: ids for row, one in enumerate(want) if (ids := one.prompts[i]) is not None}
+            prompts = tables.prompts[i]
+            assert (prompts is None) == (not own)
+            if prompts is not None:
+                assert prompts.rows.tolist() == [*own]
+                assert [ids.tolist() for ids in prompts.ids] == [o.tolist() for o in own.values()]
+                assert prompts.sizes.tolist() == [ids.size for ids in prompts.ids]
+            plain = all(one.uses[i] and not one.offsets[i] for one in want)
+            assert tables.whole[i] == (plain and not own)
+            like = tables.like[i]
+            assert like <= i
+            assert all(
+                one.uses[like] == one.uses[i] and one.offsets[like] == one.offsets[i]
+                for one in want
+            )
+            assert like == i or not own
+        weights = [one.control[: len(STREAMS)] for one in want]
+        running = {tuple(np.flatnonzero(w)) for w in weights}
+        sums = {tuple(np.flatnonzero(one.uses)) for one in want}
+        even = running == sums and len(sums) == 1 and all(w[0] == 1 for w in weights)
+        assert tables.even == (even and sums != {(0,)})
         steered = any(requests[i][0] is not None for i in batch)
         assert tables.steered == steered
 

@@ -1,0 +1,110 @@
+"""Marks the rows of a step whose drawn token is reported, and measures them after the read-out.
+
+Lives in the worker; one instance per steered model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from steering.plan import CRITICAL_KINDS, RuleKind
+from steering.worker import heads
+from steering.worker import vllm_seam as seam
+from steering.worker.adapting import Routed
+from steering.worker.batches import Step
+from steering.worker.layout import REPORT, Layout
+from steering.worker.readout import Mixed, Reading
+from steering.worker.report import Marked, ReportBook
+from steering.worker.seats import Tables
+
+
+@dataclass
+class Reporter:
+    """Fills the reports of requests that ask for one.
+
+    Args:
+        names: of the streams that run, base first.
+        layout: of the hidden states.
+        readings: heads by name, and what they read.
+    """
+
+    names: tuple[str, ...]
+    layout: Layout
+    readings: dict[str, Reading]
+    book: ReportBook = field(default_factory=ReportBook)
+    _marked: list[Marked] = field(default_factory=list)
+
+    def mark(
+        self, found: seam.Seam, tables: Tables, step: Step, control: npt.NDArray[np.float32]
+    ) -> None:
+        """Marks this step's rows in `control`, and settles the tokens that were drawn before."""
+        self._marked = []
+        ids = found.request_ids() if tables.tagged else []
+        for row, seat in tables.tagged:
+            choice = seam.choice_of(ids[row])
+            tally = self.book.tally(seat.tag, choice)
+            if tally.waiting:
+                tally.settle(found.drawn(row, tally.waiting[0].row.place))
+            if not found.samples(row):
+                continue
+            tally.run(n for n, used in zip(self.names, seat.uses, strict=True) if used)
+            tally.run(name for name, _ in (seat.values.strengths if seat.values else ()))
+            drafts, last = found.drafts(row), int(step.starts[row + 1]) - 1
+            tally.drafted += drafts
+            end = int(step.computed[row] + step.lengths[row])
+            for back in range(drafts, -1, -1):
+                draft = found.token(row, end - back) if back else None
+                marked = Marked(seat.tag, choice, end - back, draft, seat.heads, seat.tokens)
+                self._marked.append(marked)
+                control[last - back, len(self.names) + REPORT] = len(self._marked)
+
+    def forget(self) -> None:
+        """A step without rows that report."""
+        self._marked = []
+
+    @property
+    def waits(self) -> bool:
+        """Whether a row of this step reports."""
+        return bool(self._marked)
+
+    def routes(self, ids: Sequence[str], tables: Tables, routed: Sequence[Routed]) -> None:
+        """Counts where the tokens of a step were routed."""
+        for stream, digest, counts in routed:
+            for row, seat in tables.tagged:
+                if any(u.stream == stream and u.digest == digest for u in seat.adapters):
+                    tally = self.book.tally(seat.tag, seam.choice_of(ids[row]))
+                    tally.route(stream, digest, counts[row].tolist())
+
+    def measure(self, mixed: Mixed, hidden: torch.Tensor) -> None:
+        """Measures the marked rows.
+
+        Args:
+            mixed: R rows of scores.
+            hidden: [R, width] what they were made of.
+        """
+        marks = enumerate(mixed.control.report.tolist())
+        rows = {row: self._marked[int(mark) - 1] for row, mark in marks if mark}
+        asked = {row: marked.heads for row, marked in rows.items()}
+        told = heads.read(self.readings, self.layout, hidden, asked)
+        for row, marked in rows.items():
+            steered, plain = (s[row].float().log_softmax(-1) for s in (mixed.z, mixed.base))
+            tally = self.book.tally(marked.tag, marked.choice)
+            tally.add(steered, plain, marked, _critical_of(mixed, row) | told.get(row, {}))
+
+
+def _critical_of(mixed: Mixed, row: int) -> dict[str, Any]:
+    """What a report says of a critical-token row; nothing of others."""
+    kind = int(mixed.control.kind[row])
+    if kind not in CRITICAL_KINDS or mixed.critical is None:
+        return {}
+    probability = float(mixed.critical[row].sigmoid())
+    found: dict[str, Any] = {"critical_probability": probability}
+    if kind == RuleKind.CRITICAL:
+        found["critical"] = probability > float(mixed.control.param[row])
+    return found
