@@ -19,7 +19,6 @@ from adapters.errors import AdapterError
 from server import errors, openapi
 from server.adapting.leases import Leasing
 from server.errors import HttpError
-from server.metrics import Meter
 from server.routes import adapters, admin, metrics, openai, playground
 from server.serving import Serving
 from server.validation import problems
@@ -124,4 +123,4 @@ def build_app(serving: Serving) -> ASGIApp:
     for kind, handler in handlers:
         app.add_exception_handler(kind, handler)
     openapi.install(app, serving.methods)
-    return Meter(Leasing(app))
+    return Leasing(app)

@@ -21,6 +21,7 @@ from server.diagnosis import Diagnosis
 from server.doctor import snapshot
 from server.own_prompts import Reader
 from server.profiles import Profiles
+from server.rates import Rates
 from server.serving import Serving
 from server.state import Life
 from steering.plan import BASE
@@ -81,6 +82,7 @@ async def assemble(
     loaded: Loaded,
     closing: AsyncExitStack,
     stage: Callable[[str], None],
+    rates: Rates,
 ) -> Serving:
     """Binds the engine and builds what the routes use.
 
@@ -90,6 +92,7 @@ async def assemble(
         loaded: the engine, and what the checks found out.
         closing: closed before the engine ends.
         stage: told what is under way.
+        rates: what callers may take per minute.
 
     Raises:
         PreloadFailed: an adapter of the configuration cannot be served.
@@ -98,6 +101,7 @@ async def assemble(
     diagnosis = loaded.diagnosis
     assert diagnosis.methods is not None
     quiet_logs()
+    loaded.engine.limits = config.limits
     await loaded.engine.bind()
     found = await in_thread(lambda: readers(config, diagnosis))
     streams = snapshot(config)
@@ -118,7 +122,7 @@ async def assemble(
 
         adapters = await closing.enter_async_context(opened(config, loader, reserved, stage))
     shown = {name: fact.describe() for name, fact in diagnosis.streams.items()}
-    serving = parts.build(
+    return parts.build(
         config,
         life,
         loaded.engine,
@@ -128,9 +132,8 @@ async def assemble(
         found,
         shown,
         adapters,
+        rates,
     )
-    serving.counters.register()
-    return serving
 
 
 def announce(serving: Serving, port: int, seconds: float) -> str:

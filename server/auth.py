@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import ipaddress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
@@ -18,11 +18,18 @@ from starlette.datastructures import Headers
 
 from server.config import HASHED, Config, LimitedKey
 from server.errors import HttpError
+from server.operating_config import Rate
+from server.trail import ANYONE
 
 _ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 """Paths beside `/admin` that need the admin key: vLLM's own."""
 
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
+
+
+def is_admin(path: str) -> bool:
+    """Whether a path belongs to administration."""
+    return path == "/admin" or path.startswith("/admin/") or path in _ADMIN
 
 
 def is_loopback(host: str) -> bool:
@@ -46,10 +53,14 @@ class Access:
     Args:
         profiles: names.
         adapters: names.
+        caller: fingerprint of the key.
+        rate: what it may take per minute; None: what the section `limits` says.
     """
 
     profiles: frozenset[str] | None = None
     adapters: frozenset[str] | None = None
+    caller: str = field(default=ANYONE, compare=False)
+    rate: Rate | None = field(default=None, compare=False)
 
     def check_steering(self, profile: str | None) -> None:
         """Lets steering pass or raises.
@@ -64,9 +75,9 @@ class Access:
             return
         if profile is None:
             raise HttpError(403, "This API key may use its profiles only, not steering of its "
-                            "own.", param="steering")  # fmt: skip
+                            "own.", param="steering", reason="forbidden")  # fmt: skip
         raise HttpError(403, f"This API key may not use the profile {profile!r}.",
-                        param="steering")  # fmt: skip
+                        param="steering", reason="forbidden")  # fmt: skip
 
     def check_adapter(self, name: str) -> None:
         """Lets an adapter pass or raises.
@@ -76,7 +87,7 @@ class Access:
         """
         if self.adapters is not None and name not in self.adapters:
             raise HttpError(403, f"This API key may not use the adapter {name!r}.",
-                            param="adapters")  # fmt: skip
+                            param="adapters", reason="forbidden")  # fmt: skip
 
 
 EVERYTHING = Access()
@@ -93,7 +104,7 @@ class Auth:
     """
 
     def __init__(self, config: Config) -> None:
-        self._api = [_api_key(entry) for entry in config.auth.api_keys]
+        self._api = [_api_key(entry, config.limits) for entry in config.auth.api_keys]
         admin = config.auth.admin_key
         self._admin = _digest_of(admin) if admin else None
         self._loopback = is_loopback(config.server.host)
@@ -109,13 +120,15 @@ class Auth:
         Raises:
             HttpError: 401 without a valid key, 403 for the wrong kind of key or a closed door.
         """
-        if path == "/admin" or path.startswith("/admin/") or path in _ADMIN:
+        if is_admin(path):
             self._check_admin(headers)
         elif path.startswith(_GUARDED) and self._api:
             found = self._find(headers)
             if found is None:
                 raise HttpError(
-                    401, "Missing or unknown API key. Send it as `Authorization: Bearer …`."
+                    401,
+                    "Missing or unknown API key. Send it as `Authorization: Bearer …`.",
+                    reason="unauthenticated",
                 )
             return found
         return EVERYTHING
@@ -126,11 +139,14 @@ class Auth:
             if given and hmac.compare_digest(_digest(given), self._admin):
                 return
             if self._find(headers) is not None:
-                raise HttpError(403, "This API key is not the admin key.")
-            raise HttpError(401, "The admin key is required: `Authorization: Bearer …`.")
+                raise HttpError(403, "This API key is not the admin key.", reason="forbidden")
+            raise HttpError(401, "The admin key is required: `Authorization: Bearer …`.",
+                            reason="unauthenticated")  # fmt: skip
         if not self._loopback:
             raise HttpError(
-                403, "The admin API is off: set auth.admin_key, or bind the server to loopback."
+                403,
+                "The admin API is off: set auth.admin_key, or bind the server to loopback.",
+                reason="forbidden",
             )
         # Without a key the address is the lock. A web page in a local browser could pick it by
         # rebinding a name of its own to 127.0.0.1, or by posting across origins.
@@ -138,7 +154,8 @@ class Auth:
         if not is_loopback(_host_of(headers.get("host", ""))) or (
             origin is not None and not is_loopback(urlsplit(origin).hostname or "")
         ):
-            raise HttpError(403, "Without an admin key, only local, same-origin callers may pass.")
+            raise HttpError(403, "Without an admin key, only local, same-origin callers may pass.",
+                            reason="forbidden")  # fmt: skip
 
     def _find(self, headers: Headers) -> Access | None:
         """The access of the API key that was given; the time does not tell which it was."""
@@ -150,13 +167,19 @@ class Auth:
         return found
 
 
-def _api_key(entry: SecretStr | LimitedKey) -> tuple[bytes, Access]:
+def _api_key(entry: SecretStr | LimitedKey, default: Rate) -> tuple[bytes, Access]:
     if isinstance(entry, SecretStr):
-        return _digest_of(entry), EVERYTHING
+        digest = _digest_of(entry)
+        return digest, Access(caller=_fingerprint(digest))
     profiles, adapters = (
         None if names is None else frozenset(names) for names in (entry.profiles, entry.adapters)
     )
-    return _digest_of(entry.key), Access(profiles, adapters)
+    digest = _digest_of(entry.key)
+    rates = {
+        name: getattr(entry if name in entry.model_fields_set else default, name)
+        for name in Rate.model_fields
+    }
+    return digest, Access(profiles, adapters, _fingerprint(digest), Rate(**rates))
 
 
 def _digest_of(key: SecretStr) -> bytes:
@@ -170,6 +193,10 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
+def _fingerprint(digest: bytes) -> str:
+    return digest.hex()[:8]
+
+
 def _bearer(headers: Headers) -> bytes:
     scheme, _, key = headers.get("authorization", "").partition(" ")
     return key.strip().encode() if scheme.lower() == "bearer" else b""
@@ -178,4 +205,4 @@ def _bearer(headers: Headers) -> bytes:
 def admin_name(headers: Headers) -> str:
     """Whom records name as their cause: a fingerprint of the key, or a caller without one."""
     given = _bearer(headers)
-    return f"key {_digest(given).hex()[:8]}" if given else "local"
+    return f"key {_fingerprint(_digest(given))}" if given else "local"

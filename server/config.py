@@ -10,8 +10,17 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 
+from server.operating_config import (
+    LimitsConfig,
+    LoggingConfig,
+    MetricsConfig,
+    Rate,
+    Section,
+    ServerConfig,
+    TracingConfig,
+)
 from steering.method import Limits
 from steering.spec import Profile, Range
 
@@ -54,12 +63,6 @@ class ConfigInvalid(Exception):
     def __init__(self, problems: list[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(problems))
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, nothing changes after the start."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class StreamConfig(Section):
@@ -274,8 +277,10 @@ Key = Annotated[SecretStr, AfterValidator(_usable_key)]
 """A key as it is, or `sha256:` and the hex SHA-256 of it."""
 
 
-class LimitedKey(Section):
-    """A key in `auth.api_keys` that may not use everything."""
+class LimitedKey(Rate):
+    """A key in `auth.api_keys` with limits of its own. A rate that is not given is that of the
+    section `limits`; `null`: no limit.
+    """
 
     key: Key = Field(description="The key, or `sha256:` and its hash.")
     profiles: tuple[str, ...] | None = Field(
@@ -301,30 +306,6 @@ class AuthConfig(Section):
         None,
         description="Key for `/admin/*` (environment: `COXSWAIN_ADMIN_KEY`), plain or `sha256:…`. "
         "Without one the admin API answers only when the server is bound to loopback.",
-    )
-
-
-class ServerConfig(Section):
-    """The HTTP side."""
-
-    host: str = Field("127.0.0.1", description="Address to bind.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to bind; 0: any free one.")
-    max_body_bytes: int = Field(
-        4 * 1024 * 1024, ge=1024, description="Largest request body, in bytes; larger: 413."
-    )
-    max_in_flight: int = Field(
-        1024,
-        ge=1,
-        description="Inference requests that may run or wait at the same time; one more: 429.",
-    )
-    drain_timeout_s: float = Field(
-        30.0,
-        ge=0,
-        le=3600,
-        description="How long running requests may finish after SIGTERM, in seconds.",
-    )
-    counters_every_s: float = Field(
-        2.0, gt=0, le=60, description="How often the worker's token counters are read, in seconds."
     )
 
 
@@ -365,6 +346,10 @@ class Config(Section):
     steering: SteeringConfig = Field(default_factory=SteeringConfig)
     auth: AuthConfig = Field(default_factory=AuthConfig)
     server: ServerConfig = Field(default_factory=ServerConfig)
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    tracing: TracingConfig | None = Field(None)
     chat: ChatConfig = Field(default_factory=ChatConfig)
     playground: bool = Field(
         True, description="Whether `/playground` serves a page for trying steering by hand."

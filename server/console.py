@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
+
+logger = logging.getLogger("coxswain")
 
 
 def say(text: str) -> None:
-    """One line on standard error, at once."""
-    print(text, file=sys.stderr, flush=True)
+    """Something for people, on standard error, at once; one JSON object where logs are JSON."""
+    if as_json():
+        logger.info(text.removeprefix("coxswain: "))
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def as_json() -> bool:
+    """Whether the server's lines are JSON (`server.logs`)."""
+    return any(isinstance(handler, JsonHandler) for handler in logging.getLogger().handlers)
+
+
+class JsonHandler(logging.StreamHandler[TextIO]):
+    """Writes the JSON lines."""
 
 
 class Progress:
@@ -26,7 +41,7 @@ class Progress:
     """
 
     def __init__(self, every_s: float = 10.0) -> None:
-        self._tty = sys.stderr.isatty()
+        self._tty = sys.stderr.isatty() and not as_json()
         self._every_s = 0.2 if self._tty else every_s
         self._stage = ""
         self._began = time.monotonic()

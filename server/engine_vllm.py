@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -24,10 +25,13 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from adapters.errors import BadAdapter
 from adapters.sets import AdapterSet
-from server import best_of_n
+from server import best_of_n, metrics
 from server.adapting.residency import Residency
 from server.boarding import Boarding, Ride, board, limit_tokens
+from server.counting import counted
+from server.operating_config import LimitsConfig
 from server.steered import Report, Steered
+from server.trail import Trail, trail
 from steering.errors import BadValue
 from steering.plan import SteeringPlan
 from steering.wire import KEY
@@ -45,6 +49,9 @@ class SteeredLLM(AsyncLLM):
     residency: Residency | None = None
     """Which adapters it holds; None without LoRA."""
 
+    limits: LimitsConfig = LimitsConfig()
+    """What one request may take."""
+
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -54,13 +61,15 @@ class SteeredLLM(AsyncLLM):
         The client's disconnect closes the returned generator, which aborts the request.
 
         Raises:
-            BadValue: the lengthened prompt leaves no room in the context.
+            BadValue: the prompt is too long, or, lengthened, leaves no room in the context.
             NoRoom: the engine cannot take its adapters while others are pinned.
         """
+        self._limit(prompt, sampling_params)
         extra = dict(sampling_params.extra_args or {})
         steered = extra.pop(KEY, None)
         if steered is None:
-            return super().generate(prompt, sampling_params, request_id, **options)
+            plain = super().generate(prompt, sampling_params, request_id, **options)
+            return counted(plain, trail(), sampling_params)
         if not isinstance(steered, Steered):
             raise BadValue("use the `steering` field", field=f"vllm_xargs.{KEY}")
         index = steered.next_prompt()
@@ -77,6 +86,20 @@ class SteeredLLM(AsyncLLM):
         if plan.adapters:
             return self._holding(outputs, steered)
         return outputs
+
+    def _limit(self, prompt: Any, params: SamplingParams) -> None:
+        """Keeps prompt and reply inside what the configuration allows.
+
+        Raises:
+            BadValue: the prompt is longer.
+        """
+        most, longest = self.limits.max_prompt_tokens, self.limits.max_output_tokens
+        ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        if most is not None and ids is not None and len(ids) > most:
+            raise BadValue("the prompt has more tokens than this server takes", field="prompt",
+                           value=len(ids), allowed=f"at most {most}")  # fmt: skip
+        if longest is not None and params.max_tokens is not None:
+            params.max_tokens = min(params.max_tokens, longest)
 
     def ride(
         self,
@@ -99,14 +122,14 @@ class SteeredLLM(AsyncLLM):
             BadValue: the lengthened prompt leaves no room in the context.
         """
         if not plan.steers and not plan.adapters and plan.report == "off":
-            return self.submit(ride)
+            return counted(self.submit(ride), trail(), ride.params)
         tag = f"{steered.tag}-{index}" if plan.report != "off" else ""
         prompt, boarding = board(ride.prompt, ride.params, plan, tag)
         length, context = len(prompt["prompt_token_ids"]), self.model_config.max_model_len
         limit_tokens(ride.params, steered.max_tokens, length, boarding.pad, context)
-        outputs = self.submit(replace(ride, prompt=prompt))
+        outputs = counted(self.submit(replace(ride, prompt=prompt)), trail(), ride.params)
         delta = ride.params.output_kind == RequestOutputKind.DELTA
-        return self._watch(outputs, boarding, index, reports, delta)
+        return self._watch(outputs, boarding, index, reports, delta, trail())
 
     def submit(self, ride: Ride) -> AsyncGenerator[RequestOutput, None]:
         """Runs a request that has boarded; closing the generator aborts it."""
@@ -125,7 +148,9 @@ class SteeredLLM(AsyncLLM):
         residency.check_room(wanted)
 
         async def held() -> AsyncGenerator[RequestOutput, None]:
+            began = time.perf_counter()
             async with residency.holding(wanted), aclosing(outputs):
+                metrics.WAIT_SECONDS.observe(time.perf_counter() - began)
                 async for output in outputs:
                     yield output
 
@@ -138,6 +163,7 @@ class SteeredLLM(AsyncLLM):
         index: int,
         reports: dict[int, Report],
         delta: bool,
+        noted: Trail,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Passes outputs on without the padding; fetches the report before the last one."""
         drawn: dict[str, list[int]] = {}
@@ -153,6 +179,7 @@ class SteeredLLM(AsyncLLM):
                     if output.finished and not taken:
                         taken = True
                         reports[index] = await self.report(boarding.tag, drawn)
+                        metrics.measured(noted, reports[index])
                     yield output
         finally:
             if not taken:

@@ -26,6 +26,7 @@ from adapters.errors import (
     TooLarge,
 )
 from adapters.errors import DoesNotFit as AdapterDoesNotFit
+from server.trail import trail
 from steering.errors import BadValue, DoesNotFit, NotFound, SteeringError
 
 _TABLE: dict[int, tuple[str, str]] = {
@@ -34,6 +35,7 @@ _TABLE: dict[int, tuple[str, str]] = {
     403: ("permission_error", "forbidden"),
     404: ("not_found_error", "not_found"),
     405: ("invalid_request_error", "method_not_allowed"),
+    408: ("timeout_error", "body_timeout"),
     409: ("conflict_error", "conflict"),
     413: ("invalid_request_error", "body_too_large"),
     415: ("invalid_request_error", "unsupported_media_type"),
@@ -42,6 +44,7 @@ _TABLE: dict[int, tuple[str, str]] = {
     500: ("server_error", "internal_error"),
     501: ("server_error", "not_implemented"),
     503: ("service_unavailable_error", "unavailable"),
+    504: ("timeout_error", "request_timeout"),
     507: ("server_error", "no_room"),
 }
 
@@ -76,6 +79,7 @@ class HttpError(Exception):
         param: the request field it is about.
         code: a word for programs; default: from the table.
         retry_after_s: seconds after which a retry makes sense (header `Retry-After`).
+        reason: why the gate refuses, a word of `metrics.REASONS`.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class HttpError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: int | None = None,
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -93,6 +98,7 @@ class HttpError(Exception):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+        self.reason = reason
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends itself: an error is an ASGI application, so middleware can answer with it."""
@@ -109,8 +115,10 @@ def body(
 
 
 def response(error: HttpError) -> JSONResponse:
-    """The HTTP answer for an error."""
+    """The HTTP answer for an error; a refusal is noted for the metrics."""
     headers = {}
+    if error.reason is not None:
+        trail().refusal = error.reason
     if error.retry_after_s is not None:
         headers["retry-after"] = str(error.retry_after_s)
     if error.status == 401:

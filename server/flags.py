@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from server.config import RESERVED_ENGINE, Config, ConfigInvalid, ServerConfig
+from server.config import RESERVED_ENGINE, Config, ConfigInvalid
+from server.operating_config import ServerConfig
 from server.validation import problems
 
 

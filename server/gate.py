@@ -1,7 +1,7 @@
 """The outermost ASGI application: open before the engine is, closed while draining.
 
-Order for each request: health and readiness → phase → key → body size → load → the real
-application.
+Order for each request: health and readiness → phase → key → body size → load → the caller's
+rates → the real application.
 Pure ASGI: Starlette's `BaseHTTPMiddleware` would break the cancellation of running requests.
 """
 
@@ -10,17 +10,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.auth import Auth, access
-from server.config import ServerConfig
+from server.auth import Auth, access, is_admin
 from server.errors import HttpError
+from server.exchange import Exchange, too_large
+from server.operating_config import LimitsConfig, ServerConfig
+from server.rates import Rates
 from server.state import Life
+from server.trail import trail
 from server.validation import odd_value
 
 RETRY_AFTER_S = 5
@@ -34,14 +36,22 @@ class Gate:
     Args:
         life: the phase, kept by `launch`.
         auth: the keys.
-        limits: section `server`: sizes and counts from which on requests are refused.
+        server: section `server`: sizes and counts from which on requests are refused.
+        limits: section `limits`: what one request may take.
+        rates: what callers may take per minute; None: as much as they like.
     """
 
-    def __init__(self, life: Life, auth: Auth, limits: ServerConfig) -> None:
-        self.life = life
-        self.auth = auth
-        self.max_body_bytes = limits.max_body_bytes
-        self.max_in_flight = limits.max_in_flight
+    def __init__(
+        self,
+        life: Life,
+        auth: Auth,
+        server: ServerConfig,
+        limits: LimitsConfig | None = None,
+        rates: Rates | None = None,
+    ) -> None:
+        self.life, self.auth, self.server = life, auth, server
+        self.limits = limits or LimitsConfig()
+        self.rates = rates
         self.inner: ASGIApp | None = None
         """The real application, once the engine is up."""
 
@@ -59,13 +69,17 @@ class Gate:
                 return
             self._refuse_by_phase(path)
             headers = Headers(scope=scope)
-            access.set(self.auth.check(path, headers))
+            allowed = self.auth.check(path, headers)
+            access.set(allowed)
+            trail().caller = allowed.caller
             self._refuse_by_length(headers)
             self._refuse_by_load(path)
+            if self.rates is not None and _counts(scope):
+                await self.rates.admit(allowed.caller, allowed.rate)
         except HttpError as error:
             await error(scope, receive, send)
             return
-        await self._forward(path, scope, receive, send)
+        await self._forward(scope, receive, send)
 
     def _probe(self, path: str) -> JSONResponse:
         life = self.life
@@ -73,6 +87,11 @@ class Gate:
         if life.phase != "ready":
             status["reason"] = life.reason
         healthy = life.phase != "dead" if path == "/health" else life.phase == "ready"
+        if path == "/ready" and healthy and life.leaving:
+            healthy, status["reason"] = False, "the server is asked to end"
+        elif path == "/ready" and healthy and life.silent_s > self.server.engine_timeout_s:
+            healthy = False
+            status["reason"] = f"the engine has not answered for {life.silent_s:.0f} s"
         retry = {"retry-after": str(RETRY_AFTER_S)}
         return JSONResponse(status, 200 if healthy else 503, None if healthy else retry)
 
@@ -80,52 +99,36 @@ class Gate:
         life = self.life
         if self.inner is None or life.phase in ("starting", "dead"):
             raise HttpError(503, f"The server is {life.phase}: {life.reason}", code=life.phase,
-                            retry_after_s=RETRY_AFTER_S)  # fmt: skip
+                            retry_after_s=RETRY_AFTER_S, reason=life.phase)  # fmt: skip
         if life.phase == "draining" and path.startswith(_INFERENCE):
             raise HttpError(503, "The server is draining and takes no new requests.",
-                            code="draining", retry_after_s=RETRY_AFTER_S)  # fmt: skip
+                            code="draining", retry_after_s=RETRY_AFTER_S,
+                            reason="draining")  # fmt: skip
 
     def _refuse_by_length(self, headers: Headers) -> None:
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self.max_body_bytes:
-            raise self._too_large()
+        if length.isdigit() and int(length) > self.server.max_body_bytes:
+            raise too_large(self.server.max_body_bytes)
 
     def _refuse_by_load(self, path: str) -> None:
-        if self.life.in_flight >= self.max_in_flight and path.startswith(_INFERENCE):
-            raise HttpError(429, f"The server is at its limit of {self.max_in_flight} requests.",
-                            retry_after_s=1)  # fmt: skip
+        most = self.server.max_in_flight
+        if self.life.in_flight >= most and path.startswith(_INFERENCE):
+            raise HttpError(429, f"The server is at its limit of {most} requests.",
+                            retry_after_s=1, reason="queue_full")  # fmt: skip
 
-    def _too_large(self) -> HttpError:
-        return HttpError(413, f"The request body is larger than {self.max_body_bytes} bytes.")
-
-    async def _forward(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert self.inner is not None
-        read = 0
-
-        async def counted() -> MutableMapping[str, Any]:
-            """Also bodies without a length (chunked) must not grow past the limit."""
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.max_body_bytes:
-                raise self._too_large()
-            return message
-
-        begun = False
-
-        async def noted(message: MutableMapping[str, Any]) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
-        counts = path.startswith(_INFERENCE)
+        leaving = self.life.leaving or self.life.phase == "draining"
+        exchange = Exchange(scope, receive, send, self.server, self.limits, leaving=leaving)
+        counts = scope["path"].startswith(_INFERENCE)
         if counts:
             self.life.enter()
         try:
-            await self.inner(scope, counted, noted)
+            await self.inner(scope, exchange.receive, exchange.send)
+            await exchange.finish()
         except asyncio.CancelledError:
             # The HTTP server ends and this request did not finish in time.
-            if not begun:
+            if not exchange.begun:
                 await HttpError(503, "The server ended before it could answer.", code="draining",
                                 retry_after_s=RETRY_AFTER_S)(scope, receive, send)  # fmt: skip
         except Exception:
@@ -135,6 +138,16 @@ class Gate:
         finally:
             if counts:
                 self.life.leave()
+            if self.rates is not None and _counts(scope):
+                found, noted = access.get(), trail()
+                tokens = noted.prompt_tokens + noted.output_tokens
+                self.rates.charge(found.caller, found.rate, tokens)
+
+
+def _counts(scope: Scope) -> bool:
+    """Whether a request counts for its caller's rates."""
+    path: str = scope["path"]
+    return scope["method"] == "POST" and path.startswith(_INFERENCE) and not is_admin(path)
 
 
 def strict_json(raw: bytes) -> object:

@@ -12,7 +12,6 @@ import logging
 import multiprocessing
 import signal
 import socket
-import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +19,21 @@ import uvicorn
 
 from adapters.errors import AdapterError
 from adapters.thread import in_thread
+from server import tracing
 from server.auth import Auth
-from server.config import Config
+from server.config import Config, ConfigInvalid
 from server.console import Progress, say
 from server.gate import Gate
 from server.loading import StartFailed, environment, load
+from server.observer import Observer
+from server.rates import Rates
 from server.state import Life
 
 if TYPE_CHECKING:
     from server.engine_vllm import SteeredLLM
     from server.serving import Serving
+
+logger = logging.getLogger("coxswain")
 
 LINGER_S = 3.0
 """How long a server whose engine died still answers, so that probes can read why."""
@@ -79,7 +83,10 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.life = Life()
-        self.gate = Gate(self.life, Auth(config), config.server)
+        self.rates = Rates.of(config)
+        self.gate = Gate(self.life, Auth(config), config.server, config.limits, self.rates)
+        self.tracing = tracing.start(config.tracing)
+        self.outermost = Observer(self.gate, config.logging, self.tracing)
         self.engine: SteeredLLM | None = None
         self.loading: asyncio.Task[Serving] | None = None
         self.closing = contextlib.AsyncExitStack()
@@ -94,7 +101,7 @@ class Run:
         """
         sock = bind(self.config)
         http = _Http(uvicorn.Config(
-            self.gate, lifespan="off", log_config=None, access_log=False,
+            self.outermost, lifespan="off", log_config=None, access_log=False,
             timeout_keep_alive=5, timeout_graceful_shutdown=2,
         ))  # fmt: skip
         loop = asyncio.get_running_loop()
@@ -115,6 +122,11 @@ class Run:
                 await asyncio.wait([loading])
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self.closing.aclose(), SHUTDOWN_S)
+            with contextlib.suppress(Exception):
+                await self.rates.close()
+            if self.tracing is not None:
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(in_thread(self.tracing.close), SHUTDOWN_S)
             await self._stop_engine()
         say(f"coxswain: {last_line}")
         return status
@@ -141,7 +153,7 @@ class Run:
                 say(f"coxswain: {problem}")
             return 1, "cannot start"
         except Exception as error:
-            traceback.print_exc()
+            logger.error("the start failed", exc_info=error)
             return 1, f"cannot start: {type(error).__name__}: {error}"
         watching = asyncio.create_task(self._watch())
         polling = asyncio.create_task(self._poll(serving))
@@ -165,7 +177,9 @@ class Run:
                 progress.stage(text)
 
             try:
-                serving = await assemble(self.config, self.life, loaded, self.closing, stage)
+                serving = await assemble(
+                    self.config, self.life, loaded, self.closing, stage, self.rates
+                )
             except PreloadFailed as error:
                 raise StartFailed(error.problems) from error
             except AdapterError as error:
@@ -174,7 +188,7 @@ class Run:
         from server.app import build_app
 
         self.gate.inner = build_app(serving)
-        self.life.phase, self.life.reason = "ready", ""
+        self.life.become_ready()
         say(announce(serving, port, seconds))
         return serving
 
@@ -191,6 +205,7 @@ class Run:
         while True:
             with contextlib.suppress(Exception):  # a dead engine is `_watch`'s business
                 serving.counters.update(await serving.engine.counters())
+                self.life.hear()
             await asyncio.sleep(self.config.server.counters_every_s)
 
     async def _died(self, reason: str) -> tuple[int, str]:
@@ -199,13 +214,19 @@ class Run:
         return 1, f"engine failure: {reason}. Exit status 1."
 
     async def _drain(self, watching: asyncio.Task[str]) -> tuple[int, str]:
-        """Lets running requests finish."""
+        """Tells load balancers, then lets running requests finish."""
         life, limit = self.life, self.config.server.drain_timeout_s
+        hurry = asyncio.create_task(self.hurry.wait())
+        if notice := self.config.server.drain_notice_s:
+            life.leaving = True
+            say(f"coxswain: not ready from now on; draining in {notice:g} s")
+            await asyncio.wait(
+                {hurry, watching}, timeout=notice, return_when=asyncio.FIRST_COMPLETED
+            )
         life.phase, life.reason = "draining", "the server is asked to end"
         say(f"coxswain: draining, requests in flight: {life.in_flight}, at most {limit:g} s "
             "(a second signal: at once)")  # fmt: skip
         idle = asyncio.create_task(life.idle.wait())
-        hurry = asyncio.create_task(self.hurry.wait())
         await asyncio.wait(
             {idle, hurry, watching}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
         )
@@ -248,7 +269,7 @@ def serve(config: Config) -> int:
     say(f"coxswain: opening http://{config.server.host}:{config.server.port}; {'; '.join(notes)}")
     try:
         return asyncio.run(Run(config).run())
-    except StartFailed as error:
+    except (StartFailed, ConfigInvalid) as error:
         for problem in error.problems:
             say(f"coxswain: {problem}")
         return 1

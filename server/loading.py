@@ -60,6 +60,10 @@ def environment(config: Config) -> list[str]:
         "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker,"
         "ignore::FutureWarning:vllm.triton_utils.dispatcher",
     }
+    if config.tracing is not None:
+        # vLLM's own spans go the same way.
+        quiet["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = config.tracing.protocol
+        quiet["OTEL_SERVICE_NAME"] = config.tracing.service_name
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     return notes
@@ -72,6 +76,8 @@ def engine_arguments(config: Config, diagnosis: Diagnosis) -> dict[str, Any]:
     from steering.engine_args import Speculation, adapter_engine_args, steered_engine_args
 
     engine = dict(config.engine)
+    if config.tracing is not None:
+        engine.setdefault("otlp_traces_endpoint", config.tracing.endpoint)
     engine.setdefault("load_format", "safetensors")
     engine.setdefault("use_tqdm_on_load", False)
     if (cache := cpu_cache_bytes(config, diagnosis)) is not None:

@@ -133,8 +133,10 @@ def _serve(given: argparse.Namespace, rest: list[str]) -> int:
     from server.flags import engine_flags, with_overrides
     from server.launch import serve
     from server.loading import environment
+    from server.logs import setup
 
     config: Config = load(given.config)
+    setup(config.logging)
     environment(config)  # before the flags: their parser imports vLLM
     return serve(with_overrides(config, given.host, given.port, engine_flags(rest)))
 

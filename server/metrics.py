@@ -1,113 +1,165 @@
-"""Our Prometheus series, beside vLLM's. All labels are bounded: configured or known names only."""
+"""Our Prometheus series, beside vLLM's. All labels are bounded; `server.collector` has those that
+are read when `/metrics` is asked. docs/operations.md lists them.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, Metric
-from prometheus_client.registry import REGISTRY, Collector
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-NONE = "none"
-"""The labels of a request without steering, or refused before its steering is known."""
+from server.trail import NONE, Trail
+
+OTHER = "other"
+"""Profile and adapter of requests that came when there were `MOST` combinations already."""
+
+MOST = 300
+"""Combinations of method, profile and adapter that get series of their own: names of profiles and
+adapters come and go, and each would stay in Prometheus's memory for ever."""
+
+REASONS = (
+    "unauthenticated", "forbidden", "starting", "draining", "dead", "body_too_large",
+    "body_timeout", "queue_full", "requests_per_minute", "tokens_per_minute",
+)  # fmt: skip
+"""Why the gate lets a request not pass."""
+
+_WHO = ("method", "profile", "adapter")
+_FAST = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 
 REQUESTS = Counter(
     "coxswain_requests",
-    "Inference requests by steering method, profile and HTTP status (499: the client left).",
-    ["method", "profile", "status"],
+    "Inference requests by steering method, profile, adapter and HTTP status (499: the client "
+    "left).",
+    [*_WHO, "status"],
 )
 SECONDS = Histogram(
     "coxswain_request_seconds",
-    "Time from the first byte of a request to the last of its answer, in seconds.",
-    ["method"],
-    buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
+    "Time from the first byte of an inference request to the last of its answer, in seconds.",
+    _WHO,
+    buckets=(0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
+)
+FIRST_TOKEN = Histogram(
+    "coxswain_first_token_seconds",
+    "Time from the first byte of an inference request to its first token, in seconds.",
+    _WHO,
+    buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
+)
+TOKENS = Counter(
+    "coxswain_tokens",
+    "Tokens of inference requests: `prompt`, given to the engine, and `output`, drawn.",
+    [*_WHO, "kind"],
+)
+REFUSALS = Counter(
+    "coxswain_refusals", "Requests that the gate did not let pass, by reason.", ["reason"]
+)
+MEASURED = Counter(
+    "coxswain_measured_tokens",
+    "Tokens whose steering was measured: of requests with a report, and of the share "
+    "`metrics.report_share` of the others.",
+    ["method", "profile"],
+)
+CHANGED = Counter(
+    "coxswain_changed_tokens",
+    "Measured tokens at which the most likely id was another than the base's.",
+    ["method", "profile"],
+)
+KL = Counter(
+    "coxswain_kl_nats",
+    "Sum over the measured tokens of the KL divergence of the steered from the base's "
+    "distribution, in nats.",
+    ["method", "profile"],
+)
+PASSES = Counter(
+    "coxswain_measured_passes",
+    "Forward passes of a stream for the measured tokens.",
+    ["method", "profile", "stream"],
+)
+DRAFTED = Counter(
+    "coxswain_drafted_tokens", "Drafts that were verified for measured requests.", ["method"]
+)
+ACCEPTED = Counter(
+    "coxswain_accepted_tokens", "Drafts that became measured tokens.", ["method"]
+)  # fmt: skip
+LOAD_SECONDS = Histogram(
+    "coxswain_adapter_load_seconds",
+    "Time in which a set of adapters was brought into the engine, in seconds.",
+    buckets=_FAST,
+)
+EVICT_SECONDS = Histogram(
+    "coxswain_adapter_evict_seconds",
+    "Time in which a set of adapters was taken out of the engine, in seconds.",
+    buckets=_FAST,
+)
+WAIT_SECONDS = Histogram(
+    "coxswain_adapter_wait_seconds",
+    "Time that a request waited until the engine held its adapters, in seconds.",
+    buckets=_FAST,
 )
 
-SCOPE_KEY = "coxswain.labels"
+for _reason in REASONS:
+    # A counter that appears with its first event shows no rise to Prometheus.
+    REFUSALS.labels(_reason)
 
 
-@dataclass
-class Labels:
-    """What a route finds out about its request."""
-
-    method: str = NONE
-    profile: str = NONE
-
-
-class StreamCounters(Collector):
-    """The worker's cumulative counters, as last polled."""
-
-    def __init__(self) -> None:
-        self.tokens: Mapping[str, int] = {}
-        self.passes: Mapping[str, int] = {}
-        self.steps = 0
-
-    def update(self, counters: Mapping[str, Any]) -> None:
-        """Takes over a poll's answer."""
-        self.tokens, self.passes = dict(counters["tokens"]), dict(counters["passes"])
-        self.steps = int(counters["steps"])
-
-    def collect(self) -> Iterator[Metric]:
-        """For prometheus_client."""
-        for name, text, values in (
-            ("coxswain_stream_tokens", "Tokens that a stream has run.", self.tokens),
-            ("coxswain_stream_passes", "Forward passes of a stream.", self.passes),
-        ):
-            family = CounterMetricFamily(name, text, labels=["stream"])
-            for stream, value in values.items():
-                family.add_metric([stream], value)
-            yield family
-
-    def register(self) -> None:
-        """Shows the counters in `/metrics`."""
-        REGISTRY.register(self)
-
-
-class Meter:
-    """ASGI middleware that counts inference requests and their time.
+class Names:
+    """Combinations of labels, each with series of its own until there are too many.
 
     Args:
-        app: the application inside.
-        prefixes: paths that count.
+        most: so many.
     """
 
-    def __init__(self, app: ASGIApp, prefixes: tuple[str, ...] = ("/v1/",)) -> None:
-        self.app = app
-        self.prefixes = prefixes
+    def __init__(self, most: int = MOST) -> None:
+        self._most = most
+        self._known: set[tuple[str, str, str]] = set()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] != "http"
-            or scope["method"] != "POST"
-            or not scope["path"].startswith(self.prefixes)
-        ):
-            await self.app(scope, receive, send)
-            return
-        labels = Labels()
-        scope[SCOPE_KEY] = labels
-        began = time.perf_counter()
-        status, complete, left = 500, False, False
+    def of(self, trail: Trail) -> tuple[str, str, str]:
+        """The labels method, profile, adapter of a request."""
+        labels = (trail.method, trail.profile, trail.adapter)
+        if labels in self._known:
+            return labels
+        if len(self._known) >= self._most:
+            profile, adapter = (NONE if name == NONE else OTHER for name in labels[1:])
+            return trail.method, profile, adapter
+        self._known.add(labels)
+        return labels
 
-        async def listening() -> MutableMapping[str, Any]:
-            nonlocal left
-            message = await receive()
-            left |= message["type"] == "http.disconnect" and not complete
-            return message
 
-        async def watching(message: MutableMapping[str, Any]) -> None:
-            nonlocal status, complete
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            complete |= message["type"] == "http.response.body" and not message.get("more_body")
-            await send(message)
+names = Names()
 
-        try:
-            await self.app(scope, listening, watching)
-        finally:
-            code = 499 if left else status
-            REQUESTS.labels(labels.method, labels.profile, str(code)).inc()
-            SECONDS.labels(labels.method).observe(time.perf_counter() - began)
+
+def observe(trail: Trail, status: int) -> None:
+    """Counts an inference request that has ended.
+
+    Args:
+        trail: what is known of it.
+        status: of its answer; 499: the client left before.
+    """
+    who = names.of(trail)
+    REQUESTS.labels(*who, str(status)).inc()
+    SECONDS.labels(*who).observe(trail.seconds)
+    if trail.first_token_s is not None:
+        FIRST_TOKEN.labels(*who).observe(trail.first_token_s)
+    TOKENS.labels(*who, "prompt").inc(trail.prompt_tokens)
+    TOKENS.labels(*who, "output").inc(trail.output_tokens)
+
+
+def measured(trail: Trail, report: Mapping[str, Mapping[str, Any]]) -> None:
+    """Counts what the worker measured for one prompt of a request.
+
+    Args:
+        trail: of the request.
+        report: by choice.
+    """
+    method, profile, _ = names.of(trail)
+    for choice in report.values():
+        MEASURED.labels(method, profile).inc(choice["tokens"])
+        CHANGED.labels(method, profile).inc(choice["changed"])
+        kl = choice["kl_sum"]
+        # Rounding may leave the sum a little below zero, and counters only rise.
+        KL.labels(method, profile).inc(kl if math.isfinite(kl) and kl > 0 else 0)
+        for stream, count in choice["passes"].items():
+            PASSES.labels(method, profile, stream).inc(count)
+        DRAFTED.labels(method).inc(choice["drafted"])
+        ACCEPTED.labels(method).inc(choice["accepted"])

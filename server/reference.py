@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from server import config
+from server import config, operating_config
 from steering.spec import Profile, ProfileLimits
 
 _HEAD = """\
@@ -51,7 +51,11 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("steering.speculation", config.SpeculationConfig),
     ("auth", config.AuthConfig),
     ("auth.api_keys[]", config.LimitedKey),
-    ("server", config.ServerConfig),
+    ("server", operating_config.ServerConfig),
+    ("limits", operating_config.LimitsConfig),
+    ("metrics", operating_config.MetricsConfig),
+    ("logging", operating_config.LoggingConfig),
+    ("tracing", operating_config.TracingConfig),
     ("chat", config.ChatConfig),
     ("adapters", config.AdaptersConfig),
     ("adapters.preload[]", config.PreloadConfig),

@@ -13,12 +13,14 @@ from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from server.adapting.service import Adapters
+from server.collector import Present, StreamCounters
 from server.config import Config
 from server.engine_vllm import SteeredLLM
-from server.metrics import StreamCounters
 from server.models import SteeredModels
+from server.operating_config import Rate
 from server.own_prompts import OwnPrompts, Reader
 from server.profiles import Profiles
+from server.rates import Rates
 from server.state import Life
 from server.steerer import Steerer
 from steering.method import Snapshot
@@ -38,8 +40,10 @@ class Serving:
         steerer: resolves requests.
         models, chat, completion, responses, tokenization: vLLM's serving classes.
         counters: the worker's counters, as last polled.
+        present: shows how the server stands in `/metrics`.
         streams: what `/admin/streams` shows, by name.
         adapters: the adapters; None: the server has none.
+        rates: what callers may take per minute.
     """
 
     config: Config
@@ -54,8 +58,10 @@ class Serving:
     responses: OpenAIServingResponses
     tokenization: ServingTokenization
     counters: StreamCounters = field(default_factory=StreamCounters)
+    present: Present = field(default_factory=Present)
     streams: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     adapters: Adapters | None = None
+    rates: Rates = field(default_factory=lambda: Rates(Rate()))
 
     def decode(self, token_id: int) -> str:
         """The text of one of the base's tokens."""
@@ -80,6 +86,7 @@ def build(
     readers: Mapping[str, Reader],
     streams: Mapping[str, Mapping[str, Any]],
     adapters: Adapters | None,
+    rates: Rates,
 ) -> Serving:
     """Puts the parts together.
 
@@ -93,6 +100,7 @@ def build(
         readers: tokenizers of the streams.
         streams: what `/admin/streams` shows.
         adapters: opened, or None.
+        rates: what callers may take per minute.
     """
     own_prompts = OwnPrompts(
         readers, engine.model_config.max_model_len - 1, config.steering.chat_templates
@@ -130,4 +138,5 @@ def build(
         tokenization=ServingTokenization(models, renderer, **shared),
         streams=streams,
         adapters=adapters,
+        rates=rates,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adapters.sets import AdapterSet
@@ -39,6 +39,8 @@ class Steered:
     tag: str = field(default_factory=lambda: secrets.token_hex(8))
     reports: dict[int, Report] = field(default_factory=dict)
     """Prompt index → the worker's report, once the prompt is finished."""
+    measured: bool = False
+    """Whether it is measured for the metrics alone: the response tells nothing of it."""
     _started: int = 0
 
     @property
@@ -49,7 +51,13 @@ class Steered:
     @property
     def reporting(self) -> bool:
         """Whether the response gets a `steering` object."""
-        return self.plan.report != "off"
+        return self.plan.report != "off" and not self.measured
+
+    def measure(self) -> None:
+        """Has it measured for the metrics, if it is steered and brings no report of its own."""
+        if self.plan.steers and self.plan.report == "off":
+            self.plans = [replace(plan, report="summary") for plan in self.plans]
+            self.measured = True
 
     def next_prompt(self) -> int:
         """The index of the prompt that is handed to the engine now."""

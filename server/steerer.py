@@ -82,6 +82,7 @@ class Traits:
             that are not text). Asked only where a template needs them, in a thread.
         max_tokens: asked for explicitly, or None.
         n: choices per prompt.
+        prompts: how many it has.
         beam_search: beam search, which has no place for a plan.
         prompt_logprobs: log-probabilities of the prompt are asked for.
     """
@@ -89,6 +90,7 @@ class Traits:
     conversations: Callable[[], Sequence[Conversation | None]]
     max_tokens: int | None = None
     n: int = 1
+    prompts: int = 1
     beam_search: bool = False
     prompt_logprobs: bool = False
 

@@ -60,6 +60,7 @@ def completion_traits(request: SteeredCompletionRequest, parts: Serving) -> Trai
         conversations=conversations,
         max_tokens=request.max_tokens if "max_tokens" in request.model_fields_set else None,
         n=request.n or 1,
+        prompts=len(_prompts(request.prompt)),
         beam_search=bool(request.use_beam_search),
         prompt_logprobs=request.prompt_logprobs is not None
         or bool(request.echo and request.logprobs is not None),

@@ -76,6 +76,10 @@ _SENTENCES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str] | None]] = {
     "dict_type": ("must be an object", lambda c: "an object"),
     "model_type": ("must be an object", lambda c: "an object"),
     "model_attributes_type": ("must be an object", lambda c: "an object"),
+    "string_pattern_mismatch": (
+        "has another form",
+        lambda c: f"what the pattern {c['pattern']} matches",
+    ),
     "too_short": ("has too few items", lambda c: f"at least {c['min_length']}"),
     "too_long": ("has too many items", lambda c: f"at most {c['max_length']}"),
     "string_too_short": ("is too short", lambda c: f"at least {c['min_length']} characters"),

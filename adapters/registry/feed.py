@@ -51,6 +51,12 @@ class Feed:
         self.away: str | None = "not connected yet"
         """Why the registry cannot be reached; None while it can."""
         self._back_since_s: float | None = None
+        self._looked_s = time.monotonic()
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the last look that succeeded."""
+        return time.monotonic() - self._looked_s
 
     @property
     def trusts_leases(self) -> bool:
@@ -92,6 +98,7 @@ class Feed:
                 self._back_since_s = time.monotonic()
             self.away = None
         self.latest = snapshot
+        self._looked_s = time.monotonic()
         self._tell(snapshot)
         return snapshot
 

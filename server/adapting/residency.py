@@ -16,6 +16,7 @@ from typing import Protocol
 
 from adapters.errors import DoesNotFit, NoRoom
 from adapters.sets import AdapterSet
+from server.metrics import EVICT_SECONDS, LOAD_SECONDS
 
 logger = logging.getLogger("coxswain")
 
@@ -206,7 +207,8 @@ class Residency:
     async def _load(self, seat: _Seat) -> None:
         await asyncio.gather(*self._evictions)  # their slots must be free
         try:
-            await self._engine.load_set(seat.found)
+            with LOAD_SECONDS.time():
+                await self._engine.load_set(seat.found)
             self.loads += 1
         except Exception:
             if self._seats.get(seat.found.name) is seat:
@@ -223,6 +225,7 @@ class Residency:
     async def _unload(self, seat: _Seat) -> None:
         try:
             await asyncio.wait([seat.loading])
-            await self._engine.unload_set(seat.found)
+            with EVICT_SECONDS.time():
+                await self._engine.unload_set(seat.found)
         except Exception as error:  # a dead engine is noticed elsewhere
             logger.debug("a set could not be unloaded", exc_info=error)

@@ -139,6 +139,19 @@ class Adapters:
             if record.pinned and record.serving is not None and record.serving.digest
         )
 
+    def missing(self) -> list[str]:
+        """Adapters that serve elsewhere, or did before, and are neither loaded nor failed here."""
+        manager = self.manager
+        found = []
+        for name, record in manager.records.items():
+            if record.serving is None or record.state == "unloading":
+                continue
+            here = manager.loaded.get(name)
+            same = here is not None and here.content.key == record.serving.key
+            if not same and manager.failure(name) is None:
+                found.append(name)
+        return found
+
     async def until(self, name: str) -> Record:
         """Waits until a submitted adapter answers here, or failed.
 
@@ -265,19 +278,13 @@ async def _preload(section: AdaptersConfig, found: Adapters) -> None:
 
 async def _settled(found: Adapters, stage: Callable[[str], None]) -> None:
     """Waits until everything that serves elsewhere, or did before, is loaded or has failed here."""
-    manager, said = found.manager, ""
+    said = ""
     while True:
-        serving = {name: r.serving for name, r in manager.records.items()
-                   if r.serving is not None and r.state != "unloading"}  # fmt: skip
-        missing = [
-            name
-            for name, content in serving.items()
-            if (name not in manager.loaded or manager.loaded[name].content.key != content.key)
-            and manager.failure(name) is None
-        ]
+        missing = found.missing()
         if not missing:
             return
-        text = f"loading adapters: {len(serving) - len(missing)} of {len(serving)}"
+        here = len(found.manager.loaded)
+        text = f"loading adapters: {here} of {here + len(missing)}"
         if text != said:
             stage(said := text)
         await asyncio.sleep(LOOK_S)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+import asyncio
+
+from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+from server.serving import Serving
 
 router = APIRouter()
 
 
 @router.get("/metrics")
-def metrics() -> Response:
+async def metrics(raw_request: Request) -> Response:
     """All series in Prometheus's text format."""
-    return Response(generate_latest(get_prometheus_registry()), media_type=CONTENT_TYPE_LATEST)
+    parts: Serving = raw_request.app.state.serving
+    parts.present.look(parts)
+    page = await asyncio.to_thread(generate_latest, get_prometheus_registry())
+    return Response(page, media_type=CONTENT_TYPE_LATEST)

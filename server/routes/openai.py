@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
@@ -18,8 +19,8 @@ from vllm.renderers.chat_utils import has_non_text_content
 from server import errors, sse
 from server.adapting.leases import HELD
 from server.errors import HttpError
-from server.metrics import SCOPE_KEY, Labels
 from server.models import asked_model
+from server.operating_config import LimitsConfig
 from server.protocol import (
     SteeredChatRequest,
     SteeredCompletionRequest,
@@ -32,10 +33,14 @@ from server.routes.strict import StrictRoute
 from server.serving import Serving
 from server.steered import Steered, summary
 from server.steerer import Traits
+from server.trail import trail
 from server.traits import chat_traits, completion_traits, responses_traits
+from steering.errors import BadValue
+from steering.plan import BASE
 
 router = APIRouter(route_class=StrictRoute)
 _JSON = [Depends(validate_json_request)]
+_PROMPTS = ("messages", "prompt", "input")
 _LAST = ("response.completed", "response.incomplete")
 logger = logging.getLogger("coxswain")
 
@@ -53,21 +58,43 @@ async def _steer(
     refuse_unknown(request)
     _text_only(request)
     parts = serving(raw)
-    labels: Labels = raw.scope.get(SCOPE_KEY) or Labels()
-    asked_model.set(parts.steerer.model_of(request.model).name)
+    noted = trail()
+    noted.method = BASE
+    noted.model = parts.steerer.model_of(request.model).name
+    asked_model.set(noted.model)
     asked = parts.steerer.resolve(request, raw.scope[HELD])
     if asked is not None:
         name = asked.wish.profile
-        labels.method, labels.profile = asked.resolved.plan.method, name or labels.profile
+        noted.method, noted.profile = asked.resolved.plan.method, name or noted.profile
+        noted.uses([(one.content.name, one.content.digest) for one in asked.picked])
         profile = parts.profiles.get(name) if name else None
         if profile is not None and hasattr(request, "_template"):
             request._template = profile.chat_template
     _need_template(request, parts)
+    asking = traits(request, parts)
+    _within(asking, parts.config.limits, request)
+    if parts.config.logging.prompts:
+        noted.prompt = next((v for f in _PROMPTS if (v := getattr(request, f, None))), None)
     if asked is None:
         return None
-    request._steered = await parts.steerer.prepare(asked, traits(request, parts))
+    request._steered = await parts.steerer.prepare(asked, asking)
     steered: Steered = request._steered
+    if random.random() < parts.config.metrics.report_share:
+        steered.measure()
     return steered
+
+
+def _within(asking: Traits, limits: LimitsConfig, request: Any) -> None:
+    """Refuses what is more than one request may ask for; the engine's door looks at the prompt."""
+    most, replies = limits.max_output_tokens, asking.n * asking.prompts
+    if most is not None and asking.max_tokens is not None and asking.max_tokens > most:
+        fields = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+        field = next(f for f in fields if getattr(request, f, None) is not None)
+        raise BadValue("longer than this server's replies", field=field, value=asking.max_tokens,
+                       allowed=f"at most {most}")  # fmt: skip
+    if replies > limits.max_replies:
+        raise BadValue("more replies than one request may have (prompts times n)", field="n",
+                       value=replies, allowed=f"at most {limits.max_replies}")  # fmt: skip
 
 
 def _text_only(request: Any) -> None:

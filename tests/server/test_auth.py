@@ -45,7 +45,7 @@ def status(found: Auth, path: str, key: str) -> int:
 def test_a_hashed_key_opens_with_the_key_and_not_with_its_hash() -> None:
     found = Auth(config(api_keys=["plain", hashed("secret")], admin_key=hashed("boss")))
     for key in ("plain", "secret"):
-        assert check(found, "/v1/models", key) is EVERYTHING
+        assert check(found, "/v1/models", key) == EVERYTHING
     for key in (hashed("secret"), hashed("secret")[7:], hashed("plain"), "", "boss", "secre"):
         assert status(found, "/v1/models", key) == 401
     assert status(found, "/admin/status", "boss") == 200

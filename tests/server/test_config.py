@@ -11,6 +11,7 @@ from pydantic import SecretStr
 from server import config
 from server.config import Config, ConfigInvalid
 from server.config_file import load, parse
+from server.operating_config import Section
 from server.reference import reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +70,19 @@ def test_the_documented_example_is_accepted() -> None:
         ({"model": "x/p", "profiles": {"p": {"method": "mix"}}}, "must not have the base's name"),
         ({"model": "a", "engine": {"model": "b"}}, "engine.model: not here"),
         ({"model": "a", "profiles": {"p": {"strength": 1}}}, "profiles.p.method: is required"),
+        ({"model": "a", "limits": {"max_prompt_tokens": 0}}, "limits.max_prompt_tokens: is too"),
+        ({"model": "a", "limits": {"requests_per_minute": 0}}, "requests_per_minute: is too"),
+        ({"model": "a", "limits": {"request_timeout_s": 0}}, "limits.request_timeout_s: is too"),
+        ({"model": "a", "limits": {"redis": "localhost"}}, "limits.redis: has another form"),
+        ({"model": "a", "limits": {"tokens": 3}}, "limits.tokens: unknown field"),
+        ({"model": "a", "metrics": {"report_share": 2}}, "metrics.report_share: is too large"),
+        ({"model": "a", "logging": {"format": "xml"}}, "logging.format: "),
+        ({"model": "a", "logging": {"prompts": True}}, "goes with `requests: true`"),
+        ({"model": "a", "tracing": {}}, "tracing.endpoint: is required"),
+        ({"model": "a", "tracing": {"endpoint": "host:4317"}}, "tracing.endpoint: "),
+        ({"model": "a", "server": {"drain_notice_s": -1}}, "server.drain_notice_s: is too small"),
+        ({"model": "a", "auth": {"api_keys": [{"key": "k", "tokens_per_minute": 0}]}},
+         "tokens_per_minute"),
         ({"model": "a", "profiles": {"p": {"method": "m", "chat_template": "gone.jinja"}}},
          "profiles.p.chat_template: neither a template text nor a file"),
     ],
@@ -131,7 +145,7 @@ def _all_fields() -> list[tuple[str, str, Any]]:
     sections = [
         c
         for c in vars(config).values()
-        if isinstance(c, type) and issubclass(c, config.Section) and c is not Config
+        if isinstance(c, type) and issubclass(c, Section) and c is not Config
     ]
     return [
         (section.__name__, name, info)

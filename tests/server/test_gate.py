@@ -15,9 +15,11 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from server.auth import Access, Auth, access, is_loopback
+from server.config import Config
 from server.config_file import parse
 from server.errors import HttpError, from_vllm
 from server.gate import Gate, strict_json
+from server.rates import Rates
 from server.state import Life
 
 BODY_LIMIT = 2000
@@ -37,10 +39,14 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     await JSONResponse({"length": length})(scope, receive, send)
 
 
-def gate(**config: Any) -> Gate:
+def parsed_config(**config: Any) -> Config:
     server = {"max_body_bytes": BODY_LIMIT, **config.pop("server", {})}
-    parsed = parse({"model": "m", "server": server, **config}, Path("/nowhere"), {})
-    found = Gate(Life(), Auth(parsed), parsed.server)
+    return parse({"model": "m", "server": server, **config}, Path("/nowhere"), {})
+
+
+def gate(**config: Any) -> Gate:
+    parsed = parsed_config(**config)
+    found = Gate(Life(), Auth(parsed), parsed.server, parsed.limits, Rates.of(parsed))
     found.inner = echo
     found.life.phase = "ready"
     return found

@@ -13,7 +13,7 @@ LIGHT = (
     "main", "config", "config_file", "validation", "errors", "auth", "gate", "state", "launch",
     "loading", "console", "flags", "listing", "reference", "metrics", "sse", "profiles",
     "own_prompts", "steered", "steerer", "openapi", "checkpoints", "diagnosis", "capacity",
-    "doctor", "templates", "sandbox",
+    "doctor", "templates", "sandbox", "trail", "observer", "exchange", "rates", "operating_config",
 )  # fmt: skip
 
 

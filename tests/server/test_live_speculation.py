@@ -55,6 +55,9 @@ def test_the_report_and_the_metrics_count_drafts(drafting: Server) -> None:
     assert len(choice["token_details"]) == 21
     assert counted(drafting, "accepted") == before + 16
     assert counted(drafting, "draft") >= counted(drafting, "accepted")
+    found = drafting.get("/metrics").text
+    assert 'coxswain_drafted_tokens_total{method="mix"} 16.0' in found
+    assert 'coxswain_accepted_tokens_total{method="mix"} 16.0' in found
 
 
 def test_streamed_replies_have_the_same_report(drafting: Server) -> None:

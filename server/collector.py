@@ -1,0 +1,153 @@
+"""The series that tell how the server stands at the moment when `/metrics` is asked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, get_args
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import REGISTRY, Collector
+
+from server.state import Phase
+
+if TYPE_CHECKING:
+    from server.adapting.service import Adapters
+    from server.serving import Serving
+
+MOST_ADAPTERS = 1000
+"""Adapters with a series of their own, in the order of their names."""
+
+STATES = ("pending", "downloading", "loading", "ready", "failed", "unloading")
+"""Of an adapter in the registry (`adapters.registry.record.State`)."""
+
+
+class StreamCounters:
+    """The worker's cumulative counters, as last polled."""
+
+    def __init__(self) -> None:
+        self.tokens: Mapping[str, int] = {}
+        self.passes: Mapping[str, int] = {}
+        self.steps = 0
+
+    def update(self, counters: Mapping[str, Any]) -> None:
+        """Takes over a poll's answer."""
+        self.tokens, self.passes = dict(counters["tokens"]), dict(counters["passes"])
+        self.steps = int(counters["steps"])
+
+
+class Present(Collector):
+    """What `/metrics` shows of the present.
+
+    Its parts belong to the event loop, and the page is made in a thread: `look` takes everything
+    down on the loop first.
+    """
+
+    def __init__(self) -> None:
+        self._families: list[Metric] = []
+        REGISTRY.register(self)
+
+    def look(self, parts: Serving) -> None:
+        """Takes down how the server stands now; on the event loop."""
+        found = [*_server(parts), *_streams(parts.counters)]
+        if parts.adapters is not None:
+            found += [*_residency(parts.adapters), *_registry(parts.adapters)]
+        self._families = found
+
+    def collect(self) -> Iterator[Metric]:
+        """For prometheus_client."""
+        yield from self._families
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"coxswain_{name}", text, value=value)
+
+
+def _labelled(
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    name: str,
+    text: str,
+    labels: list[str],
+    samples: Iterable[tuple[list[str], float]],
+) -> Metric:
+    family = kind(f"coxswain_{name}", text, labels=labels)
+    for values, value in samples:
+        family.add_metric(values, value)
+    return family
+
+
+def _server(parts: Serving) -> Iterator[Metric]:
+    life = parts.life
+    yield _labelled(
+        GaugeMetricFamily, "phase", "1 for the phase in which the server is, else 0.", ["phase"],
+        [([phase], float(phase == life.phase)) for phase in get_args(Phase)],
+    )  # fmt: skip
+    yield _gauge("in_flight", "Inference requests whose answer is not complete.", life.in_flight)
+    yield _gauge(
+        "in_flight_limit", "How many there may be (`server.max_in_flight`).",
+        parts.config.server.max_in_flight,
+    )  # fmt: skip
+    yield _gauge("start_seconds", "How long the start took, in seconds.", life.start_s)
+    yield _gauge(
+        "rates_local", "1 while callers are counted in this replica alone, because Redis is away.",
+        float(parts.rates.away),
+    )  # fmt: skip
+    yield _gauge(
+        "engine_silent_seconds", "Time since the engine answered last, in seconds.", life.silent_s
+    )
+
+
+def _streams(counters: StreamCounters) -> Iterator[Metric]:
+    for name, text, values in (
+        ("stream_tokens", "Tokens that a stream has run.", counters.tokens),
+        ("stream_passes", "Forward passes of a stream.", counters.passes),
+    ):
+        samples = [([stream], float(value)) for stream, value in values.items()]
+        yield _labelled(CounterMetricFamily, name, text, ["stream"], samples)
+    yield CounterMetricFamily(
+        "coxswain_steps", "Steps that the engine has taken.", value=counters.steps
+    )
+
+
+def _residency(adapters: Adapters) -> Iterator[Metric]:
+    loaded, records = adapters.manager.loaded, adapters.manager.records
+    samples = []
+    for name in sorted(loaded)[:MOST_ADAPTERS]:
+        level = "engine" if adapters.loader.resident(loaded[name].content) else "store"
+        record = records.get(name)
+        pinned = str(bool(record and record.pinned)).lower()
+        samples.append(([name, level, pinned], 1.0))
+    yield _labelled(
+        GaugeMetricFamily, "adapter_resident",
+        "1 for each adapter that answers here. Level `engine`: the engine holds it; `store`: it is "
+        "loaded when a request comes.",
+        ["adapter_name", "level", "pinned"], samples,
+    )  # fmt: skip
+    residency = adapters.loader.residency
+    yield _gauge("adapter_places", "Sets of adapters that the engine can hold.", residency.slots)
+    yield _gauge("adapter_places_taken", "Sets that it holds.", len(residency.held))
+    yield _gauge("adapter_bytes", "Bytes of the sets that it holds.", residency.bytes)
+    for name, text, value in (
+        ("adapter_loads", "Sets brought into the engine.", residency.loads),
+        ("adapter_evictions", "Sets taken out of it.", residency.evictions),
+    ):
+        yield CounterMetricFamily(f"coxswain_{name}", text, value=value)
+
+
+def _registry(adapters: Adapters) -> Iterator[Metric]:
+    manager = adapters.manager
+    states = Counter[str](record.state for record in manager.records.values())
+    yield _labelled(
+        GaugeMetricFamily, "registry_adapters", "Adapters in the registry by state.", ["state"],
+        [([state], float(states[state])) for state in STATES],
+    )  # fmt: skip
+    feed = manager.feed
+    yield _gauge("registry_up", "1 if the registry's Redis answers, else 0.", feed.away is None)
+    yield _gauge(
+        "registry_lag_seconds", "Age of this replica's view of the registry, in seconds.",
+        feed.age_s,
+    )  # fmt: skip
+    yield _gauge(
+        "registry_behind", "Adapters that serve elsewhere, or should, and not yet here.",
+        len(adapters.missing()),
+    )  # fmt: skip

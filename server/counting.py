@@ -1,0 +1,31 @@
+"""Counts the tokens of a request as the engine gives them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from server.trail import Trail
+
+
+async def counted(
+    outputs: AsyncGenerator[RequestOutput, None], noted: Trail, params: SamplingParams
+) -> AsyncGenerator[RequestOutput, None]:
+    """Passes outputs on and counts their tokens, also those of a request that is broken off."""
+    delta = params.output_kind == RequestOutputKind.DELTA
+    before: dict[int, int] = {}
+    first = True
+    async with aclosing(outputs):
+        async for output in outputs:
+            if first:
+                first = False
+                noted.prompt_tokens += len(output.prompt_token_ids or ())
+            for choice in output.outputs:
+                drawn = len(choice.token_ids)
+                # Of a stream's outputs each tells what is new, of others each tells all.
+                noted.drew(drawn if delta else drawn - before.get(choice.index, 0))
+                before[choice.index] = drawn
+            yield output

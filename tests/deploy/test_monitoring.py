@@ -1,0 +1,107 @@
+"""The alert rules and the dashboard are well formed; `tests/server/operation` asks a live server
+for every series that they read.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from itertools import combinations
+from pathlib import Path
+
+import promql_parser as promql
+import pytest
+import yaml
+
+from tests.deploy.monitoring import (
+    ALERTS,
+    SCRAPING,
+    dashboard,
+    panels,
+    queries,
+    rules,
+    selectors,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNBOOK = ROOT / "docs" / "operations.md"
+
+
+@pytest.mark.parametrize(("where", "query"), list(queries()))
+def test_every_query_is_promql(where: str, query: str) -> None:
+    promql.parse(query)
+
+
+def test_a_query_that_is_none_is_found() -> None:
+    with pytest.raises(ValueError, match="unclosed"):
+        promql.parse("sum(rate(coxswain_requests_total[5m])")
+
+
+def test_the_walk_sees_names_labels_and_groups() -> None:
+    found = {(s.name, s.where) for s in selectors()}
+    assert ("coxswain_requests_total", "CoxswainErrors") in found
+    assert ("coxswain_adapter_places", "CoxswainAdaptersThrash") in found
+    one = next(s for s in selectors() if s.where == "Refusals per second, by reason")
+    assert one.labels == {"reason", "instance"}
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: str(rule["alert"]))
+def test_every_rule_says_for_how_long_how_bad_and_what_to_do(rule: dict[str, object]) -> None:
+    assert rule.keys() == {"alert", "expr", "for", "labels", "annotations"}
+    assert re.fullmatch(r"\d+m", str(rule["for"]))
+    assert rule["labels"] in ({"severity": "page"}, {"severity": "ticket"})
+    annotations = rule["annotations"]
+    assert isinstance(annotations, dict)
+    assert annotations.keys() == {"summary", "description"}
+    assert f"`{rule['alert']}`" in RUNBOOK.read_text(), "the runbook says nothing of it"
+
+
+def test_names_of_rules_are_their_own() -> None:
+    names = [rule["alert"] for rule in rules()]
+    assert len(names) == len(set(names))
+
+
+def test_prometheus_takes_the_rules() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed; it comes with Prometheus, not from PyPI")
+    subprocess.run([promtool, "check", "rules", ALERTS], check=True)
+
+
+def test_the_scrape_configuration_loads_the_rules() -> None:
+    found = yaml.safe_load(SCRAPING.read_text())
+    assert found["rule_files"] == [ALERTS.name]
+    (job,) = found["scrape_configs"]
+    assert job["metrics_path"] == "/metrics"
+    assert f'job="{job["job_name"]}"' in next(r["expr"] for r in rules() if "up{" in r["expr"])
+
+
+def test_panels_have_their_own_ids_and_places() -> None:
+    found = dashboard()["panels"]
+    ids = [panel["id"] for panel in found]
+    assert len(ids) == len(set(ids))
+    for one, other in combinations([panel["gridPos"] for panel in found], 2):
+        apart = (
+            one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+            or one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        )  # fmt: skip
+        assert apart, (one, other)
+
+
+def test_panels_use_variables_that_there_are_and_a_datasource_that_can_be_chosen() -> None:
+    there = {variable["name"] for variable in dashboard()["templating"]["list"]}
+    for panel in panels():
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        for target in panel["targets"]:
+            assert target["datasource"] == panel["datasource"]
+            used = set(re.findall(r"\$(\w+)", target["expr"])) - {"__rate_interval"}
+            assert used <= there, panel["title"]
+            assert "instance" in used, panel["title"]
+
+
+def test_the_runbook_lists_every_series_of_ours_that_is_read() -> None:
+    text = RUNBOOK.read_text()
+    for name in {s.name for s in selectors() if s.name.startswith("coxswain_")}:
+        base = re.sub(r"_(bucket|count|sum)$", "", name)
+        assert f"`{base}`" in text or f"`{base}{{" in text, name

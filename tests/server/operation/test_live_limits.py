@@ -1,0 +1,201 @@
+"""A real server under stress: limits, rates, a full queue, slow clients, a stuck engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from redis import Redis
+
+from adapters.registry.embedded import EmbeddedRedis
+from tests.server.live import Server
+from tests.server.operation.conftest import KEYS
+from tests.server.operation.test_live_telemetry import BODY, STEERED, complete, value
+from tests.server.watch import until
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+
+
+def keyed(name: str) -> dict[str, Any]:
+    return {"headers": {"authorization": f"Bearer {KEYS[name]}"}}
+
+
+class Stream(threading.Thread):
+    """Reads one stream in the background; `first` is set by its first line."""
+
+    def __init__(self, server: Server, body: dict[str, Any]) -> None:
+        super().__init__()
+        self.server, self.body = server, body
+        self.lines: list[str] = []
+        self.first = threading.Event()
+
+    def run(self) -> None:
+        url = f"{self.server.url}/v1/completions"
+        with httpx.stream("POST", url, json=self.body, timeout=60, **keyed("free")) as answer:
+            for line in answer.iter_lines():
+                self.lines += [line] if line else []
+                self.first.set()
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "words"),
+    [
+        ({"prompt": list(range(10, 111))}, "prompt", "(got 101); allowed: at most 100"),
+        ({"max_tokens": 151}, "max_tokens", "(got 151); allowed: at most 150"),
+        ({"prompt": ["a"] * 3, "n": 3}, "n", "(got 9); allowed: at most 8"),
+    ],
+)
+@pytest.mark.parametrize("model", ["big", "big-chat"])
+def test_what_one_request_may_not_take_is_refused(
+    operated: Server, model: str, more: dict[str, Any], param: str, words: str
+) -> None:
+    answer = operated.post("/v1/completions", {**BODY, "model": model, **more})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+def test_chat_names_its_own_field_of_the_reply_s_length(operated: Server) -> None:
+    body = {"model": "big-chat", "messages": [{"role": "user", "content": "Hi"}]}
+    answer = operated.post("/v1/chat/completions", {**body, "max_completion_tokens": 151})
+    assert answer.json()["error"]["param"] == "max_completion_tokens"
+
+
+def test_a_request_that_names_no_length_gets_the_longest(operated: Server) -> None:
+    body = {"model": "big-chat", "messages": [{"role": "user", "content": "Hi"}],
+            "ignore_eos": True}  # fmt: skip
+    answer = operated.post("/v1/chat/completions", body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 150
+
+
+def test_a_key_s_requests_per_minute(operated: Server, redis: EmbeddedRedis) -> None:
+    refused = value(operated, "coxswain_refusals_total", reason="requests_per_minute")
+    for _ in range(3):
+        complete(operated, **keyed("slow"))
+    answer = operated.post("/v1/completions", BODY, **keyed("slow"))
+    assert answer.status_code == 429
+    assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+    assert 1 <= int(answer.headers["retry-after"]) <= 60
+    assert value(operated, "coxswain_refusals_total", reason="requests_per_minute") == refused + 1
+    complete(operated)
+    with Redis(unix_socket_path=str(redis.socket)) as client:
+        (key,) = client.keys("{operation:rates:*}:requests")
+        assert client.get(key) == b"3"
+        # What another replica counts is this key's too, and so is its end.
+        client.delete(key)
+    complete(operated, **keyed("slow"))
+
+
+def test_a_key_s_tokens_per_minute(operated: Server) -> None:
+    complete(operated, {**BODY, "max_tokens": 40}, **keyed("small"))
+    refused = until(
+        lambda: a if (a := operated.post("/v1/completions", BODY, **keyed("small"))).is_error
+        else None
+    )  # fmt: skip
+    assert refused.status_code == 429
+    assert "limit of 40 tokens per minute" in refused.json()["error"]["message"]
+
+
+def test_keys_that_are_wrong_are_counted(operated: Server) -> None:
+    before = value(operated, "coxswain_refusals_total", reason="unauthenticated")
+    headers = {"authorization": "Bearer wrong"}
+    assert operated.post("/v1/completions", BODY, headers=headers).status_code == 401
+    assert operated.get("/admin/status", **keyed("free")).status_code == 403
+    assert value(operated, "coxswain_refusals_total", reason="unauthenticated") == before + 1
+    assert value(operated, "coxswain_refusals_total", reason="forbidden") > 0
+
+
+def test_a_body_that_drips_is_cut_off(operated: Server) -> None:
+    with socket.create_connection(("127.0.0.1", operated.port), timeout=20) as sock:
+        head = (f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEYS['free']}"
+                "\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n{")  # fmt: skip
+        began = time.monotonic()
+        sock.sendall(head.encode())
+        answer = b""
+        while part := sock.recv(4096):  # until the server closes the connection
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"body_timeout" in answer
+    assert 1.5 < time.monotonic() - began < 15
+
+
+def test_a_client_that_leaves_frees_its_request_at_once(operated: Server) -> None:
+    body = {**STEERED, "max_tokens": 150, "n": 8, "temperature": 1}
+    before = value(operated, "coxswain_requests_total", status="499")
+    url = f"{operated.url}/v1/completions"
+    with httpx.stream("POST", url, json={**body, "stream": True}, **keyed("free")) as stream:
+        next(stream.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json=body, timeout=0.15, **keyed("free"))
+    until(lambda: value(operated, "vllm:num_requests_running") == 0, 5)
+    until(lambda: operated.get("/ready").json()["in_flight"] == 0, 5)
+    assert value(operated, "coxswain_requests_total", status="499") == before + 2
+
+
+def test_a_stuck_engine_fills_the_queue_ends_requests_and_is_not_ready_until_it_goes_on(
+    operated: Server,
+) -> None:
+    right = complete(operated, STEERED).json()["choices"]
+    engine = operated.engine_process()
+    with ThreadPoolExecutor(8) as pool:
+        begun = Stream(operated, {**STEERED, "max_tokens": 150, "n": 8, "stream": True})
+        begun.start()
+        assert begun.first.wait(30)
+        os.kill(engine, signal.SIGSTOP)
+        try:
+            asked = [
+                pool.submit(operated.post, "/v1/completions", {**STEERED, "stream": i % 2 == 0})
+                for i in range(5)
+            ]
+            until(lambda: operated.get("/ready").json()["in_flight"] == 6, 6)
+            full = operated.post("/v1/completions", BODY)
+            assert full.status_code == 429
+            assert full.headers["retry-after"] == "1"
+            answer = until(lambda: a if (a := operated.get("/ready")).is_error else None, 6)
+            assert answer.status_code == 503
+            assert "the engine has not answered for" in answer.json()["reason"]
+            assert operated.get("/health").status_code == 200
+            answers = [one.result(60) for one in asked]
+            begun.join(60)
+        finally:
+            os.kill(engine, signal.SIGCONT)
+    for answer in answers:
+        assert answer.status_code == 504, answer.text
+        assert "limits.request_timeout_s (7 s)" in answer.json()["error"]["message"]
+    assert json.loads(begun.lines[-1].removeprefix("data: "))["error"]["code"] == "request_timeout"
+    until(lambda: operated.get("/ready").status_code == 200, 30)
+    assert operated.get("/ready").json()["in_flight"] == 0
+    until(lambda: value(operated, "vllm:num_requests_running") == 0, 10)
+    assert complete(operated, STEERED).json()["choices"] == right
+    assert value(operated, "coxswain_refusals_total", reason="queue_full") >= 1
+
+
+def test_while_redis_is_away_requests_go_on(operated: Server, redis: EmbeddedRedis) -> None:
+    assert redis.pid is not None
+    os.kill(redis.pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        complete(operated, **keyed("slow"))
+        assert time.monotonic() - began < 5
+        assert value(operated, "coxswain_rates_local") == 1
+        until(lambda: value(operated, "coxswain_registry_up") == 0, 20)
+        assert operated.get("/ready").status_code == 200
+    finally:
+        os.kill(redis.pid, signal.SIGCONT)
+    until(lambda: value(operated, "coxswain_registry_up") == 1, 20)
+
+    def shared() -> bool:
+        operated.post("/v1/completions", BODY, **keyed("slow"))
+        return value(operated, "coxswain_rates_local") == 0
+
+    until(shared, 20)
