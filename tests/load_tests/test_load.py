@@ -51,7 +51,7 @@ def test_steering_tenants_and_the_baseline_are_measured(
     refused = Load(
         folder, TINY, {"wrong": Scenario.model_validate(wrong)}, load_traffic(), levels, ENGINE
     )
-    with pytest.raises(RunFailedError, match="wrong: 6 requests failed: Bad Request"):
+    with pytest.raises(RunFailedError, match="steered: 6 requests failed: Not Found"):
         next(refused.rounds(0, 1))
 
 
