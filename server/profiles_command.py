@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from server.admin_client import NOTE, Failed, ask, dump, flags, named, talk
@@ -109,7 +110,8 @@ def _list(found: list[dict[str, Any]], given: argparse.Namespace) -> None:
         return
     rows = [("profile", "origin", "method", "options")]
     for record in found:
-        options = ", ".join(f"{key}={value}" for key, value in record.items()
+        # A template has many lines, a table one for each profile.
+        options = ", ".join(f"{key}={shorten(str(value), 60)}" for key, value in record.items()
                             if key not in ("name", "origin", "method"))  # fmt: skip
         rows.append((record["name"], record["origin"], record["method"], options))
     print(table(rows))
