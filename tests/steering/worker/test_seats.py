@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from steering.plan import Rule, RuleKind, SteeringPlan
 from steering.wire import Freight, pack, unpack
 from steering.worker.layout import EXTRA, RULE_KIND, RULE_PARAM, RULE_STREAM
-from steering.worker.seats import SeatBook, seat
+from steering.worker.seats import SeatBook, seat, tables
 
 STREAMS = ("base", "chat", "plain")
 
@@ -79,22 +80,22 @@ def test_tables_follow_the_batch(seed: int) -> None:
             rng.shuffle(batch)
         if not batch:
             continue
-        tables = book.update(list(batch), requests.__getitem__)
+        found = book.update(list(batch), requests.__getitem__)
         want = [seat(*requests[i], STREAMS) for i in batch]
-        assert np.array_equal(tables.control, np.stack([s.control for s in want]))
-        assert np.array_equal(tables.uses, np.stack([s.uses for s in want]))
-        assert np.array_equal(tables.offsets, np.stack([s.offsets for s in want]))
+        assert np.array_equal(found.control, np.stack([s.control for s in want]))
+        assert np.array_equal(found.uses, np.stack([s.uses for s in want]))
+        assert np.array_equal(found.offsets, np.stack([s.offsets for s in want]))
         for i in range(len(STREAMS)):
             own = {row: ids for row, one in enumerate(want) if (ids := one.prompts[i]) is not None}
-            prompts = tables.prompts[i]
+            prompts = found.prompts[i]
             assert (prompts is None) == (not own)
             if prompts is not None:
                 assert prompts.rows.tolist() == [*own]
                 assert [ids.tolist() for ids in prompts.ids] == [o.tolist() for o in own.values()]
                 assert prompts.sizes.tolist() == [ids.size for ids in prompts.ids]
             plain = all(one.uses[i] and not one.offsets[i] for one in want)
-            assert tables.whole[i] == (plain and not own)
-            like = tables.like[i]
+            assert found.whole[i] == (plain and not own)
+            like = found.like[i]
             assert like <= i
             assert all(
                 one.uses[like] == one.uses[i] and one.offsets[like] == one.offsets[i]
@@ -105,9 +106,9 @@ def test_tables_follow_the_batch(seed: int) -> None:
         running = {tuple(np.flatnonzero(w)) for w in weights}
         sums = {tuple(np.flatnonzero(one.uses)) for one in want}
         even = running == sums and len(sums) == 1 and all(w[0] for w in weights)
-        assert tables.even == (even and sums != {(0,)})
+        assert found.even == (even and sums != {(0,)})
         steered = any(requests[i][0] is not None for i in batch)
-        assert tables.steered == steered
+        assert found.steered == steered
 
 
 def test_an_unchanged_batch_is_not_read_again() -> None:
@@ -119,3 +120,13 @@ def test_an_unchanged_batch_is_not_read_again() -> None:
 
     assert book.update(["a"], unreachable) is first
     assert book.update(["b", "a"], lambda _: (None, 3)) is not first
+
+
+def test_streams_at_other_offsets_are_not_alike_and_a_sum_without_the_base_is_not_even() -> None:
+    plan = SteeringPlan("m", (("chat", 1.0), ("plain", -1.0)))
+    one = seat(Freight(plan), 5, STREAMS)
+    found = tables([one, one], len(STREAMS))
+    assert found.like == (0, 1, 1)
+    assert not found.even
+    apart = replace(one, offsets=np.array([0, 0, 2], np.int32))
+    assert tables([one, apart], len(STREAMS)).like == (0, 1, 2)
