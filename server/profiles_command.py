@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ from server.console import facts, table
 
 if TYPE_CHECKING:
     import httpx
+
+LONGEST = 60
+"""Characters of an option in the table; `show` and `--json` have all of it."""
 
 _EPILOG = f"""\
 examples:
@@ -103,13 +107,18 @@ def _spec(text: str) -> object:
     return found
 
 
+def _short(value: object) -> str:
+    """A value in a table's cell: templates have lines, and are long."""
+    return textwrap.shorten(str(value), LONGEST, placeholder=" …")
+
+
 def _list(found: list[dict[str, Any]], given: argparse.Namespace) -> None:
     if given.json:
         dump({"profiles": found})
         return
     rows = [("profile", "origin", "method", "options")]
     for record in found:
-        options = ", ".join(f"{key}={value}" for key, value in record.items()
+        options = ", ".join(f"{key}={_short(value)}" for key, value in record.items()
                             if key not in ("name", "origin", "method"))  # fmt: skip
         rows.append((record["name"], record["origin"], record["method"], options))
     print(table(rows))
