@@ -215,6 +215,40 @@ class Driven:
         vars(lora_seam)["added"] = added if name else operation.added
 
 
+class Loop:
+    """The loop of the research code in an engine's place, with random weights.
+
+    Args:
+        kind: {"loop": folders of a base, an expert and an anti-expert}.
+    """
+
+    def __init__(self, kind: dict[str, Any]) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from load_tests.sequential import SequentialModels
+
+        models = [
+            AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder), dtype=torch.bfloat16
+            ).eval()
+            for folder in kind["loop"]
+        ]
+        self._loop = SequentialModels(models, (1.0, 1.0, -1.0))
+
+    def serve(self, rows: Sequence[None], prompt: int, drawn: int) -> dict[str, float]:
+        """As `Driven.serve`, in one static batch of equal prompts: the loop's best case."""
+        ids = [
+            [5 + (31 * row + 17 * i) % 30_000 for i in range(prompt)] for row in range(len(rows))
+        ]
+        times, begin = [], time.perf_counter()
+        for _ in self._loop.decode(ids, drawn):
+            end = time.perf_counter()
+            times.append(end - begin)
+            begin = end
+        return {"decode": 1e3 * statistics.median(times[WARM_STEPS:])}
+
+
 def main() -> None:
     """Reads the engine's kind from the command line, then jobs {"do": method, …} until the end."""
     os.environ.update(
@@ -224,7 +258,8 @@ def main() -> None:
         VLLM_NO_USAGE_STATS="1",
         GOMP_SPINCOUNT="20000",  # as the server sets it; for plain vLLM too
     )
-    driven = Driven(json.loads(sys.argv[1]))
+    kind = json.loads(sys.argv[1])
+    driven = Loop(kind) if "loop" in kind else Driven(kind)
     print(ANSWER + "null", flush=True)
     for line in sys.stdin:
         job = json.loads(line)

@@ -130,7 +130,9 @@ def step_ms(llm: Any, rows: int, steered: int, freight: dict[str, Any]) -> float
 
 
 def kinds(folder: Path) -> dict[str, dict[str, Any]]:
-    """The engines: plain vLLM with either model, and ours with the read-out either way."""
+    """The engines: plain vLLM with either model, ours with the read-out either way, and the loop
+    of the research code in `transformers`, equal prompts in a static batch.
+    """
     common = {"sets": 0, "rank": 0, "adapters": {}}
     paths = {name: str(folder / name) for name in ("base", "companion")}
     streams = {"expert": paths["companion"], "anti": paths["companion"]}
@@ -140,6 +142,7 @@ def kinds(folder: Path) -> dict[str, dict[str, Any]]:
         "companion": {**common, "model": paths["companion"], "ours": False},
         "steered": ours,
         "one product": {**ours, "one_product": [list(streams)]},
+        "loop": {"loop": [paths["base"], *streams.values()], "adapters": {}},
     }
 
 
@@ -153,6 +156,7 @@ def works(engines: Mapping[str, Engine], sizes: Sequence[int]) -> dict[str, Work
             "steered": partial(decode_ms, engines["steered"], n, n),
             "one product": partial(decode_ms, engines["one product"], n, n),
             "unsteered": partial(decode_ms, engines["steered"], n, 0),
+            "loop": partial(decode_ms, engines["loop"], n, 0),
         }
         if n > 1:
             found[str(n)] |= {
@@ -175,6 +179,7 @@ def ratios(one: Mapping[str, float]) -> dict[str, float]:
     found = {
         "steered / sum of its streams": one["steered"] / alone,
         "in one product / sum": one["one product"] / alone,
+        "times as fast as the transformers loop": one["loop"] / one["steered"],
         "unsteered throughput / plain vLLM": one["base"] / one["unsteered"],
     }
     if "half" in one:
@@ -185,7 +190,7 @@ def ratios(one: Mapping[str, float]) -> dict[str, float]:
 
 def table(measured: Sequence[Round]) -> str:
     """A Markdown table: medians in milliseconds, then ratios with their range over the rounds."""
-    times = ("base", "companion", "steered", "one product")
+    times = ("base", "companion", "steered", "one product", "loop")
     claims = list(ratios(measured[0][max(measured[0], key=int)]))
     out = ["| rows | " + " | ".join([*(f"{t}, ms" for t in times), *claims]) + " |"]
     out.append("|---" * (1 + len(times) + len(claims)) + "|")

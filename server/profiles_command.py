@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import textwrap
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from server.admin_client import NOTE, Failed, ask, dump, flags, named, talk
@@ -14,9 +14,6 @@ from server.console import facts, table
 
 if TYPE_CHECKING:
     import httpx
-
-LONGEST = 60
-"""Characters of an option in the table; `show` and `--json` have all of it."""
 
 _EPILOG = f"""\
 examples:
@@ -107,18 +104,14 @@ def _spec(text: str) -> object:
     return found
 
 
-def _short(value: object) -> str:
-    """A value in a table's cell: templates have lines, and are long."""
-    return textwrap.shorten(str(value), LONGEST, placeholder=" …")
-
-
 def _list(found: list[dict[str, Any]], given: argparse.Namespace) -> None:
     if given.json:
         dump({"profiles": found})
         return
     rows = [("profile", "origin", "method", "options")]
     for record in found:
-        options = ", ".join(f"{key}={_short(value)}" for key, value in record.items()
+        # A template has many lines, a table one for each profile.
+        options = ", ".join(f"{key}={shorten(str(value), 60)}" for key, value in record.items()
                             if key not in ("name", "origin", "method"))  # fmt: skip
         rows.append((record["name"], record["origin"], record["method"], options))
     print(table(rows))

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from steering.kernels.mix import NEVER, mix
 from steering.plan import CRITICAL_KINDS
 from steering.worker.layout import Control, Layout
-from steering.worker.one_product import OneProduct
+
+if TYPE_CHECKING:  # it imports vLLM, which the arithmetic here does not need
+    from steering.worker.one_product import OneProduct
 
 Unembed = Callable[[torch.Tensor], torch.Tensor | None]
 """[R, H] hidden states → [R, V] logits in the model's dtype (None on ranks that hold none)."""

@@ -148,7 +148,8 @@ def test_a_stuck_engine_fills_the_queue_ends_requests_and_is_not_ready_until_it_
     right = complete(operated, STEERED).json()["choices"]
     engine = operated.engine_process()
     with ThreadPoolExecutor(8) as pool:
-        begun = Stream(operated, {**STEERED, "max_tokens": 150, "n": 8, "stream": True})
+        long = {"max_tokens": 150, "n": 8, "temperature": 1.0, "stream": True}
+        begun = Stream(operated, {**STEERED, **long})
         begun.start()
         assert begun.first.wait(30)
         os.kill(engine, signal.SIGSTOP)
