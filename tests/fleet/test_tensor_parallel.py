@@ -14,6 +14,13 @@ from tests.server.live import Server
 
 pytestmark = [pytest.mark.fleet, pytest.mark.engine, pytest.mark.timeout(900)]
 
+TOLD = {
+    "model": "big", "prompt": "Water boils", "max_tokens": 6, "ignore_eos": True,
+    "steering": {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain",
+                 "report": "tokens"},
+}  # fmt: skip
+"""Reports unembed each stream once more: every rank must take part, or the engine hangs."""
+
 
 def test_two_ranks_answer_as_transformers_does(
     models: Path, folders: dict[str, Path], oracle: Oracle, tmp_path: Path
@@ -35,6 +42,11 @@ def test_two_ranks_answer_as_transformers_does(
         assert "not served under tensor parallelism" in settled(server, "pack")["reason"]
         kinds = [kind for kind in ADAPTED if "pack" not in str(kind)]
         found = ask_all(server.url, oracle, [*STEERED, *kinds], rounds=4)
+        told = server.post("/v1/completions", TOLD).json()["steering"]["choices"][0]
+    assert len(told["token_details"]) == 6
+    for entry in told["token_details"]:
+        assert entry["stream_choices"].keys() == {"base", "chat", "plain"}
+        assert entry["stream_choices"]["base"]["token_id"] == entry["base_choice_id"]
     print(
         f"\ntensor parallel 2: {found.answers} answers, steered, adapted and plain, "
         f"largest error {found.error:.1e} nats, {found.seconds:.1f} s"
