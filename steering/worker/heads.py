@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn import functional
 
 from steering.heads import HeadError, HeadFile, Kind, Layer, Place, find_head, is_head
-from steering.worker import vllm_seam as seam
 from steering.worker.layout import Layout
 from steering.worker.readout import Reading
 
@@ -55,18 +54,14 @@ class Head(nn.Module):
 
 
 def build(
-    sources: Mapping[str, Mapping[str, str]],
-    names: Sequence[str],
-    forwards: Sequence[Any],
-    vllm_config: Any,
+    sources: Mapping[str, Mapping[str, str]], widths: Mapping[str, int], rows: int
 ) -> dict[str, Head]:
     """The heads by name.
 
     Args:
         sources: the streams beside the base, as `steering.engine_args.StreamSource` fields.
-        names: the streams that run, base first.
-        forwards: their models.
-        vllm_config: the engine's.
+        widths: stream → columns of its hidden states.
+        rows: of a head with a value for every token, the base's vocabulary.
 
     Raises:
         HeadError: one is missing or does not fit.
@@ -75,8 +70,7 @@ def build(
     for name, source in sources.items():
         kind = source.get("head")
         if kind == "classifier" or kind == "value":
-            width = seam.hidden_width(forwards[names.index(_body(name, source))])
-            rows = vllm_config.model_config.hf_config.vocab_size
+            width = widths[_body(name, source)]
             folder = Path(source.get("path") or source["model"])
             own_rows = rows if "path" not in source else None
             found[name] = Head(find_head(folder, cast("Kind", kind), width, own_rows))

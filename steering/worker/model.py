@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from steering.engine_args import SCRATCH
-from steering.plan import BASE
 from steering.worker import heads, lora_seam, lora_sets, overlaps
 from steering.worker import vllm_seam as seam
 from steering.worker.adapting import Adapted
@@ -40,6 +38,7 @@ from steering.worker.readout import Readout
 from steering.worker.reporter import Reporter
 from steering.worker.seats import SeatBook, Tables
 from steering.worker.speculation_seam import SpeculationSeam
+from steering.worker.streams import Streams, hidden_width
 from steering.worker.triton_readout import readout_class
 from steering.worker.values import ValueStreams, candidates_of
 
@@ -63,40 +62,26 @@ class SteeredForCausalLM(nn.Module):
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
 
+    base: Any
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         settings = vllm_config.additional_config["coxswain"]
-        lora_seam.keep_compiling(vllm_config)
-        self.base: Any = seam.build_base(vllm_config, settings["architectures"], BASE)
+        self._sources: dict[str, dict[str, str]] = settings["streams"]
+        streams = Streams(self, settings["architectures"], self._sources, vllm_config)
+        self._streams, self.names, self._forwards = streams, streams.names, streams.models
         self.config = self.base.config
-        streams: dict[str, dict[str, str]] = settings["streams"]
-        self.names: tuple[str, ...] = (BASE, *(n for n, s in streams.items() if "on" not in s))
-        self._sources = streams
+        self._widths = {n: hidden_width(m) for n, m in zip(self.names, self._forwards, strict=True)}
         self._sums: list[list[str]] = settings["one_product"]
-        self._vllm_config = vllm_config
-        self._companions: dict[str, VllmConfig] = {}
-        self._twins: dict[str, seam.Twin] = {}
-        self._original = {name: name for name in self.names}
-        for name in self.names[1:]:
-            source = streams[name]
-            if "same_as" in source:
-                self._original[name] = source["same_as"]
-            else:
-                config = seam.companion_config(vllm_config, source["model"], "head" in source)
-                lora_seam.keep_compiling(config)
-                self._companions[name] = config
-                self.add_module(name, seam.build_companion(config, name))
-        for name in self.names:
-            if self._original[name] != name:
-                self._twins[name] = seam.build_twin(vllm_config, self._original[name], name)
-        self._forwards: list[Any] = [self.get_submodule(self._original[n]) for n in self.names]
-        built = heads.build(streams, self.names, self._forwards, vllm_config)
-        self.heads = {n: h for n, h in built.items() if streams[n]["head"] == "classifier"}
+        built = heads.build(
+            self._sources, self._widths, vllm_config.model_config.hf_config.vocab_size
+        )
+        self.heads = {n: h for n, h in built.items() if self._sources[n]["head"] == "classifier"}
         self._value_heads = {n: h for n, h in built.items() if n not in self.heads}
         self._readout = self._build_readout(settings, vllm_config)
         self._values = self._build_values(settings["top_k"], vllm_config)
         # Index of the stream that drafts, 0 without speculation.
-        self._draft = self.names.index(settings["draft"] or BASE)
+        self._draft = self.names.index(settings["draft"] or self.names[0])
         self._drafting: Drafting | None = None
         self._seam: seam.Seam | None = None
         self._lora: lora_seam.LoraSeam | None = None
@@ -106,7 +91,7 @@ class SteeredForCausalLM(nn.Module):
         self._active = [True] * len(self.names)
         self._special = True
         self._even = False
-        readings = dict(zip(built, heads.readings(streams, self.names, built), strict=True))
+        readings = dict(zip(built, heads.readings(self._sources, self.names, built), strict=True))
         self._reporter = Reporter(self.names, self._readout.layout, readings)
         self.reports = self._reporter.book
         self.steps = 0
@@ -116,16 +101,15 @@ class SteeredForCausalLM(nn.Module):
 
     def _build_readout(self, settings: dict[str, Any], vllm_config: VllmConfig) -> Readout:
         candidates = settings["top_k"] if self._value_heads else 0
-        sizes = tuple(seam.hidden_width(m) for m in self._forwards)
         unembed = [
             None if "head" in self._sources.get(name, ()) else m.compute_logits
             for name, m in zip(self.names, self._forwards, strict=True)
         ]
         ends = settings["ends"]
         return readout_class()(
-            Layout(sizes, vllm_config.model_config.dtype, candidates),
+            Layout(tuple(self._widths.values()), vllm_config.model_config.dtype, candidates),
             unembed,
-            overlaps.vocabularies(self.names, self._original, settings["overlaps"]),
+            overlaps.vocabularies(self.names, self._streams.original, settings["overlaps"]),
             overlaps.padded(settings["overlaps"]),
             heads.readings(self._sources, self.names, self.heads),
             torch.tensor(ends) if ends else None,
@@ -144,15 +128,7 @@ class SteeredForCausalLM(nn.Module):
 
     def bind(self, runner: Any) -> None:
         """Hands over the model runner, once its KV cache is there."""
-        layers = []
-        for name in self.names:
-            twin = self._twins.get(name)
-            if twin is not None:
-                twin.refresh(self._vllm_config)
-                layers.append({layer.layer_name: asked for asked, layer in twin.layers.items()})
-            else:
-                layers.append({n: n for n in seam.layer_names(self._vllm_config, name)})
-        self._seam = seam.Seam(runner, layers)
+        self._seam = seam.Seam(runner, self._streams.layers())
         self._lora = lora_seam.LoraSeam(runner) if runner.lora_config else None
         if self._draft:
             model, speculative = runner.vllm_config.model_config, runner.speculative_config
@@ -194,17 +170,7 @@ class SteeredForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads the base from `weights` and every companion from its own checkpoint."""
-        loaded = {f"{BASE}.{name}" for name in self.base.load_weights(weights)}
-        for name, config in self._companions.items():
-            companion = self.get_submodule(name)
-            source = self._sources[name]
-            if "head" in source:
-                folder = Path(source["path"]) if "path" in source else None
-                seam.load_body(companion, config, partial(heads.body_weights, folder=folder))
-            else:
-                seam.load_companion(companion, config)
-            loaded |= {f"{name}.{parameter}" for parameter, _ in companion.named_parameters()}
-        return loaded
+        return self._streams.load(weights)
 
     def forward(
         self,
@@ -270,7 +236,7 @@ class SteeredForCausalLM(nn.Module):
         out = hidden.new_zeros(positions.shape[0], layout.width)
         out[:, layout.columns(0)] = hidden
         for i, name in enumerate(self.names):
-            if name in self._companions:
+            if i and self._streams.original[name] == name:
                 out[:, layout.columns(i)] = self._forwards[i](input_ids, positions)
         return out
 
@@ -397,7 +363,7 @@ class SteeredForCausalLM(nn.Module):
             requests: Int64 = np.repeat(np.arange(lengths.size), lengths)
         else:
             requests = batch.rows[batch.token_rows]
-        stream = self.names[i], self._original[self.names[i]]
+        stream = self.names[i], self._streams.original[self.names[i]]
         total, device = positions.shape[0], positions.device
         return self._lora.adapting(self._adapted, stream, requests, total, device)
 

@@ -1,4 +1,4 @@
-"""The seam to vLLM: the only file that touches the model runner's internals, but for LoRA.
+"""The seam to vLLM's model runner: the only file that touches its internals, but for LoRA.
 
 Checked on vLLM 0.32.0, Model Runner V1 (CPU build). Another runner needs another seam; the rest
 of `steering.worker` does not change.
@@ -6,7 +6,7 @@ of `steering.worker` does not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -15,156 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
-from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
-from vllm.config.utils import replace
+from vllm.config import CUDAGraphMode
 from vllm.forward_context import (
     get_forward_context,
     override_forward_context,
     set_forward_context,
 )
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.model_loader import get_model_loader
-from vllm.model_executor.model_loader.utils import initialize_model
-from vllm.model_executor.models.utils import init_vllm_registered_model
-from vllm.transformers_utils.config import get_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from steering.heads import body_architecture
 from steering.wire import Freight, unpack
 from steering.worker.batches import Candidates, Step, StreamBatch
 from steering.worker.values import broadcast, gather
-
-# --- building the streams -----------------------------------------------------------------------
-
-
-def build_base(vllm_config: VllmConfig, architectures: list[str], prefix: str) -> nn.Module:
-    """The base model, unloaded, as its own architecture."""
-    return init_vllm_registered_model(vllm_config, prefix=prefix, architectures=architectures)
-
-
-def companion_config(vllm_config: VllmConfig, model: str, body: bool = False) -> VllmConfig:
-    """The engine's configuration with another model in it: same dtype, context and device.
-
-    Args:
-        vllm_config: the engine's.
-        model: path or hub id.
-        body: only the hidden states are wanted. The unembedding is then tied to the embedding,
-            so that a checkpoint need not have one and none takes memory.
-    """
-    base = vllm_config.model_config
-    overrides: dict[str, Any] = {}
-    if body:
-        own = get_config(model, base.trust_remote_code).architectures[0]
-        overrides = {"architectures": [body_architecture(own)], "tie_word_embeddings": True}
-    model_config = ModelConfig(
-        model=model,
-        tokenizer=model,
-        dtype=base.dtype,
-        max_model_len=base.max_model_len,
-        enforce_eager=base.enforce_eager,
-        trust_remote_code=base.trust_remote_code,
-        hf_overrides=overrides,
-    )
-    # The sliding window is the model's own; everything else of the cache is shared.
-    cache_config = copy(vllm_config.cache_config)
-    cache_config.sliding_window = model_config.get_sliding_window()
-    config: VllmConfig = replace(
-        vllm_config, model_config=model_config, quant_config=None, cache_config=cache_config
-    )
-    # `replace` may copy it, but attention layers must register where the runner looks.
-    config.compilation_config = vllm_config.compilation_config
-    return config
-
-
-def build_companion(vllm_config: VllmConfig, prefix: str) -> nn.Module:
-    """A companion model, unloaded; `vllm_config` from `companion_config`."""
-    return initialize_model(vllm_config=vllm_config, prefix=prefix)
-
-
-def load_companion(companion: nn.Module, vllm_config: VllmConfig) -> None:
-    """Loads a companion's checkpoint. Repacking is left to the outer loader, which walks all."""
-    loader = get_model_loader(vllm_config.load_config)
-    loader.load_weights(companion, vllm_config.model_config)
-
-
-def load_body(
-    companion: Any,
-    vllm_config: VllmConfig,
-    chosen: Callable[[Iterable[tuple[str, torch.Tensor]]], Iterable[tuple[str, torch.Tensor]]],
-) -> None:
-    """Loads the body of a head; `chosen` picks and changes the checkpoint's (name, tensor) pairs.
-
-    vLLM's models refuse tensors that they do not know, so a head's must not reach them.
-
-    Raises:
-        ValueError: a tensor of the body is missing.
-    """
-    loader: Any = get_model_loader(vllm_config.load_config)
-    if not hasattr(loader, "get_all_weights"):  # made-up weights, which need no head either
-        loader.load_weights(companion, vllm_config.model_config)
-        return
-    weights = loader.get_all_weights(vllm_config.model_config, companion)
-    loaded = companion.load_weights(chosen(weights))
-    wanted = {n for n, _ in companion.named_parameters() if not n.startswith("lm_head.")}
-    if loaded is not None and (missing := sorted(wanted - loaded)):
-        raise ValueError(f"{vllm_config.model_config.model} lacks {missing[0]}")
-
-
-def hidden_width(model: Any) -> int:
-    """Columns of the hidden states that a model's `compute_logits` takes."""
-    head = getattr(model, "lm_head", None)
-    width: int = getattr(head, "embedding_dim", None) or model.config.hidden_size
-    return width
-
-
-# --- twins --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Twin:
-    """A stream that runs another stream's module over KV of its own.
-
-    Attention layers are looked up by name in the forward context, so a second set of *layers*
-    (which own KV) is enough: the module, its weights and its compiled code are the original's.
-
-    Args:
-        layers: name under which the original's module asks for a layer → the layer that answers.
-    """
-
-    layers: dict[str, Attention]
-
-    def refresh(self, vllm_config: VllmConfig) -> None:
-        """Takes over what loading changed in the original's layers (scales and the like)."""
-        originals = vllm_config.compilation_config.static_forward_context
-        for name, layer in self.layers.items():
-            own = {"layer_name": layer.layer_name, "kv_cache": layer.kv_cache}
-            layer.__dict__.update({**originals[name].__dict__, **own})
-
-
-def build_twin(vllm_config: VllmConfig, original: str, prefix: str) -> Twin:
-    """Registers a second set of attention layers for the stream built under prefix `original`.
-
-    vLLM then allocates and binds KV for them like for any other layer.
-    """
-    registered = vllm_config.compilation_config.static_forward_context
-    layers = {}
-    for name in layer_names(vllm_config, original):
-        layer = copy(registered[name])
-        layer.layer_name = prefix + name.removeprefix(original)
-        layer.kv_cache = torch.tensor([])
-        registered[layer.layer_name] = layer
-        layers[name] = layer
-    return Twin(layers)
-
-
-def layer_names(vllm_config: VllmConfig, prefix: str) -> list[str]:
-    """Names of the attention layers of the stream built under `prefix`."""
-    registered = vllm_config.compilation_config.static_forward_context
-    return [name for name in registered if name.startswith(f"{prefix}.")]
-
-
-# --- one step -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
