@@ -27,8 +27,7 @@ def compiled(
     # What a layer's sizes and addresses are: multiples of 16.
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, kind in enumerate(types.values()):
-        for path in [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]:
-            aligned[path] = [["tt.divisibility", 16]]
+        aligned |= dict.fromkeys(_paths(kind, (i,)), [["tt.divisibility", 16]])
     source = ASTSource(
         fn=kernel,
         signature=types | dict.fromkeys(constants, "constexpr"),
@@ -36,3 +35,10 @@ def compiled(
         attrs=aligned,
     )
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+
+
+def _paths(kind: Any, path: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Where the numbers and pointers of an argument lie in it, tuples within tuples."""
+    if not isinstance(kind, tuple):
+        return [path]
+    return [found for i, part in enumerate(kind) for found in _paths(part, (*path, i))]

@@ -85,26 +85,13 @@ def critical_scores(
 
 @triton.jit
 def finish(
-    logits,
-    steps,
-    widths,
-    rooms,
-    places,
-    marks,
+    source,
     coef,
-    coef_row,
-    rule,
-    rule_rows,
-    ids,
-    added,
-    added_row,
+    rules,
+    more,
     asks,
-    asks_row,
-    z,
-    z_row,
-    z_room,
+    out,
     found,
-    told,
     bounds,
     counts,
     turns,
@@ -123,9 +110,12 @@ def finish(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Z of a block that `first` left open, from what is known of all blocks of its row."""
+    """Z of a block that `first` left open, from what is known of all blocks of its row.
+
+    Arguments as of `triton_kernels.first`.
+    """
     r, b, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    kind, k, param, odds = rule_of(rule, rule_rows, r, RULES, HEADS)
+    kind, k, param, odds = rule_of(rules, r, RULES, HEADS)
     hard, soft = is_critical(kind, param, odds, HEADS)
     plausible, nucleus = kind == PLAUSIBLE, kind == NUCLEUS
     ruled = plausible | nucleus | hard | soft
@@ -141,7 +131,7 @@ def finish(
     base_mass = tl.full((), 0, tl.float32)
     for i in tl.static_range(STREAMS):
         if (PRESENT >> i) & 1:
-            c = weight_of(coef, coef_row, r, kind, k, i, HEADS)
+            c = weight_of(coef, r, kind, k, i, HEADS)
             if (c != 0) & (nucleus | (~hard & LACKING)):
                 mass = total_mass(lines, i, blocks, BLOCKS)
                 apart = nucleus & (k != i)
@@ -149,9 +139,7 @@ def finish(
                 normal += tl.where(apart, c * mass, 0.0)
                 if i == 0:
                     base_mass = mass
-    no_delta = tl.where(
-        weight_of(coef, coef_row, r, kind, k, 0, HEADS) > 0, offset - base_mass, NEVER
-    )
+    no_delta = tl.where(weight_of(coef, r, kind, k, 0, HEADS) > 0, offset - base_mass, NEVER)
     whole, floor, cut = ~hard, tl.full((), NEVER, tl.float32), tl.full((), 0, tl.int64)
     above, ties, own_mass = floor, floor, floor
     filtered = nucleus & (param < 1)
@@ -166,18 +154,13 @@ def finish(
             whole = opened | (key_of(top, SHIFT) >= cut)
     base = kind == NEVER
     if REPORTS:
-        base = tl.load(asks + r * asks_row) != 0
+        base = tl.load(asks[0] + r * asks[1]) != 0
     v = b * BLOCK + tl.arange(0, BLOCK)
-    mark = marks_of(marks, v, MARKED)
+    mark = marks_of(source, v, MARKED)
     total, own, never, own_never, lacking, raw, plain, chosen = streams_of(
-        logits,
-        steps,
-        widths,
-        rooms,
-        places,
+        source,
         mark,
         coef,
-        coef_row,
         kind,
         k,
         r,
@@ -212,17 +195,11 @@ def finish(
             )
     token = (v < size) & ((mark & 1) == 0)
     put(
-        z,
-        z_row,
-        z_room,
+        out,
         tl.where(token, scores, NEVER),
         raw,
-        ids,
-        added,
-        added_row,
+        more,
         asks,
-        asks_row,
-        told,
         r,
         b,
         v,

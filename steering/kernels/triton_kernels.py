@@ -64,26 +64,13 @@ from steering.kernels.triton_parts import (
 
 @triton.jit
 def first(
-    logits,
-    steps,
-    widths,
-    rooms,
-    places,
-    marks,
+    source,
     coef,
-    coef_row,
-    rule,
-    rule_rows,
-    ids,
-    added,
-    added_row,
+    rules,
+    more,
     asks,
-    asks_row,
-    z,
-    z_row,
-    z_room,
+    out,
     found,
-    told,
     size,
     STREAMS: tl.constexpr,
     PRESENT: tl.constexpr,
@@ -99,17 +86,18 @@ def first(
 ):
     """Z of a block if its row has a plain sum and no stream lacks an id; else what to know of it.
 
-    logits: S tuples' worth of [n_i, widths] with rows `steps` apart and `rooms` readable numbers,
-    of which row r is number `places` [R, S] int32. marks: see `marks_of`. coef, rule (kind, k,
-    parameter, log-odds), ids and added, asks: float32, rows the given number apart.
+    Arguments that go together are tuples, made in `triton_mix`: `source` = (logits, steps, widths,
+    rooms, places, marks), S tensors [n_i, widths] with rows `steps` apart and `rooms` readable
+    numbers, of which row r is number `places` [R, S] int32, and for marks see `marks_of`; `rules` =
+    (kind, k, parameter, log-odds) and their rows' distances; `coef`, `more` (ids and what is added
+    to them) and `asks`, float32, each with its rows' distance; `out` = (z, its rows' distance,
+    numbers in a row that may be written, told).
     """
     r, b, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     v = b * BLOCK + tl.arange(0, BLOCK)
-    mark = marks_of(marks, v, MARKED)
-    kind, k, param, odds = rule_of(rule, rule_rows, r, RULES, HEADS)
-    steered = is_steered(
-        coef, coef_row, kind, ids, added, added_row, r, STREAMS, CANDIDATES, PLACES
-    )
+    mark = marks_of(source, v, MARKED)
+    kind, k, param, odds = rule_of(rules, r, RULES, HEADS)
+    steered = is_steered(coef, kind, more, r, STREAMS, CANDIDATES, PLACES)
     hard, soft = is_critical(kind, param, odds, HEADS)
     ruled = (kind == PLAUSIBLE) | (kind == NUCLEUS) | hard | soft
     whole = ~hard
@@ -117,17 +105,12 @@ def first(
         whole = ~(hard | (kind == PLAUSIBLE))
     base = kind == NEVER
     if REPORTS:
-        base = tl.load(asks + r * asks_row) != 0
+        base = tl.load(asks[0] + r * asks[1]) != 0
     lines = found + tl.cast(r, tl.int64) * (STREAMS + LINES) * blocks + b
     total, _own, never, _own_never, lacking, raw, plain, chosen = streams_of(
-        logits,
-        steps,
-        widths,
-        rooms,
-        places,
+        source,
         mark,
         coef,
-        coef_row,
         kind,
         k,
         r,
@@ -174,17 +157,11 @@ def first(
         ruled = ruled | (opened > 0)
     if ~ruled:
         put(
-            z,
-            z_row,
-            z_room,
+            out,
             tl.where(steered, tl.where(never | ~token, NEVER, total), raw),
             raw,
-            ids,
-            added,
-            added_row,
+            more,
             asks,
-            asks_row,
-            told,
             r,
             b,
             v,
@@ -197,14 +174,14 @@ def first(
 
 
 @triton.jit
-def tell(asks, asks_row, told, numbers, choices, blocks, BLOCKS: tl.constexpr):
+def tell(asks, told, numbers, choices, blocks, BLOCKS: tl.constexpr):
     """What a row's report says, from its blocks.
 
     numbers [R, 3] float32: KL(z ‖ base) in nats, log Σ exp of z, of the base. choices [R, 2] int32:
     the most likely id of the base, and of z.
     """
     r = tl.program_id(0)
-    if tl.load(asks + r * asks_row) == 0:
+    if tl.load(asks[0] + r * asks[1]) == 0:
         return
     lines = told + tl.cast(r, tl.int64) * 7 * blocks
     masses = line_of(lines, 0, blocks, BLOCKS)

@@ -176,7 +176,7 @@ def read_out(
     sources = [base if s is None else s for s in logits]
     found = torch.empty(rows, streams + LINES.value, blocks, device=device)
     told = torch.empty(rows if asks is not None else 0, 7, blocks, device=device)
-    read = (
+    source = (
         tuple(sources),
         tuple(s.stride(0) for s in sources),
         tuple(min(s.shape[1], size) for s in sources),
@@ -189,10 +189,14 @@ def read_out(
     more = additions or Additions(coef, coef)
     assert _adjacent(coef) and _adjacent(more.ids) and _adjacent(more.added)
     assert more.ids.stride(0) == more.added.stride(0)
+    asking = (coef, 0) if asks is None else (asks, asks.stride(0))
     row = (
-        *(coef, coef.stride(0), *rules, more.ids, more.added, more.ids.stride(0)),
-        *((coef, 0) if asks is None else (asks, asks.stride(0))),
-        *(z, z.stride(0), room, found, told),
+        (coef, coef.stride(0)),
+        rules,
+        (more.ids, more.added, more.ids.stride(0)),
+        asking,
+        (z, z.stride(0), room, told),
+        found,
     )
     candidates = 0 if additions is None else additions.ids.shape[1]
     static = {
@@ -214,7 +218,7 @@ def read_out(
     grid = (rows, blocks)
     if not rows:
         return z[:, :size], None
-    first[grid](*read, *row, size, **static, **own)
+    first[grid](source, *row, size, **static, **own)
     if rule is not None or lacking:
         bits = KEY_BITS[base.dtype]
         turns = -(-bits // 4) if rule is not None and rule.nuclei else 0
@@ -223,14 +227,14 @@ def read_out(
         static |= {"SHIFT": 32 - bits, "BLOCKS": triton.next_power_of_2(blocks)}
         for turn in range(turns):
             ends = {"FIRST": turn == 0, "LAST": turn == turns - 1}
-            narrow[grid](*read, *rules, found, bounds, counts, turn, size, **static, **ends)
-        finish[grid](*read, *row, bounds, counts, turns, size, **static, **own)
+            narrow[grid](source, rules, found, bounds, counts, turn, size, **static, **ends)
+        finish[grid](source, *row, bounds, counts, turns, size, **static, **own)
     if asks is None:
         return z[:, :size], None
     said = Told(
         torch.zeros(rows, 3, device=device), torch.zeros(rows, 2, dtype=torch.int32, device=device)
     )
-    tell[(rows,)](asks, asks.stride(0), told, *said, blocks, BLOCKS=triton.next_power_of_2(blocks))
+    tell[(rows,)](asking, told, *said, blocks, BLOCKS=triton.next_power_of_2(blocks))
     return z[:, :size], said
 
 

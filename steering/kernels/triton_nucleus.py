@@ -51,14 +51,8 @@ def narrowed(bounds, counts, blocks, p, BLOCKS: tl.constexpr):
 
 @triton.jit
 def narrow(
-    logits,
-    steps,
-    widths,
-    rooms,
-    places,
-    marks,
-    rule,
-    rule_rows,
+    source,
+    rules,
     found,
     bounds,
     counts,
@@ -76,10 +70,11 @@ def narrow(
     """What the keys of one turn have above them in one block of a nucleus row.
 
     Keys are scores as integers. The lowest key of the nucleus is the highest one from which on
-    upwards the probability is at least p.
+    upwards the probability is at least p. Arguments as of `triton_kernels.first`.
     """
+    logits, steps, widths, rooms, places, _marks = source
     r, b, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    kind, k, p, _odds = rule_of(rule, rule_rows, r, True, False)
+    kind, k, p, _odds = rule_of(rules, r, True, False)
     if (kind != NUCLEUS) | (p >= 1):
         return
     rows = tl.num_programs(0)
@@ -109,7 +104,7 @@ def narrow(
     s = scores_of(
         picked(logits, k), picked(steps, k), picked(widths, k), picked(rooms, k), place, v, wanted
     )
-    s = tl.where(((marks_of(marks, v, MARKED) >> k) & 1) > 0, NEVER, s)
+    s = tl.where(((marks_of(source, v, MARKED) >> k) & 1) > 0, NEVER, s)
     key = key_of(s, SHIFT)
     inside = spread(wanted, v) & (key <= high)
     way = tl.arange(0, WAYS)

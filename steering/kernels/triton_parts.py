@@ -83,16 +83,17 @@ def key_of(x, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def rule_of(rule, rule_rows, r, RULES: tl.constexpr, HEADS: tl.constexpr):
+def rule_of(rules, r, RULES: tl.constexpr, HEADS: tl.constexpr):
     """(kind, k, parameter, log-odds) of a row; a plain sum where no row has a rule."""
     kind, k = tl.full((), 0, tl.float32), tl.full((), 0, tl.int32)
     param, odds = tl.full((), 0, tl.float32), tl.full((), 0, tl.float32)
+    columns, apart = rules
     if RULES:
-        kind = tl.load(rule[0] + r * rule_rows[0])
-        k = tl.load(rule[1] + r * rule_rows[1]).to(tl.int32)
-        param = tl.load(rule[2] + r * rule_rows[2])
+        kind = tl.load(columns[0] + r * apart[0])
+        k = tl.load(columns[1] + r * apart[1]).to(tl.int32)
+        param = tl.load(columns[2] + r * apart[2])
     if HEADS:
-        odds = tl.load(rule[3] + r * rule_rows[3])
+        odds = tl.load(columns[3] + r * apart[3])
     return kind, k, param, odds
 
 
@@ -107,19 +108,21 @@ def is_critical(kind, param, odds, HEADS: tl.constexpr):
 
 
 @triton.jit
-def weight_of(coef, coef_row, r, kind, k, i: tl.constexpr, HEADS: tl.constexpr):
+def weight_of(coef, r, kind, k, i: tl.constexpr, HEADS: tl.constexpr):
     """c_i in the sum; a critical rule's stream is not in it."""
-    c = tl.load(coef + r * coef_row + i)
+    numbers, apart = coef
+    c = tl.load(numbers + r * apart + i)
     if HEADS:
         c = tl.where(((kind == CRITICAL) | (kind == CRITICAL_MIX)) & (k == i), 0.0, c)
     return c
 
 
 @triton.jit
-def additions_of(ids, added, added_row, r, CANDIDATES: tl.constexpr, PLACES: tl.constexpr):
+def additions_of(more, r, CANDIDATES: tl.constexpr, PLACES: tl.constexpr):
     """[PLACES] ids that something is added to, and what; 0 and 0 where there is none."""
+    ids, added, apart = more
     n = tl.arange(0, PLACES)
-    at = r * added_row + n
+    at = r * apart + n
     own = n < CANDIDATES
     places = tl.load(ids + at, mask=own, other=0.0).to(tl.int32)
     return places, tl.load(added + at, mask=own, other=0.0)
@@ -128,23 +131,21 @@ def additions_of(ids, added, added_row, r, CANDIDATES: tl.constexpr, PLACES: tl.
 @triton.jit
 def is_steered(
     coef,
-    coef_row,
     kind,
-    ids,
-    added,
-    added_row,
+    more,
     r,
     STREAMS: tl.constexpr,
     CANDIDATES: tl.constexpr,
     PLACES: tl.constexpr,
 ):
     """Whether the row is anything but the base's own scores."""
-    found = (tl.load(coef + r * coef_row) != 1) | (kind != 0)
+    numbers, apart = coef
+    found = (tl.load(numbers + r * apart) != 1) | (kind != 0)
     for i in tl.static_range(1, STREAMS):
-        found |= tl.load(coef + r * coef_row + i) != 0
+        found |= tl.load(numbers + r * apart + i) != 0
     if CANDIDATES > 0:
-        places, more = additions_of(ids, added, added_row, r, CANDIDATES, PLACES)
-        found |= tl.max(((places != 0) | (more != 0)).to(tl.int32), 0) > 0
+        places, plus = additions_of(more, r, CANDIDATES, PLACES)
+        found |= tl.max(((places != 0) | (plus != 0)).to(tl.int32), 0) > 0
     return found
 
 
@@ -155,11 +156,11 @@ def spread(flag, v):
 
 
 @triton.jit
-def marks_of(marks, v, MARKED: tl.constexpr):
+def marks_of(source, v, MARKED: tl.constexpr):
     """The marks of some ids: bit i, stream i has no such token; bit S, it ends a text."""
     mark = tl.zeros_like(v)
     if MARKED:
-        mark = tl.load(marks + v).to(tl.int32)
+        mark = tl.load(source[5] + v).to(tl.int32)
     return mark
 
 
@@ -173,14 +174,9 @@ def scores_of(source, step, width, room, place, v, wanted):
 
 @triton.jit
 def streams_of(
-    logits,
-    steps,
-    widths,
-    rooms,
-    places,
+    source,
     mark,
     coef,
-    coef_row,
     kind,
     k,
     r,
@@ -207,6 +203,7 @@ def streams_of(
     −inf; which ids a stream of the sum lacks; the base's scores, as they are and without its
     padding; the scores of k.
     """
+    logits, steps, widths, rooms, places, _marks = source
     total, own = tl.zeros(v.shape, tl.float32), tl.zeros(v.shape, tl.float32)
     never = tl.zeros(v.shape, tl.int1)
     own_never, lacking = never, never
@@ -214,7 +211,7 @@ def streams_of(
     padding = spread(steered, v)
     for i in tl.static_range(STREAMS):
         if (PRESENT >> i) & 1:
-            c = weight_of(coef, coef_row, r, kind, k, i, HEADS)
+            c = weight_of(coef, r, kind, k, i, HEADS)
             apart = (kind == NUCLEUS) & (k == i)
             summed = (whole | apart) & (c != 0)
             wanted = summed | (alone & (k == i))
@@ -248,17 +245,11 @@ def streams_of(
 
 @triton.jit
 def put(
-    z,
-    z_row,
-    z_room,
+    out,
     scores,
     raw,
-    ids,
-    added,
-    added_row,
+    more,
     asks,
-    asks_row,
-    told,
     r,
     b,
     v,
@@ -269,17 +260,20 @@ def put(
     BLOCK: tl.constexpr,
 ):
     """Writes a finished block, with what is added to it; notes what a report needs of it."""
+    z, z_row, z_room, told = out
+    asking, asking_row = asks
     if CANDIDATES > 0:
-        at, more = additions_of(ids, added, added_row, r, CANDIDATES, PLACES)
-        here = (at // BLOCK == b) & (more != 0)
+        ids, added, apart = more
+        at, plus = additions_of(more, r, CANDIDATES, PLACES)
+        here = (at // BLOCK == b) & (plus != 0)
         if tl.max(here.to(tl.int32), 0) > 0:
             for n in range(CANDIDATES):
-                place = tl.load(ids + r * added_row + n).to(tl.int32)
-                plus = tl.load(added + r * added_row + n)
+                place = tl.load(ids + r * apart + n).to(tl.int32)
+                plus = tl.load(added + r * apart + n)
                 scores += tl.where(v == place, plus, 0.0)
     tl.store(z + tl.cast(r, tl.int64) * z_row + v, scores, mask=v < z_room)
     if REPORTS:  # noqa: SIM102 - decides what is compiled; the other, what runs
-        if tl.load(asks + r * asks_row) != 0:
+        if tl.load(asking + r * asking_row) != 0:
             mass = log_mass(scores)
             p = tl.exp(scores - tl.where(mass > NEVER, mass, 0.0))
             best, best_id = tl.max(scores, 0, return_indices=True)

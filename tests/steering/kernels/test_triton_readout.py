@@ -46,18 +46,12 @@ def test_compiles_for_nvidia_gpus(
 
     values = POINTERS[dtype]
     sizes = ("i32",) * STREAMS
-    read: dict[str, Any] = {
-        "logits": (values,) * STREAMS,
-        "steps": sizes,
-        "widths": sizes,
-        "rooms": sizes,
-    }
-    read |= {"places": "*i32", "marks": "*u8"}
-    rules = {"rule": ("*fp32",) * 4, "rule_rows": ("i32",) * 4}
-    row = {"coef": "*fp32", "coef_row": "i32"} | rules
-    row |= {"ids": "*fp32", "added": "*fp32", "added_row": "i32", "asks": "*fp32"}
-    row |= {"asks_row": "i32", "z": "*fp32", "z_row": "i32", "z_room": "i32"}
-    row |= {"found": "*fp32", "told": "*fp32"}
+    source = ((values,) * STREAMS, sizes, sizes, sizes, "*i32", "*u8")
+    read: dict[str, Any] = {"source": source}
+    rules = {"rules": (("*fp32",) * 4, ("i32",) * 4)}
+    row = {"coef": ("*fp32", "i32")} | rules
+    row |= {"more": ("*fp32", "*fp32", "i32"), "asks": ("*fp32", "i32")}
+    row |= {"out": ("*fp32", "i32", "i32", "*fp32"), "found": "*fp32"}
     shift = 32 - KEY_BITS[getattr(torch, dtype)]
     for rows, everything in ((1, True), (256, True), (256, False)):
         cut = Blocks.of(rows)
@@ -97,6 +91,6 @@ def test_compiles_for_nvidia_gpus(
             assert kernel.metadata.shared <= SHARED
             # Scores are read 16 bytes at a time.
             assert "ld.global.v4" in kernel.asm["ptx"]
-    types = {"asks": "*fp32", "asks_row": "i32", "told": "*fp32", "numbers": "*fp32"}
+    types = {"asks": ("*fp32", "i32"), "told": "*fp32", "numbers": "*fp32"}
     types |= {"choices": "*i32", "blocks": "i32"}
     assert compiled(kernels.tell, types, {"BLOCKS": 64}, arch, 4).asm["cubin"]
