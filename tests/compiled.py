@@ -27,7 +27,7 @@ def compiled(
     # What a layer's sizes and addresses are: multiples of 16.
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, kind in enumerate(types.values()):
-        aligned |= dict.fromkeys(_paths(kind, (i,)), [["tt.divisibility", 16]])
+        aligned |= {path: [["tt.divisibility", 16]] for path in _paths(kind, (i,))}
     source = ASTSource(
         fn=kernel,
         signature=types | dict.fromkeys(constants, "constexpr"),
