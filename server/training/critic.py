@@ -180,10 +180,10 @@ def run(given: argparse.Namespace) -> int:
     Raises:
         AdapterError: something given cannot be used.
     """
-    from adapters.training.critic import train
-    from adapters.training.critic_settings import CriticSettings
+    from adapters.training.critic.measures import table
+    from adapters.training.critic.settings import CriticSettings
+    from adapters.training.critic.train import train
     from adapters.training.errors import BadRecipe
-    from adapters.training.measures import table
 
     for key, default in (("prompts", None), ("model", None), ("request", "{}")):
         if given.data is not None and (value := getattr(given, key)) != default:

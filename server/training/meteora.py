@@ -177,8 +177,8 @@ def run(given: argparse.Namespace) -> int:
     Raises:
         AdapterError: something given cannot be used.
     """
-    from adapters.training.meteora import train
-    from adapters.training.settings import Settings
+    from adapters.training.meteora.settings import Settings
+    from adapters.training.meteora.train import train
 
     adapters, data = _unique("adapter", given.adapter), _unique("data", given.data)
     same = (

@@ -158,9 +158,9 @@ def run(given: argparse.Namespace) -> int:
     Raises:
         AdapterError: something given cannot be used, or the server or the reward fails.
     """
-    from adapters.training.value import train
-    from adapters.training.value_fit import shown
-    from adapters.training.value_settings import ValueSettings
+    from adapters.training.value.fit import shown
+    from adapters.training.value.settings import ValueSettings
+    from adapters.training.value.train import train
 
     settings = ValueSettings(
         served=served_by(given),

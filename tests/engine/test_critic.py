@@ -14,9 +14,9 @@ import torch
 
 from adapters.formats.base import base_shapes
 from adapters.formats.inspect import inspect
-from adapters.training.classifiers import Row, features, load_body
-from adapters.training.critic import train
-from adapters.training.critic_settings import CriticSettings
+from adapters.training.critic.classifiers import Row, features, load_body
+from adapters.training.critic.settings import CriticSettings
+from adapters.training.critic.train import train
 from steering.engine_args import StreamSource, adapter_engine_args
 from tests.adapters.make import make_lora
 from tests.engine.driver import Case, Engine, Use, tokens

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from adapters.training.value_model import ValueModel
+from adapters.training.value.model import ValueModel
 from steering.engine_args import StreamSource
 from tests.engine.driver import BLOCK, Case, Engine
 from tests.engine.heads import Headed, last_hidden

@@ -22,13 +22,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-from adapters.training import checkpoint, critic
-from adapters.training.classifiers import Row, features, load_body
-from adapters.training.critic import REPORT, train
-from adapters.training.critic_settings import CriticSettings
+from adapters.training import checkpoint
+from adapters.training.critic import train as critic
+from adapters.training.critic.classifiers import Row, features, load_body
+from adapters.training.critic.measures import measures, table
+from adapters.training.critic.replies import Reply, row
+from adapters.training.critic.settings import CriticSettings
+from adapters.training.critic.train import REPORT, train
 from adapters.training.errors import BadRecipe
-from adapters.training.measures import measures, table
-from adapters.training.replies import Reply, row
 from server.main import run
 from steering.heads import HeadFile, body_architecture, find_head, is_head
 from tests.adapters.make import make_lora

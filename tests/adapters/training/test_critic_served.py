@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from adapters.training import checkpoint
-from adapters.training.critic import train
-from adapters.training.critic_settings import CriticSettings
+from adapters.training.critic.replies import row, sampled
+from adapters.training.critic.settings import CriticSettings
+from adapters.training.critic.train import train
 from adapters.training.errors import BadRecipe
 from adapters.training.prompts import read_prompts
-from adapters.training.replies import row, sampled
 from adapters.training.served import Served, sample
 from steering.heads import find_head
 from tests.models import EOS, SPECIAL, make_model, make_tokenizer

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from adapters.training.critic.labels import Labeller
+from adapters.training.critic.replies import Reply
 from adapters.training.errors import BadRecipe
-from adapters.training.labels import Labeller
-from adapters.training.replies import Reply
 
 CHAT = [{"role": "user", "content": "Who?"}]
 

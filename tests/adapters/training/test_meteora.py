@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from adapters.errors import AdapterError
 from adapters.formats.base import base_shapes
 from adapters.formats.inspect import inspect
-from adapters.training import checkpoint, meteora
+from adapters.training import checkpoint
 from adapters.training.errors import BadRecipe
-from adapters.training.meteora import train
-from adapters.training.settings import Settings
+from adapters.training.meteora import train as meteora
+from adapters.training.meteora.settings import Settings
+from adapters.training.meteora.train import train
 from server.main import run
 from tests.adapters.make import ATTENTION, make_lora
 from tests.models import make_model

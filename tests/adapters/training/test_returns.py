@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from adapters.training.returns import explained, targets
+from adapters.training.value.returns import explained, targets
 
 
 def n_step(values: list[float], reward: float, t: int, n: int, gamma: float) -> float:

@@ -20,8 +20,8 @@ from transformers import (
 
 from adapters.training.errors import BadRecipe
 from adapters.training.prompts import Prompt
-from adapters.training.rewards import opened, rewards
 from adapters.training.served import Sample
+from adapters.training.value.rewards import opened, rewards
 from tests.adapters.training.endpoint import Answer, endpoint, hang_up, status
 from tests.models import make_model, make_tokenizer
 from tests.server.live import free_port

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from adapters.formats.inspect import read_artefact
 from adapters.kernels.reference import Term, adapter_sum, routing
 from adapters.training.data import IGNORED
-from adapters.training.pack import write_pack
-from adapters.training.routed import Factors, Routed, install, losses
-from adapters.training.settings import Settings
+from adapters.training.meteora.pack import write_pack
+from adapters.training.meteora.routed import Factors, Routed, install, losses
+from adapters.training.meteora.settings import Settings
 from tests.adapters.make import ATTENTION, make_lora
 from tests.adapters.models import Applied, adapted
 from tests.models import make_model

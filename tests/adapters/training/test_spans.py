@@ -12,8 +12,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from adapters.training.critic.spans import check_spans, critical, decode, names, token_spans
 from adapters.training.errors import BadRecipe
-from adapters.training.spans import check_spans, critical, decode, names, token_spans
 from tests.models import EOS, SPECIAL, VOCAB_SIZE, make_tokenizer
 
 BYTES = {shown: byte for byte, shown in bytes_to_unicode().items()}

@@ -20,11 +20,12 @@ import pytest
 import torch
 
 from adapters.errors import AdapterError
-from adapters.training import checkpoint, value
+from adapters.training import checkpoint
 from adapters.training.errors import BadRecipe
 from adapters.training.served import Served
-from adapters.training.value import train
-from adapters.training.value_settings import ValueSettings
+from adapters.training.value import train as value
+from adapters.training.value.settings import ValueSettings
+from adapters.training.value.train import train
 from server.main import run
 from tests.models import make_model
 from tests.server.live import Server, free_port

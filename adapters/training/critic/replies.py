@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters.training.classifiers import Row
+from adapters.training.critic.classifiers import Row
+from adapters.training.critic.spans import Span, check_spans, critical, decode, token_spans
 from adapters.training.data import read_lines
 from adapters.training.errors import BadRecipe
 from adapters.training.prompts import Prompt, read_prompt
 from adapters.training.served import Sample
-from adapters.training.spans import Span, check_spans, critical, decode, token_spans
 
 CONTEXT = 5
 """Ids of the prompt that a reply's text is decoded behind, as in vLLM."""

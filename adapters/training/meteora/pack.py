@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from adapters.formats import meteora, peft
 from adapters.formats.artefact import Artefact
-from adapters.training.routed import Routed
-from adapters.training.settings import Settings
+from adapters.training.meteora.routed import Routed
+from adapters.training.meteora.settings import Settings
 
 
 def write_pack(

@@ -11,16 +11,14 @@ adapters may have different ranks and modules.
 
 from __future__ import annotations
 
-import math
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from adapters.errors import AdapterError
@@ -35,11 +33,11 @@ from adapters.training.data import (
     content_digest,
     read_examples,
 )
+from adapters.training.descent import Descent
 from adapters.training.errors import BadRecipe
-from adapters.training.pack import write_pack
-from adapters.training.routed import Losses, Routed, install, losses
-from adapters.training.schedule import rate_share
-from adapters.training.settings import Settings
+from adapters.training.meteora.pack import write_pack
+from adapters.training.meteora.routed import Losses, Routed, install, losses
+from adapters.training.meteora.settings import Settings
 
 NO_LIMIT = 1 << 30
 """Rank indices: whether a pack fits a server is that server's question."""
@@ -178,33 +176,23 @@ def _train(
 ) -> None:
     model, layers = _model(settings, artefacts)
     parameters = _trained(layers, settings.adapters_rate is not None)
-    optimizer = _optimizer(settings, parameters)
-    start = checkpoint.restore(folder, parameters, optimizer)
-    if start:
-        say(f"resumed after step {start} of {settings.steps}")
-    bar = tqdm(total=settings.steps, initial=start, desc="meteora", unit="step", disable=None)
-    for step in range(start, settings.steps):
-        rows = [t.to(settings.device) for t in _batch(settings, step, examples, encoder)]
-        share = rate_share(step, settings.steps, settings.warm_up)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * share
-        found = _step(settings, model, layers, rows, parameters, optimizer)
-        if not math.isfinite(found.language + found.gates):
-            raise BadRecipe(
-                f"the loss is not finite any more in step {step + 1}",
-                field="--rate",
-                value=settings.rate,
-                allowed="a lower one, of the adapters too",
-            )
-        bar.update()
-        last = step + 1 == settings.steps
-        if last or step % 10 == 0:
-            bar.set_postfix_str(_shown(settings, found), refresh=False)
-        if last or (step + 1) % settings.save_every == 0:
-            checkpoint.save(folder, step + 1, run, parameters, optimizer)
-            if last or bar.disable:  # No terminal: logs shall show that something happens.
-                say(f"step {step + 1} of {settings.steps}: {_shown(settings, found)}")
-    bar.close()
+
+    def steps(start: int) -> Iterator[tuple[float, str]]:
+        for step in range(start, settings.steps):
+            rows = [t.to(settings.device) for t in _batch(settings, step, examples, encoder)]
+            found = _losses(settings, model, layers, rows)
+            yield float(found.language + found.gates), _shown(settings, found)
+
+    Descent(
+        "meteora",
+        parameters,
+        _peaks(settings, parameters),
+        settings.steps,
+        settings.warm_up,
+        settings.weight_decay,
+        settings.save_every,
+        advice="a lower one, of the adapters too",
+    ).run(run, folder, say, steps)
     part = folder / "pack"
     write_pack(part, settings, artefacts, layers)
     inspect(part, base_shapes(settings.base), max_rank=NO_LIMIT)
@@ -216,23 +204,15 @@ def _shown(settings: Settings, found: Losses) -> str:
     return f"loss {parts}, gates right for {found.hit:.1%} of the tokens"
 
 
-def _step(
-    settings: Settings,
-    model: Any,
-    layers: dict[str, Routed],
-    rows: Sequence[Tensor],
-    parameters: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+def _losses(
+    settings: Settings, model: Any, layers: dict[str, Routed], rows: Sequence[Tensor]
 ) -> Losses:
-    """One optimizer step; the losses before it, detached."""
+    """The losses of a step, detached; adds their gradients."""
     kind = torch.device(settings.device).type
     with torch.autocast(kind, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
         ids, labels, members = rows
         found = losses(model, layers, ids, labels, members, IGNORED)
     (found.language + settings.gate_factor * found.gates).backward()
-    torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
     return Losses(found.language.detach(), found.gates.detach(), found.hit)
 
 
@@ -253,13 +233,12 @@ def _trained(layers: dict[str, Routed], adapters: bool) -> dict[str, Tensor]:
     return found
 
 
-def _optimizer(settings: Settings, parameters: dict[str, Tensor]) -> torch.optim.Optimizer:
+def _peaks(settings: Settings, parameters: dict[str, Tensor]) -> list[tuple[list[Tensor], float]]:
     gates = [value for name, value in parameters.items() if name.endswith(".gate")]
-    groups: list[dict[str, Any]] = [{"params": gates, "peak": settings.rate}]
-    if settings.adapters_rate is not None:
-        others = [value for name, value in parameters.items() if not name.endswith(".gate")]
-        groups.append({"params": others, "peak": settings.adapters_rate})
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    if settings.adapters_rate is None:
+        return [(gates, settings.rate)]
+    others = [value for name, value in parameters.items() if not name.endswith(".gate")]
+    return [(gates, settings.rate), (others, settings.adapters_rate)]
 
 
 def _batch(

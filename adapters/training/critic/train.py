@@ -35,18 +35,18 @@ from adapters.formats.artefact import Artefact
 from adapters.formats.base import base_shapes
 from adapters.formats.inspect import inspect
 from adapters.training import checkpoint
-from adapters.training.classifiers import Classifier, Probe, Row, Tagger, features, load_body
-from adapters.training.critic_settings import CriticSettings
+from adapters.training.critic.classifiers import Classifier, Probe, Row, Tagger, features, load_body
+from adapters.training.critic.fit import fit
+from adapters.training.critic.labels import Labeller
+from adapters.training.critic.measures import measures
+from adapters.training.critic.replies import Reply, check_length, ready, row, sampled
+from adapters.training.critic.settings import CriticSettings
 from adapters.training.data import content_digest
 from adapters.training.errors import BadRecipe
-from adapters.training.fit import fit
-from adapters.training.labels import Labeller
-from adapters.training.measures import measures
-from adapters.training.meteora import NO_LIMIT
+from adapters.training.meteora.train import NO_LIMIT
 from adapters.training.prompts import Prompt, read_prompts
-from adapters.training.replies import Reply, check_length, ready, row, sampled
 from adapters.training.served import sample
-from adapters.training.value_checks import check_body, check_server
+from adapters.training.server_checks import check_body, check_server
 
 REPORT = "critic.json"
 """In the classifier's folder: how it was trained, and what it reaches on the held-out prompts."""
@@ -66,7 +66,7 @@ def train(
         say: takes lines for a person.
 
     Returns:
-        What `REPORT` holds; `held_out` are `adapters.training.measures`, None without any.
+        What `REPORT` holds; `held_out` are `adapters.training.critic.measures`, None without any.
 
     Raises:
         AdapterError: a setting, a line of data, the server or the rule cannot be used.

@@ -27,8 +27,8 @@ from adapters.training.client import Peer, ask
 from adapters.training.errors import BadRecipe
 from adapters.training.journal import Journal
 from adapters.training.prompts import Prompt
-from adapters.training.reward_model import RewardModel
 from adapters.training.served import Sample
+from adapters.training.value.reward_model import RewardModel
 
 _CONNECTIONS = 8
 

@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from adapters.training.called import Called
 from adapters.training.client import Peer, ask
+from adapters.training.critic.replies import Reply
+from adapters.training.critic.spans import Span, check_spans, names
 from adapters.training.data import content_digest
 from adapters.training.errors import BadRecipe
 from adapters.training.journal import Journal
-from adapters.training.replies import Reply
-from adapters.training.spans import Span, check_spans, names
 
 
 class Labeller:

@@ -20,15 +20,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapters.training import checkpoint, value_checks
+from adapters.training import checkpoint, server_checks
 from adapters.training.data import content_digest
 from adapters.training.errors import BadRecipe
 from adapters.training.prompts import Prompt, read_prompts
-from adapters.training.rewards import opened, rewards
 from adapters.training.served import Sample, sample
-from adapters.training.value_fit import Explained, Row, fit
-from adapters.training.value_model import ValueModel
-from adapters.training.value_settings import ValueSettings
+from adapters.training.value.fit import Explained, Row, fit
+from adapters.training.value.model import ValueModel
+from adapters.training.value.rewards import opened, rewards
+from adapters.training.value.settings import ValueSettings
 
 SAMPLES, REWARDS = "samples.jsonl", "rewards.jsonl"
 """Files of the work folder. They stay there when the run is complete."""
@@ -49,7 +49,7 @@ def train(settings: ValueSettings, say: Callable[[str], None] = print) -> Explai
     """
     settings.check()
     prompts = read_prompts(settings.prompts)
-    value_checks.check_body(settings.body)
+    server_checks.check_body(settings.body)
     folder = checkpoint.work_folder(settings.out)
     with checkpoint.locked(folder):
         before = checkpoint.last_run(folder)
@@ -94,7 +94,7 @@ def _collected(
             file=folder / SAMPLES,
             progress="samples",
         )
-        value_checks.check_samples(settings.body, prompts, found)
+        server_checks.check_samples(settings.body, prompts, found)
         return found
 
     name, file = settings.reward, folder / REWARDS
@@ -103,7 +103,7 @@ def _collected(
         return samples, rewards(None, name, prompts, samples, file)
     with opened(name, settings.reward_timeout_s, settings.device) as reward:
         if _lines(folder / SAMPLES) < len(prompts):
-            value_checks.check_server(settings.served, prompts, settings.body)
+            server_checks.check_server(settings.served, prompts, settings.body)
         samples = sampled()
         return samples, rewards(reward, name, prompts, samples, file)
 

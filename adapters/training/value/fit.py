@@ -11,14 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from adapters.training import checkpoint
-from adapters.training.errors import BadRecipe
-from adapters.training.returns import explained, targets
-from adapters.training.schedule import rate_share
-from adapters.training.value_model import ValueModel
-from adapters.training.value_settings import ValueSettings
+from adapters.training.descent import Descent
+from adapters.training.value.model import ValueModel
+from adapters.training.value.returns import explained, targets
+from adapters.training.value.settings import ValueSettings
 
 
 @dataclass(frozen=True)
@@ -68,38 +65,28 @@ def fit(
     Raises:
         BadRecipe: the loss is not finite any more.
     """
-    optimizer = torch.optim.AdamW(model.parameters.values(), weight_decay=settings.weight_decay)
-    start = checkpoint.restore(folder, model.parameters, optimizer)
-    steps = settings.epochs * math.ceil(len(rows) / settings.batch)
-    if start:
-        say(f"resumed after step {start} of {steps}")
-    measured = explained_by(model, held, settings)
-    bar = tqdm(total=steps, initial=start, desc="value", unit="step", disable=None)
-    for step, batch in _batches(settings, rows, start):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate * rate_share(step, steps, settings.warm_up)
-        loss = _loss(settings, model, batch)
-        if not math.isfinite(loss):
-            raise BadRecipe(
-                f"the loss is not finite any more in step {step + 1}",
-                field="--rate",
-                value=settings.rate,
-                allowed="a lower one, or rewards of a smaller size",
-            )
-        torch.nn.utils.clip_grad_norm_(model.parameters.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.update()
-        last = step + 1 == steps
-        saves = last or (step + 1) % settings.save_every == 0
-        if saves:
-            checkpoint.save(folder, step + 1, run, model.parameters, optimizer)
-            measured = explained_by(model, held, settings)
-        if saves or step % 10 == 0:
-            bar.set_postfix_str(f"loss {loss:.4f}, {shown(measured)}", refresh=False)
-        if saves and (last or bar.disable):  # No terminal: logs shall show that something happens.
-            say(f"step {step + 1} of {steps}: loss {loss:.4f}, {shown(measured)}")
-    bar.close()
+    measured: Explained = {}
+
+    def losses(start: int) -> Iterator[tuple[float, str]]:
+        for batch in _batches(settings, rows, start):
+            loss = _loss(settings, model, batch)
+            yield loss, f"loss {loss:.4f}, "
+
+    def measure() -> str:
+        nonlocal measured
+        measured = explained_by(model, held, settings)
+        return shown(measured)
+
+    Descent(
+        "value",
+        model.parameters,
+        [(list(model.parameters.values()), settings.rate)],
+        settings.epochs * math.ceil(len(rows) / settings.batch),
+        settings.warm_up,
+        settings.weight_decay,
+        settings.save_every,
+        advice="a lower one, or rewards of a smaller size",
+    ).run(run, folder, say, losses, measure)
     return measured
 
 
@@ -109,10 +96,8 @@ def shown(found: Explained) -> str:
     return "held-out variance explained: " + ", ".join(parts) if parts else "nothing held out"
 
 
-def _batches(
-    settings: ValueSettings, rows: Sequence[Row], start: int
-) -> Iterator[tuple[int, list[Row]]]:
-    """Step and rows, from step `start` on; functions of seed and step alone."""
+def _batches(settings: ValueSettings, rows: Sequence[Row], start: int) -> Iterator[list[Row]]:
+    """Rows of each step, from step `start` on; functions of seed and step alone."""
     step = 0
     for epoch in range(settings.epochs):
         draw = random.Random(f"{settings.seed} {epoch}")
@@ -120,7 +105,7 @@ def _batches(
         # batches of one length pull the head to and fro.
         for batch in _pieces(draw.sample(rows, len(rows)), settings.batch):
             if step >= start:
-                yield step, batch
+                yield batch
             step += 1
 
 

@@ -1,0 +1,1 @@
+"""Classifiers of critical tokens (arXiv 2402.17982)."""

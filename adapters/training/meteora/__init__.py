@@ -1,0 +1,1 @@
+"""MeteoRA: gates that route each token to the LoRA adapters of a pack (arXiv 2405.13053)."""

@@ -1,0 +1,1 @@
+"""Value models for value-augmented sampling (arXiv 2405.06639)."""
