@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,7 @@ def machine() -> dict[str, Any]:
         "processor": name,
         "cores": os.cpu_count(),
         "memory_bytes": memory,
-        "system": f"{platform.system()} {platform.release()}, {sys.platform}",
+        "system": platform.system(),
         "versions": versions,
     }
 
