@@ -173,6 +173,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--only", nargs="+", metavar="SCENARIO", help="some scenarios")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: both")
+    parser.add_argument("--note", help="what a reader must know of this measurement; kept with it")
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--add", action="store_true", help="further rounds to the figures of --out")
     kept.add_argument("--render", action="store_true", help="only the report, measure nothing")
@@ -202,6 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.render:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
         measured(args, found, figures)
+    if args.note is not None:
+        found["note"] = args.note
+        save(found, figures)
     plots(found, folder)
     args.out.write_text(page(found, folder.name))
     print(f"{args.out}, with plots and all figures in {folder}", file=sys.stderr)

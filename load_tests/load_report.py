@@ -113,7 +113,10 @@ def page(found: Mapping[str, Any], folder: str) -> str:
         found: all figures, see `load.measured`.
         folder: where the plots are, relative to the page.
     """
-    parts = ["# Load tests", _setting(found), "## Scenarios", _scenarios(found)]
+    parts = ["# Load tests", _setting(found)]
+    if note := found.get("note"):
+        parts.append(f"**Note.** {note}")
+    parts += ["## Scenarios", _scenarios(found)]
     for level, load in found["levels"].items():
         parts += [
             f"## {level.capitalize()}: {load['rate']:g} requests per second",

@@ -89,3 +89,6 @@ def test_rendering_again_says_which_limit_does_not_hold(
     assert main(["--render", "--out", str(tmp_path / "report.md")]) == 1
     assert "not met: Coxswain, steered, heavy: good_share at least 0.95" in capsys.readouterr().err
     assert (tmp_path / "report.md").read_text().startswith("# Load tests\n")
+    assert main(["--render", "--note", "Noisy.", "--out", str(tmp_path / "report.md")]) == 1
+    assert main(["--render", "--out", str(tmp_path / "report.md")]) == 1
+    assert "\n**Note.** Noisy.\n" in (tmp_path / "report.md").read_text()

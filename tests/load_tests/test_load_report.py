@@ -90,3 +90,14 @@ def test_the_table_of_growth() -> None:
     lines = table("streams", figures()["growth"]["streams"]).splitlines()
     assert lines[2] == "| 1 | 11.0 | 10.0 | 1.10 (1.00–1.20) |"
     assert lines[3] == "| 4 | 30.0 | 20.0 | 1.50 (1.00–2.00) |"
+
+
+def test_a_round_may_lack_a_level_and_the_note_says_why() -> None:
+    found = figures()
+    found["levels"]["light"] = {"rate": 0.5, "requests": 8}
+    found["rounds"][2]["steered"]["light"] = run(20)
+    text = page(found | {"note": "Two rounds lack the light level."}, "load-report")
+    assert text.index("**Note.** Two rounds lack") < text.index("## Scenarios")
+    light = text[text.index("## Light") : text.index("![Throughput]")]
+    assert "| Coxswain, steered | 20 |" in light and "in sequence" not in light
+    assert "**Note.**" not in page(found, "load-report")
