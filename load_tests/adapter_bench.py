@@ -23,7 +23,7 @@ from typing import Any
 
 from load_tests.adapter_files import RANK, TASKS, modules, write_lora, write_pack
 from load_tests.rounds import Engine, Round, Work, dearer, faster, rounds, running, table
-from load_tests.step_bench import BASE, write_model
+from load_tests.shapes import BASE, write_model
 
 PROMPT, DRAWN = 32, 40
 LONG_PROMPT = 512

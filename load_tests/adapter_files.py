@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from adapters.formats.base import BaseShapes
-from load_tests.step_bench import BASE
+from load_tests.shapes import BASE
 
 RANK, TASKS = 8, 28
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from load_tests.adapter_engine import STEERED
 from load_tests.rounds import Engine, Round, Work, rounds, running, spread
-from load_tests.step_bench import BASE, COMPANION, VOCAB, write_model
+from load_tests.shapes import BASE, COMPANION, VOCAB, write_model
 
 PROMPT, DRAWN = 32, 24
 ROWS = 16

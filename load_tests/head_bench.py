@@ -27,15 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from load_tests.rounds import spread
-from load_tests.step_bench import (
-    BASE,
-    COMPANION,
-    PROMPT_TOKENS,
-    WARM_STEPS,
-    engine_args,
-    step_ms,
-    write_model,
-)
+from load_tests.shapes import BASE, COMPANION, write_model
+from load_tests.step_bench import PROMPT_TOKENS, WARM_STEPS, engine_args, step_ms
 
 CANDIDATES = (1, 5, 20, 50)
 ROWS = (1, 16)

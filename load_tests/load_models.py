@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from load_tests.adapter_files import RANK, write_lora
-from load_tests.step_bench import BASE, COMPANION, VOCAB
+from load_tests.shapes import BASE, COMPANION, VOCAB
 
 COMPANIONS = ("expert", "anti")
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -26,7 +26,7 @@ class Shapes:
     """What the models look like.
 
     Args:
-        base: as `step_bench.BASE`.
+        base: as `shapes.BASE`.
         companion: of each companion.
         vocabulary: tokens.
         adapters: how many LoRA adapters of rank `adapter_files.RANK`.

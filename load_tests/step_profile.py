@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from load_tests import step_bench
+from load_tests import shapes, step_bench
 
 
 class Clock:
@@ -207,8 +207,8 @@ def main() -> None:
         print(json.dumps(profile(json.loads(args.job))))
         return
     with tempfile.TemporaryDirectory() as tmp:
-        step_bench.write_model(Path(tmp) / "base", step_bench.BASE)
-        step_bench.write_model(Path(tmp) / "companion", step_bench.COMPANION)
+        shapes.write_model(Path(tmp) / "base", shapes.BASE)
+        shapes.write_model(Path(tmp) / "companion", shapes.COMPANION)
         base, small = str(Path(tmp) / "base"), str(Path(tmp) / "companion")
         streams = {f"stream{i}": small for i in range(1, args.companions + 1)}
         jobs: dict[str, dict[str, Any]] = {

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from zoo import gossip
+from zoo.fitting import IGNORED, fit, padded
 from zoo.routing_table import TEMPERATURE, TOP_K
 from zoo.tasks import TASKS, Item, Pool, make
 from zoo.tokenizer import ASSISTANT, TEMPLATE_PATH, USER, chat_text
-from zoo.train import IGNORED, fit, padded
 from zoo.world import World
 
 ROOT = Path(__file__).parent

@@ -14,12 +14,13 @@ from zoo.adapt import ADAPTERS, PACK, encoded
 from zoo.adapted import Adapted
 from zoo.conversations import LENGTHS, TURNS, Asked, hold, path_of, read_conversations
 from zoo.evaluate import adapted_body, first
+from zoo.fitting import IGNORED
 from zoo.routing_table import BY_HAND, SETTINGS, TEMPERATURE, TOP_K, hits, markdown, pack
 from zoo.routing_table import PACK as PACK_SETTING
 from zoo.table import Reply
 from zoo.tasks import TASKS, Item, Pool, make
 from zoo.tokenizer import with_chat
-from zoo.train import IGNORED, ROOT
+from zoo.train import ROOT
 from zoo.world import SPLIT_SHARES, Split, World
 
 WORLD = World()
