@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from adapters.training.descent import Descent, rate_share
 from adapters.training.errors import BadRecipe
 
-RUN = {"settings": {}}
+RUN: dict[str, Any] = {"settings": {}}
 
 
 def made(parameters: dict[str, Tensor], rates: list[float], save_every: int = 4) -> Descent:
