@@ -20,6 +20,50 @@ Errors of the steering layer have the same shape, `Fault`.
 
 from __future__ import annotations
 
+import reprlib
+from itertools import islice
+from typing import Any
+
+_LONGEST_FIELD, _LONGEST_ALLOWED = 200, 600
+"""Letters in a message: names of tensors and modules come from files of strangers."""
+
+
+class _Short(reprlib.Repr):
+    """`repr` that costs little for deep, huge and self-referring values.
+
+    What it leaves is cut once more, so the limits matter to what is larger than 80 letters only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxlist = self.maxtuple = self.maxset = self.maxdict = 40
+        self.maxstring = self.maxother = 200
+
+    def repr_int(self, x: int, _level: int) -> str:
+        """Python refuses to write more than 4300 digits, and takes long for fewer."""
+        return str(x) if x.bit_length() < 1000 else f"a number of {x.bit_length()} bits"
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """In the order of whoever wrote it."""
+        if x and level <= 0:
+            return "{...}"
+        first = islice(x.items(), self.maxdict)
+        shown = (f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in first)
+        return "{" + ", ".join(shown) + "}"
+
+
+_short = _Short()
+
+
+def _sendable(text: str) -> str:
+    """The text without lone surrogates, which neither JSON answers nor the registry can carry."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
 
 class Fault(Exception):
     """A fault that a person can mend: says where it is, what was found and what is allowed.
@@ -36,7 +80,7 @@ class Fault(Exception):
         self, message: str, *, field: str = "", value: object = None, allowed: str | None = None
     ) -> None:
         self.message = message
-        self.field = field
+        self.field = _cut(_sendable(field), _LONGEST_FIELD)
         self.value = value
         self.allowed = allowed
         super().__init__(str(self))
@@ -44,11 +88,11 @@ class Fault(Exception):
     def __str__(self) -> str:
         text = f"{self.field}: {self.message}" if self.field else self.message
         if self.value is not None:
-            shown = repr(self.value)
-            text += f" (got {shown[:77] + '...' if len(shown) > 80 else shown})"
+            shown = _short.repr(self.value)
+            text += f" (got {_cut(shown, 80)})"
         if self.allowed is not None:
-            text += f"; allowed: {self.allowed}"
-        return text
+            text += f"; allowed: {_cut(self.allowed, _LONGEST_ALLOWED)}"
+        return _sendable(text)
 
 
 class AdapterError(Fault):

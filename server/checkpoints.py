@@ -212,6 +212,8 @@ def _tensors(file: Path) -> tuple[int, int]:
                 end = max(end, tensor["data_offsets"][1])
         if 8 + length + end != file.stat().st_size:
             raise ValueError("it is cut short")
-    except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error,
+    ) as error:  # fmt: skip
         raise Unusable(f"{file} is not a whole safetensors file: {error}") from error
     return count, end

@@ -21,6 +21,7 @@ from server.operating_config import (
     ServerConfig,
     TracingConfig,
 )
+from server.validation import is_unicode
 from steering.method import Limits
 from steering.spec import Profile, Range
 
@@ -265,6 +266,8 @@ def _usable_key(key: SecretStr) -> SecretStr:
     text = key.get_secret_value()
     if not text.strip():
         raise ValueError("a key must not be empty")
+    if not is_unicode(text):
+        raise ValueError("a key must be Unicode text")
     if text.startswith(HASHED) and not re.fullmatch(r"[0-9a-f]{64}", text.removeprefix(HASHED)):
         raise ValueError(f"after {HASHED} come 64 lower-case hex digits")
     return key

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from server.config import NAME, RESERVED_ENGINE, Config, ConfigInvalid
-from server.validation import problems
+from server.validation import is_unicode, problems
 from steering.errors import BadValue
 from steering.plan import BASE
 
@@ -83,8 +84,10 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if isinstance(key, list | dict | set):
+            raise ConfigInvalid([f"line {line}: a key must be text"])
         if key in seen:
-            line = key_node.start_mark.line + 1
             raise ConfigInvalid([f"line {line}: the key {key!r} is given twice"])
         seen.add(key)
     loader.flatten_mapping(node)
@@ -94,84 +97,92 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+def _path(value: str, folder: Path) -> Path:
+    """A path relative to the configuration file made absolute.
+
+    Raises:
+        ValueError: it cannot be one.
+    """
+    try:
+        path = (folder / Path(value).expanduser()).resolve()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        # Too long, a link to itself, somebody's home who is not here, a zero byte.
+        why = getattr(error, "strerror", None) or str(error)[:200]
+        raise ValueError(f"cannot be a path: {why}") from error
+    return path
+
+
 def _located(value: object, folder: Path) -> object:
-    """A path relative to the configuration file made absolute; a Hugging Face id left alone."""
+    """A path made absolute; a Hugging Face id left alone."""
     if not isinstance(value, str) or not value:
         return value
-    path = (folder / Path(value).expanduser()).resolve()
+    path = _path(value, folder)
     if value.startswith(("/", "./", "../", "~")) or path.exists():
         return str(path)
     return value
-
-
-_DIRECTORIES = {"adapters": ("roots", "store"), "registry": ("directory",)}
-"""Settings that are folders, never ids."""
 
 
 def _directories(value: object, folder: Path) -> object:
     """A folder, or a list of them, relative to the configuration file, made absolute."""
     if isinstance(value, list):
         return [_directories(each, folder) for each in value]
-    return str((folder / Path(value).expanduser()).resolve()) if isinstance(value, str) else value
-
-
-def _with_source(entry: object, folder: Path) -> object:
-    """An adapter to preload whose source, if it is a folder, is absolute."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("source"), str):
-        return entry
-    return {**entry, "source": _located(entry["source"], folder)}
+    return str(_path(value, folder)) if isinstance(value, str) else value
 
 
 def _template(value: object, folder: Path) -> object:
     """A chat template: the text of a file, or the text itself."""
     if not isinstance(value, str) or "{" in value or "\n" in value:
         return value
-    path = (folder / Path(value).expanduser()).resolve()
+    path = _path(value, folder)
     if not path.is_file():
         raise ValueError(f"neither a template text nor a file: {path}")
     return path.read_text(encoding="utf-8")
 
 
-def _with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+_LOCATED: tuple[tuple[tuple[str, ...], Callable[..., object]], ...] = (
+    (("model",), _located),
+    (("streams", "*", "model"), _located),
+    (("streams", "*", "path"), _located),
+    (("adapters", "roots"), _directories),
+    (("adapters", "store"), _directories),
+    (("adapters", "preload", "*", "source"), _located),
+    (("registry", "directory"), _directories),
+    (("chat", "template"), _template),
+    (("profiles", "*", "chat_template"), _template),
+)
+"""Settings that are paths, or may be; `*`: every entry."""
+
+
+def _with_paths(data: object, folder: Path) -> Any:
     """The raw document with its paths resolved."""
-    data = dict(data)
-    if "model" in data:
-        data["model"] = _located(data["model"], folder)
-    if isinstance(streams := data.get("streams"), dict):
-        data["streams"] = {
-            name: {
-                key: _located(value, folder) if key in ("model", "path") else value
-                for key, value in stream.items()
-            }
-            if isinstance(stream, dict)
-            else stream
-            for name, stream in streams.items()
-        }
-    for name, keys in _DIRECTORIES.items():
-        if isinstance(section := data.get(name), dict):
-            data[name] = {
-                key: _directories(value, folder) if key in keys else value
-                for key, value in section.items()
-            }
-    section = data.get("adapters")
-    if isinstance(section, dict) and isinstance(section.get("preload"), list):
-        preload = [_with_source(entry, folder) for entry in section["preload"]]
-        data["adapters"] = {**section, "preload": preload}
-    places = [("chat", "template", data.get("chat"))]
-    if isinstance(profiles := data.get("profiles"), dict):
-        data["profiles"] = profiles = dict(profiles)
-        places += [(f"profiles.{name}", "chat_template", p) for name, p in profiles.items()]
-    for where, key, section in places:
-        if isinstance(section, dict) and section.get(key) is not None:
-            try:
-                read = {**section, key: _template(section[key], folder)}
-            except (ValueError, OSError) as error:
-                raise ConfigInvalid([f"{where}.{key}: {error}"]) from error
-            if where == "chat":
-                data["chat"] = read
-            else:
-                data["profiles"][where.removeprefix("profiles.")] = read
+    for keys, locate in _LOCATED:
+        data = _changed(data, keys, partial(locate, folder=folder), "")
     return data
+
+
+def _changed(
+    data: object, keys: tuple[str, ...], change: Callable[[Any], object], where: str
+) -> object:
+    """A copy of `data` with the values at `keys`, where they are, changed.
+
+    Raises:
+        ConfigInvalid: a value cannot be; names its place.
+    """
+    if not keys:
+        try:
+            return data if data is None else change(data)
+        except (OSError, ValueError) as error:
+            raise ConfigInvalid([f"{where}: {error}"]) from error
+    key, rest = keys[0], keys[1:]
+    if isinstance(data, list) and key == "*":
+        return [_changed(v, rest, change, f"{where}.{i}") for i, v in enumerate(data)]
+    if not isinstance(data, dict):
+        return data
+    return {
+        k: _changed(v, rest, change, f"{where}.{k}" if where else str(k)) if key in ("*", k) else v
+        for k, v in data.items()
+    }
 
 
 def _with_environment(data: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -190,6 +201,34 @@ def _with_environment(data: dict[str, Any], environ: Mapping[str, str]) -> dict[
     return {**data, "auth": auth} if auth else data
 
 
+_MOST_VALUES, _DEEPEST = 100_000, 64
+"""What a document may hold. An alias counts wherever it stands: a few lines of them can stand for
+billions of values."""
+
+
+def _check_size(document: object) -> None:
+    """Raises unless a document is small enough to be looked at from end to end, and all its text
+    could be sent.
+
+    Raises:
+        ConfigInvalid: it is not.
+    """
+    pending, seen = [(document, 1)], 0
+    while pending:
+        value, depth = pending.pop()
+        seen += 1
+        if depth > _DEEPEST:
+            raise ConfigInvalid([f"nested too deeply; allowed: {_DEEPEST} levels"])
+        if seen > _MOST_VALUES:
+            raise ConfigInvalid([f"more than {_MOST_VALUES} values, aliases counted each time"])
+        if isinstance(value, str) and not is_unicode(value):
+            raise ConfigInvalid(["a text has half a surrogate pair, which is no Unicode"])
+        if isinstance(value, dict):
+            pending += [(inner, depth + 1) for pair in value.items() for inner in pair]
+        elif isinstance(value, list | tuple):
+            pending += [(inner, depth + 1) for inner in value]
+
+
 def parse(document: object, folder: Path, environ: Mapping[str, str] | None = None) -> Config:
     """The settings of a parsed YAML document.
 
@@ -203,6 +242,7 @@ def parse(document: object, folder: Path, environ: Mapping[str, str] | None = No
     """
     if not isinstance(document, dict):
         raise ConfigInvalid(["the configuration must be a mapping with at least `model`"])
+    _check_size(document)
     data = _with_paths({str(key): value for key, value in document.items()}, folder)
     data = _with_environment(data, os.environ if environ is None else environ)
     try:
@@ -226,8 +266,15 @@ def load(path: Path, environ: Mapping[str, str] | None = None) -> Config:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigInvalid([f"{path}: {error.strerror or error}"]) from error
+    except ValueError as error:
+        raise ConfigInvalid([f"{path}: not text in UTF-8: {error}"]) from error
     try:
         document = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise ConfigInvalid([f"{path}: nested too deeply"]) from error
+    except (
+        yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError,
+    ) as error:  # fmt: skip
+        # All but the first: what PyYAML lets slip for `!!int x`, `2026-13-01` and the like.
         raise ConfigInvalid([f"{path}: not YAML: {' '.join(str(error).split())}"]) from error
     return parse(document, path.resolve().parent, environ)

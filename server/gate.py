@@ -23,7 +23,7 @@ from server.operating_config import LimitsConfig, ServerConfig
 from server.rates import Rates
 from server.state import Life
 from server.trail import trail
-from server.validation import odd_value
+from server.validation import DEEPEST, odd_value, too_deep
 
 RETRY_AFTER_S = 5
 logger = logging.getLogger("coxswain")
@@ -157,10 +157,14 @@ def strict_json(raw: bytes) -> object:
         HttpError: 400, the bytes are not JSON, or contain a number that JSON does not have.
     """
     try:
-        parsed: object = json.loads(raw)
-        odd = odd_value(raw, parsed)
+        # Left to itself Python reads UTF-16 too, and half a surrogate pair as it stands: neither
+        # would be seen by what scans the bytes below.
+        parsed: object = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise HttpError(400, f"The request body is not valid JSON: {error}") from error
+    if too_deep(raw, parsed):
+        raise HttpError(400, f"The request body is nested too deeply; allowed: {DEEPEST} levels.")
+    odd = odd_value(raw, parsed)
     if odd is not None:
         path, must = odd
         raise HttpError(400, f"{path}: {must}", param=path)

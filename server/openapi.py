@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from server.auth import is_admin
 from steering.method import Method
 
 _BODIES = ("SteeredChatRequest", "SteeredCompletionRequest", "SteeredResponsesRequest")
@@ -64,16 +66,60 @@ def _error_schema() -> dict[str, Any]:
     return {"type": "object", "properties": {"error": error}, "required": ["error"]}
 
 
+def statuses(path: str, operation: dict[str, Any]) -> list[int]:
+    """The errors that an operation may answer with.
+
+    Args:
+        path: as in the schema.
+        operation: its entry there.
+    """
+    found = {500, 503}
+    inference = path.startswith(("/v1/", "/tokenize", "/detokenize"))
+    if inference or is_admin(path):
+        found |= {401, 403, 504}
+    if inference:
+        found.add(429)
+    if "{" in path or "adapter" in path:
+        found |= {400, 404, 409}
+    if "requestBody" in operation:
+        found |= {400, 404, 408, 413, 422, 501}
+    if "adapter" in path:
+        found.add(507)
+    return sorted(found)
+
+
 def _tell_errors(schema: dict[str, Any]) -> None:
     """Our one shape of errors in place of FastAPI's own."""
     schema["components"]["schemas"]["Error"] = _error_schema()
-    reference = {"schema": {"$ref": "#/components/schemas/Error"}}
-    for path in schema["paths"].values():
-        for operation in path.values():
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
             operation["responses"].pop("422", None)
-            operation["responses"]["default"] = {
-                "description": "Any error.", "content": {"application/json": reference},
-            }  # fmt: skip
+            for status in statuses(path, operation):
+                told = {"description": HTTPStatus(status).phrase, "content": content}
+                operation["responses"].setdefault(str(status), told)
+
+
+def _probes() -> dict[str, Any]:
+    """The two paths that the gate answers before there is an application."""
+    fields = {"status": {"type": "string"}, "in_flight": {"type": "integer"},
+              "reason": {"type": "string"}}  # fmt: skip
+    shape = {"type": "object", "properties": fields, "required": ["status", "in_flight"]}
+    content = {"application/json": {"schema": shape}}
+    said = {"/health": "whether the process is of use", "/ready": "whether it takes requests"}
+    return {
+        path: {
+            "get": {
+                "summary": f"Says {what}.",
+                "operationId": path.strip("/"),
+                "responses": {
+                    "200": {"description": "It is.", "content": content},
+                    "503": {"description": "It is not; `reason` says why.", "content": content},
+                },
+            }
+        }
+        for path, what in said.items()
+    }
 
 
 def install(app: FastAPI, methods: Mapping[str, Method[Any]]) -> None:
@@ -90,6 +136,7 @@ def install(app: FastAPI, methods: Mapping[str, Method[Any]]) -> None:
             schemas |= components
             for body in _BODIES:
                 schemas[body]["properties"]["steering"] = field
+            schema["paths"] |= _probes()
             _tell_errors(schema)
             app.openapi_schema = schema
         return app.openapi_schema

@@ -110,7 +110,8 @@ def problem(error: Mapping[str, Any], field: str) -> BadValue:
         return cause
     if kind in ("missing", "extra_forbidden"):
         return BadValue(_SENTENCES[kind][0], field=field)
-    value = _shown(error.get("input"))
+    # What stands in `auth` is, or was to be, a key: it belongs in no log.
+    value = None if field.startswith("auth.") else _shown(error.get("input"))
     if cause is not None:  # a validator of ours (or vLLM's) raised ValueError(sentence)
         return BadValue(str(cause), field=field, value=value)
     sentence, allowed = _SENTENCES.get(kind, (str(error["msg"]), None))
@@ -170,13 +171,40 @@ def odd_value(raw: bytes, body: object) -> tuple[str, str] | None:
     return _walk(body, "") if _SUSPECT.search(raw) else None
 
 
+DEEPEST = 100
+"""Levels of a body. Python's parser takes as many as its stack has left, and what looks at the body
+later has less of it left."""
+
+
+def too_deep(raw: bytes, body: object) -> bool:
+    """Whether a body is nested more deeply than `DEEPEST`.
+
+    Args:
+        raw: the bytes that `body` was parsed from; without enough brackets it is not looked at.
+        body: the parsed JSON.
+    """
+    if not isinstance(body, dict | list) or raw.count(b"[") + raw.count(b"{") <= DEEPEST:
+        return False
+    level: list[Any] = [body]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for value in level
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list)
+        ]
+    return bool(level)
+
+
 def _walk(value: object, path: str) -> tuple[str, str] | None:
     if isinstance(value, float) and not math.isfinite(value):
         return path or "body", f"must be a finite number (got {value}); allowed: finite numbers"
-    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+    if isinstance(value, str) and not is_unicode(value):
         return path or "body", "must be Unicode text, without lone surrogates"
     children: Iterable[tuple[object, object]] = ()
     if isinstance(value, dict):
+        if not all(map(is_unicode, value)):
+            return path or "body", "its names must be Unicode text, without lone surrogates"
         children = value.items()
     elif isinstance(value, list):
         children = enumerate(value)
@@ -185,3 +213,8 @@ def _walk(value: object, path: str) -> tuple[str, str] | None:
         if found is not None:
             return found
     return None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether no half of a surrogate pair is in it."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)

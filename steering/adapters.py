@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from adapters.formats.artefact import Artefact
+from adapters.formats.artefact import TEMPERATURES, Artefact
 from adapters.sets import AdapterSet, Member
 from steering.errors import BadValue, NotFound
 from steering.plan import BASE, AdapterUse, SteeringPlan
@@ -114,8 +113,8 @@ def _use(one: Chosen, weight: tuple[float, float]) -> AdapterUse:
             value=top_k,
             allowed=f"1 to {len(artefact.members)}",
         )
-    if not 0 < temperature < math.inf:
-        raise BadValue(
-            "out of range", field=f"{one.field}.temperature", value=temperature, allowed="> 0"
-        )
+    lowest, highest = TEMPERATURES
+    if not lowest <= temperature <= highest:
+        raise BadValue("out of range", field=f"{one.field}.temperature", value=temperature,
+                       allowed=f"[{lowest:g}, {highest:g}]")  # fmt: skip
     return AdapterUse(one.digest, one.stream, float(one.weight), top_k, float(temperature))

@@ -29,7 +29,8 @@ def fault(
         `NotFound` for a stream name that does not exist, else `BadValue`; to be raised.
     """
     details: Sequence[Any] = error.errors(include_url=False)
-    first = details[0]
+    # What is written comes before defaults that this server does not allow.
+    first = next((d for d in details if not _left_out(d, given)), details[0])
     path, value = _locate(first["loc"], given)
     where = ".".join((field, *path))
     if first["type"] == "missing":
@@ -43,7 +44,18 @@ def fault(
         return NotFound(first["msg"], field=where, value=name, allowed=first["ctx"].get("allowed"))
     same_place = [d for d in details if _locate(d["loc"], given)[0] == path]
     message = "; or ".join(dict.fromkeys(_message(detail) for detail in same_place))
+    if _left_out(first, given):
+        message, value = f"{message} where it is left out", first["input"]
     return BadValue(message, field=where, value=value, allowed=_allowed(first))
+
+
+def _left_out(detail: Mapping[str, Any], given: object) -> bool:
+    """Whether a default of the method's is at fault: a number that was not written."""
+    return (
+        detail["type"] != "missing"
+        and isinstance(detail["input"], int | float)
+        and _locate(detail["loc"], given)[1] is None
+    )
 
 
 def _locate(loc: Sequence[int | str], given: object) -> tuple[list[str], object]:

@@ -15,7 +15,7 @@ PEFT's prefixes are ignored. Front end and worker; loads no torch.
 from __future__ import annotations
 
 import json
-import math
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ _NAMES: Mapping[Kind, tuple[str, ...]] = {
 _TABLES = ("lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight")
 _TASKS = ("ForTokenClassification", "ForSequenceClassification")
 _HEADER_LIMIT = 100 * 1024 * 1024
+_NUMBERED = re.compile(r"(0|[1-9]\d{0,3})\.(weight|bias)")
 
 
 class HeadError(Exception):
@@ -130,7 +131,7 @@ def _alone(folder: Path, places: Mapping[str, Place]) -> HeadFile | None:
     """A folder that holds a head and nothing else."""
     if "weight" in places:
         return HeadFile((Layer(places["weight"], places.get("bias")),))
-    if "0.weight" not in places:
+    if "0.weight" not in places or not all(map(_NUMBERED.fullmatch, places)):
         return None
     numbers = sorted(int(n.split(".")[0]) for n in places if n.endswith(".weight"))
     layers = tuple(Layer(places[f"{n}.weight"], places.get(f"{n}.bias")) for n in numbers)
@@ -141,7 +142,7 @@ def _activation(folder: Path) -> str:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = config.get("activation")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise HeadError(f"config.json in {folder} cannot be read: {error}") from error
     if name not in ACTIVATIONS:
         raise HeadError(f"config.json in {folder}: activation is one of {', '.join(ACTIVATIONS)}")
@@ -212,8 +213,11 @@ def header(file: Path) -> dict[str, tuple[int, ...]]:
         if 8 + length + end != file.stat().st_size:
             raise ValueError("it is cut short")
         shapes = {name: tuple(map(int, t["shape"])) for name, t in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
+        RecursionError, struct.error,
+    ) as error:  # fmt: skip
         raise HeadError(f"{file} is not a whole safetensors file: {error}") from error
-    if any(math.prod(shape) == 0 for shape in shapes.values()):
+    if any(0 in shape for shape in shapes.values()):
         raise HeadError(f"{file} holds an empty tensor")
     return shapes

@@ -124,18 +124,22 @@ def _check_stream(value: str, info: ValidationInfo) -> str:
 KIND = "x-kind"
 """Key in the JSON schema of a field that tells what its value is: for forms made from it."""
 
+# The four below check defaults too: what a caller leaves out must not be more than it may write.
+
 Strength = Annotated[
     float,
-    Field(strict=True, json_schema_extra={KIND: "strength"}),
+    Field(strict=True, validate_default=True, json_schema_extra={KIND: "strength"}),
     AfterValidator(_check_strength),
 ]
 """How strongly to steer; finite, inside the server's `steering.strength` range."""
 
-TopK = Annotated[int, Field(strict=True, ge=1), AfterValidator(_check_top_k)]
+TopK = Annotated[int, Field(strict=True, validate_default=True, ge=1), AfterValidator(_check_top_k)]
 """How many of the most likely ids; 1 to the server's `steering.max_top_k`."""
 
 BestOf = Annotated[
-    int, Field(strict=True, json_schema_extra={"minimum": 1}), AfterValidator(_check_best_of)
+    int,
+    Field(strict=True, validate_default=True, json_schema_extra={"minimum": 1}),
+    AfterValidator(_check_best_of),
 ]
 """How many replies to choose from; 1 to the server's `steering.max_best_of`."""
 
@@ -147,7 +151,9 @@ Probability = Annotated[
 """A probability; in [0, 1]."""
 
 Weight = Annotated[
-    float, Field(strict=True, json_schema_extra={KIND: "weight"}), AfterValidator(_check_weight)
+    float,
+    Field(strict=True, validate_default=True, json_schema_extra={KIND: "weight"}),
+    AfterValidator(_check_weight),
 ]
 """A coefficient of the read-out sum; finite, inside the server's `steering.weight` range."""
 

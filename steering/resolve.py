@@ -96,7 +96,7 @@ def resolve(
     recipe = method.resolve(config, snapshot)
     weights = _weights(recipe, config, snapshot, field)
     rule = _rule(recipe, weights, field)
-    values = _values(recipe, config, snapshot, field)
+    values = _values(recipe, config, snapshot, limits, field)
     bodies = _bodies(rule, values, config, snapshot, field)
     best = _best(recipe, config, snapshot, limits, field)
     report = _report(config)
@@ -215,7 +215,9 @@ def _bodies(
     return tuple(sorted(found))
 
 
-def _values(recipe: Recipe, config: MethodConfig, snapshot: Snapshot, field: str) -> Values | None:
+def _values(
+    recipe: Recipe, config: MethodConfig, snapshot: Snapshot, limits: Limits, field: str
+) -> Values | None:
     """The recipe's values without zeros; names, heads and numbers checked."""
     values = recipe.values
     if values is None:
@@ -225,6 +227,10 @@ def _values(recipe: Recipe, config: MethodConfig, snapshot: Snapshot, field: str
         if not math.isfinite(strength):
             where = _where(config, stream, field)
             raise BadValue(f"the strength of {stream} is not finite", field=where, value=strength)
+    if not 1 <= values.top_k <= limits.top_k:
+        allowed = f"1 to {limits.top_k}"
+        raise BadValue("too many or too few candidates", field=field, value=values.top_k,
+                       allowed=allowed)  # fmt: skip
     strengths = tuple(sorted((s, float(b)) for s, b in values.strengths if b))
     if len({stream for stream, _ in strengths}) < len(strengths):
         raise BadValue("names the same value stream twice", field=field)

@@ -8,11 +8,20 @@ routes tokens of one layer to members; packs have one for every layer they adapt
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from adapters.errors import BadAdapter
+
+TEMPERATURES = (1e-6, 1e6)
+"""Of a gate's softmax. Less is 0 in float32, and 0 / 0 would leave NaN in blocks of the key-value
+cache that other requests use later."""
+
+LARGEST_ALPHA = sys.float_info.max
+"""JSON's whole numbers go further. Whether the weights' dtype holds a scale is looked at when they
+are loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +114,13 @@ def inside(folder: Path, name: str) -> Path:
         BadAdapter: it is missing, or it leads out of the folder.
     """
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise BadAdapter("leads out of the adapter's folder", field=name)
-    if not path.is_file():
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise BadAdapter("leads out of the adapter's folder", field=name)
+        there = path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names too long
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise BadAdapter(f"not a file's name: {why}", field=name) from error
+    if not there:
         raise BadAdapter("the file is missing", field=name)
     return path

@@ -24,6 +24,9 @@ BITS = {
     "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
 }  # fmt: skip
 
+_MOST_DIMENSIONS = 16
+"""Of a tensor: multiplying millions of them takes minutes."""
+
 _EXPONENTS = {
     "F16": (np.uint16, 0x7C00),
     "BF16": (np.uint16, 0x7F80),
@@ -100,9 +103,14 @@ def _entry(file: str, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
     if not isinstance(entry, dict):
         raise BadAdapter("broken header entry", field=field)
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise BadAdapter("unknown dtype", field=field, value=dtype, allowed=", ".join(BITS))
-    if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2):
+    if not (
+        _naturals(shape)
+        and _naturals(offsets)
+        and len(offsets) == 2
+        and len(shape) <= _MOST_DIMENSIONS
+    ):
         raise BadAdapter("broken shape or offsets", field=field, value=(shape, offsets))
     if offsets[1] - offsets[0] != prod(shape) * BITS[dtype] // 8:
         raise BadAdapter("its size does not match its shape", field=field, value=tuple(shape))

@@ -14,14 +14,21 @@ Two layouts, told apart by `meteora.json`, a small config of ours:
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adapters.errors import BadAdapter
-from adapters.formats.artefact import Artefact, Gate, Part, inside
+from adapters.formats.artefact import (
+    LARGEST_ALPHA,
+    TEMPERATURES,
+    Artefact,
+    Gate,
+    Part,
+    inside,
+)
 from adapters.formats.header import TensorInfo, read_header
 from adapters.formats.peft import read_config, read_peft
 
@@ -33,6 +40,7 @@ _KEYS = {
     "released": {"layout", "rank", "alpha", "top_k", "temperature", "tasks"},
     "native": {"layout", "top_k", "temperature", "tasks"},
 }
+_MAX_RANK = 1 << 20
 _PREFIX = "base_model.model."
 _OURS = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B|moe_gate)\.weight")
 _GATE = re.compile(r"(.+)\.moe_gate\.weight")
@@ -56,7 +64,7 @@ def read_meteora(folder: Path) -> Artefact:
     top_k = config.get("top_k", min(2, len(tasks)))
     if type(top_k) is not int or not 1 <= top_k <= len(tasks):
         raise _bad("top_k", top_k, f"1 to {len(tasks)}")
-    temperature = _positive(config, "temperature", 1.0)
+    temperature = _between(config, "temperature", TEMPERATURES, 1.0)
     return replace(found, top_k=top_k, temperature=temperature)
 
 
@@ -84,18 +92,21 @@ def _tasks(value: Any) -> tuple[str, ...]:
     return tuple(map(str, names))
 
 
-def _positive(config: dict[str, Any], key: str, default: float | None = None) -> float:
-    value = config.get(key, default)
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise _bad(key, value, "> 0")
+def _between(
+    config: dict[str, Any], key: str, bounds: tuple[float, float], default: float | None = None
+) -> float:
+    value: Any = config.get(key, default)
+    low, high = bounds
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise _bad(key, value, f"{low:g} to {high:g}")
     return float(value)
 
 
 def _released(folder: Path, config: dict[str, Any], tasks: tuple[str, ...]) -> Artefact:
     rank = config.get("rank")
-    if type(rank) is not int or rank < 1:
-        raise _bad("rank", rank, "≥ 1")
-    scale = _positive(config, "alpha") / rank
+    if type(rank) is not int or not 1 <= rank <= _MAX_RANK:
+        raise _bad("rank", rank, f"1 to {_MAX_RANK}")
+    scale = _between(config, "alpha", (sys.float_info.min, LARGEST_ALPHA)) / rank
     header = read_header(inside(folder, RELEASED))
     modules: dict[str, set[str]] = {}
     for name in header:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import BadAdapter
-from adapters.formats.artefact import Artefact, Part, inside
+from adapters.formats.artefact import LARGEST_ALPHA, Artefact, Part, inside
 from adapters.formats.header import TensorInfo, read_header
 
 CONFIG = "adapter_config.json"
@@ -28,6 +28,9 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 """`init_lora_weights` that leave the base's weights as they are."""
 
 _MAX_CONFIG = 1 << 20
+
+_MAX_RANK = 1 << 20
+"""Beyond every matrix; what a server takes is `max_rank`."""
 
 
 def read_peft(folder: Path, name: str = "adapter") -> Artefact:
@@ -108,8 +111,9 @@ def _rank_of(config: dict[str, Any]) -> Callable[[str], int]:
 
     def rank(module: str) -> int:
         value = _lookup(patterns, module, config.get("r"))
-        if type(value) is not int or value < 1:
-            raise BadAdapter("not a rank", field=f"{CONFIG}: r", value=value, allowed="≥ 1")
+        if type(value) is not int or not 1 <= value <= _MAX_RANK:
+            raise BadAdapter("not a rank", field=f"{CONFIG}: r", value=value,
+                             allowed=f"1 to {_MAX_RANK}")  # fmt: skip
         return value
 
     return rank
@@ -121,8 +125,9 @@ def _scale_of(config: dict[str, Any]) -> Callable[[str], float]:
 
     def scale(module: str) -> float:
         alpha = _lookup(patterns, module, config.get("lora_alpha"))
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise BadAdapter("not a number", field=f"{CONFIG}: lora_alpha", value=alpha)
+        if type(alpha) not in (int, float) or not abs(alpha) <= LARGEST_ALPHA:
+            raise BadAdapter("not a number", field=f"{CONFIG}: lora_alpha", value=alpha,
+                             allowed="finite numbers")  # fmt: skip
         r = rank(module)
         return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
 
@@ -142,7 +147,7 @@ def _patterns(config: dict[str, Any], key: str) -> dict[re.Pattern[str], Any]:
             raise BadAdapter("more than one quantifier", field=field, value=pattern)
         try:
             found[re.compile(rf"(?:.*\.)?({pattern})$")] = value
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise BadAdapter(f"broken pattern: {error}", field=field, value=pattern) from error
     return found
 

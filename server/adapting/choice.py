@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.errors import NoAdapter
-from adapters.formats.artefact import Artefact
+from adapters.formats.artefact import TEMPERATURES, Artefact
 from adapters.registry.manager import Manager
 from adapters.registry.record import Content
 from server.adapting.loader import EngineLoader
@@ -31,7 +31,7 @@ class AdapterWish(BaseModel):
         None, description="MeteoRA packs: adapters that each token is routed to; default: the "
         "pack's own.",
     )  # fmt: skip
-    temperature: Annotated[Number, Field(gt=0)] | None = Field(
+    temperature: Annotated[Number, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])] | None = Field(
         None, description="MeteoRA packs: T of the gate's softmax (the paper's composite tasks "
         "use 15 to 30); default: the pack's own.",
     )  # fmt: skip

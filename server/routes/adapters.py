@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from adapters.errors import Conflict
 from server.adapting.service import Adapters, described
+from server.answers import takes
 from server.auth import admin_name
 from server.errors import HttpError
 from server.gate import strict_json
@@ -72,12 +73,6 @@ async def _body(request: Request, kind: type[B]) -> B:
         raise problems([dict(e) for e in error.errors()])[0] from None
 
 
-def _takes(kind: type[BaseModel]) -> dict[str, Any]:
-    """The schema of a body that is read by `_body`."""
-    schema = {"schema": kind.model_json_schema()}
-    return {"requestBody": {"required": True, "content": {"application/json": schema}}}
-
-
 @router.get("/admin/adapters")
 async def list_adapters(raw_request: Request) -> Response:
     """All adapters of the registry, and how this server stands to them."""
@@ -100,7 +95,7 @@ async def list_adapters(raw_request: Request) -> Response:
     )
 
 
-@router.post("/admin/adapters", openapi_extra=_takes(AdapterRequest))
+@router.post("/admin/adapters", status_code=202, openapi_extra=takes(AdapterRequest))
 async def load_adapter(raw_request: Request) -> Response:
     """Asks for an adapter; answers at once. Its `state` goes to `ready` or `failed`."""
     found = _adapters(raw_request)
@@ -119,7 +114,7 @@ async def get_adapter(name: str, raw_request: Request) -> Response:
     return JSONResponse(described(await found.manager.registry.get(name), found))
 
 
-@router.delete("/admin/adapters/{name}")
+@router.delete("/admin/adapters/{name}", status_code=202)
 async def unload_adapter(name: str, raw_request: Request) -> Response:
     """Unloads an adapter: new requests no longer find it, running ones finish."""
     found = _adapters(raw_request)
@@ -140,7 +135,9 @@ async def unpin_adapter(name: str, raw_request: Request) -> Response:
     return JSONResponse(described(await found.pin(name, False), found))
 
 
-@router.post("/v1/load_lora_adapter", openapi_extra=_takes(LoadLora))
+@router.post(
+    "/v1/load_lora_adapter", response_class=PlainTextResponse, openapi_extra=takes(LoadLora)
+)
 async def load_lora_adapter(raw_request: Request) -> Response:
     """VLLM's call: answers when the adapter is ready."""
     found = _adapters(raw_request)
@@ -160,7 +157,9 @@ async def load_lora_adapter(raw_request: Request) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter", openapi_extra=_takes(UnloadLora))
+@router.post(
+    "/v1/unload_lora_adapter", response_class=PlainTextResponse, openapi_extra=takes(UnloadLora)
+)
 async def unload_lora_adapter(raw_request: Request) -> Response:
     """VLLM's call."""
     found = _adapters(raw_request)

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from server.answers import ADDED, takes
 from server.errors import HttpError
 from server.gate import strict_json
 from server.serving import Serving
@@ -47,7 +48,7 @@ async def get_profile(name: str, raw_request: Request) -> Response:
     return JSONResponse(_record(name, parts.profiles[name], parts))
 
 
-@router.put("/profiles/{name}")
+@router.put("/profiles/{name}", responses=ADDED, openapi_extra=takes(Profile))
 async def put_profile(name: str, raw_request: Request) -> Response:
     """Adds (201) or replaces (200) a profile, until the server ends."""
     parts = _serving(raw_request)
@@ -61,7 +62,7 @@ async def put_profile(name: str, raw_request: Request) -> Response:
     return JSONResponse(record, 201 if new else 200)
 
 
-@router.delete("/profiles/{name}")
+@router.delete("/profiles/{name}", status_code=204)
 async def delete_profile(name: str, raw_request: Request) -> Response:
     """Forgets a profile; requests that use it now keep their plan."""
     _serving(raw_request).profiles.delete(name)
@@ -132,7 +133,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-@router.post("/drain")
+@router.post("/drain", status_code=202)
 async def drain(raw_request: Request) -> Response:
     """Starts an orderly end: running requests finish, new ones get 503, then the process ends."""
     life = _serving(raw_request).life

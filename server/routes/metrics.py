@@ -9,12 +9,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
+from server.answers import text
 from server.serving import Serving
 
 router = APIRouter()
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=Response, responses=text())
 async def metrics(raw_request: Request) -> Response:
     """All series in Prometheus's text format."""
     parts: Serving = raw_request.app.state.serving

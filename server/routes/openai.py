@@ -11,13 +11,23 @@ from typing import Any
 
 from fastapi import APIRouter, Body, Depends, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelList
-from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelList
+from vllm.entrypoints.serve.tokenize.protocol import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeResponse,
+)
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 from vllm.renderers.chat_utils import has_non_text_content
 
 from server import errors, sse
 from server.adapting.leases import HELD
+from server.answers import (
+    SteeredChatAnswer,
+    SteeredCompletionAnswer,
+    SteeredResponsesAnswer,
+    answers,
+)
 from server.errors import HttpError
 from server.models import asked_model
 from server.operating_config import LimitsConfig
@@ -148,7 +158,9 @@ async def _answer(
     return JSONResponse(content)
 
 
-@router.post("/v1/chat/completions", dependencies=_JSON)
+@router.post(
+    "/v1/chat/completions", dependencies=_JSON, responses=answers(SteeredChatAnswer, streams=True)
+)
 @with_cancellation
 async def chat_completions(request: SteeredChatRequest, raw_request: Request) -> Response:
     """Chat, steered by the `steering` field or by a profile as the model."""
@@ -158,7 +170,9 @@ async def chat_completions(request: SteeredChatRequest, raw_request: Request) ->
     return await _answer(result, steered, parts)
 
 
-@router.post("/v1/completions", dependencies=_JSON)
+@router.post(
+    "/v1/completions", dependencies=_JSON, responses=answers(SteeredCompletionAnswer, streams=True)
+)
 @with_cancellation
 async def completions(request: SteeredCompletionRequest, raw_request: Request) -> Response:
     """Text completion of one prompt or several, steered like chat."""
@@ -168,7 +182,9 @@ async def completions(request: SteeredCompletionRequest, raw_request: Request) -
     return await _answer(result, steered, parts)
 
 
-@router.post("/v1/responses", dependencies=_JSON)
+@router.post(
+    "/v1/responses", dependencies=_JSON, responses=answers(SteeredResponsesAnswer, streams=True)
+)
 @with_cancellation
 async def responses(request: SteeredResponsesRequest, raw_request: Request) -> Response:
     """The Responses API (nothing is stored), steered like chat."""
@@ -204,7 +220,7 @@ async def _response_events(
         yield f"event: error\ndata: {json.dumps(told)}\n\n"
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=answers(ModelList))
 async def models(raw_request: Request) -> Response:
     """The base, the profiles and the adapters that the key may use."""
     return JSONResponse((await _models(raw_request)).model_dump())
@@ -215,7 +231,7 @@ async def _models(raw_request: Request) -> ModelList:
     return await parts.models.show(parts.steerer.served())
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", responses=answers(ModelCard))
 async def model(name: str, raw_request: Request) -> Response:
     """One of them."""
     for card in (await _models(raw_request)).data:
@@ -239,14 +255,14 @@ async def _tokens(
     return JSONResponse(_plain(await call(request, raw)).model_dump())
 
 
-@router.post("/tokenize", dependencies=_JSON)
+@router.post("/tokenize", dependencies=_JSON, responses=answers(TokenizeResponse))
 async def tokenize(raw_request: Request, request: TokenizeAny = Body()) -> Response:  # noqa: B008
     """Token ids of a text or of messages, by the base's tokenizer."""
     parts = serving(raw_request)
     return await _tokens(request, raw_request, parts.tokenization.create_tokenize)
 
 
-@router.post("/detokenize", dependencies=_JSON)
+@router.post("/detokenize", dependencies=_JSON, responses=answers(DetokenizeResponse))
 async def detokenize(request: DetokenizeRequest, raw_request: Request) -> Response:
     """The text of token ids, by the base's tokenizer."""
     parts = serving(raw_request)

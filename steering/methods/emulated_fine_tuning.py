@@ -24,7 +24,14 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
 from steering.method import (
     Fraction,
@@ -40,6 +47,9 @@ from steering.method import (
     refusal,
 )
 from steering.plan import BASE, Recipe, Rule, RuleKind
+
+_NOT_GIVEN = float("1")
+"""The default strength, an object of its own: with rewards, which have weights, 1.0 is refused."""
 
 
 class Reward(BaseModel):
@@ -66,7 +76,8 @@ class EmulatedFineTuningConfig(MethodConfig):
         None, validate_default=True, description="Up-scaling: the small tuned model."
     )
     strength: Strength = Field(
-        1.0, description="Up-scaling: β, how much the base's scale counts; 0 is the tuned model."
+        _NOT_GIVEN,
+        description="Up-scaling: β, how much the base's scale counts; 0 is the tuned model.",
     )
     delta_top_p: Fraction | None = Field(
         None,
@@ -83,7 +94,17 @@ class EmulatedFineTuningConfig(MethodConfig):
             raise refusal("a tuned stream and reference must be different streams")
         return value
 
-    @field_validator("tuned", "strength", "delta_top_p")
+    @field_validator("strength", mode="wrap")
+    @classmethod
+    def _of_up_scaling(
+        cls, value: object, check: ValidatorFunctionWrapHandler, info: ValidationInfo
+    ) -> float:
+        if value is _NOT_GIVEN and info.data.get("rewards") is not None:
+            return _NOT_GIVEN
+        cls._one_form(value, info)
+        return float(check(value))
+
+    @field_validator("tuned", "delta_top_p")
     @classmethod
     def _one_form(cls, value: object, info: ValidationInfo) -> object:
         if info.data.get("rewards") is not None and value is not None:

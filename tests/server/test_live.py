@@ -295,7 +295,9 @@ def test_the_schema_documents_every_method(server: Server) -> None:
     assert "strength" in schema["components"]["schemas"]["steering_proxy_tuning"]["properties"]
     assert field["examples"]
     answers = schema["paths"]["/v1/completions"]["post"]["responses"]
-    assert set(answers) == {"200", "default"}
+    assert {"200", "400", "401", "404", "429", "500"} <= set(answers)
+    report = answers["200"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[-1]
+    assert "steering" in schema["components"]["schemas"][report]["properties"]
 
 
 # ---- prompts of their own -----------------------------------------------------------------

@@ -49,6 +49,7 @@ def configuration() -> dict[str, Any]:
     }
     profiles = {
         "kinder": {"method": "value_augmented", "values": [{"stream": "kind", "strength": 1.5}],
+                   "top_k": 6,
                    "limits": {"strength": [0, 2]}},
         "factual": {"method": "critical_tokens", "pretrained": "plain", "classifier": "critic"},
         "picky": {"method": "best_of_n", "n": 4, "value": "value",

@@ -1,0 +1,131 @@
+"""Sound steering objects of every method, for a server's streams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+
+from steering.plan import BASE
+
+Spec = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """A server's streams by what they are; `base` is not among them.
+
+    Args:
+        models: language models, at least two.
+        values: with a value head.
+        classifiers: with a classifier head.
+        most: largest `top_k` and `n`.
+        strength: range of every strength.
+        weight: range of every weight.
+    """
+
+    models: Sequence[str]
+    values: Sequence[str] = ()
+    classifiers: Sequence[str] = ()
+    most: int = 8
+    strength: tuple[float, float] = (0.0, 10.0)
+    weight: tuple[float, float] = (-10.0, 10.0)
+
+    def strengths(self) -> st.SearchStrategy[float]:
+        """Inside the range; whole numbers too, and its ends often."""
+        low, high = self.strength
+        return st.floats(low, high) | st.sampled_from([low, high, 1, 0, -0.0, 5e-324])
+
+    def weights(self) -> st.SearchStrategy[float]:
+        """Inside the range."""
+        low, high = self.weight
+        return st.floats(low, high) | st.sampled_from([low, high, 1, -0.5])
+
+
+@st.composite
+def _two(draw: st.DrawFn, names: Sequence[str]) -> list[str]:
+    return draw(st.lists(st.sampled_from(names), min_size=2, max_size=2, unique=True))
+
+
+def _fractions() -> st.SearchStrategy[float]:
+    return st.floats(0, 1, exclude_min=True) | st.sampled_from([1, 5e-324])
+
+
+@st.composite
+def _sums(draw: st.DrawFn, streams: Streams) -> Spec:
+    """Methods that need language models only."""
+    models = list(streams.models)
+    one, other = draw(_two(models))
+    strength = draw(streams.strengths())
+    weights = st.dictionaries(
+        st.sampled_from([BASE, *models]), streams.weights(), min_size=1
+    ).filter(lambda found: any(found.values()))
+    rewards = st.lists(
+        st.fixed_dictionaries({"tuned": st.just(one), "weight": streams.weights()}),
+        min_size=1, max_size=3,
+    )  # fmt: skip
+    kind = draw(st.sampled_from(("proxy", "scale", "rewards", "contrastive", "mix", "own")))
+    match kind:
+        case "proxy":
+            return {"method": "proxy_tuning", "expert": one,
+                    "anti_expert": draw(st.sampled_from([other, BASE])),
+                    "strength": strength}  # fmt: skip
+        case "scale":
+            return {"method": "emulated_fine_tuning", "tuned": one, "reference": other,
+                    "strength": strength,
+                    "delta_top_p": draw(st.none() | _fractions())}  # fmt: skip
+        case "rewards":
+            return {"method": "emulated_fine_tuning", "reference": other,
+                    "rewards": draw(rewards)}  # fmt: skip
+        case "contrastive":
+            return {"method": "contrastive", "amateur": one, "strength": strength,
+                    "plausibility": draw(_fractions())}  # fmt: skip
+        case "mix":
+            return {"method": "mix", "weights": draw(weights)}
+    method, field = draw(st.sampled_from([("context_aware", "without"), ("guidance", "negative")]))
+    return {"method": method, field: one, "strength": strength,
+            "prompts": {one: draw(own_prompts())}}  # fmt: skip
+
+
+@st.composite
+def _headed(draw: st.DrawFn, streams: Streams) -> Spec:
+    """Methods that need a head."""
+    method = draw(st.sampled_from(("value_augmented", "critical_tokens", "best_of_n")))
+    few = st.integers(1, streams.most)
+    if method == "best_of_n":
+        return {"method": method, "value": draw(st.sampled_from(streams.values)), "n": draw(few)}
+    if method == "critical_tokens":
+        return {
+            "method": method,
+            "pretrained": draw(st.sampled_from(streams.models)),
+            "classifier": draw(st.sampled_from(streams.classifiers)),
+            "threshold": draw(st.floats(0, 1)),
+            "mode": draw(st.sampled_from(("hard", "soft"))),
+        }
+    names = draw(st.lists(st.sampled_from(streams.values), min_size=1, unique=True))
+    return {
+        "method": method,
+        "values": [{"stream": name, "strength": draw(streams.strengths())} for name in names],
+        "top_k": draw(few),
+        "eos_value": draw(st.sampled_from(("prefix", "zero", "model"))),
+    }
+
+
+def own_prompts() -> st.SearchStrategy[Spec]:
+    """Prompts of a stream's own that any stream can read."""
+    return st.sampled_from([
+        {"prompt": "Water boils at"},
+        {"token_ids": [11, 40, 7]},
+        {"chat_template": "{{ messages[0].content }}"},
+    ])  # fmt: skip
+
+
+@st.composite
+def specs(draw: st.DrawFn, streams: Streams) -> Spec:
+    """A steering object that the server must take."""
+    headed = bool(streams.values and streams.classifiers)
+    found = dict(draw(_sums(streams) | _headed(streams) if headed else _sums(streams)))
+    report = draw(st.sampled_from((None, None, True, False, "tokens")))
+    return found if report is None else {**found, "report": report}
