@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve test test-slow check fix bench bench-adapters bench-heads bench-speculation bench-load soak eval pictures zoo doctor clean
+.PHONY: help install install-gpu serve test test-slow faults check fix bench bench-adapters bench-heads bench-speculation bench-load soak eval pictures zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ test: check ## everything: formatting, lint, types, layering, all tests (ARGS='.
 
 test-slow: $(RAY) ## two ranks, two replicas behind a load balancer, Ray Serve: really run (minutes)
 	$(BIN)/python -m pytest -m fleet $(ARGS)
+
+faults: install ## breaks a running server in every way we know: docs/faults.md (about five minutes)
+	$(BIN)/python -m pytest tests/faults --faults-table docs/faults.md $(ARGS)
 
 check: install ## formatting, lint, types, layering; no tests
 	$(BIN)/ruff check $(CODE)
