@@ -102,7 +102,8 @@ def huge(server: Server, dice: random.Random) -> Bad:
     return head + piece * (most // 0x8000 + 1), _TOO_LARGE
 
 
-_TOO_LARGE = frozenset({413})
+# Who goes on sending after a refusal may find the connection closed before having read it.
+_TOO_LARGE = frozenset({413, CLOSED})
 
 
 def wrong_length(server: Server, dice: random.Random) -> Bad:

@@ -183,11 +183,9 @@ def server(
 
 
 @pytest.fixture(scope="package")
-def clock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clock]:
+def clock(tmp_path_factory: pytest.TempPathFactory) -> Clock:
     """The wall clock of the second server, its engine and its Redis."""
-    found = Clock(tmp_path_factory.mktemp("clock"))
-    yield found
-    found.set(0)
+    return Clock(tmp_path_factory.mktemp("clock"))
 
 
 @pytest.fixture(scope="package")

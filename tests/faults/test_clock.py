@@ -94,3 +94,4 @@ def test_a_clock_that_jumps_changes_nothing_for_anybody(
     row.loses("adapters", before, answering(server, oracle))
     assert before == set(NAMED)
     assert "Traceback" not in server.log.read_text()
+    clock.set(0)
