@@ -32,7 +32,7 @@ from tests.server.watch import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-BIG = Kind((("big", 1.0, None, None),))
+BIG = Kind((("large", 1.0, None, None),))
 V0 = Kind((("v0", 1.0, None, None),))
 
 
@@ -94,7 +94,7 @@ def test_on_a_full_disk_loads_fail_with_the_reason_and_all_else_goes_on(
     if not place.prefix:
         pytest.skip(f"no file system of the server's own: {place.reason}")
     row = noted("disk-full")
-    oracle.folders["big"] = big
+    oracle.folders["large"] = big
     oracle(BIG)
     load(server, "changing", folders["v0"])
     store, size = place.seen(server), (big / WEIGHTS).stat().st_size
@@ -103,8 +103,8 @@ def test_on_a_full_disk_loads_fail_with_the_reason_and_all_else_goes_on(
     with Beside(server, oracle) as users:
         # The size is announced, and is more than is free.
         full(server, place, leave=size // 2)
-        submit(server, "big", big)
-        refused(server, "big", place, "bytes are free")
+        submit(server, "large", big)
+        refused(server, "large", place, "bytes are free")
         # Another replaces what serves.
         submit(server, "changing", big, replace=True)
         refused(server, "changing", place, "bytes are free")
@@ -112,23 +112,23 @@ def test_on_a_full_disk_loads_fail_with_the_reason_and_all_else_goes_on(
         # The disk becomes full in the middle of the copy: the write itself fails.
         (store / "filler").unlink()
         with slow(web, big, "full") as source:
-            submit(server, "big", source)
-            until(lambda: record_of(server, "big")["progress_bytes"] >= size // 2, PATIENCE_S)
+            submit(server, "large", source)
+            until(lambda: record_of(server, "large")["progress_bytes"] >= size // 2, PATIENCE_S)
             full(server, place, leave=0)
-        refused(server, "big", place, "No space left on device")
+        refused(server, "large", place, "No space left on device")
         nothing_is_left(server, place, kept)
         row.saw["loads refused (the reason names the store)"] += 3
         assert answering(server, oracle) == before
         (store / "filler").unlink()
         freed_s = time.monotonic()
-        load(server, "big", big)
+        load(server, "large", big)
         exact(server, BIG.body({}), oracle(BIG))
         row.normal_s = time.monotonic() - freed_s
     users.into(row)
     assert set(row.saw) == {"right", "loads refused (the reason names the store)"}, row.saw
     row.loses("adapters", before, answering(server, oracle))
     assert before == set(NAMED)
-    for name in ("big", "changing"):
+    for name in ("large", "changing"):
         unload(server, name)
 
 
@@ -137,21 +137,21 @@ def test_where_files_may_not_grow_loads_fail_with_the_reason_and_all_else_goes_o
     noted: Callable[[str], Row],
 ) -> None:  # fmt: skip
     row = noted("file-limit")
-    oracle.folders["big"] = big
+    oracle.folders["large"] = big
     oracle(BIG)
     kept = {path.name for path in place.seen(server).iterdir()} - {".tmp"}
     before = answering(server, oracle)
     with Beside(server, oracle) as users:
         with no_longer_files(server, (big / WEIGHTS).stat().st_size - 1000):
-            submit(server, "big", big)
-            refused(server, "big", place, "File too large")
+            submit(server, "large", big)
+            refused(server, "large", place, "File too large")
             nothing_is_left(server, place, kept)
             row.saw["loads refused (the reason names the store)"] += 1
             assert answering(server, oracle) == before
         freed_s = time.monotonic()
-        load(server, "big", big)
+        load(server, "large", big)
         exact(server, BIG.body({}), oracle(BIG))
         row.normal_s = time.monotonic() - freed_s
     users.into(row)
     row.loses("adapters", before, answering(server, oracle))
-    unload(server, "big")
+    unload(server, "large")

@@ -67,8 +67,15 @@ def spoil(server: Server, place: Place, how: Callable[[Path], None]) -> None:
     how(folder)
 
 
+def hold(server: Server) -> None:
+    """Keeps `x` in the engine: the users' other adapters would push it out."""
+    assert server.post("/admin/adapters/x/pin", {}).status_code == 200
+    assert record_of(server, "x")["here"]["resident"]
+
+
 def evict(server: Server, oracle: Oracle) -> None:
-    """Asks for other adapters until `x` is no longer in the engine."""
+    """Lets it go, and asks for others until it is gone: when it comes back its files are read."""
+    assert server.post("/admin/adapters/x/unpin", {}).status_code == 200
 
     def gone() -> bool:
         for kind in NAMED.values():
@@ -102,6 +109,7 @@ def test_a_source_that_changes_does_not_change_what_was_loaded(
     load(server, "x", source)
     before = answering(server, oracle)
     with Beside(server, oracle) as users:
+        hold(server)
         altered(source)
         right(server, oracle, row)
         evict(server, oracle)
@@ -127,7 +135,7 @@ def test_stored_files_that_change_never_answer_and_are_fetched_again(
     took_s = []
     with Beside(server, oracle) as users:
         for how in SPOILS:
-            right(server, oracle, row)
+            hold(server)
             spoil(server, place, how)
             right(server, oracle, row)  # from the engine's memory
             evict(server, oracle)
@@ -150,6 +158,7 @@ def test_where_the_source_has_changed_too_requests_are_refused_until_it_is_put_r
     load(server, "x", source)
     before = answering(server, oracle)
     with Beside(server, oracle) as users:
+        hold(server)
         altered(source)
         spoil(server, place, altered)
         right(server, oracle, row)
