@@ -189,7 +189,7 @@ class Beside:
                     begun_s = time.monotonic()
                     label, error = asked(client, body, right, heard)
                     self.ends.append(End(label, error, begun_s, time.monotonic()))
-                    if label == "no connection":
+                    if label != RIGHT:
                         time.sleep(0.2)
                     i += 1
         except BaseException as error:

@@ -53,7 +53,7 @@ WRONG: dict[str, tuple[object, ...]] = {
     "stream": ("perhaps", [], {}, 7),
     "seed": ("x", [], 1.5, 10**40),
     "stop": (5, [1], {"a": 1}),
-    "steering": (5, [], True, {"method": 5}, {"method": "nobody"}, {"strength": 1},
+    "steering": (5, [], True, {"method": 5}, {"strength": 1},
                  {"method": "mix", "weights": {"base": "x"}}, {"method": "mix", "weights": []},
                  {**TUNED, "strength": -1}, {**TUNED, "strength": "x"}, {**TUNED, "more": 1}),
     "adapters": ("a", 5, {"name": "a"}, [5], [{}], [{"name": 5}], [{"name": "a", "weight": "x"}],
@@ -74,9 +74,11 @@ def wrong_type(server: Server, dice: random.Random) -> Bad:
 def nobody(server: Server, dice: random.Random) -> Bad:
     """Something that is not there."""
     absent = f"nobody{dice.randrange(10**6)}"
-    change = dice.choice(
-        ({"model": absent}, {"adapters": [{"name": absent}]}, {"steering": absent})
-    )
+    changes: tuple[dict[str, Any], ...] = (
+        {"model": absent}, {"adapters": [{"name": absent}]}, {"steering": absent},
+        {"steering": {"method": absent}},
+    )  # fmt: skip
+    change = dice.choice(changes)
     return request(server, json.dumps({**good(dice), **change}).encode()), frozenset({404})
 
 

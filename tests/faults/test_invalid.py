@@ -53,17 +53,19 @@ async def answer(server: Server, raw: bytes, *, waits: bool) -> int:
 async def flood(server: Server, count: int, seed: int) -> Counter[str]:
     """So many bad requests, some at a time; (kind, status) → how many."""
     dice, found = random.Random(seed), Counter[str]()
-    todo = iter(range(count))
+    todo, odd = iter(range(count)), list[object]()
 
     async def one_after_the_other() -> None:
         for i in todo:
             kind = bodies.ALL[i % len(bodies.ALL)]
             raw, allowed = kind(server, dice)
             status = await answer(server, raw, waits=kind is not bodies.unfinished)
-            assert status in allowed, (kind.__name__, status, raw[-300:])
+            if status not in allowed:
+                odd.append((kind.__name__, status, raw[-300:]))
             found[f"{status or 'closed'}"] += 1
 
     await asyncio.gather(*(one_after_the_other() for _ in range(AT_ONCE)))
+    assert not odd, odd
     return found
 
 
