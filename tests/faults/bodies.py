@@ -43,7 +43,7 @@ def broken_json(server: Server, dice: random.Random) -> Bad:
 TUNED = {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain"}
 
 WRONG: dict[str, tuple[object, ...]] = {
-    "model": (17, None, [], {"a": 1}, True),
+    "model": (17, [], {"a": 1}, True),
     "prompt": (None, True, {"a": 1}, 1.5, [], [[]], ["a", 1], [1.5], [-1], [10**9]),
     "max_tokens": ("six", [], {}, -1, 0, 1.5, 10**30, "NaN"),
     "temperature": ("hot", [], -1, 1e400, {}),
