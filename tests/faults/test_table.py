@@ -12,7 +12,11 @@ from tests.faults.table import BEGIN, END, FAULTS, RIGHT, WRONG, Row, into
 PAGE = (Path(__file__).parents[2] / "docs" / "faults.md").read_text("utf-8")
 
 
-def test_the_page_has_every_fault_in_order_and_nothing_is_wrong_or_lost() -> None:
+def test_the_page_has_every_fault_in_order_and_nothing_is_wrong_or_lost(
+    request: pytest.FixtureRequest,
+) -> None:
+    if request.config.getoption("--faults-table", None) is not None:
+        pytest.skip("this run writes the page")
     facts = PAGE.partition(BEGIN)[2].partition(END)[0]
     rows = [re.findall(r" ([^|]+) \|", line) for line in facts.splitlines() if line[:1] == "|"]
     assert [row[0] for row in rows[2:]] == list(FAULTS.values())
