@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve test test-slow fuzz check fix bench bench-adapters bench-heads bench-speculation bench-load soak eval pictures zoo doctor clean
+.PHONY: help install install-gpu serve test test-slow fuzz faults check fix bench bench-adapters bench-heads bench-speculation bench-load soak eval pictures zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ test-slow: $(RAY) ## two ranks, two replicas behind a load balancer, Ray Serve: 
 
 fuzz: install ## 5,000 calls made from /openapi.json to each API of a real server (minutes)
 	COXSWAIN_FUZZ=$${COXSWAIN_FUZZ:-5000} $(BIN)/python -m pytest tests/server/fuzz -s $(ARGS)
+
+faults: install ## breaks a running server in every way we know: docs/faults.md (about five minutes)
+	$(BIN)/python -m pytest tests/faults --faults-table docs/faults.md $(ARGS)
 
 check: install ## formatting, lint, types, layering; no tests
 	$(BIN)/ruff check $(CODE)

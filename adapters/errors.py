@@ -11,6 +11,7 @@
     │   └── Conflict     the name is taken, or the state forbids it                      → 409
     └── nobody's fault here
         ├── SourceAway   the source does not answer; trying again may help               → 503
+        ├── FilesLost    stored files are gone or changed, and cannot be had again       → 503
         ├── StoreFull    no room for the files                                           → 507
         ├── NoRoom       no room in the engine                                           → 503
         └── RegistryAway Redis does not answer, or speaks another schema                 → 503
@@ -125,6 +126,10 @@ class Conflict(AdapterError):
 
 class SourceAway(AdapterError):
     """The source did not answer, broke off or was too slow."""
+
+
+class FilesLost(AdapterError):
+    """Files in the store were changed or are gone, and could not be fetched again."""
 
 
 class StoreFull(AdapterError):

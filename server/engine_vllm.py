@@ -10,12 +10,13 @@ import asyncio
 import signal
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from multiprocessing import resource_tracker
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import RetryableRequestError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -23,7 +24,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from adapters.errors import BadAdapter
+from adapters.errors import BadAdapter, FilesLost, NoRoom
 from adapters.sets import AdapterSet
 from server import best_of_n, metrics
 from server.adapting.residency import Residency
@@ -149,7 +150,13 @@ class SteeredLLM(AsyncLLM):
 
         async def held() -> AsyncGenerator[RequestOutput, None]:
             began = time.perf_counter()
-            async with residency.holding(wanted), aclosing(outputs):
+            async with AsyncExitStack() as stack:
+                try:
+                    await stack.enter_async_context(residency.holding(wanted))
+                except (FilesLost, NoRoom) as error:
+                    # Of what vLLM does not know it makes a 500, and a traceback, in streams.
+                    raise RetryableRequestError(str(error)) from error
+                await stack.enter_async_context(aclosing(outputs))
                 metrics.WAIT_SECONDS.observe(time.perf_counter() - began)
                 async for output in outputs:
                     yield output

@@ -18,6 +18,7 @@ from adapters.errors import (
     BadAdapter,
     BadSource,
     Conflict,
+    FilesLost,
     NoAdapter,
     NoRoom,
     RegistryAway,
@@ -65,6 +66,7 @@ _ADAPTER_STATUS: tuple[tuple[type[AdapterError], int], ...] = (
     (StoreFull, 507),
     (NoRoom, 503),
     (SourceAway, 503),
+    (FilesLost, 503),
     (RegistryAway, 503),
     (AdapterError, 422),
 )

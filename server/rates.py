@@ -35,6 +35,10 @@ AGAIN_S = 5.0
 """How long a Redis that did not answer is left alone."""
 
 _ADMIT = """
+for _, key in ipairs(KEYS) do
+  -- Redis's clock was set back: the window would last that much longer.
+  if redis.call('PTTL', key) > tonumber(ARGV[3]) then redis.call('PEXPIRE', key, ARGV[3]) end
+end
 local wait = function(key) return math.max(redis.call('PTTL', key), 1) end
 if ARGV[2] ~= '' and tonumber(redis.call('GET', KEYS[2]) or '0') >= tonumber(ARGV[2]) then
   return {'tokens_per_minute', wait(KEYS[2])}

@@ -20,11 +20,20 @@ from pathlib import Path
 
 import msgspec
 
-from adapters.errors import AdapterError, NoAdapter, NoRoom, RegistryAway, SourceAway, StoreFull
+from adapters.errors import (
+    AdapterError,
+    FilesLost,
+    NoAdapter,
+    NoRoom,
+    RegistryAway,
+    SourceAway,
+    StoreFull,
+)
 from adapters.registry.connection import Connection
 from adapters.registry.decide import Step, decide
 from adapters.registry.feed import Feed
 from adapters.registry.loader import Loader
+from adapters.registry.mending import Mender
 from adapters.registry.record import WORKING, Content, Record, check_name
 from adapters.registry.registry import Registry
 from adapters.registry.store import Snapshot
@@ -103,6 +112,7 @@ class Manager:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._leaving: dict[asyncio.Task[None], Content] = {}
         self._slots = asyncio.Semaphore(parallel)
+        self._mender = Mender(fetcher.store, self._named, self._folder)
 
     # What requests and the admin API ask.
 
@@ -134,9 +144,19 @@ class Manager:
         return dict(self._here)
 
     def failure(self, name: str) -> str | None:
-        """Why this replica could not load what the registry says is ready; None: no trouble."""
-        failed = self._failed.get(name)
-        return failed.reason if failed else None
+        """Why this replica cannot load what the registry says is ready; None: no trouble."""
+        if failed := self._failed.get(name):
+            return failed.reason
+        here = self._here.get(name)
+        return self._mender.lost(here.content.digest) if here else None
+
+    async def mend(self, digest: str) -> None:
+        """Sees to it that the files of a content that answers here are whole; see `Mender`.
+
+        Raises:
+            FilesLost: they are not, and cannot be fetched again.
+        """
+        await self._mender.mend(digest)
 
     async def submit(
         self,
@@ -167,6 +187,7 @@ class Manager:
                 want = msgspec.structs.replace(want, digest=fetched.digest)
         record = await self.registry.submit(want, replace=replace, pin=pin, by=by,
                                             most_pins=most_pins)  # fmt: skip
+        self._failed.pop(name, None)  # whoever asks again has mended something
         await self.look()
         return record
 
@@ -369,7 +390,7 @@ class Manager:
         except Exception as error:
             if not isinstance(error, AdapterError):
                 logger.error("adapter %s: unexpected", record.name, exc_info=error)
-            passing = isinstance(error, SourceAway | StoreFull | NoRoom)
+            passing = isinstance(error, SourceAway | StoreFull | NoRoom | FilesLost)
             again_s = time.monotonic() + _RETRY_S if passing else None
             self._failed[record.name] = Failure(want.key, str(error), again_s)
             logger.warning("adapter %s cannot be served here: %s", record.name, error)
@@ -388,6 +409,10 @@ class Manager:
                 f"{fetched.digest[:12]}…, registered {want.digest[:12]}…)", field="source"
             )  # fmt: skip
         return fetched.folder
+
+    def _named(self, digest: str) -> list[Content]:
+        """What answers here with these bytes."""
+        return [one.content for one in self._here.values() if one.content.digest == digest]
 
     def _switch(self, new: Loaded) -> None:
         """From here on new requests get the new content; the old one goes when they are done."""

@@ -48,7 +48,12 @@ end
 local alive = {}
 local replicas = redis.call('HGETALL', KEYS[4])
 for i = 1, #replicas, 2 do
-  if tonumber(replicas[i + 1]) > now then
+  local ends, longest = tonumber(replicas[i + 1]), now + ARGV[5]
+  if tonumber(ARGV[5]) > 0 and ends > longest then
+    -- Written before this clock was set back: a replica that is dead would count as alive for long.
+    redis.call('HSET', KEYS[4], replicas[i], longest)
+  end
+  if ends > now then
     alive[#alive + 1] = replicas[i]
   else
     redis.call('HDEL', KEYS[4], replicas[i])

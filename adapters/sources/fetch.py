@@ -87,7 +87,7 @@ class Fetcher:
         with self.store.staging() as folder:
             origin = self._reach(source, clock)
             try:
-                size = _Transfer(origin, folder, self.limits, clock, report).run()
+                size = _Transfer(origin, folder, self.store.root, self.limits, clock, report).run()
             finally:
                 origin.close()
             kind = read_artefact(folder).kind
@@ -123,9 +123,10 @@ class _Transfer:
     """One fetch: which files, and their bytes. Lives in one thread."""
 
     def __init__(
-        self, origin: Origin, folder: Path, limits: Limits, clock: Clock, report: Report
-    ) -> None:
-        self._origin, self._folder, self._limits = origin, folder, limits
+        self, origin: Origin, folder: Path, store: Path, limits: Limits, clock: Clock,
+        report: Report,
+    ) -> None:  # fmt: skip
+        self._origin, self._folder, self._store, self._limits = origin, folder, store, limits
         self._clock, self._report = clock, report
         self._done = 0
 
@@ -189,7 +190,7 @@ class _Transfer:
             with self._origin.open(name) as opened:
                 if opened.size is not None:
                     self._refuse_size(name, opened.size, most)
-                with room(), path.open("wb") as file:
+                with room(self._store), path.open("wb") as file:
                     count = self._copy(name, opened, file, most)
                 if opened.size not in (None, count):
                     raise SourceAway(f"broke off after {count} of {opened.size} bytes", field=name)
@@ -206,7 +207,8 @@ class _Transfer:
                            allowed=f"at most {most} bytes")  # fmt: skip
         free = shutil.disk_usage(self._folder).free
         if size > free:
-            raise StoreFull(f"{size} bytes do not fit into the {free} that are free", field=name)
+            raise StoreFull(f"the store {self._store} has no room: {free} bytes are free, {name} "
+                            f"has {size}", field="adapters.store")  # fmt: skip
 
     def _copy(self, name: str, opened: Opened, file: BinaryIO, most: int) -> int:
         count, head = 0, b""

@@ -53,13 +53,13 @@ class ContentStore:
             StoreFull: the disk became full, here or in the body.
         """
         work = self._tmp / secrets.token_hex(8)
-        with room():
+        with room(self.root):
             work.mkdir(mode=0o700)
             lock = os.open(work / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             (work / "files").mkdir()
-            with room():
+            with room(self.root):
                 yield work / "files"
         finally:
             _remove(work)
@@ -73,7 +73,7 @@ class ContentStore:
         """
         digest = digest_of(staged)
         target = self.root / digest
-        with room():
+        with room(self.root):
             _settle(staged)
         try:
             os.rename(staged, target)
@@ -97,8 +97,12 @@ class ContentStore:
         path = self.folder(digest)
         if path is None:
             raise BadAdapter("this content is not in the store", field=digest)
-        if digest_of(path) != digest:
-            self._discard(path)
+        found = ""
+        with contextlib.suppress(OSError):  # unreadable; or another takes it out just now
+            found = digest_of(path)
+        if found != digest:
+            with contextlib.suppress(FileNotFoundError):
+                self._discard(path)
             raise BadAdapter("the stored files were changed; they are taken out", field=digest)
         return path
 
@@ -169,14 +173,15 @@ def digest_of(folder: Path) -> str:
 
 
 @contextmanager
-def room() -> Iterator[None]:
+def room(store: Path) -> Iterator[None]:
     """Turns a full disk (or quota, or file size limit) into `StoreFull`."""
     try:
         yield
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        raise StoreFull(f"the store has no room: {error.strerror}", field="source") from error
+        raise StoreFull(f"the store {store} has no room: {error.strerror}",
+                        field="adapters.store") from error  # fmt: skip
 
 
 def _settle(folder: Path) -> None:

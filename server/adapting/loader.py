@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from adapters.errors import DoesNotFit
@@ -43,11 +43,14 @@ class EngineLoader:
     ) -> None:
         self.targets, self.max_rank = targets, max_rank
         self.leases = Leases()
+        self._engine = engine
         self.residency = Residency(
-            engine, slots=slots, max_bytes=max_bytes, bytes_of=self._bytes, pinned=self._is_pinned
+            self, slots=slots, max_bytes=max_bytes, bytes_of=self._bytes, pinned=self._is_pinned
         )
         self.pinned: Callable[[], frozenset[str]] = frozenset
         """Gives the digests of the adapters that are pinned."""
+        self.mend: Callable[[str], Awaitable[None]] = _trust
+        """Sees to it that the files of a digest are whole, or raises AdapterError."""
         self._element_bytes = element_bytes
         self._artefacts: dict[tuple[str, str | None], Artefact] = {}
         self._sizes: dict[str, int] = {}
@@ -102,6 +105,19 @@ class EngineLoader:
         self._sizes.pop(content.digest or "", None)
         return True
 
+    # What the residency loads and unloads. The engine reads the files each time a set comes, maybe
+    # weeks after they were checked: what was changed since must not answer.
+
+    async def load_set(self, found: AdapterSet) -> None:
+        """Brings a set whose files are whole into the engine."""
+        for member in found.members:
+            await self.mend(member.digest)
+        await self._engine.load_set(found)
+
+    async def unload_set(self, found: AdapterSet) -> None:
+        """Takes one out."""
+        await self._engine.unload_set(found)
+
     def artefact(self, content: Content) -> Artefact:
         """What was found in a content that is loaded."""
         return self._artefacts[content.key]
@@ -128,6 +144,10 @@ class EngineLoader:
 
     def _is_pinned(self, found: AdapterSet) -> bool:
         return len(found.members) == 1 and found.members[0].digest in self.pinned()
+
+
+async def _trust(digest: str) -> None:
+    """Takes files for whole: where nobody knows better."""
 
 
 def _look(folder: Path, shapes: BaseShapes, max_rank: int) -> tuple[Artefact, int, str]:

@@ -228,7 +228,7 @@ async def opened(
     stage("opening the adapter registry")
     async with registry_of(config, loader) as manager:
         found = Adapters(manager, loader, section.max_rank, reserved)
-        loader.pinned = found.pinned
+        loader.pinned, loader.mend = found.pinned, manager.mend
         keeping = asyncio.create_task(_keep_pinned(found))
         try:
             await manager.look()

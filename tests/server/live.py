@@ -97,12 +97,14 @@ class Server:
         config: the configuration.
         flags: further command-line arguments.
         environ: further environment variables.
+        prefix: a command that runs the server as its arguments, in its own place.
     """
 
     folder: Path
     config: dict[str, Any]
     flags: tuple[str, ...] = ()
     environ: dict[str, str] = field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
     port: int = field(default_factory=free_port)
     early: list[tuple[str, int, dict[str, Any], dict[str, str]]] = field(default_factory=list)
     """(path, status, body, headers) of answers before it was ready."""
@@ -111,7 +113,7 @@ class Server:
         self.file = self.folder / f"config-{self.port}.yaml"
         self.file.write_text(yaml.safe_dump(self.config))
         self.log = self.folder / f"log-{self.port}.txt"
-        command = [sys.executable, "-m", "server.main", "serve", str(self.file)]
+        command = [*self.prefix, sys.executable, "-m", "server.main", "serve", str(self.file)]
         command += ["--port", str(self.port), *self.flags]
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "COXSWAIN_"))}
         environ["PYTHONPATH"] = str(Path(__file__).parents[2])

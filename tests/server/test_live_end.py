@@ -1,4 +1,4 @@
-"""How a server ends: drained, killed engine, refused start. Each with a process of its own."""
+"""How a server ends: drained, cut off, refused start; a killed engine is in `tests/faults`."""
 
 from __future__ import annotations
 
@@ -78,38 +78,6 @@ def test_drain_finishes_what_runs_refuses_what_comes_and_exits_0(server: Server)
     assert [line for line in stream.lines if line][-1] == "data: [DONE]"
     assert server.process.wait(60) == 0
     assert last_line(server) == "coxswain: ended in order"
-
-
-def test_a_dead_engine_is_told_and_ends_the_process(models: Path) -> None:
-    server = Server(models, document())
-    try:
-        server.wait_ready()
-        stream = Stream(server)
-        told = {"model": "big-chat", "input": "Water", "max_output_tokens": 200, "stream": True}
-        responses = Stream(server, told, "/v1/responses")
-        for reader in (stream, responses):
-            reader.start()
-            assert reader.begun.wait(60)
-        os.kill(server.engine_process(), signal.SIGKILL)
-        reasons = []
-        while server.process.poll() is None:
-            try:
-                answer = server.get("/ready")
-                if answer.status_code == 503:
-                    reasons.append(answer.json().get("reason", ""))
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-        stream.join(30)
-        responses.join(30)
-        assert server.process.wait(60) == 1
-    finally:
-        server.stop(signal.SIGKILL)
-    assert any("engine process ended" in reason for reason in reasons)
-    assert any('"error"' in line for line in stream.lines)
-    assert "event: error" in responses.lines
-    assert last_line(server).startswith("coxswain: engine failure")
-    assert "SIGKILL" in last_line(server)
 
 
 def test_a_second_signal_cuts_off_what_runs(models: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
+from redis import Redis
 
 from adapters.registry.embedded import EmbeddedRedis
 from server import rates as module
@@ -93,6 +94,21 @@ async def test_a_window_ends_and_another_begins(
         await asyncio.sleep(1.05)
         await one.admit("a", None)
         assert (await refusal(one)).reason == "requests_per_minute"
+
+
+async def test_a_window_does_not_outlast_a_clock_that_was_set_back(redis: EmbeddedRedis) -> None:
+    """Set back by an hour, Redis's clock makes every window an hour longer."""
+    async with replicas(redis.url, "back", requests_per_minute=1, tokens_per_minute=5) as (one, _):
+        await one.admit("a", None)
+        one.charge("a", None, 5)
+        await settled(one)
+        with Redis(unix_socket_path=str(redis.socket)) as client:
+            for what in ("requests", "tokens"):
+                client.pexpire(f"{{back:rates:a}}:{what}", 3_660_000)
+            assert (await refusal(one)).retry_after_s == 60
+            for what in ("requests", "tokens"):
+                left_ms = client.pttl(f"{{back:rates:a}}:{what}")
+                assert isinstance(left_ms, int) and 0 < left_ms <= 60_000
 
 
 async def test_a_key_s_own_rate_takes_the_place_of_the_default() -> None:

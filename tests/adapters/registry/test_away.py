@@ -226,3 +226,18 @@ async def test_a_lost_hint_delays_convergence_by_one_look_only(
         await two.connection.client.client_kill_filter(_type="pubsub")
         await one.manager.submit("a", str(tmp_path / "in/a"))
         await until(lambda: two.answers("a") == 1.0, 3)
+
+
+async def test_a_dead_replica_s_lease_does_not_outlive_a_clock_that_was_set_back(
+    redis_url: str, namespace: str
+) -> None:
+    """Set back by an hour, Redis's clock makes every lease an hour longer."""
+    async with connect(redis_url, namespace=namespace) as connection:
+        store, key = connection.store, f"{{{namespace}}}:replicas"
+        await store.look(replica="dead", alive_ms=400)
+        ends_ms = int(await connection.client.hget(key, "dead") or 0)  # type: ignore[misc]
+        await connection.client.hset(key, "dead", str(ends_ms + 3_600_000))  # type: ignore[misc]
+        assert (await store.look()).alive == {"dead"}
+        assert (await store.look(replica="me", alive_ms=400)).alive == {"dead", "me"}
+        await asyncio.sleep(0.5)
+        assert (await store.look(replica="me", alive_ms=400)).alive == {"me"}

@@ -108,6 +108,11 @@ class Expected:
             worst = max(worst, abs(logprob - self.logprobs[i]))
         return worst
 
+    def first(self, count: int) -> Expected:
+        """The right answer's first tokens."""
+        return Expected(self.ids[:count], self.logprobs[:count], self.second_ids[:count],
+                        self.second[:count])  # fmt: skip
+
 
 @dataclass
 class Oracle:
@@ -116,10 +121,12 @@ class Oracle:
     Args:
         models: a folder with `base`, `chat` and `plain`.
         folders: adapters by name.
+        tokens: of an answer.
     """
 
     models: Path
     folders: dict[str, Path]
+    tokens: int = TOKENS
     known: dict[Kind, Expected] = field(default_factory=dict)
 
     def __call__(self, kind: Kind) -> Expected:
@@ -133,7 +140,7 @@ class Oracle:
         chat = self._model("chat", tuple((name, 1.0, None, None) for name in kind.on_chat))
         ids = list(PROMPTS[kind.prompt])
         rows: list[tuple[int, float, int, float]] = []
-        for _ in range(TOKENS):
+        for _ in range(self.tokens):
             scores = _last(base, ids)
             if kind.strength:
                 plain = self._model("plain", ())

@@ -179,24 +179,3 @@ def test_a_stuck_engine_fills_the_queue_ends_requests_and_is_not_ready_until_it_
     until(lambda: value(operated, "vllm:num_requests_running") == 0, 10)
     assert complete(operated, STEERED).json()["choices"] == right
     assert value(operated, "coxswain_refusals_total", reason="queue_full") >= 1
-
-
-def test_while_redis_is_away_requests_go_on(operated: Server, redis: EmbeddedRedis) -> None:
-    assert redis.pid is not None
-    os.kill(redis.pid, signal.SIGSTOP)
-    try:
-        began = time.monotonic()
-        complete(operated, **keyed("slow"))
-        assert time.monotonic() - began < 5
-        assert value(operated, "coxswain_rates_local") == 1
-        until(lambda: value(operated, "coxswain_registry_up") == 0, 20)
-        assert operated.get("/ready").status_code == 200
-    finally:
-        os.kill(redis.pid, signal.SIGCONT)
-    until(lambda: value(operated, "coxswain_registry_up") == 1, 20)
-
-    def shared() -> bool:
-        operated.post("/v1/completions", BODY, **keyed("slow"))
-        return value(operated, "coxswain_rates_local") == 0
-
-    until(shared, 20)
