@@ -200,3 +200,14 @@ def test_while_redis_is_away_requests_go_on(operated: Server, redis: EmbeddedRed
         return value(operated, "coxswain_rates_local") == 0
 
     until(shared, 20)
+
+
+def test_an_idle_connection_is_kept_for_its_time(operated: Server) -> None:
+    with socket.create_connection(("127.0.0.1", operated.port), timeout=60) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        begun = time.monotonic()
+        while sock.recv(65536):
+            pass
+        # The default would be over a minute.
+        assert 0.5 < time.monotonic() - begun < 30
