@@ -70,9 +70,18 @@ class Balancer:
 
     def up(self, name: str) -> bool:
         """Whether it sends requests to a replica."""
+        return self._row(name)["status"].startswith("UP")
+
+    @property
+    def resent(self) -> int:
+        """Requests that it has sent again, to the other replica or to the same."""
+        row = self._row("BACKEND")
+        return int(row["wretr"]) + int(row["wredis"])
+
+    def _row(self, name: str) -> dict[str, str]:
         rows = csv.DictReader(httpx.get(f"{self.state}/;csv", timeout=30).text[2:].splitlines())
-        (status,) = (row["status"] for row in rows if row["svname"] == name)
-        return status.startswith("UP")
+        (found,) = (row for row in rows if row["svname"] == name)
+        return found
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -77,6 +78,19 @@ def test_both_answer_rightly(fleet: Fleet, front: Balancer, oracle: Oracle) -> N
     )
 
 
+def test_tokens_come_one_by_one(front: Balancer) -> None:
+    """A balancer that collects what is small makes bundles of them."""
+    times = []
+    body = BODY | {"max_tokens": 100}
+    with httpx.stream("POST", f"{front.url}/v1/completions", json=body, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                times.append(time.monotonic())
+    pauses = sorted(later - earlier for earlier, later in pairwise(times))
+    print(f"\nmedian pause between two tokens: {1000 * pauses[len(pauses) // 2]:.2f} ms")
+    assert len(times) == 100 and pauses[len(pauses) // 2] > 0.0005
+
+
 async def test_a_rolling_restart_loses_nothing(
     fleet: Fleet, front: Balancer, folders: dict[str, Path], oracle: Oracle
 ) -> None:
@@ -85,6 +99,7 @@ async def test_a_rolling_restart_loses_nothing(
     writer = Writer(front.url, folders, WRITES)
     clients.prepare()
     writer.prepare(oracle)
+    resent = front.resent
     async with asyncio.TaskGroup() as group:
         group.create_task(clients.run())
         group.create_task(writer.run())
@@ -105,8 +120,10 @@ async def test_a_rolling_restart_loses_nothing(
     during = [one for one in clients.seen if leaving <= one.at < back]
     print("\n" + told("before", before, leaving - begun))
     print(told("meanwhile", during, back - leaving))
-    print(f"writes acknowledged: {dict(writer.done)}; failed: {len(writer.failed)}; "
-          f"requests failed: {len(clients.failed)}")  # fmt: skip
+    print(
+        f"writes acknowledged: {dict(writer.done)}; failed: {len(writer.failed)}; requests "
+        f"failed: {len(clients.failed)}, sent again: {front.resent - resent}"
+    )
     assert not clients.failed, "\n".join(clients.failed[:5])
     assert not writer.failed, "\n".join(writer.failed[:5])
     for replica in fleet.servers.values():
@@ -159,18 +176,24 @@ async def test_a_replica_that_ends_without_notice_loses_nothing(
     """It refuses at once; HAProxy sends those requests again, which it can if it holds them."""
     clients = OpenLoop(front.url, oracle, RATE, seed=1)
     one = fleet.servers["one"]
+    before = front.resent
     async with asyncio.TaskGroup() as group:
         group.create_task(clients.run())
         try:
-            await asyncio.sleep(10)
+            await asyncio.sleep(5)
+            # It must have something to finish, or it ends before anyone asks it.
+            await asyncio.to_thread(until, lambda: one.get("/ready").json()["in_flight"] > 1)
             begun = time.monotonic()
-            assert await asyncio.to_thread(one.stop, signal.SIGTERM) == 0
+            one.process.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(ask_all, front.url, oracle, STEERED, rounds=2)
+            assert await asyncio.to_thread(one.process.wait, 60) == 0
             ended = time.monotonic()
             await asyncio.sleep(5)
         finally:
             clients.over.set()
     during = [each for each in clients.seen if begun <= each.at < ended]
     print("\n" + told("while one ended without notice", during, ended - begun))
+    print(f"requests sent again: {front.resent - before}")
     assert not clients.failed, "\n".join(clients.failed[:5])
     assert one.log.read_text().strip().endswith("coxswain: ended in order")
 
