@@ -26,7 +26,6 @@ class Exchange:
         scope, receive, send: the server's.
         server: section `server`.
         limits: section `limits`.
-        leaving: the connection is to be closed after the answer.
     """
 
     def __init__(
@@ -36,16 +35,15 @@ class Exchange:
         send: Send,
         server: ServerConfig,
         limits: LimitsConfig,
-        *,
-        leaving: bool = False,
     ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
-        self._max_bytes, self._leaving = server.max_body_bytes, leaving
-        self._limits = limits
+        self._max_bytes, self._limits = server.max_body_bytes, limits
         now = asyncio.get_running_loop().time()
         self._body_end, self._end = now + limits.body_timeout_s, now + limits.request_timeout_s
         self._read, self._whole = 0, False
         self._late, self._complete, self._streams = False, False, False
+        self._unread = False
+        """The body is not read to its end, so the connection cannot be used again."""
         self.begun = False
         """Whether the status is out."""
 
@@ -62,14 +60,14 @@ class Exchange:
                 message = await self._receive()
         except TimeoutError:
             if not self._whole:
-                self._leaving = True
+                self._unread = True
                 raise self._slow() from None
             self._late = not self._complete
             return {"type": "http.disconnect"}
         self._whole |= message["type"] != "http.request" or not message.get("more_body")
         self._read += len(message.get("body", b""))
         if self._read > self._max_bytes:
-            self._leaving = True
+            self._unread = True
             raise too_large(self._max_bytes)
         return message
 
@@ -84,8 +82,8 @@ class Exchange:
                 name == b"content-type" and value.startswith(b"text/event-stream")
                 for name, value in headers
             )
-            if self._leaving:
-                message["headers"] = [*headers, _CLOSE]
+            if self._unread:
+                message = last(message)
         elif message["type"] == "http.response.body":
             self._complete |= not message.get("more_body")
         await self._send(message)
@@ -115,6 +113,12 @@ class Exchange:
             f"({self._limits.body_timeout_s:g} s).",
             reason="body_timeout",
         )
+
+
+def last(message: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """The head of an answer after which the connection is closed."""
+    headers = message.get("headers", [])
+    return message if _CLOSE in headers else {**message, "headers": [*headers, _CLOSE]}
 
 
 def too_large(most: int) -> HttpError:

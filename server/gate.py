@@ -14,11 +14,11 @@ from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.auth import Auth, access, is_admin
 from server.errors import HttpError
-from server.exchange import Exchange, too_large
+from server.exchange import Exchange, last, too_large
 from server.operating_config import LimitsConfig, ServerConfig
 from server.rates import Rates
 from server.state import Life
@@ -61,6 +61,7 @@ class Gate:
                 await send({"type": "websocket.close", "code": 1000})
             return
         path: str = scope["path"]
+        send = self._parting(send)
         try:
             if path in ("/health", "/ready"):
                 if scope["method"] not in ("GET", "HEAD"):
@@ -80,6 +81,18 @@ class Gate:
             await error(scope, receive, send)
             return
         await self._forward(scope, receive, send)
+
+    def _parting(self, send: Send) -> Send:
+        """Closes connections after their answer once the server is asked to end, so that clients
+        and load balancers that keep them do not send their next request here.
+        """
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start" and self.life.ending:
+                message = last(message)
+            await send(message)
+
+        return sent
 
     def _probe(self, path: str) -> JSONResponse:
         life = self.life
@@ -118,8 +131,7 @@ class Gate:
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert self.inner is not None
-        leaving = self.life.leaving or self.life.phase == "draining"
-        exchange = Exchange(scope, receive, send, self.server, self.limits, leaving=leaving)
+        exchange = Exchange(scope, receive, send, self.server, self.limits)
         counts = scope["path"].startswith(_INFERENCE)
         if counts:
             self.life.enter()

@@ -102,7 +102,7 @@ class Run:
         sock = bind(self.config)
         http = _Http(uvicorn.Config(
             self.outermost, lifespan="off", log_config=None, access_log=False,
-            timeout_keep_alive=5, timeout_graceful_shutdown=2,
+            timeout_keep_alive=self.config.server.keep_alive_s, timeout_graceful_shutdown=2,
         ))  # fmt: skip
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

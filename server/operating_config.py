@@ -65,6 +65,13 @@ class ServerConfig(Section):
         description="How long `/ready` says no before new requests are refused, in seconds: time "
         "for load balancers to look elsewhere. It comes before `drain_timeout_s`.",
     )
+    keep_alive_s: int = Field(
+        75,
+        ge=1,
+        le=3600,
+        description="How long a connection without a request is kept, in seconds; longer than load "
+        "balancers keep theirs (60 is usual), or they send requests into its end.",
+    )
     engine_timeout_s: float = Field(
         60.0,
         gt=0,

@@ -47,6 +47,11 @@ class Life:
         """Seconds since the engine answered last."""
         return time.monotonic() - self.heard
 
+    @property
+    def ending(self) -> bool:
+        """Whether clients should look elsewhere."""
+        return self.leaving or self.phase in ("draining", "dead")
+
     def become_ready(self) -> None:
         """The start is over."""
         self.phase, self.reason, self.start_s = "ready", "", self.age_s

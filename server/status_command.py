@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from server.admin_client import NOTE, ask, dump, flags, talk
@@ -77,20 +76,16 @@ def _status(given: argparse.Namespace, client: httpx.Client) -> int:
 
 def _drain(given: argparse.Namespace, client: httpx.Client) -> int:
     answer = ask(client, "POST", "drain")
+    running = int(answer["in_flight"])
     if not given.no_wait:
-        _wait(client, _running(answer))
+        _wait(client, running)
     if given.json:
         dump(answer)
     elif given.no_wait:
-        print(f"draining: {_running(answer)} requests run")
+        print(f"draining: {running} requests run")
     else:
         print("the server has ended")
     return 0
-
-
-def _running(document: Mapping[str, Any]) -> int:
-    """Requests under way, as the answer to drain and `/ready` tell them."""
-    return int(document.get("running", document.get("in_flight", 0)))
 
 
 def _wait(client: httpx.Client, running: int) -> None:
@@ -103,11 +98,10 @@ def _wait(client: httpx.Client, running: int) -> None:
     with tqdm(total=running, bar_format=form, disable=not shown, leave=False) as bar:
         while True:
             try:
-                answer = client.get("/ready")
-                left = _running(answer.json())
+                left = int(client.get("/ready").json()["in_flight"])
             except httpx.TransportError:
                 return
-            except ValueError:
+            except (ValueError, LookupError, TypeError):
                 left = running  # a proxy answers in its place
             bar.n = running - min(left, running)
             bar.refresh()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import promql_parser as promql
+import pytest
 import yaml
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -37,6 +39,14 @@ class Selector:
     where: str
     name: str
     labels: frozenset[str]
+
+
+def tool(name: str) -> str:
+    """The path of `prometheus` or `promtool`; skips where it is not installed."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed: apt-get install prometheus")
+    return found
 
 
 def rules() -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ for every series that they read.
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from itertools import combinations
 from pathlib import Path
@@ -22,9 +21,11 @@ from tests.deploy.monitoring import (
     queries,
     rules,
     selectors,
+    tool,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+ALERTS_TESTED = Path(__file__).with_name("alerts.test.yml")
 RUNBOOK = ROOT / "docs" / "operations.md"
 
 
@@ -62,11 +63,20 @@ def test_names_of_rules_are_their_own() -> None:
     assert len(names) == len(set(names))
 
 
-def test_prometheus_takes_the_rules() -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not installed; it comes with Prometheus, not from PyPI")
-    subprocess.run([promtool, "check", "rules", ALERTS], check=True)
+@pytest.mark.parametrize("files", [
+    ("check", "rules", ALERTS), ("check", "config", SCRAPING), ("test", "rules", ALERTS_TESTED),
+], ids=lambda files: " ".join(files[:2]))  # fmt: skip
+def test_prometheus_takes_the_files_and_the_alerts_fire_when_they_should(
+    files: tuple[str, str, Path],
+) -> None:
+    done = subprocess.run([tool("promtool"), *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_is_made_to_fire() -> None:
+    text = ALERTS_TESTED.read_text()
+    for rule in rules():
+        assert f'alertname="{rule["alert"]}"' in text
 
 
 def test_the_scrape_configuration_loads_the_rules() -> None:

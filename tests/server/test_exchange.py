@@ -95,16 +95,31 @@ async def test_a_body_that_does_not_come_is_told_408_and_the_connection_is_close
 
 
 async def test_while_leaving_connections_are_closed_after_their_answer() -> None:
+    """Also those of refusals, of probes, and of requests that came before."""
     app = gate()
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        begun.set()
+        await go_on.wait()
+        await echo(scope, receive, send)
+
     async with client(app) as http:
         assert "connection" not in (await http.get("/v1/models")).headers
+        app.inner = slow
+        early = asyncio.create_task(http.post("/v1/completions"))
+        await begun.wait()
         app.life.leaving = True
         ready = await http.get("/ready")
         assert ready.status_code == 503
         assert ready.json()["status"] == "ready"
-        answer = await http.get("/v1/models")
-    assert answer.status_code == 200
-    assert answer.headers["connection"] == "close"
+        go_on.set()
+        taken = await http.get("/v1/models")
+        app.life.phase = "draining"
+        refused = await http.get("/v1/models")
+    assert taken.status_code == 200 and refused.status_code == 503
+    for answer in (ready, await early, taken, refused):
+        assert answer.headers.get_list("connection") == ["close"]
 
 
 async def test_an_engine_that_does_not_answer_makes_the_server_not_ready_until_it_does() -> None:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import pytest
@@ -26,12 +26,20 @@ BODY: dict[str, Any] = {
 }  # fmt: skip
 
 
+class Address(Protocol):
+    """A server, or what stands before it."""
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+
+
 class Stream(threading.Thread):
     """Reads one stream in the background."""
 
     def __init__(
         self,
-        server: Server,
+        server: Address,
         body: dict[str, Any] = BODY,
         path: str = "/v1/completions",
         headers: dict[str, str] | None = None,
@@ -64,7 +72,8 @@ def test_drain_finishes_what_runs_refuses_what_comes_and_exits_0(server: Server)
     stream = Stream(server)
     stream.start()
     assert stream.begun.wait(60)
-    assert server.post("/admin/drain", {}).status_code == 202
+    asked = server.post("/admin/drain", {})
+    assert (asked.status_code, asked.json()) == (202, {"status": "draining", "in_flight": 1})
     # Ctrl-C on a terminal reaches the engine's process, too.
     os.killpg(server.process.pid, signal.SIGINT)
     time.sleep(0.05)

@@ -62,6 +62,8 @@ def operated(
         "logging": {"format": "json", "requests": True},
         "tracing": {"endpoint": collector.endpoint, "protocol": "http/protobuf"},
     }  # fmt: skip
-    config["server"] |= {"max_in_flight": 6, "engine_timeout_s": 3, "drain_notice_s": 1.5}
+    config["server"] |= {
+        "max_in_flight": 6, "engine_timeout_s": 3, "drain_notice_s": 1.5, "keep_alive_s": 1,
+    }  # fmt: skip
     with serving(Server(models, config)) as found:
         yield found

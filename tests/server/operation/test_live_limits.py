@@ -179,3 +179,14 @@ def test_a_stuck_engine_fills_the_queue_ends_requests_and_is_not_ready_until_it_
     until(lambda: value(operated, "vllm:num_requests_running") == 0, 10)
     assert complete(operated, STEERED).json()["choices"] == right
     assert value(operated, "coxswain_refusals_total", reason="queue_full") >= 1
+
+
+def test_an_idle_connection_is_kept_for_its_time(operated: Server) -> None:
+    with socket.create_connection(("127.0.0.1", operated.port), timeout=60) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        begun = time.monotonic()
+        while sock.recv(65536):
+            pass
+        # The default would be over a minute.
+        assert 0.5 < time.monotonic() - begun < 30
