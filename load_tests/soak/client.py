@@ -79,8 +79,8 @@ class Answer:
         text: of an answer that is no stream; what went wrong, of one that is.
         choices: index → (ids, log-probabilities).
         steering: the report.
-        first_s: until the first event of a stream.
-        gaps_s: between its events.
+        first_s: until the first token of a stream.
+        gaps_s: between its tokens.
         broken: why a stream is none, or ''.
     """
 
@@ -91,6 +91,11 @@ class Answer:
     first_s: float | None = None
     gaps_s: list[float] = field(default_factory=list)
     broken: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Of all choices."""
+        return sum(len(ids) for ids, _ in self.choices.values())
 
     def take(self, document: Mapping[str, Any]) -> None:
         """Adds what a whole answer, or an event of a stream, says."""
@@ -160,7 +165,7 @@ class Client:
                     raw.success()
                 else:
                     contents = sorted(seen - {ABSENT}) if kind.changing else [""]
-                    outcome, error = self._judge(kind, number if greedy else None, contents, answer)
+                    outcome, error = self.judge(kind, number if greedy else None, contents, answer)
                     if outcome in ("right", "sampled"):
                         raw.success()
                     else:
@@ -175,7 +180,7 @@ class Client:
         }  # fmt: skip
         self._write(begin, kind.name, outcome, answer, error=error, **problem)
 
-    def _judge(
+    def judge(
         self, kind: Kind, number: int | None, contents: Sequence[str], answer: Answer
     ) -> tuple[str, float]:
         """(outcome, largest error): right, wrong, sampled (nothing to compare with yet), failed."""
@@ -274,17 +279,22 @@ class Client:
         begin = when = time.perf_counter()
         last, count = "", 0
         for last in _events(raw):
-            now, count = time.perf_counter(), count + 1
-            if answer.first_s is None:
-                answer.first_s = now - begin + raw.elapsed.total_seconds()
-            elif last != "[DONE]":
-                answer.gaps_s.append(now - when)
-            when = now
-            if last != "[DONE]":
-                answer.take(_json(last))
+            if last == "[DONE]":
+                continue
+            count, before = count + 1, answer.tokens
+            answer.take(_json(last))
+            if answer.tokens > before:
+                now = time.perf_counter()
+                if answer.first_s is None:
+                    answer.first_s = now - begin + raw.elapsed.total_seconds()
+                else:
+                    answer.gaps_s.append(now - when)
+                when = now
             if count == leave_after:
                 raw.close()
                 return
+        if len(answer.choices) > 1:
+            answer.gaps_s = []  # of several replies, whose tokens come together
         if last != "[DONE]" and not answer.broken:
             answer.broken = f"the stream ended with {last[:100]!r} after {count} events"
 
@@ -293,9 +303,8 @@ class Client:
         if answer.first_s is not None:
             times["first"] = round(answer.first_s, 4)
             times["gaps"] = [round(gap, 4) for gap in answer.gaps_s]
-        tokens = sum(len(ids) for ids, _ in answer.choices.values())
         self.book.write(at=begin, kind=kind, outcome=outcome, status=answer.status,
-                        tokens=tokens, **times, **more)  # fmt: skip
+                        tokens=answer.tokens, **times, **more)  # fmt: skip
 
 
 def _json(text: str) -> Json:

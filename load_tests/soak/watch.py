@@ -119,8 +119,9 @@ class Watch(threading.Thread):
         }
 
 
-def redis_keys(state: Path) -> dict[str, str]:
-    """All keys of the private Redis, with their types."""
+def redis_keys(state: Path) -> dict[str, int]:
+    """All keys of the private Redis, which are hashes, with their sizes."""
     with Redis(unix_socket_path=str(state / "redis" / "redis.sock")) as client:
         keys: Any = client.keys("*")
-        return {key.decode(): client.type(key).decode() for key in sorted(keys)}  # type: ignore[union-attr]
+        sizes: dict[str, Any] = {key.decode(): client.hlen(key.decode()) for key in sorted(keys)}
+    return sizes

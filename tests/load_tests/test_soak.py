@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from load_tests.soak.kinds import BY_NAME, FIXED, PROMPTS
+from load_tests.soak.client import Answer, Book, Client
+from load_tests.soak.kinds import BY_NAME, FIXED, PROMPTS, key_of
 from load_tests.soak.oracle import Oracle
 from load_tests.soak.report import latencies, page, plot
 from load_tests.soak.samples import Reservoir, check
@@ -132,7 +133,8 @@ def leaking(figure: str, per_sample: float) -> dict[str, Any]:
         (changed_end(idle=sample(0, 1, running=1)), "nothing runs"),
         (changed_end(idle=sample(0, 1, kv_used=0.01)), "nothing runs"),
         (changed_end(engine={"taken": 1, "bytes": 9}), "engine holds none"),
-        (changed_end(keys=[*KEYS, "{coxswain}:records"]), "Redis"),
+        (changed_end(keys={**KEYS, "{coxswain}:records": 1}), "Redis"),
+        (changed_end(keys={**KEYS, "{coxswain}:replicas": 2}), "Redis"),
         (changed_end(strange=["x"]), "store"),
         (changed_end(staging=1), "store"),
         (changed_end(status=1), "status 0"),
@@ -223,6 +225,38 @@ def test_an_answer_that_differs_is_seen(
     ids: tuple[int, ...], logprobs: tuple[float, ...], error: float
 ) -> None:
     assert RIGHT.error(ids, logprobs) == error
+
+
+def answer(ids: list[int], logprobs: list[float], **more: Any) -> Answer:
+    """One reply."""
+    return Answer(**{"status": 200, "choices": {0: (ids, logprobs)}, **more})
+
+
+@pytest.mark.parametrize(
+    ("found", "contents", "outcome"),
+    [
+        (answer([5, 6, 2], [-0.1, -0.5, -0.2]), ["formal"], "right"),
+        (answer([5, 6, 2], [-0.1, -0.5, -0.2]), ["ask", "formal"], "right"),
+        (answer([5, 6, 2], [-0.1, -0.5, -0.2]), ["ask"], "wrong"),
+        (answer([5, 6, 2], [-0.1, -0.5, -0.2]), [], "failed"),  # it was not there, and answered
+        (answer([5, 6, 3], [-0.1, -0.5, -0.2]), ["formal"], "wrong"),
+        (answer([5, 6], [-0.1, -0.5, -0.2]), ["formal"], "wrong"),
+        (answer([], []), ["formal"], "wrong"),
+        (answer([5, 6, 2], [-0.1, -0.5, -0.2], broken="no end"), ["formal"], "failed"),
+        (Answer(404), ["formal"], "failed"),
+        (Answer(0), ["formal"], "failed"),
+    ],
+)
+def test_clients_judge(found: Answer, contents: list[str], outcome: str, tmp_path: Path) -> None:
+    kind = BY_NAME["changing adapter"]
+    expected = {
+        key_of(kind.name, 1, content): [RIGHT.ids, logprobs, RIGHT.second_ids, RIGHT.second]
+        for content, logprobs in (("formal", RIGHT.logprobs), ("ask", (-1.0, -1.0, -1.0)))
+    }
+    known = {"prompts": [], "sources": {}, "expected": expected}
+    (tmp_path / "references.json").write_text(json.dumps(known))
+    client = Client(Book(tmp_path, 1), None, random.Random(1))
+    assert client.judge(kind, 1, contents, found)[0] == outcome
 
 
 @pytest.fixture(scope="module")
