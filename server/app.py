@@ -9,6 +9,7 @@ import jinja2
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 from vllm.entrypoints.serve import create_error_response
@@ -19,6 +20,7 @@ from adapters.errors import AdapterError
 from server import errors, openapi
 from server.adapting.leases import Leasing
 from server.errors import HttpError
+from server.observer import LEFT
 from server.routes import adapters, admin, metrics, openai, playground
 from server.serving import Serving
 from server.validation import problems
@@ -78,6 +80,11 @@ async def _engine_error(_request: Request, error: Exception) -> JSONResponse:
     return errors.response(HttpError(500, "The engine could not finish this request."))
 
 
+async def _left(_request: Request, _error: Exception) -> Response:
+    """The client went before its body was complete: nobody reads this."""
+    return Response(status_code=LEFT)
+
+
 async def _bug(request: Request, error: Exception) -> JSONResponse:
     logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return errors.response(HttpError(500, "Internal error; the server's log has the details."))
@@ -118,6 +125,7 @@ def build_app(serving: Serving) -> ASGIApp:
         (OverflowError, _vllm_error),
         (NotImplementedError, _vllm_error),
         (jinja2.TemplateError, _vllm_error),
+        (ClientDisconnect, _left),
         (Exception, _bug),
     )
     for kind, handler in handlers:

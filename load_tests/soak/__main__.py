@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from load_tests.load_report import machine
 from load_tests.soak.ending import end
@@ -151,7 +152,7 @@ class Soak:
         print(
             f"{time.strftime('%H:%M:%S')} {self._tally.total():,} requests, "
             f"{self._tally.total('wrong')} wrong, {self._tally.total('failed')} failed; "
-            f"{last.get('pss.all', 0) / MIB:.0f} MiB, "
+            f"{last.get('own.all', 0) / MIB:.0f} MiB, "
             f"{last.get('fds.all', 0):.0f} files, {last.get('set_evictions', 0):.0f} evictions",
             file=sys.stderr, flush=True,
         )  # fmt: skip
@@ -222,6 +223,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "soak.md", help="the report")
     args = parser.parse_args()
+    transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="coxswain-soak-") as folder:
         soak = Soak(Path(folder), args.minutes, args.users, args.every, args.samples)
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -23,13 +23,14 @@ from load_tests.soak.kinds import (
     PROMPTS,
     SHARED,
     TOKENS,
+    TOLERANCE,
     Json,
     Kind,
     key_of,
     text_of,
 )
 from load_tests.soak.samples import Reservoir
-from tests.server.adapting.answers import ABSENT, TOLERANCE, Expected, Name
+from tests.server.adapting.answers import ABSENT, Expected, Name
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 PATIENCE_S = 180.0
@@ -193,7 +194,7 @@ class Client:
             return "sampled", 0.0
         ids, logprobs = answer.choices[0]
         error = min(
-            self.book.expected[key_of(kind.name, number, content)].error(ids, logprobs)
+            self.book.expected[key_of(kind.name, number, content)].error(ids, logprobs, TOLERANCE)
             for content in contents
         )
         return ("right" if error < TOLERANCE else "wrong"), error

@@ -10,8 +10,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from load_tests.soak.kinds import TOLERANCE
 from load_tests.soak.verdict import MIB, WARM_UP, judged, line
-from tests.server.adapting.answers import TOLERANCE
 
 mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "coxswain", "font.size": 9}
 
@@ -28,6 +28,7 @@ OUTCOMES = {
 ROLES = {"engine": "engine", "api": "API", "redis": "Redis", "other": "others"}
 PERCENTILES = (50, 99)
 COUNTED = {
+    "rss.all": "bytes resident, files that processes share counted for each",
     "fds.all": "file descriptors",
     "threads.all": "threads",
     "store": "contents in the store",
@@ -100,6 +101,8 @@ Written by `make soak` (`python -m load_tests.soak`); every figure is measured. 
   `transformers` and PEFT models, computed before the soak; where an adapter is being changed, with
   each that it may be. Of the sampled answers some of each kind are computed again afterwards. An
   answer is wrong if a token differs or a log-probability is off by {TOLERANCE:g}.
+- Memory is what no file backs, anonymous and shared pages of all processes of the server
+  (`/proc/PID/smaps_rollup`): how much of the libraries is resident depends on what else runs.
 - Machine: {own["processor"]}, {own["cores"]} cores, {own["memory_bytes"] / 2**30:.0f} GiB,
   {own["system"]}; the clients run on the same cores.
 - Versions: {versions}."""
@@ -145,12 +148,12 @@ def _memory(samples: Sequence[Mapping[str, float]]) -> list[list[str]]:
     warm = next(s for s in samples if s["at"] >= begin + WARM_UP * (end - begin))
     rows = []
     for role, name in {"all": "all processes", **ROLES}.items():
-        figure = f"pss.{role}"
+        figure = f"own.{role}"
         if not all(figure in one for one in samples) or not (fit := line(samples, figure)):
             continue
         middle = " → ".join(f"{one[figure] / MIB:.1f}" for one in (samples[0], warm, samples[-1]))
         slope, low, high = (f"{x / MIB:+.1f}" for x in (fit.per_hour, fit.low, fit.high))
-        rows.append([f"memory (PSS), {name}: first sample, after a third, last", f"{middle} MiB"])
+        rows.append([f"memory, {name}: first sample, after a third, last", f"{middle} MiB"])
         rows.append(
             [f"its slope after that third, {name}", f"{slope} MiB per hour ({low} to {high})"]
         )
@@ -188,14 +191,14 @@ def plot(samples: Sequence[Mapping[str, float]], file: Path) -> None:
     axes = figure.subplots()
     minutes = [(one["at"] - samples[0]["at"]) / 60 for one in samples]
     for role, name in {"all": "all processes", **ROLES}.items():
-        values = [one.get(f"pss.{role}", 0.0) / MIB for one in samples]
+        values = [one.get(f"own.{role}", 0.0) / MIB for one in samples]
         if any(values):
             axes.plot(minutes, values, label=name)
-    if fit := line(samples, "pss.all"):
+    if fit := line(samples, "own.all"):
         first = minutes[-1] - 60 * fit.hours
         ends = [fit.start / MIB, (fit.start + fit.grown) / MIB]
         axes.plot([first, minutes[-1]], ends, "k--", label="fitted line, all processes")
-    axes.set(xlabel="minutes", ylabel="PSS, MiB")
+    axes.set(xlabel="minutes", ylabel="memory that no file backs, MiB")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7)
     figure.savefig(file, metadata={"Date": None})

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from load_tests.soak.kinds import BY_NAME
-from tests.server.adapting.answers import TOLERANCE
+from load_tests.soak.kinds import BY_NAME, TOLERANCE
 
 if TYPE_CHECKING:
     from load_tests.soak.oracle import Oracle

@@ -39,6 +39,8 @@ def configuration(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = yaml.safe_load((ZOO / "server.yaml").read_text())
     found["model"] = str(ZOO / found["model"])
     for stream in found["streams"].values():
+        if True in stream:  # what PyYAML makes of the key `on`
+            stream["on"] = stream.pop(True)
         for key in {"model", "path"} & stream.keys():
             stream[key] = str(ZOO / stream[key])
     found["chat"]["template"] = str(ZOO / found["chat"]["template"])

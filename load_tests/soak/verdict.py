@@ -107,7 +107,7 @@ def _answers(found: Mapping[str, Any]) -> list[Checked]:
 
 def _memory(found: Mapping[str, Any]) -> list[Checked]:
     samples: Sequence[Mapping[str, float]] = found["samples"]
-    fit = line(samples, "pss.all")
+    fit = line(samples, "own.all")
     if fit is None:
         return [Checked("memory is flat", "too few samples", False)]
     grown = fit.grown / MIB

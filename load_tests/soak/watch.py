@@ -15,7 +15,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 Sample = dict[str, float]
-"""`at` (Unix seconds), `pss.ROLE`, `rss.ROLE`, `fds.ROLE`, `threads.ROLE`, sums of these under the
+"""`at` (Unix seconds), `own.ROLE`, `rss.ROLE`, `fds.ROLE`, `threads.ROLE`, sums of these under the
 role `all`, what `GAUGES` has, `store`, `staging`, `redis_keys`, `redis_records`, `log_bytes`."""
 
 GAUGES = {
@@ -84,12 +84,16 @@ class Watch(threading.Thread):
         for role, process in self.family():
             try:
                 figures = {
-                    "pss": process.memory_full_info().pss,
-                    "rss": process.memory_info().rss,
+                    **memory(process.pid),
                     "fds": process.num_fds(),
                     "threads": process.num_threads(),
                 }
-            except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            except (
+                psutil.NoSuchProcess,
+                psutil.ZombieProcess,
+                FileNotFoundError,
+                ProcessLookupError,
+            ):
                 continue  # one that renders a template, say
             for figure, value in figures.items():
                 for who in (role, "all"):
@@ -117,6 +121,17 @@ class Watch(threading.Thread):
             "redis_bytes": float(used),
             "log_bytes": float(self._log.stat().st_size),
         }
+
+
+def memory(pid: int) -> dict[str, float]:
+    """Bytes of a process: `rss`, and `own`, what no file backs.
+
+    Pages of libraries are not `own`: whether they are resident, and with how many they are shared,
+    depends on the other processes of the machine.
+    """
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    found = {key: float(kib) * 1024 for key, kib in re.findall(r"^(\w+): +(\d+) kB$", text, re.M)}
+    return {"rss": found["Rss"], "own": found["Pss_Anon"] + found["Pss_Shmem"]}
 
 
 def redis_keys(state: Path) -> dict[str, int]:

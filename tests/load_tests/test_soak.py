@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from load_tests.soak.client import Answer, Book, Client
-from load_tests.soak.kinds import BY_NAME, FIXED, PROMPTS, key_of
+from load_tests.soak.kinds import BY_NAME, FIXED, PROMPTS, TOLERANCE, key_of
 from load_tests.soak.oracle import Oracle
 from load_tests.soak.report import latencies, page, plot
 from load_tests.soak.samples import Reservoir, check
 from load_tests.soak.stage import ZOO, configuration
 from load_tests.soak.tally import Tally
 from load_tests.soak.verdict import KEYS, MIB, judged, line
-from tests.server.adapting.answers import TOLERANCE, Expected
+from tests.server.adapting.answers import Expected
 
 ROOT = Path(__file__).resolve().parents[2]
 MINUTES = float(os.environ.get("COXSWAIN_SOAK_MINUTES", "10"))
@@ -59,13 +59,13 @@ def test_the_scenario_says_who_starts_it() -> None:
 # --- what would be found ------------------------------------------------------------------------
 
 
-def sample(at_s: float, pss_mib: float, **more: float) -> dict[str, float]:
+def sample(at_s: float, mib: float, **more: float) -> dict[str, float]:
     """One look at an idle server."""
     figures = {f"{figure}.{role}": 20.0 for figure in ("fds", "threads") for role in ("all", "api")}
     counted = ("running", "waiting", "in_flight", "kv_used", "staging", "preemptions", "steps",
                "set_loads", "set_evictions", "store", "redis_keys", "redis_bytes",
                "log_bytes")  # fmt: skip
-    memory = {"pss.all": pss_mib * MIB, "pss.engine": pss_mib * MIB / 2}
+    memory = {"own.all": mib * MIB, "own.engine": mib * MIB / 2}
     return {"at": at_s, **memory, **figures, **dict.fromkeys(counted, 0.0), **more}
 
 
@@ -118,7 +118,7 @@ def leaking(figure: str, per_sample: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("found", "says"),
     [
-        (leaking("pss.all", 0.2 * MIB), "memory is flat"),  # 72 MiB an hour
+        (leaking("own.all", 0.2 * MIB), "memory is flat"),  # 72 MiB an hour
         (leaking("fds.all", 0.1), "file descriptors"),
         (leaking("threads.all", 0.05), "threads"),
         (soaked(samples=[]), "memory is flat"),
@@ -150,10 +150,10 @@ def test_what_is_wrong_is_found(found: dict[str, Any], says: str) -> None:
 
 def test_a_spike_does_not_bend_the_line_and_a_leak_does() -> None:
     found = soaked()
-    found["samples"][-3]["pss.all"] += 500 * MIB
-    flat = line(found["samples"], "pss.all")
+    found["samples"][-3]["own.all"] += 500 * MIB
+    flat = line(found["samples"], "own.all")
     assert flat is not None and abs(flat.per_hour) < 5 * MIB
-    leak = line(leaking("pss.all", MIB / 10)["samples"], "pss.all")
+    leak = line(leaking("own.all", MIB / 10)["samples"], "own.all")
     assert leak is not None and leak.per_hour == pytest.approx(36 * MIB, abs=5 * MIB)
     assert leak.hours == pytest.approx(2 / 3, abs=0.01)
 

@@ -19,19 +19,19 @@ class Expected:
     second_ids: tuple[int, ...]
     second: tuple[float, ...]
 
-    def error(self, ids: Sequence[int], logprobs: Sequence[float]) -> float:
+    def error(self, ids: Sequence[int], logprobs: Sequence[float], tie: float = TOLERANCE) -> float:
         """The largest error of an answer; infinite if its tokens are others.
 
-        Where the two best tokens are as good as equal, either may be chosen, and what follows is
-        another text.
+        Where the two best tokens are as good as equal, within `tie`, either may be chosen, and what
+        follows is another text.
         """
         worst = 0.0
         for i, (got, logprob) in enumerate(zip(ids, logprobs, strict=False)):
             if i == len(self.ids):
                 break
             if got != self.ids[i]:
-                tie = self.logprobs[i] - self.second[i] < TOLERANCE and got == self.second_ids[i]
-                return worst if tie else float("inf")
+                close = self.logprobs[i] - self.second[i] < tie
+                return worst if close and got == self.second_ids[i] else float("inf")
             worst = max(worst, abs(logprob - self.logprobs[i]))
         same_length = len(ids) == len(self.ids) and len(logprobs) == len(ids)
         return worst if same_length else float("inf")
