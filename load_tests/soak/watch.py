@@ -112,12 +112,12 @@ class Watch(threading.Thread):
         store = self._state / "adapters"
         with Redis(unix_socket_path=str(self._state / "redis" / "redis.sock")) as client:
             keys, records = client.dbsize(), client.hlen("{coxswain}:records")
-            used = client.info("memory")["used_memory"]  # type: ignore[index]
+            used = client.info("memory")["used_memory"]
         return {
             "store": sum(1 for one in store.iterdir() if len(one.name) == 64),
             "staging": sum(1 for _ in (store / ".tmp").iterdir()),
-            "redis_keys": float(keys),  # type: ignore[arg-type]
-            "redis_records": float(records),  # type: ignore[arg-type]
+            "redis_keys": float(keys),
+            "redis_records": float(records),
             "redis_bytes": float(used),
             "log_bytes": float(self._log.stat().st_size),
         }

@@ -65,7 +65,7 @@ def sample(at_s: float, mib: float, **more: float) -> dict[str, float]:
     counted = ("running", "waiting", "in_flight", "kv_used", "staging", "preemptions", "steps",
                "set_loads", "set_evictions", "store", "redis_keys", "redis_bytes",
                "log_bytes")  # fmt: skip
-    memory = {"own.all": mib * MIB, "own.engine": mib * MIB / 2}
+    memory = {"own.all": mib * MIB, "own.engine": mib * MIB / 2, "rss.all": 2 * mib * MIB}
     return {"at": at_s, **memory, **figures, **dict.fromkeys(counted, 0.0), **more}
 
 
