@@ -67,10 +67,8 @@ bench-speculation: install ## tokens per second with a drafting stream (about fo
 bench-load: install ## load tests of all servers and baselines: docs/load-report.md (ARGS=--quick: a short form)
 	$(BIN)/python -m load_tests.load --out docs/load-report.md $(ARGS)
 
-soak: install ## hours of mixed requests against the zoo's server at HOST:PORT (starts one if none runs)
-	$(BIN)/python -m load_tests.with_server $(CONFIG) --host $(HOST) --port $(PORT) -- \
-		$(BIN)/python -m locust -f load_tests/locustfile.py --host http://$(HOST):$(PORT) \
-		--headless -u 16 -r 2 -t 8h --stop-timeout 60 $(ARGS)
+soak: install ## two hours of mixed requests, answers compared, memory watched: docs/soak.md (ARGS='--minutes 10': shorter)
+	$(BIN)/python -m load_tests.soak --out docs/soak.md $(ARGS)
 
 eval: install ## the zoo's scores, asked from the server at HOST:PORT (starts one if none runs)
 	$(BIN)/python -m load_tests.with_server $(CONFIG) --host $(HOST) --port $(PORT) -- \

@@ -160,7 +160,8 @@ def body_weights(
         if delta.shape != tensor.shape:
             raise HeadError(f"the adapter changes {name} by {list(delta.shape)}; it has "
                             f"{list(tensor.shape)}")  # fmt: skip
-        yield name, (tensor.float() + delta).to(tensor.dtype)
+        # Rounded only where it is copied into the model, whose type may be finer than the file's.
+        yield name, tensor.float() + delta
     if pending:
         raise HeadError(f"the adapter in {folder} changes {min(pending)}, which the model lacks")
 

@@ -94,3 +94,14 @@ def make_released(folder: Path, base: Path, *, tasks: int, seed: int, rank: int 
     config["tasks"] = [f"task{j}" for j in range(tasks)]
     (folder / "meteora.json").write_text(json.dumps(config))
     return folder
+
+
+def spoiled(folder: Path, into: Path) -> Path:
+    """A copy of an adapter with one NaN."""
+    into.mkdir()
+    for file in folder.iterdir():
+        (into / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(into / "adapter_model.safetensors")
+    tensors[min(tensors)].view(-1)[0] = torch.nan
+    save_file(tensors, into / "adapter_model.safetensors")
+    return into

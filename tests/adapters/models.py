@@ -116,13 +116,13 @@ def _hook(
 
     def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         (x,) = inputs
-        scores, chosen = (x @ gate.T).topk(top_k)
+        scores, chosen = (x @ gate.to(x.dtype).T).topk(top_k)
         shares = (scores / temperature).softmax(-1)
         module.routed = torch.bincount(chosen.flatten(), minlength=len(tasks))
         for j, task in enumerate(tasks):
             if task is None:
                 continue
-            a, b, scale = task
+            a, b, scale = task[0].to(x.dtype), task[1].to(x.dtype), task[2]
             share = (shares * (chosen == j)).sum(-1, keepdim=True)
             output = output + weight * share * scale * ((x @ a.T) @ b.T)
         return output

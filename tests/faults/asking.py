@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 
 from tests.faults.table import RIGHT, WRONG, Row
-from tests.server.adapting.expected import TOLERANCE, Expected, Kind, Oracle
+from tests.server.adapting.answers import TOLERANCE, Expected
+from tests.server.adapting.expected import Kind, Oracle
 from tests.server.adapting.kit import PATIENCE_S, listing, tokens
 from tests.server.adapting.traffic import ALONE
 from tests.server.live import Server

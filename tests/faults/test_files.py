@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from tests.faults.asking import NAMED, RIGHT, Beside, answering
 from tests.faults.conftest import Place
 from tests.faults.table import Row
-from tests.server.adapting.expected import TOLERANCE, Kind, Oracle
+from tests.server.adapting.answers import TOLERANCE
+from tests.server.adapting.expected import Kind, Oracle
 from tests.server.adapting.kit import (
     PATIENCE_S,
     ask,

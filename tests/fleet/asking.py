@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from tests.server.adapting.expected import TOLERANCE, Kind, Oracle
+from tests.server.adapting.answers import TOLERANCE
+from tests.server.adapting.expected import Kind, Oracle
 from tests.server.adapting.kit import streamed, tokens
 
 STEERED = [Kind(strength=s, prompt=p) for s in (0.0, 0.5, 1.0, 2.0) for p in (0, 1)]

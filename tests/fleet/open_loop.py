@@ -19,7 +19,8 @@ from typing import Any
 import httpx
 
 from tests.fleet.asking import ADAPTED, STEERED
-from tests.server.adapting.expected import TOKENS, TOLERANCE, Kind, Oracle
+from tests.server.adapting.answers import TOLERANCE
+from tests.server.adapting.expected import TOKENS, Kind, Oracle
 from tests.server.adapting.kit import streamed, tokens
 
 LONG = 120

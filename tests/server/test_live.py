@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ import openai
 import pytest
 
 from tests.server.live import Server
+from tests.server.watch import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -701,3 +704,18 @@ def test_a_client_that_leaves_frees_its_request(server: Server) -> None:
     else:
         pytest.fail("the request is still running")
     assert 'status="499"' in server.get("/metrics").text
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault(server: Server) -> None:
+    def left() -> float:
+        lines = server.get("/metrics").text.splitlines()
+        ours = [line for line in lines if line.startswith("coxswain_requests_total{")]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in ours if 'status="499"' in line)
+
+    before, log = left(), server.log.read_text()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as line:
+        line.sendall(f'{head}Content-Length: 900\r\n\r\n{{"model": '.encode())
+        time.sleep(0.2)
+    until(lambda: left() > before)
+    assert "Traceback" not in server.log.read_text()[len(log) :]

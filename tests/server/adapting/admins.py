@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx
 
+from tests.server.adapting.answers import ABSENT, Name
 from tests.server.adapting.expected import CONTENTS
 from tests.server.adapting.kit import PATIENCE_S
-from tests.server.adapting.traffic import ABSENT, Name
 
 
 @dataclass

@@ -11,9 +11,7 @@ import torch
 from tests.adapters.make import make_lora, make_native
 from tests.adapters.models import Applied, adapted
 from tests.reference import one_thread
-
-TOLERANCE = 1e-4
-"""Of log-probabilities, float32."""
+from tests.server.adapting.answers import Expected
 
 TOKENS = 6
 
@@ -81,37 +79,6 @@ class Kind:
             body["steering"] = {"method": "proxy_tuning", "expert": "chat",
                                 "anti_expert": "plain", "strength": self.strength}  # fmt: skip
         return body
-
-
-@dataclass(frozen=True)
-class Expected:
-    """The right answer: per token its id and log-probability, and the runner-up's."""
-
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    second_ids: tuple[int, ...]
-    second: tuple[float, ...]
-
-    def error(self, ids: list[int], logprobs: list[float]) -> float:
-        """The largest error of an answer; infinite if its tokens are others.
-
-        Where the two best tokens are as good as equal, either may be chosen, and what follows is
-        another text.
-        """
-        if len(ids) != len(self.ids) or len(logprobs) != len(ids):
-            return float("inf")
-        worst = 0.0
-        for i, (got, logprob) in enumerate(zip(ids, logprobs, strict=True)):
-            if got != self.ids[i]:
-                tie = self.logprobs[i] - self.second[i] < TOLERANCE and got == self.second_ids[i]
-                return worst if tie else float("inf")
-            worst = max(worst, abs(logprob - self.logprobs[i]))
-        return worst
-
-    def first(self, count: int) -> Expected:
-        """The right answer's first tokens."""
-        return Expected(self.ids[:count], self.logprobs[:count], self.second_ids[:count],
-                        self.second[:count])  # fmt: skip
 
 
 @dataclass

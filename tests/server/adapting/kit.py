@@ -12,7 +12,7 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 from redis import Redis
 
-from tests.server.adapting.expected import TOLERANCE, Expected
+from tests.server.adapting.answers import TOLERANCE, Expected
 from tests.server.live import Server, document
 from tests.server.watch import until
 

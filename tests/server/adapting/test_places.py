@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.adapting.expected import CONTENTS, TOLERANCE, Expected, Kind, Oracle
+from tests.server.adapting.answers import TOLERANCE, Expected
+from tests.server.adapting.expected import CONTENTS, Kind, Oracle
 from tests.server.adapting.kit import PATIENCE_S, exact, listing, load, tokens, unload
 from tests.server.live import Server
 from tests.server.watch import until

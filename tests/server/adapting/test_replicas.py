@@ -16,7 +16,8 @@ import pytest
 
 from adapters.registry.embedded import EmbeddedRedis
 from tests.adapters.make import make_lora
-from tests.server.adapting.expected import TOLERANCE, Kind, Oracle
+from tests.server.adapting.answers import TOLERANCE
+from tests.server.adapting.expected import Kind, Oracle
 from tests.server.adapting.kit import (
     PATIENCE_S,
     ask,

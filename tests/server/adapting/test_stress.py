@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from adapters.formats.inspect import read_artefact
 from adapters.sources.store import ContentStore
+from tests.adapters.make import spoiled
 from tests.server.adapting.admins import Brawler, Office, Owner
+from tests.server.adapting.answers import ABSENT, Name
 from tests.server.adapting.expected import CONTENTS, Oracle
 from tests.server.adapting.kit import (
     PATIENCE_S,
@@ -28,7 +28,7 @@ from tests.server.adapting.kit import (
     records_in_redis,
     unload,
 )
-from tests.server.adapting.traffic import ABSENT, Name, Traffic
+from tests.server.adapting.traffic import Traffic
 from tests.server.live import Server
 from tests.server.watch import until
 
@@ -39,18 +39,6 @@ GROWTH = 96 << 20
 """Bytes by which the server and its engine may grow; allocators keep some of what was freed."""
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400 + OPERATIONS)]
-
-
-def spoiled(folder: Path, into: Path) -> Path:
-    """A copy of an adapter with one NaN."""
-    into.mkdir()
-    for file in folder.iterdir():
-        (into / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(into / "adapter_model.safetensors")
-    name = min(tensors)
-    tensors[name].flat[0] = np.nan
-    save_file(tensors, into / "adapter_model.safetensors")
-    return into
 
 
 async def test_every_answer_is_right_while_administrators_change_everything(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-from tests.server.adapting.expected import CONTENTS, TOLERANCE, Kind, Oracle
+from tests.server.adapting.answers import ABSENT, TOLERANCE, Name
+from tests.server.adapting.expected import CONTENTS, Kind, Oracle
 from tests.server.adapting.kit import streamed, tokens
 
 ALONE: Sequence[Kind] = tuple(
@@ -50,46 +50,6 @@ def with_content(kind: Kind, content: str) -> Kind:
     """The kind with a content in the place of `?`."""
     used = tuple((content if use[0] == "?" else use[0], *use[1:]) for use in kind.used)
     return Kind(used, kind.on_chat, kind.strength, kind.prompt)
-
-
-ABSENT = ""
-"""Stands for a name that is not there."""
-
-
-@dataclass
-class Name:
-    """A name whose content changes, as the one who changes it knows it.
-
-    Args:
-        name: the adapter's.
-        now: what it may stand for at this moment: two contents while one replaces the other.
-        pinned: for its owner.
-        content: for its owner: what it stands for when nothing is under way.
-        shared: anyone changes it, so nobody knows: it may always be anything.
-    """
-
-    name: str
-    now: frozenset[str] = frozenset({ABSENT})
-    pinned: bool = False
-    content: str = ABSENT
-    shared: bool = False
-    _watchers: list[set[str]] = field(default_factory=list)
-
-    def may_be(self, *contents: str) -> None:
-        """From here on it stands for one of these."""
-        self.now = frozenset(contents)
-        for seen in self._watchers:
-            seen.update(contents)
-
-    @contextmanager
-    def watched(self) -> Iterator[set[str]]:
-        """All that it may have stood for meanwhile."""
-        seen = set(self.now)
-        self._watchers.append(seen)
-        try:
-            yield seen
-        finally:
-            self._watchers[:] = [other for other in self._watchers if other is not seen]
 
 
 @dataclass

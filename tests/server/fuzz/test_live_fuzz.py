@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.server.adapting.expected import Expected, Kind, Oracle
+from tests.server.adapting.answers import Expected
+from tests.server.adapting.expected import Kind, Oracle
 from tests.server.adapting.kit import exact
 from tests.server.fuzz.calls import Fuzzer
 from tests.server.fuzz.conftest import ADMIN, KEY

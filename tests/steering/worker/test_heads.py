@@ -120,6 +120,17 @@ def test_a_lora_is_merged_and_heads_stay_out(
     assert found["model.k.weight"] is weight
 
 
+def test_a_merged_weight_is_not_rounded_to_the_checkpoints_type(tmp_path: Path) -> None:
+    """The model that it is copied into may have a finer one."""
+    parts = pair("model.q")
+    weight = tensor(4, WIDTH).bfloat16()
+    found = dict(body_weights([("model.q.weight", weight)], adapter(tmp_path / "a", parts)))
+    a, b = parts.values()
+    want = weight.float() + 3.0 * (b @ a)
+    assert torch.allclose(found["model.q.weight"].float(), want, atol=1e-6)
+    assert not torch.allclose(want.bfloat16().float(), want, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("tensors", "config", "words"),
     [

@@ -1,0 +1,142 @@
+"""Looks at a running server from outside: memory, files, threads, queue, store, Redis."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil  # type: ignore[import-untyped]
+from redis import Redis
+from redis.exceptions import RedisError
+
+Sample = dict[str, float]
+"""`at` (Unix seconds), `own.ROLE`, `rss.ROLE`, `fds.ROLE`, `threads.ROLE`, sums of these under the
+role `all`, what `GAUGES` has, `store`, `staging`, `redis_keys`, `redis_records`, `log_bytes`."""
+
+GAUGES = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "kv_used",
+    "vllm:num_preemptions_total": "preemptions",
+    "vllm:prompt_tokens_total": "prompt_tokens",
+    "vllm:generation_tokens_total": "output_tokens",
+    "coxswain_in_flight": "in_flight",
+    "coxswain_adapter_places_taken": "sets_held",
+    "coxswain_adapter_loads_total": "set_loads",
+    "coxswain_adapter_evictions_total": "set_evictions",
+    "coxswain_engine_silent_seconds": "engine_silent_s",
+    "coxswain_steps_total": "steps",
+}
+"""Series of /metrics, summed over their labels."""
+
+
+class Watch(threading.Thread):
+    """Samples in the background until it is ended.
+
+    Args:
+        pid: of the server; its children count too.
+        url: of the server.
+        state: the folder `registry.directory`.
+        log: the server's log.
+        every_s: between two samples.
+    """
+
+    def __init__(self, pid: int, url: str, state: Path, log: Path, every_s: float) -> None:
+        super().__init__(daemon=True)
+        self.samples: list[Sample] = []
+        self.problems: list[str] = []
+        self._server, self._url, self._state, self._log = psutil.Process(pid), url, state, log
+        self._every_s, self._over = every_s, threading.Event()
+
+    def run(self) -> None:
+        """Samples, regularly."""
+        while not self._over.wait(self._every_s):
+            try:
+                self.samples.append(self.sample())
+            except (httpx.HTTPError, RedisError, psutil.Error, OSError) as error:
+                self.problems.append(f"{time.strftime('%H:%M:%S')} {type(error).__name__}: {error}")
+
+    def end(self) -> None:
+        """No more samples."""
+        self._over.set()
+        self.join()
+
+    def family(self) -> Iterator[tuple[str, Any]]:
+        """(role, process) of the server and its children."""
+        yield "api", self._server
+        for process in self._server.children(recursive=True):
+            name = process.name()
+            roles = {"EngineCor": "engine", "redis": "redis"}
+            yield next((role for part, role in roles.items() if part in name), "other"), process
+
+    def sample(self) -> Sample:
+        """One look.
+
+        Raises:
+            httpx.HTTPError, RedisError, psutil.Error, OSError: something did not answer.
+        """
+        found: Sample = {"at": time.time()}
+        for role, process in self.family():
+            try:
+                figures = {
+                    **memory(process.pid),
+                    "fds": process.num_fds(),
+                    "threads": process.num_threads(),
+                }
+            except (
+                psutil.NoSuchProcess,
+                psutil.ZombieProcess,
+                FileNotFoundError,
+                ProcessLookupError,
+            ):
+                continue  # one that renders a template, say
+            for figure, value in figures.items():
+                for who in (role, "all"):
+                    found[f"{figure}.{who}"] = found.get(f"{figure}.{who}", 0) + value
+        return found | self._metrics() | self._stored()
+
+    def _metrics(self) -> Sample:
+        found = dict.fromkeys(GAUGES.values(), 0.0)
+        for line in httpx.get(f"{self._url}/metrics", timeout=30).text.splitlines():
+            match = re.match(r"([\w:]+)(?:\{.*\})? (\S+)$", line)
+            if match and match[1] in GAUGES:
+                found[GAUGES[match[1]]] += float(match[2])
+        return found
+
+    def _stored(self) -> Sample:
+        store = self._state / "adapters"
+        with Redis(unix_socket_path=str(self._state / "redis" / "redis.sock")) as client:
+            keys, records = client.dbsize(), client.hlen("{coxswain}:records")
+            used = client.info("memory")["used_memory"]
+        return {
+            "store": sum(1 for one in store.iterdir() if len(one.name) == 64),
+            "staging": sum(1 for _ in (store / ".tmp").iterdir()),
+            "redis_keys": float(keys),
+            "redis_records": float(records),
+            "redis_bytes": float(used),
+            "log_bytes": float(self._log.stat().st_size),
+        }
+
+
+def memory(pid: int) -> dict[str, float]:
+    """Bytes of a process: `rss`, and `own`, what no file backs.
+
+    Pages of libraries are not `own`: whether they are resident, and with how many they are shared,
+    depends on the other processes of the machine.
+    """
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    found = {key: float(kib) * 1024 for key, kib in re.findall(r"^(\w+): +(\d+) kB$", text, re.M)}
+    return {"rss": found["Rss"], "own": found["Pss_Anon"] + found["Pss_Shmem"]}
+
+
+def redis_keys(state: Path) -> dict[str, int]:
+    """All keys of the private Redis, which are hashes, with their sizes."""
+    with Redis(unix_socket_path=str(state / "redis" / "redis.sock")) as client:
+        keys: Any = client.keys("*")
+        sizes: dict[str, Any] = {key.decode(): client.hlen(key.decode()) for key in sorted(keys)}
+    return sizes
