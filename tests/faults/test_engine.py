@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.faults.asking import KINDS, NAMED, RIGHT, Beside, Listener, answering
+from tests.faults.asking import KINDS, NAMED, Beside, Listener, answering
 from tests.faults.supervisor import Supervisor
-from tests.faults.table import Row
+from tests.faults.table import RIGHT, Row
 from tests.server.adapting.expected import Oracle
 from tests.server.adapting.kit import PATIENCE_S, listing
 from tests.server.live import START_S, Server
