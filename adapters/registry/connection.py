@@ -9,7 +9,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from redis import exceptions
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from adapters.errors import RegistryAway
 from adapters.registry.embedded import EmbeddedRedis
@@ -65,8 +68,10 @@ async def connect(
 
 @asynccontextmanager
 async def _client(url: str) -> AsyncIterator[Redis]:
+    # Connections in the pool may be dead since Redis was started again. Repeating a call is safe.
+    once_more = Retry(NoBackoff(), 1, (exceptions.ConnectionError,))
     try:
-        client = Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5)
+        client = Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5, retry=once_more)
     except ValueError as error:
         raise RegistryAway(f"not a URL of a Redis: {error}", field="registry.url") from error
     try:

@@ -27,7 +27,7 @@ from tests.server.live import Server, free_port, make_models
 STORE_BYTES = 8 << 20
 """Of the file system that the store lies on, where this can have one of its own."""
 
-LONG = 150
+LONG = 220
 """Tokens of a stream that something can happen to."""
 
 KEYS = {"all": "key-of-all", "admin": "key-of-admin"}

@@ -10,11 +10,11 @@ import pytest
 from redis import Redis
 
 from adapters.registry.embedded import EmbeddedRedis
-from tests.faults.asking import KINDS, NAMED, RIGHT, Beside, Listener, answering
+from tests.faults.asking import KINDS, NAMED, Beside, Listener, answering
 from tests.faults.clock import Clock
 from tests.faults.conftest import FEW
 from tests.faults.supervisor import Supervisor
-from tests.faults.table import Row
+from tests.faults.table import RIGHT, Row
 from tests.server.adapting.expected import Kind, Oracle
 from tests.server.adapting.kit import exact, load, record_of, unload
 from tests.server.live import Server

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.faults.asking import KINDS, NAMED, RIGHT, Beside, Listener, answering
+from tests.faults.asking import KINDS, NAMED, Beside, Listener, answering
 from tests.faults.supervisor import Supervisor
-from tests.faults.table import Row
+from tests.faults.table import RIGHT, Row
 from tests.server.adapting.expected import Oracle
 from tests.server.adapting.kit import PATIENCE_S, listing
 from tests.server.live import START_S, Server
@@ -45,22 +45,35 @@ def reasons(server: Server, over: Callable[[], bool]) -> list[str]:
     return found
 
 
+def in_flight(server: Server, oracle: Oracle) -> tuple[list[Listener], Listener, Stream]:
+    """Three streams, one request that is not streamed and one of the Responses API, all running."""
+    told = {"model": "big-chat", "input": "Water", "max_output_tokens": oracle.tokens - 20,
+            "stream": True}  # fmt: skip
+    for _ in range(10):
+        streams = [Listener(server, kind, oracle) for kind in KINDS[:3]]
+        whole = Listener(server, KINDS[0], oracle, stream=False)
+        responses = Stream(server, told, "/v1/responses", server.key("/v1/"))
+        requests = (whole, responses, *streams)
+        for request in requests:
+            request.start()
+        for stream in streams:
+            assert stream.heard is not None and stream.heard.begun.wait(60)
+        assert responses.begun.wait(60)
+        if all(request.is_alive() for request in requests):
+            return streams, whole, responses
+        for request in requests:
+            request.join()
+    raise AssertionError("they never run at the same time")
+
+
 def test_a_killed_engine_is_told_and_a_supervisor_brings_everything_back(
     supervised: Supervisor, oracle: Oracle, long_oracle: Oracle, noted: Callable[[str], Row]
 ) -> None:
     row, first = noted("engine"), supervised.server
     assert first.post("/admin/adapters/a/pin", {}).status_code == 200
     before, registered = answering(first, oracle), records(first)
-    streams = [Listener(first, kind, long_oracle) for kind in KINDS[:3]]
-    whole = Listener(first, KINDS[0], long_oracle, stream=False)
-    told = {"model": "big-chat", "input": "Water", "max_output_tokens": 150, "stream": True}
-    responses = Stream(first, told, "/v1/responses", first.key("/v1/"))
     with Beside(first, oracle) as users:
-        for request in (whole, *streams, responses):
-            request.start()
-        for stream in streams:
-            assert stream.heard is not None and stream.heard.begun.wait(60)
-        assert responses.begun.wait(60)
+        streams, whole, responses = in_flight(first, long_oracle)
         os.kill(first.engine_process(), signal.SIGKILL)
         killed_s = time.monotonic()
         said = reasons(first, lambda: bool(supervised.ends))

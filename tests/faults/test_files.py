@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.faults.asking import NAMED, RIGHT, Beside, answering
+from tests.faults.asking import NAMED, Beside, answering
 from tests.faults.conftest import Place
-from tests.faults.table import Row
+from tests.faults.table import RIGHT, Row
 from tests.server.adapting.answers import TOLERANCE
 from tests.server.adapting.expected import Kind, Oracle
 from tests.server.adapting.kit import (

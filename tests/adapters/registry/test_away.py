@@ -235,8 +235,8 @@ async def test_a_dead_replica_s_lease_does_not_outlive_a_clock_that_was_set_back
     async with connect(redis_url, namespace=namespace) as connection:
         store, key = connection.store, f"{{{namespace}}}:replicas"
         await store.look(replica="dead", alive_ms=400)
-        ends_ms = int(await connection.client.hget(key, "dead") or 0)  # type: ignore[misc]
-        await connection.client.hset(key, "dead", str(ends_ms + 3_600_000))  # type: ignore[misc]
+        ends_ms = int(await connection.client.hget(key, "dead") or 0)
+        await connection.client.hset(key, "dead", str(ends_ms + 3_600_000))
         assert (await store.look()).alive == {"dead"}
         assert (await store.look(replica="me", alive_ms=400)).alive == {"dead", "me"}
         await asyncio.sleep(0.5)
