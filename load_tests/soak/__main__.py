@@ -209,6 +209,17 @@ def _columns(found: dict[str, Any]) -> dict[str, Any]:
     return {**found, "samples": columns}
 
 
+def read(out: Path) -> dict[str, Any]:
+    """The figures of a report that was written before."""
+    found: dict[str, Any] = json.loads((out.with_suffix("") / "figures.json").read_text())
+    columns = {name: map(float, line.split()) for name, line in found["samples"].items()}
+    rows = zip(*columns.values(), strict=True)
+    found["samples"] = [dict(zip(columns, row, strict=True)) for row in rows]
+    for one in found["samples"]:
+        one["at"] += found["begin"]
+    return found
+
+
 def main() -> int:
     """The command's exit status."""
     parser = argparse.ArgumentParser(
@@ -222,18 +233,26 @@ def main() -> int:
         "--samples", type=int, default=12, help="sampled answers computed again, of each kind (12)"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "soak.md", help="the report")
+    parser.add_argument("--render", action="store_true", help="the report again, from its figures")
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()
+    if args.render:
+        return told(read(args.out), args.out)
     with tempfile.TemporaryDirectory(prefix="coxswain-soak-") as folder:
         soak = Soak(Path(folder), args.minutes, args.users, args.every, args.samples)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, soak.interrupt)
         found = soak.run()
-        write(found, args.out)
+    return told(found, args.out)
+
+
+def told(found: dict[str, Any], out: Path) -> int:
+    """Writes the report and says what was kept; the exit status."""
+    write(found, out)
     promises = judged(found)
     for one in promises:
         print(f"{'kept' if one.met else 'BROKEN'}: {one.says}: {one.value}")
-    print(f"report: {args.out}")
+    print(f"report: {out}")
     return 0 if all(one.met for one in promises) else 1
 
 

@@ -148,6 +148,18 @@ def test_what_is_wrong_is_found(found: dict[str, Any], says: str) -> None:
     assert says in one
 
 
+def test_a_short_soak_promises_less() -> None:
+    found = leaking("own.all", MIB / 5)  # 48 MiB
+    assert broken(found)
+    for i, one in enumerate(found["samples"]):
+        one["at"] = 2.0 * i  # 12 minutes
+    assert not broken(found)
+    for i, one in enumerate(found["samples"]):
+        one["own.all"] += i * MIB
+    (says,) = broken(found)
+    assert "too short" in says
+
+
 def test_a_spike_does_not_bend_the_line_and_a_leak_does() -> None:
     found = soaked()
     found["samples"][-3]["own.all"] += 500 * MIB
