@@ -244,8 +244,8 @@ def test_nothing_of_a_candidate_remains(headed: Engine) -> None:
     """The blocks that vLLM manages are the same, bit for bit, before and after candidates run."""
     from steering.worker.values import ValueStreams
 
-    model = headed.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
-    layers = model._vllm_config.compilation_config.static_forward_context
+    runner = headed.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    layers = runner.vllm_config.compilation_config.static_forward_context
     blocks = headed.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     caches = {n: a.kv_cache for n, a in layers.items() if n.startswith(("value.", "kind."))}
     assert caches and all(cache.shape[0] > blocks for cache in caches.values())
