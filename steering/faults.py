@@ -30,7 +30,8 @@ def fault(
     """
     details: Sequence[Any] = error.errors(include_url=False)
     # What is written comes before defaults that this server does not allow.
-    first = next((d for d in details if not _left_out(d, given)), details[0])
+    written = (d for d in details if not _left_out(d, given) and not _follows(d, details))
+    first = next(written, details[0])
     path, value = _locate(first["loc"], given)
     where = ".".join((field, *path))
     if first["type"] == "missing":
@@ -56,6 +57,12 @@ def _left_out(detail: Mapping[str, Any], given: object) -> bool:
         and isinstance(detail["input"], int | float)
         and _locate(detail["loc"], given)[1] is None
     )
+
+
+def _follows(detail: Mapping[str, Any], details: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether something inside is at fault too: pydantic counts a list without its bad items."""
+    loc = detail["loc"]
+    return any(len(d["loc"]) > len(loc) and d["loc"][: len(loc)] == loc for d in details)
 
 
 def _locate(loc: Sequence[int | str], given: object) -> tuple[list[str], object]:

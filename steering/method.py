@@ -124,7 +124,7 @@ def _check_stream(value: str, info: ValidationInfo) -> str:
 KIND = "x-kind"
 """Key in the JSON schema of a field that tells what its value is: for forms made from it."""
 
-# The four below check defaults too: what a caller leaves out must not be more than it may write.
+# The three below check defaults too: what a caller leaves out must not be more than it may write.
 
 Strength = Annotated[
     float,
@@ -151,9 +151,7 @@ Probability = Annotated[
 """A probability; in [0, 1]."""
 
 Weight = Annotated[
-    float,
-    Field(strict=True, validate_default=True, json_schema_extra={KIND: "weight"}),
-    AfterValidator(_check_weight),
+    float, Field(strict=True, json_schema_extra={KIND: "weight"}), AfterValidator(_check_weight)
 ]
 """A coefficient of the read-out sum; finite, inside the server's `steering.weight` range."""
 

@@ -90,13 +90,17 @@ class Feed:
         Raises:
             RegistryAway: Redis does not answer.
         """
-        alive_ms = int(self._alive_s * 1000)
-        snapshot = await self._store.look(self.latest, replica=self._replica, alive_ms=alive_ms)
+        alive_ms, known = int(self._alive_s * 1000), self.latest
+        snapshot = await self._store.look(known, replica=self._replica, alive_ms=alive_ms)
         if self.away is not None:
             if self.latest is not NOTHING:
                 logger.warning("the registry answers again")
                 self._back_since_s = time.monotonic()
             self.away = None
+        # Looks overlap, and an answer may arrive behind a newer one. Where none did, an older one
+        # is the truth: Redis has lost writes.
+        if self.latest is not known and snapshot.before(self.latest):
+            return self.latest
         self.latest = snapshot
         self._looked_s = time.monotonic()
         self._tell(snapshot)

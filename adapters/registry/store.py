@@ -118,6 +118,11 @@ class Snapshot:
     records: Mapping[str, Record] = field(default_factory=dict)
     alive: frozenset[str] = frozenset()
 
+    def before(self, other: Snapshot) -> bool:
+        """Whether writes that `other` has seen came after it."""
+        (epoch, _, mine), (same, _, theirs) = (one.position.partition(":") for one in (self, other))
+        return bool(mine and theirs) and epoch == same and int(mine) < int(theirs)
+
 
 NOTHING = Snapshot("")
 """Before the first look."""

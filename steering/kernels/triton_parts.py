@@ -269,8 +269,8 @@ def put(
         if tl.max(here.to(tl.int32), 0) > 0:
             for n in range(CANDIDATES):
                 place = tl.load(ids + r * apart + n).to(tl.int32)
-                plus = tl.load(added + r * apart + n)
-                scores += tl.where(v == place, plus, 0.0)
+                one = tl.load(added + r * apart + n)
+                scores += tl.where(v == place, one, 0.0)
     tl.store(z + tl.cast(r, tl.int64) * z_row + v, scores, mask=v < z_room)
     if REPORTS:  # noqa: SIM102 - decides what is compiled; the other, what runs
         if tl.load(asking + r * asking_row) != 0:

@@ -11,7 +11,7 @@ from server.errors import from_adapters, response
 EXPECTED = {
     "NoAdapter": 404, "Conflict": 409, "TooLarge": 413, "BadAdapter": 422, "DoesNotFit": 422,
     "BadSource": 400, "StoreFull": 507, "NoRoom": 503, "SourceAway": 503, "RegistryAway": 503,
-    "AdapterError": 422,
+    "FilesLost": 503, "AdapterError": 422,
 }  # fmt: skip
 
 

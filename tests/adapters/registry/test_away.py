@@ -20,6 +20,9 @@ import pytest
 from adapters.errors import RegistryAway
 from adapters.registry.connection import connect
 from adapters.registry.embedded import EmbeddedRedis
+from adapters.registry.feed import Feed
+from adapters.registry.record import Content, Record
+from adapters.registry.store import Snapshot, Store
 from tests.adapters.registry.kit import make_lora, replica, until
 from tests.adapters.sources.servers import Server, folder
 
@@ -241,3 +244,33 @@ async def test_a_dead_replica_s_lease_does_not_outlive_a_clock_that_was_set_back
         assert (await store.look(replica="me", alive_ms=400)).alive == {"dead", "me"}
         await asyncio.sleep(0.5)
         assert (await store.look(replica="me", alive_ms=400)).alive == {"me"}
+
+
+async def test_an_answer_behind_a_newer_one_does_not_bring_back_what_is_gone(
+    redis_url: str, namespace: str
+) -> None:
+    async with connect(redis_url, namespace=namespace) as connection:
+        late = asyncio.Event()
+
+        class Overtaken(Store):
+            """Its first look's answer arrives late."""
+
+            async def look(self, *args: Any, **options: Any) -> Snapshot:
+                found = await super().look(*args, **options)
+                if not late.is_set():
+                    late.set()
+                    await overtaken.wait()
+                return found
+
+        overtaken = asyncio.Event()
+        store = Overtaken(connection.client, namespace)
+        feed = Feed(connection.client, store, "me", lambda _: None)
+        record = Record(Content("a", "1", "/a", "base"), "pending", 0.0, 0.0)
+        assert await store.swap("a", None, record) == 1
+        first = asyncio.create_task(feed.look())
+        await late.wait()
+        (seen,) = (await connection.store.look()).records.values()
+        assert await store.swap("a", seen, None) == 2
+        assert not (await feed.look()).records
+        overtaken.set()
+        assert not (await first).records and not feed.latest.records
