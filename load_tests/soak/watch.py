@@ -70,7 +70,10 @@ class Watch(threading.Thread):
         """(role, process) of the server and its children."""
         yield "api", self._server
         for process in self._server.children(recursive=True):
-            name = process.name()
+            try:
+                name = process.name()
+            except psutil.NoSuchProcess:
+                continue  # it ended since the list was made
             roles = {"EngineCor": "engine", "redis": "redis"}
             yield next((role for part, role in roles.items() if part in name), "other"), process
 
