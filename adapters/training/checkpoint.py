@@ -111,6 +111,24 @@ def last_run(folder: Path) -> dict[str, Any] | None:
     return run
 
 
+def check_free(out: Path, before: dict[str, Any] | None) -> None:
+    """Keeps what stands at `out`, unless an unfinished run left it there.
+
+    Args:
+        out: where the result goes.
+        before: from `last_run`.
+
+    Raises:
+        BadRecipe: something else is there.
+    """
+    if out.exists() and before is None:
+        raise BadRecipe(
+            "there is something already",
+            field=f"--out {out}",
+            allowed="a folder that does not exist yet",
+        )
+
+
 def check_same(before: dict[str, Any], run: dict[str, Any], folder: Path) -> None:
     """Compares what identifies a run with that of the run that left the newest checkpoint.
 

@@ -76,12 +76,7 @@ def train(
     folder = checkpoint.work_folder(settings.out)
     with checkpoint.locked(folder):
         before = checkpoint.last_run(folder)
-        if settings.out.exists() and before is None:
-            raise BadRecipe(
-                "there is something already",
-                field=f"--out {settings.out}",
-                allowed="a folder that does not exist yet",
-            )
+        checkpoint.check_free(settings.out, before)
         if before is not None:
             checkpoint.check_same(before, {"settings": settings.deciding()}, folder / "step-*")
         if not settings.out.exists():

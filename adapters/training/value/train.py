@@ -53,12 +53,7 @@ def train(settings: ValueSettings, say: Callable[[str], None] = print) -> Explai
     folder = checkpoint.work_folder(settings.out)
     with checkpoint.locked(folder):
         before = checkpoint.last_run(folder)
-        if settings.out.exists() and before is None:
-            raise BadRecipe(
-                "there is something already",
-                field=f"--out {settings.out}",
-                allowed="a folder that does not exist yet",
-            )
+        checkpoint.check_free(settings.out, before)
         if before is not None:
             _check_settings(before, settings, folder)
         samples, given = _collected(settings, prompts, folder)
