@@ -54,6 +54,9 @@ def environment(config: Config) -> list[str]:
         # OpenMP threads that wait for each other spin a fifteenth of libgomp's default before they
         # sleep: where something else used the cores, some steps took 50 times as long.
         "GOMP_SPINCOUNT": "20000",
+        # vLLM's linear layers keep their own compiled products; oneDNN's default, 1024 more of up to
+        # 0.3 MiB each, only takes memory: docs/decisions/0015.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         # Noise of the processes that vLLM starts: its own deprecations, and the semaphores that
         # an immediate exit leaves to the operating system.

@@ -122,7 +122,7 @@ def tuned(folder: Path, architecture: str, seed: int) -> Headed:
 
 def probe(folder: Path, body: Path, on: str, seed: int, hidden: int | None = None) -> Headed:
     """A head alone on a stream's hidden state: linear, or with a hidden layer."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     model = load(body)
     width = model.config.hidden_size
     rng = torch.Generator().manual_seed(seed)

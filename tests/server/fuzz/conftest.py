@@ -37,17 +37,18 @@ def fuzzed(
     models: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """Companions, heads, profiles, adapters, keys; short replies."""
-    valued(models / "value", "qwen2", 21)
-    classifier(models / "critic", "gpt2", 12, tokens=True, labels=2)
-    probe(models / "probe", models / "base", "base", 15)
+    heads = models / "fuzzed-heads"
+    valued(heads / "value", "qwen2", 21)
+    classifier(heads / "critic", "gpt2", 12, tokens=True, labels=2)
+    probe(heads / "probe", models / "base", "base", 15)
     config = document(
         streams={
             "chat": {"model": "./chat"},
             "plain": {"model": "./plain"},
             "twin": {"same_as": "base"},
-            "value": {"model": "./value", "head": "value"},
-            "critic": {"model": "./critic", "head": "classifier"},
-            "probe": {"on": "base", "head": "classifier", "path": "./probe"},
+            "value": {"model": "./fuzzed-heads/value", "head": "value"},
+            "critic": {"model": "./fuzzed-heads/critic", "head": "classifier"},
+            "probe": {"on": "base", "head": "classifier", "path": "./fuzzed-heads/probe"},
         },
         profiles={
             "big-chat": {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain"},
