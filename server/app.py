@@ -17,11 +17,11 @@ from vllm.exceptions import VLLMError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from adapters.errors import AdapterError
-from server import errors, openapi
+from server import errors
 from server.adapting.leases import Leasing
 from server.errors import HttpError
-from server.observer import LEFT
-from server.routes import adapters, admin, metrics, openai, playground
+from server.operation.observer import LEFT
+from server.routes import adapters, admin, metrics, openai, openapi, playground
 from server.serving import Serving
 from server.validation import problems
 from steering.errors import SteeringError

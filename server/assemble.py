@@ -13,17 +13,17 @@ from vllm.exceptions import VLLMClientError
 
 from adapters.thread import in_thread
 from server import serving as parts
-from server.adapting.checks import targets
 from server.adapting.loader import EngineLoader
 from server.adapting.service import opened
-from server.config import Config
-from server.diagnosis import Diagnosis
-from server.doctor import snapshot
-from server.own_prompts import Reader
-from server.profiles import Profiles
-from server.rates import Rates
+from server.checks.adapters import targets
+from server.checks.diagnosis import Diagnosis
+from server.checks.doctor import snapshot
+from server.operation.rates import Rates
+from server.operation.state import Life
+from server.requests.own_prompts import Reader
+from server.requests.profiles import Profiles
 from server.serving import Serving
-from server.state import Life
+from server.settings.config import Config
 from steering.plan import BASE
 
 if TYPE_CHECKING:

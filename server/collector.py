@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
 
-from server.state import Phase
+from server.operation.state import Phase
 
 if TYPE_CHECKING:
     from server.adapting.service import Adapters

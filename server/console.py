@@ -22,7 +22,7 @@ def say(text: str) -> None:
 
 
 def as_json() -> bool:
-    """Whether the server's lines are JSON (`server.logs`)."""
+    """Whether the server's lines are JSON (`server.operation.logs`)."""
     return any(isinstance(handler, JsonHandler) for handler in logging.getLogger().handlers)
 
 

@@ -1,7 +1,7 @@
 """The engine: vLLM's `AsyncLLM` with one choke point, through which every request passes.
 
-Here a request's plan meets its prompt (`server.boarding`). On the way out the padding is cut off
-again, so that clients see the base's own prompt and usage.
+Here a request's plan meets its prompt (`server.requests.boarding`). On the way out the padding is
+cut off again, so that clients see the base's own prompt and usage.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from adapters.errors import BadAdapter, FilesLost, NoRoom
 from adapters.sets import AdapterSet
-from server import best_of_n, metrics
 from server.adapting.residency import Residency
-from server.boarding import Boarding, Ride, board, limit_tokens
-from server.counting import counted
-from server.operating_config import LimitsConfig
-from server.steered import Report, Steered
+from server.operation import metrics
+from server.operation.counting import counted
+from server.requests import best_of_n
+from server.requests.boarding import Boarding, Ride, board, limit_tokens
+from server.requests.steered import Report, Steered
+from server.settings.operating import LimitsConfig
 from server.trail import Trail, trail
 from steering.errors import BadValue
 from steering.plan import SteeringPlan

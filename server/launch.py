@@ -19,15 +19,15 @@ import uvicorn
 
 from adapters.errors import AdapterError
 from adapters.thread import in_thread
-from server import tracing
-from server.auth import Auth
-from server.config import Config, ConfigInvalid
 from server.console import Progress, say
-from server.gate import Gate
 from server.loading import StartFailed, environment, load
-from server.observer import Observer
-from server.rates import Rates
-from server.state import Life
+from server.operation import tracing
+from server.operation.auth import Auth
+from server.operation.gate import Gate
+from server.operation.observer import Observer
+from server.operation.rates import Rates
+from server.operation.state import Life
+from server.settings.config import Config, ConfigInvalid
 
 if TYPE_CHECKING:
     from server.engine_vllm import SteeredLLM

@@ -6,13 +6,13 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from server.capacity import cpu_cache_bytes
-from server.config import Config, StreamConfig
+from server.checks.capacity import cpu_cache_bytes
 from server.console import Progress
-from server.state import Life
+from server.operation.state import Life
+from server.settings.config import Config, StreamConfig
 
 if TYPE_CHECKING:
-    from server.diagnosis import Diagnosis
+    from server.checks.diagnosis import Diagnosis
     from server.engine_vllm import SteeredLLM
     from steering.engine_args import StreamSource
 
@@ -54,8 +54,8 @@ def environment(config: Config) -> list[str]:
         # OpenMP threads that wait for each other spin a fifteenth of libgomp's default before they
         # sleep: where something else used the cores, some steps took 50 times as long.
         "GOMP_SPINCOUNT": "20000",
-        # vLLM's linear layers keep their own compiled products; oneDNN's default, 1024 more of up to
-        # 0.3 MiB each, only takes memory: docs/decisions/0015.
+        # vLLM's linear layers keep their own compiled products; oneDNN's default, 1024 more, only
+        # takes memory: docs/decisions/0015.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         # Noise of the processes that vLLM starts: its own deprecations, and the semaphores that
@@ -127,7 +127,7 @@ def load(config: Config, progress: Progress, life: Life) -> Loaded:
         progress.stage(text)
 
     stage("loading vLLM")
-    from server.doctor import diagnose
+    from server.checks.doctor import diagnose
     from server.engine_vllm import start_engine
 
     stage("checking the configuration")

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server import adapters_command, profiles_command, status_command, train_command
+from server.commands import adapters, profiles, status, train
 
 if TYPE_CHECKING:
-    from server.config import Config
+    from server.settings.config import Config
 
 # vLLM says that it does without Triton before its logging is set up, in every process.
 logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
@@ -68,10 +68,10 @@ def parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", help="list the steering methods and their options")
     methods.add_argument("--allow", action="append", default=[], metavar="PACKAGE",
                          help="a distribution whose methods may load")  # fmt: skip
-    profiles_command.add(commands)
-    adapters_command.add(commands)
-    status_command.add(commands)
-    train_command.add(commands)
+    profiles.add(commands)
+    adapters.add(commands)
+    status.add(commands)
+    train.add(commands)
     commands.add_parser("reference", help="print all settings as Markdown")
     return top
 
@@ -91,7 +91,7 @@ def run(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    from server.config import ConfigInvalid
+    from server.settings.config import ConfigInvalid
 
     given, rest = parser().parse_known_args(argv)
     if rest and given.command != "serve":
@@ -110,30 +110,30 @@ def _commands(given: argparse.Namespace, rest: list[str]) -> int:
     if given.command == "doctor":
         return _doctor(given.config)
     if given.command == "methods":
-        from server.listing import methods
+        from server.commands.methods import methods
 
         return methods(given.allow)
     by_name = {
-        "adapters": adapters_command.run,
-        "profiles": profiles_command.run,
-        "status": status_command.run,
-        "drain": status_command.run,
-        "train": train_command.run,
+        "adapters": adapters.run,
+        "profiles": profiles.run,
+        "status": status.run,
+        "drain": status.run,
+        "train": train.run,
     }
     if given.command in by_name:
         return by_name[given.command](given)
-    from server.reference import reference
+    from server.settings.reference import reference
 
     print(reference(), end="")
     return 0
 
 
 def _serve(given: argparse.Namespace, rest: list[str]) -> int:
-    from server.config_file import load
-    from server.flags import engine_flags, with_overrides
     from server.launch import serve
     from server.loading import environment
-    from server.logs import setup
+    from server.operation.logs import setup
+    from server.settings.file import load
+    from server.settings.flags import engine_flags, with_overrides
 
     config: Config = load(given.config)
     setup(config.logging)
@@ -142,12 +142,12 @@ def _serve(given: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _doctor(path: Path) -> int:
-    from server.config_file import load
     from server.loading import environment
+    from server.settings.file import load
 
     config = load(path)
     environment(config)
-    from server.doctor import diagnose
+    from server.checks.doctor import diagnose
 
     found = diagnose(config)
     if found.streams:

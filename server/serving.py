@@ -14,15 +14,15 @@ from vllm.renderers.online_renderer import OnlineRenderer
 
 from server.adapting.service import Adapters
 from server.collector import Present, StreamCounters
-from server.config import Config
 from server.engine_vllm import SteeredLLM
-from server.models import SteeredModels
-from server.operating_config import Rate
-from server.own_prompts import OwnPrompts, Reader
-from server.profiles import Profiles
-from server.rates import Rates
-from server.state import Life
-from server.steerer import Steerer
+from server.operation.rates import Rates
+from server.operation.state import Life
+from server.requests.models import SteeredModels
+from server.requests.own_prompts import OwnPrompts, Reader
+from server.requests.profiles import Profiles
+from server.requests.steerer import Steerer
+from server.settings.config import Config
+from server.settings.operating import Rate
 from steering.method import Snapshot
 from steering.plugins import Registry
 

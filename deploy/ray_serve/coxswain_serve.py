@@ -22,8 +22,8 @@ from ray.serve import Application
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from server.config import Config
-from server.config_file import load
+from server.settings.config import Config
+from server.settings.file import load
 
 logger = logging.getLogger("ray.serve")
 

@@ -13,7 +13,7 @@ from adapters.formats.artefact import TEMPERATURES, Artefact
 from adapters.registry.manager import Manager
 from adapters.registry.record import Content
 from server.adapting.loader import EngineLoader
-from server.auth import access
+from server.operation.auth import access
 from steering.adapters import Chosen
 from steering.plan import AdapterUse
 

@@ -14,9 +14,9 @@ from adapters.formats.inspect import elements, inspect
 from adapters.formats.peft import CONFIG
 from adapters.registry.record import Content, Facts
 from adapters.sets import AdapterSet, Member
-from server.adapting.checks import Target
 from server.adapting.leases import Leases
 from server.adapting.residency import Residency, Slots
+from server.checks.adapters import Target
 
 
 class EngineLoader:

@@ -16,7 +16,7 @@ from adapters.sources.fetch import Fetcher
 from adapters.sources.origin import Limits
 from adapters.sources.source import Allowed
 from adapters.sources.store import ContentStore
-from server.config import AdaptersConfig, Config, RegistryConfig
+from server.settings.config import AdaptersConfig, Config, RegistryConfig
 
 
 def state_directory(config: Config, environ: Mapping[str, str] | None = None) -> Path:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from adapters.errors import DoesNotFit, NoRoom
 from adapters.sets import AdapterSet
-from server.metrics import EVICT_SECONDS, LOAD_SECONDS
+from server.operation.metrics import EVICT_SECONDS, LOAD_SECONDS
 
 logger = logging.getLogger("coxswain")
 

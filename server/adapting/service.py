@@ -16,7 +16,7 @@ from adapters.sets import AdapterSet
 from server.adapting.choice import AdapterWish, Picked, pick, split
 from server.adapting.loader import EngineLoader
 from server.adapting.registry import registry_of
-from server.config import AdaptersConfig, Config
+from server.settings.config import AdaptersConfig, Config
 from steering.adapters import adapt
 from steering.plan import SteeringPlan
 

@@ -10,10 +10,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from adapters.errors import Conflict
 from server.adapting.service import Adapters, described
-from server.answers import takes
-from server.auth import admin_name
 from server.errors import HttpError
-from server.gate import strict_json
+from server.operation.auth import admin_name
+from server.operation.gate import strict_json
+from server.routes.answers import takes
 from server.serving import Serving
 from server.validation import problems
 

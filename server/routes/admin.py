@@ -8,9 +8,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from server.answers import ADDED, takes
 from server.errors import HttpError
-from server.gate import strict_json
+from server.operation.gate import strict_json
+from server.routes.answers import ADDED, takes
 from server.serving import Serving
 from steering.errors import NotFound
 from steering.spec import Profile

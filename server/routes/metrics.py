@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from server.answers import text
+from server.routes.answers import text
 from server.serving import Serving
 
 router = APIRouter()

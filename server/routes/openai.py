@@ -20,18 +20,11 @@ from vllm.entrypoints.serve.tokenize.protocol import (
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 from vllm.renderers.chat_utils import has_non_text_content
 
-from server import errors, sse
+from server import errors
 from server.adapting.leases import HELD
-from server.answers import (
-    SteeredChatAnswer,
-    SteeredCompletionAnswer,
-    SteeredResponsesAnswer,
-    answers,
-)
 from server.errors import HttpError
-from server.models import asked_model
-from server.operating_config import LimitsConfig
-from server.protocol import (
+from server.requests.models import asked_model
+from server.requests.protocol import (
     SteeredChatRequest,
     SteeredCompletionRequest,
     SteeredResponsesRequest,
@@ -39,12 +32,20 @@ from server.protocol import (
     TokenizeMessages,
     refuse_unknown,
 )
+from server.requests.steered import Steered, summary
+from server.requests.steerer import Traits
+from server.routes import sse
+from server.routes.answers import (
+    SteeredChatAnswer,
+    SteeredCompletionAnswer,
+    SteeredResponsesAnswer,
+    answers,
+)
 from server.routes.strict import StrictRoute
+from server.routes.traits import chat_traits, completion_traits, responses_traits
 from server.serving import Serving
-from server.steered import Steered, summary
-from server.steerer import Traits
+from server.settings.operating import LimitsConfig
 from server.trail import trail
-from server.traits import chat_traits, completion_traits, responses_traits
 from steering.errors import BadValue
 from steering.plan import BASE
 

@@ -13,8 +13,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from server.adapting.service import Adapters
-from server.auth import access
 from server.errors import HttpError
+from server.operation.auth import access
 from server.serving import Serving
 from steering.spec import Profile
 

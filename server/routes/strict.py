@@ -12,7 +12,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from server.errors import HttpError
-from server.gate import strict_json
+from server.operation.gate import strict_json
 
 logger = logging.getLogger("coxswain")
 

@@ -10,8 +10,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from server.config_file import parse
 from server.launch import SHUTDOWN_S
+from server.settings.file import parse
 
 helm = pytest.importorskip("helm_python", reason="helm-python-sdk has a build for x86-64 only")
 

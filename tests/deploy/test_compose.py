@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from server.config_file import parse
+from server.settings.file import parse
 from tests.deploy.test_images import tool
 
 ROOT = Path(__file__).parents[2]

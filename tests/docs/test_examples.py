@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-import server.config_file
-from server.config import Config
-from server.doctor import snapshot
-from server.protocol import SteeredChatRequest, SteeredCompletionRequest
+from server.checks.doctor import snapshot
+from server.requests.protocol import SteeredChatRequest, SteeredCompletionRequest
+from server.settings import file
+from server.settings.config import Config
 from steering.method import Snapshot
 from steering.plan import SteeringPlan
 from steering.plugins import discover
@@ -27,7 +27,7 @@ TRACE = ROOT / "docs" / "architecture.md"
 @pytest.fixture(scope="module")
 def zoo() -> Config:
     """The zoo's settings."""
-    return server.config_file.load(ROOT / "zoo" / "server.yaml", {})
+    return file.load(ROOT / "zoo" / "server.yaml", {})
 
 
 def plan_of(body: dict[str, Any], config: Config) -> SteeringPlan | None:
@@ -97,7 +97,7 @@ def test_the_pages_have_configurations() -> None:
 @pytest.mark.parametrize(("page", "document"), CONFIGURATIONS, ids=[n for n, _ in CONFIGURATIONS])
 def test_configurations_are_valid(page: str, document: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    config = server.config_file.parse(document, tmp_path, {})
+    config = file.parse(document, tmp_path, {})
     streams = snapshot(config)
     for profile in config.profiles.values():
         resolve(profile.spec, methods=METHODS, snapshot=streams, limits=config.steering.limits)

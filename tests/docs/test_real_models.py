@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from server import capacity
-from server.checkpoints import Checkpoint
-from server.config import Config
-from server.diagnosis import Diagnosis, StreamFacts
+from server.checks import capacity
+from server.checks.checkpoints import Checkpoint
+from server.checks.diagnosis import Diagnosis, StreamFacts
+from server.settings.config import Config
 
 TEXT = (Path(__file__).parents[2] / "docs" / "real-models.md").read_text("utf-8")
 GIB = 2**30

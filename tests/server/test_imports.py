@@ -10,10 +10,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LIGHT = (
-    "main", "config", "config_file", "validation", "errors", "auth", "gate", "state", "launch",
-    "loading", "console", "flags", "listing", "reference", "metrics", "sse", "profiles",
-    "own_prompts", "steered", "steerer", "openapi", "checkpoints", "diagnosis", "capacity",
-    "doctor", "templates", "sandbox", "trail", "observer", "exchange", "rates", "operating_config",
+    "main", "launch", "loading", "console", "errors", "trail", "validation",
+    "settings.config", "settings.file", "settings.flags", "settings.operating",
+    "settings.reference",
+    "checks.capacity", "checks.checkpoints", "checks.diagnosis", "checks.doctor",
+    "checks.templates",
+    "commands.adapters", "commands.methods", "commands.profiles", "commands.status",
+    "commands.train",
+    "operation.auth", "operation.exchange", "operation.gate", "operation.metrics",
+    "operation.observer", "operation.rates", "operation.state",
+    "requests.own_prompts", "requests.profiles", "requests.sandbox", "requests.steered",
+    "requests.steerer",
+    "routes.openapi", "routes.sse",
 )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from adapters.formats.base import base_shapes
 from adapters.registry.record import Content
 from adapters.sets import AdapterSet
 from adapters.sources.store import digest_of
-from server.adapting.checks import Target
 from server.adapting.loader import EngineLoader
+from server.checks.adapters import Target
 from tests.adapters.make import make_lora
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from adapters.errors import BadSource, RegistryAway
 from server.adapting.registry import fetcher_of, registry_of, state_directory
-from server.config import Config
-from server.config_file import parse
+from server.settings.config import Config
+from server.settings.file import parse
 from tests.adapters.registry.kit import ReadingLoader, make_lora, until
 
 

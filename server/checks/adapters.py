@@ -1,0 +1,112 @@
+"""Whether a configuration's adapters can be served; run before anything is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.errors import AdapterError
+from adapters.formats.base import BaseShapes, base_shapes
+from adapters.formats.inspect import inspect
+from adapters.registry.record import check_name
+from adapters.sources.source import Allowed, parse_source
+from server.checks.diagnosis import Diagnosis
+from server.settings.config import AdaptersConfig, Config, PreloadConfig
+from steering.engine_args import slot_rank
+from steering.plan import BASE
+
+
+@dataclass(frozen=True)
+class Target:
+    """A stream that adapters may change.
+
+    Args:
+        owner: the stream whose weights it runs: itself, or the original of a twin.
+        shapes: of those weights.
+    """
+
+    owner: str
+    shapes: BaseShapes
+
+
+def targets(config: Config, diagnosis: Diagnosis) -> dict[str, Target]:
+    """The streams that adapters may change. Reads the headers of the models' files.
+
+    Raises:
+        BadAdapter: a model has no safetensors files here.
+    """
+    runs = {name: s for name, s in config.streams.items() if s.on is None}
+    owners = {BASE: BASE} | {name: s.same_as or name for name, s in runs.items()}
+    folders = {name: fact.checkpoint.folder for name, fact in diagnosis.streams.items()}
+    shapes = {owner: base_shapes(folders[owner]) for owner in sorted(set(owners.values()))}
+    return {name: Target(owner, shapes[owner]) for name, owner in owners.items()}
+
+
+def slot_bytes(config: Config, section: AdaptersConfig, shapes: list[BaseShapes]) -> int:
+    """Memory that the engine sets aside for adapters, used or not.
+
+    Args:
+        config: the settings.
+        section: its adapters.
+        shapes: of every model.
+    """
+    dtype = str(config.engine.get("dtype", "auto"))
+    item = 4 if dtype in ("float32", "float") else 2
+    sides = sum(
+        sum(linear)
+        for model in shapes
+        for name in model.tensors
+        if (linear := model.linear(name.removesuffix(".weight"))) is not None
+    )
+    return sides * slot_rank(section.max_rank) * section.max_loaded * item
+
+
+def adapter_problems(config: Config, section: AdaptersConfig, found: Diagnosis) -> list[str]:
+    """What is wrong with the section `adapters`, one line each."""
+    lines = [
+        f"adapters.roots.{i}: no such directory: {root}"
+        for i, root in enumerate(section.roots)
+        if not Path(root).is_dir()
+    ]
+    known: dict[str, Target] = {}
+    # Without them: the weights are not here yet, or a stream is broken.
+    with contextlib.suppress(AdapterError, KeyError):
+        known = targets(config, found)
+    taken: dict[str, str] = {config.name: "the base", **dict.fromkeys(config.profiles, "a profile")}
+    for i, wish in enumerate(section.preload):
+        where = f"adapters.preload.{i}"
+        if wish.name in taken:
+            lines.append(f"{where}.name: taken by {taken[wish.name]} (got {wish.name!r})")
+        taken[wish.name] = "another adapter"
+        lines += [f"{where}.{line}" for line in _preload(section, wish, known)]
+    pins = sum(wish.pin for wish in section.preload)
+    if pins >= section.max_loaded:
+        lines.append(f"adapters.preload: {pins} are pinned; allowed: fewer than "
+                     f"adapters.max_loaded, {section.max_loaded}")  # fmt: skip
+    return lines
+
+
+def _preload(
+    section: AdaptersConfig, wish: PreloadConfig, known: dict[str, Target]
+) -> Iterator[str]:
+    try:
+        check_name(wish.name, "name")
+        check_name(wish.version, "version")
+        source = parse_source(wish.source)
+        Allowed(tuple(map(Path, section.roots)), section.remotes).check(source)
+    except AdapterError as error:
+        yield str(error)
+        return
+    if not known:
+        return
+    if wish.stream not in known:
+        yield f"stream: no such stream (got {wish.stream!r}); allowed: {', '.join(known)}"
+    elif source.kind == "local":
+        try:
+            inspect(Path(source.place), known[wish.stream].shapes, max_rank=section.max_rank)
+        except AdapterError as error:
+            yield f"source: {error}"
+        except OSError as error:
+            yield f"source: {error.strerror}: {wish.source}"

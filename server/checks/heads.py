@@ -1,0 +1,62 @@
+"""Whether the heads of a configuration fit the streams that they read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from server.checks.capacity import ranks_of
+from server.checks.diagnosis import Diagnosis, where
+from server.settings.config import Config, StreamConfig
+from steering.heads import HeadError, find_head, is_classifier
+from steering.plan import BASE
+from steering.vocabulary import Overlap
+
+
+def check_heads(config: Config, found: Diagnosis) -> None:
+    """Each head's problem, in one line; and classifiers where language models belong."""
+    for name, fact in found.streams.items():
+        stream = config.streams.get(name)
+        architecture = fact.checkpoint.architecture
+        if (stream is None or stream.head in (None, "q")) and is_classifier(architecture):
+            found.problems.append(
+                f"{where(name)}: {architecture} gives no token scores; a classifier is a stream "
+                "with `head: classifier`"
+            )
+    for name, stream in config.streams.items():
+        if stream.head is not None and stream.head != "q":
+            found.guard(where(name), lambda n=name, s=stream: _check(config, found, n, s))  # type: ignore[misc]
+
+
+def _check(config: Config, found: Diagnosis, name: str, stream: StreamConfig) -> None:
+    assert stream.head is not None and stream.head != "q"
+    body = stream.on or name
+    if stream.on in config.streams and config.streams[stream.on].on is not None:
+        raise HeadError(f"on: {stream.on} is a head itself and has no hidden state")
+    if stream.path is not None and not Path(stream.path).is_dir():
+        raise HeadError(f"path: no such folder: {stream.path}")
+    if body not in found.streams:
+        return  # its own problem has a line already
+    point = found.streams[body].checkpoint
+    rows = found.streams[BASE].checkpoint.vocabulary if stream.path is None else None
+    folder = Path(stream.path) if stream.path else point.folder
+    find_head(folder, stream.head, point.hidden, rows)
+
+
+def value_problems(config: Config, found: Diagnosis) -> list[str]:
+    """What value streams need of everything else; after the vocabularies were compared."""
+    values = [name for name, stream in config.streams.items() if stream.head == "value"]
+    if not values:
+        return []
+    lines = []
+    for name in values:
+        wire = found.overlaps.get(name)
+        if wire is not None and (lost := len(Overlap.from_wire(wire).differing)):
+            lines.append(f"{where(name)}: lacks {lost} of the base's tokens; a value model must "
+                         "know every token that it may be asked about")  # fmt: skip
+    size, most = found.streams[BASE].checkpoint.vocabulary, config.steering.max_top_k
+    if most > size:
+        lines.append(f"steering.max_top_k: {most} is more than the base's vocabulary of {size}")
+    if ranks_of(config) > 1:
+        lines.append("engine.tensor_parallel_size: refused (got "
+                     f"{ranks_of(config)}): value streams have not been run split")  # fmt: skip
+    return lines

@@ -1,0 +1,30 @@
+"""Whether the streams of `steering.one_product` have tables that can lie side by side."""
+
+from __future__ import annotations
+
+from server.checks.capacity import ranks_of
+from server.checks.diagnosis import Diagnosis
+from server.settings.config import Config
+from steering.plan import BASE
+
+_FIELD = "steering.one_product"
+
+
+def one_product_problems(config: Config, found: Diagnosis) -> list[str]:
+    """What is wrong with `steering.one_product`, in one line each."""
+    lines = []
+    if config.steering.one_product and ranks_of(config) > 1:
+        lines.append(f"engine.tensor_parallel_size: refused (got {ranks_of(config)}): {_FIELD} "
+                     "has not been run split")  # fmt: skip
+    models = [n for n, s in config.streams.items() if s.head in (None, "q")]
+    rows = found.streams[BASE].checkpoint.vocabulary
+    for i, streams in enumerate(config.steering.one_product):
+        for name in streams:
+            if name not in models:
+                lines.append(f"{_FIELD}[{i}]: not a stream with scores of its own (got {name!r}); "
+                             f"allowed: {'one of: ' + ', '.join(models) or 'none'}")  # fmt: skip
+                continue
+            own = found.streams[name].checkpoint.vocabulary if name in found.streams else rows
+            if own != rows:
+                lines.append(f"{_FIELD}[{i}]: {name} has a table of {own} rows, the base of {rows}")
+    return lines

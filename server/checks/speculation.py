@@ -1,0 +1,34 @@
+"""Whether the stream that shall draft can."""
+
+from __future__ import annotations
+
+from server.checks.capacity import context_length, ranks_of
+from server.checks.diagnosis import Diagnosis
+from server.settings.config import Config
+from steering.plan import BASE
+
+_FIELD = "steering.speculation"
+
+
+def speculation_problems(config: Config, found: Diagnosis) -> list[str]:
+    """What is wrong with `steering.speculation`, in one line each."""
+    asked = config.steering.speculation
+    if asked is None:
+        return []
+    lines = []
+    able = [
+        name for name, s in config.streams.items() if s.model is not None and s.head is None
+    ]  # fmt: skip
+    if asked.draft not in able:
+        lines.append(
+            f"{_FIELD}.draft: not a stream with a language model of its own "
+            f"(got {asked.draft!r}); allowed: {'one of: ' + ', '.join(able) if able else 'none'}"
+        )
+    if ranks_of(config) > 1:
+        lines.append("engine.tensor_parallel_size: refused (got "
+                     f"{ranks_of(config)}): {_FIELD} has not been run split")  # fmt: skip
+    length = context_length(config, found.streams[BASE].checkpoint)
+    if length is not None and asked.tokens + 2 > length:
+        lines.append(f"{_FIELD}.tokens: {asked.tokens} drafts do not fit into requests of "
+                     f"{length} tokens; allowed: at most {length - 2}")  # fmt: skip
+    return lines

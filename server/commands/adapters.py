@@ -1,0 +1,166 @@
+"""`coxswain adapters`: the adapters of a running server, from a shell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from server.commands.admin_client import NOTE, Failed, ask, dump, flags, named, size, talk
+from server.console import facts, table
+
+if TYPE_CHECKING:
+    import httpx
+
+POLL_S = 0.3
+
+_EPILOG = f"""\
+examples:
+  coxswain adapters list
+  coxswain adapters load sql ./adapters/sql        a folder under one of the server's roots
+  coxswain adapters load sql hf://owner/sql-lora@main --version 2 --replace
+  coxswain adapters pin sql
+  coxswain adapters unload sql
+  coxswain adapters list --json                    for programs
+
+A request then says {{"model": "sql"}}, or {{"adapters": [{{"name": "sql", "weight": 0.5}}]}}.
+{NOTE}
+"""
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the command line's grammar.
+
+    Args:
+        commands: argparse's sub-parsers.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    top = commands.add_parser("adapters", help="list, load and unload adapters of a server",
+                              epilog=_EPILOG, formatter_class=raw)  # fmt: skip
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    flags(verbs.add_parser("list", help="all adapters, as a table"))
+    load = flags(verbs.add_parser("load", help="load one, and wait until it is ready"))
+    load.add_argument("name", metavar="NAME", help="what requests will call it")
+    load.add_argument("source", metavar="SOURCE",
+                      help="a folder, hf://owner/name[@revision], s3://bucket/folder or "
+                      "https://host/folder")  # fmt: skip
+    load.add_argument("--version", default="1", help="a label: requests may say NAME@VERSION")
+    load.add_argument("--stream", default="base", help="the stream that it changes")
+    load.add_argument("--pin", action="store_true", help="never evict it")
+    load.add_argument("--replace", action="store_true", help="replace what has this name")
+    load.add_argument("--no-wait", action="store_true", help="do not wait until it is ready")
+    others = {"show": "everything about one", "unload": "unload one",
+              "pin": "keep one in the engine", "unpin": "let it be evicted"}  # fmt: skip
+    for verb, text in others.items():
+        flags(verbs.add_parser(verb, help=text)).add_argument("name", metavar="NAME")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Runs one verb.
+
+    Returns:
+        The exit status.
+    """
+    return talk(given, lambda client: _run(given, client))
+
+
+def _run(given: argparse.Namespace, client: httpx.Client) -> int:
+    if given.verb == "list":
+        found = ask(client, "GET", "adapters")
+        dump(found) if given.json else _list(found)
+        return 0
+    if given.verb == "load":
+        record = _load(given, client)
+        told = _progress(record)
+    else:
+        one = named("adapters", given.name)
+        calls = {"show": ("GET", one), "unload": ("DELETE", one),
+                 "pin": ("POST", f"{one}/pin"), "unpin": ("POST", f"{one}/unpin")}  # fmt: skip
+        record = ask(client, *calls[given.verb])
+        told = {
+            "show": facts(record),
+            "unload": f"{given.name} is unloading: new requests no longer find it",
+        }.get(given.verb, f"{given.name} is {'pinned' if record['pinned'] else 'not pinned'}")
+    dump(record) if given.json else print(told)
+    return 0
+
+
+def _load(given: argparse.Namespace, client: httpx.Client) -> dict[str, Any]:
+    source = given.source
+    if source.startswith((".", "~")) or Path(source).is_dir():
+        source = str(Path(source).expanduser().resolve())
+    body = {"name": given.name, "source": source, "version": given.version,
+            "stream": given.stream, "pin": given.pin, "replace": given.replace}  # fmt: skip
+    record: dict[str, Any] = ask(client, "POST", "adapters", json=body)
+    with _Watched() as watched:
+        while not given.no_wait and record["state"] not in ("ready", "failed"):
+            watched.see(record)
+            time.sleep(POLL_S)
+            record = ask(client, "GET", named("adapters", given.name))
+    if record["state"] == "failed":
+        raise Failed(f"{given.name}: {record['reason']}")
+    return record
+
+
+class _Watched:
+    """Tells on standard error how far a load is: a bar on a terminal, elsewhere a line for each
+    change.
+    """
+
+    def __init__(self) -> None:
+        self._said = ""
+        self._bar: Any = None
+
+    def __enter__(self) -> _Watched:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            form = "{desc}: {n_fmt} in {elapsed}, {rate_fmt}"
+            self._bar = tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False,
+                             bar_format=form)  # fmt: skip
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def see(self, record: dict[str, Any]) -> None:
+        """What is known now."""
+        text = _progress(record)
+        if self._bar is not None:
+            self._bar.set_description(f"{record['name']}: {record['state']}", refresh=False)
+            self._bar.n = record["progress_bytes"]
+            self._bar.refresh()
+        elif text != self._said:
+            print(text, file=sys.stderr)
+        self._said = text
+
+
+def _progress(record: dict[str, Any]) -> str:
+    text = f"{record['name']}@{record['version']}: {record['state']}"
+    if record["state"] == "downloading" and record["progress_bytes"]:
+        text += f", {size(record['progress_bytes'])}"
+    elif record["state"] == "ready":
+        text += f" ({record['kind']}, {size(record['size_bytes'])}, {record['digest'][:12]}…)"
+    return text
+
+
+def _list(found: dict[str, Any]) -> None:
+    rows = [("adapter", "version", "kind", "stream", "state", "size", "in the engine", "source")]
+    for record in found["adapters"]:
+        here = "pinned" if record["pinned"] else "yes" if record["here"]["resident"] else "no"
+        rows.append((
+            record["name"], record["version"], record["kind"] or "", record["stream"],
+            record["state"], size(record["size_bytes"]), here, record["source"],
+        ))  # fmt: skip
+    print(table(rows))
+    for record in found["adapters"]:
+        if why := record["reason"] or record["here"]["failure"]:
+            print(f"{record['name']}: {why}")
+    engine = found["engine"]
+    print(f"{engine['taken']} of {engine['places']} places in the engine are taken, "
+          f"{size(engine['bytes'])} of {size(engine['max_bytes'])}")  # fmt: skip
+    if found["registry"]["away"]:
+        print(f"the registry does not answer: {found['registry']['away']}")

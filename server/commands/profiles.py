@@ -1,0 +1,117 @@
+"""`coxswain profiles`: the profiles of a configuration file or of a running server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+from server.commands.admin_client import NOTE, Failed, ask, dump, flags, named, talk
+from server.console import facts, table
+
+if TYPE_CHECKING:
+    import httpx
+
+_EPILOG = f"""\
+examples:
+  coxswain profiles list                   of the running server
+  coxswain profiles list zoo.yaml          of a configuration file, without a server
+  coxswain profiles put mild '{{"method": "proxy_tuning", "expert": "chat",
+                               "anti_expert": "plain", "strength": 0.5}}'
+  coxswain profiles put mild @mild.json    from a file; @- from standard input
+  coxswain profiles show mild
+  coxswain profiles delete mild
+
+What is put is kept until the server ends; the configuration's own profiles cannot be replaced.
+{NOTE}
+"""
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the command line's grammar.
+
+    Args:
+        commands: argparse's sub-parsers.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    top = commands.add_parser("profiles", help="list, put and delete profiles",
+                              epilog=_EPILOG, formatter_class=raw)  # fmt: skip
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    listing = flags(verbs.add_parser("list", help="all profiles, as a table"))
+    listing.add_argument("config", metavar="CONFIG", type=Path, nargs="?",
+                         help="a YAML file (default: the running server)")  # fmt: skip
+    show = flags(verbs.add_parser("show", help="everything about one"))
+    put = flags(verbs.add_parser("put", help="add or replace one, until the server ends"))
+    delete = flags(verbs.add_parser("delete", help="forget one that was put"))
+    for one in (show, put, delete):
+        one.add_argument("name", metavar="NAME", help="what requests call it")
+    put.add_argument("spec", metavar="JSON", help="the profile, or @FILE, or @- to read it")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Runs one verb.
+
+    Returns:
+        The exit status.
+    """
+    if given.verb == "list" and given.config is not None:
+        from server.settings.file import load
+
+        profiles = load(given.config).profiles
+        _list([{"name": n, "origin": "config", **p.spec} for n, p in profiles.items()], given)
+        return 0
+    return talk(given, lambda client: _run(given, client))
+
+
+def _run(given: argparse.Namespace, client: httpx.Client) -> int:
+    if given.verb == "list":
+        _list(ask(client, "GET", "profiles")["profiles"], given)
+        return 0
+    one = named("profiles", given.name)
+    if given.verb == "show":
+        record = ask(client, "GET", one)
+        dump(record) if given.json else print(facts(record))
+    elif given.verb == "put":
+        record = ask(client, "PUT", one, json=_spec(given.spec))
+        dump(record) if given.json else print(f"{given.name}: {record['method']}")
+    else:
+        ask(client, "DELETE", one)
+        dump({"name": given.name, "deleted": True}) if given.json else print(
+            f"{given.name} is gone; requests that use it now finish"
+        )
+    return 0
+
+
+def _spec(text: str) -> object:
+    """The profile that was written, or that is in a file.
+
+    Raises:
+        Failed: it cannot be read, or is not JSON.
+    """
+    try:
+        if text == "@-":
+            text = sys.stdin.read()
+        elif text.startswith("@"):
+            text = Path(text[1:]).read_text(encoding="utf-8")
+        found: object = json.loads(text)
+    except OSError as error:
+        raise Failed(f"{text[1:]}: {error.strerror}") from error
+    except ValueError as error:
+        raise Failed(f"the profile is not JSON: {error}") from error
+    return found
+
+
+def _list(found: list[dict[str, Any]], given: argparse.Namespace) -> None:
+    if given.json:
+        dump({"profiles": found})
+        return
+    rows = [("profile", "origin", "method", "options")]
+    for record in found:
+        # A template has many lines, a table one for each profile.
+        options = ", ".join(f"{key}={shorten(str(value), 60)}" for key, value in record.items()
+                            if key not in ("name", "origin", "method"))  # fmt: skip
+        rows.append((record["name"], record["origin"], record["method"], options))
+    print(table(rows))

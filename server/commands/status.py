@@ -1,0 +1,108 @@
+"""`coxswain status` and `coxswain drain`: how a running server is, and its orderly end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from server.commands.admin_client import NOTE, ask, dump, flags, talk
+from server.console import facts, table
+
+if TYPE_CHECKING:
+    import httpx
+
+POLL_S = 0.3
+
+_STATUS = f"""\
+examples:
+  coxswain status
+  coxswain status --json
+
+{NOTE}
+"""
+
+_DRAIN = f"""\
+examples:
+  coxswain drain                           waits until the server has ended
+  coxswain drain --no-wait
+
+Requests that run finish, up to the server's `server.drain_timeout_s`; new ones get 503.
+{NOTE}
+"""
+
+
+def add(commands: Any) -> None:
+    """Adds both commands to the command line's grammar.
+
+    Args:
+        commands: argparse's sub-parsers.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    flags(commands.add_parser("status", help="how a running server is", epilog=_STATUS,
+                              formatter_class=raw))  # fmt: skip
+    drain = flags(commands.add_parser("drain", help="let a server finish what runs, and end",
+                                      epilog=_DRAIN, formatter_class=raw))  # fmt: skip
+    drain.add_argument("--no-wait", action="store_true", help="do not wait until it has ended")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Runs one of the two.
+
+    Returns:
+        The exit status.
+    """
+    work = _status if given.command == "status" else _drain
+    return talk(given, lambda client: work(given, client))
+
+
+def _status(given: argparse.Namespace, client: httpx.Client) -> int:
+    found = ask(client, "GET", "status")
+    streams = ask(client, "GET", "streams")["streams"]
+    if given.json:
+        dump({**found, "streams": streams})
+        return 0
+    versions = {name: version for name, version in found["versions"].items() if version}
+    # The table below says more of the streams.
+    print(facts({**{k: v for k, v in found.items() if k != "streams"}, "versions": versions}))
+    print()
+    rows = [("stream", "architecture", "tokens run", "passes")]
+    rows += [(one["name"], str(one.get("architecture", "")), str(one["tokens"]),
+              str(one["passes"])) for one in streams]  # fmt: skip
+    print(table(rows))
+    return 0
+
+
+def _drain(given: argparse.Namespace, client: httpx.Client) -> int:
+    answer = ask(client, "POST", "drain")
+    running = int(answer["in_flight"])
+    if not given.no_wait:
+        _wait(client, running)
+    if given.json:
+        dump(answer)
+    elif given.no_wait:
+        print(f"draining: {running} requests run")
+    else:
+        print("the server has ended")
+    return 0
+
+
+def _wait(client: httpx.Client, running: int) -> None:
+    """Waits until nothing answers; shows how many requests are still to finish."""
+    import httpx
+    from tqdm import tqdm
+
+    form = "draining: {n_fmt} of {total_fmt} requests finished |{bar}| {elapsed}"
+    shown = sys.stderr.isatty() and running > 0
+    with tqdm(total=running, bar_format=form, disable=not shown, leave=False) as bar:
+        while True:
+            try:
+                left = int(client.get("/ready").json()["in_flight"])
+            except httpx.TransportError:
+                return
+            except (ValueError, LookupError, TypeError):
+                left = running  # a proxy answers in its place
+            bar.n = running - min(left, running)
+            bar.refresh()
+            time.sleep(POLL_S)

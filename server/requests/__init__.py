@@ -1,0 +1,1 @@
+"""What a request asks for, from its fields to what the engine is given."""

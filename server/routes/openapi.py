@@ -1,0 +1,144 @@
+"""The OpenAPI schema of `steering`: one typed choice for each installed method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from server.operation.auth import is_admin
+from steering.method import Method
+
+_BODIES = ("SteeredChatRequest", "SteeredCompletionRequest", "SteeredResponsesRequest")
+
+EXAMPLES: list[Any] = [
+    "my-profile",
+    {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain", "strength": 0.8},
+    {"profile": "my-profile", "strength": 0.5, "report": True},
+]
+
+
+def steering_schema(
+    methods: Mapping[str, Method[Any]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The schema of the field, and the component schemas that it refers to.
+
+    Args:
+        methods: the installed methods.
+    """
+    components: dict[str, Any] = {}
+    choices: list[dict[str, Any]] = [
+        {"type": "string", "description": "A profile's name.", "title": "Profile"}
+    ]
+    for name, method in methods.items():
+        schema = method.config.model_json_schema(ref_template="#/components/schemas/{model}")
+        components |= schema.pop("$defs", {})
+        title = f"steering_{name}"
+        components[title] = schema
+        choices.append({"$ref": f"#/components/schemas/{title}"})
+    choices.append(
+        {
+            "type": "object",
+            "title": "ProfileOverride",
+            "description": "A profile with some of its options changed. `profile` may be left "
+            "out where the request's model is a profile.",
+            "properties": {"profile": {"type": "string"}},
+        }
+    )
+    choices.append({"type": "null"})
+    field = {
+        "title": "Steering",
+        "description": "How this request is steered.",
+        "anyOf": choices,
+        "examples": EXAMPLES,
+    }
+    return field, components
+
+
+def _error_schema() -> dict[str, Any]:
+    null_or_text = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+    fields = {"message": {"type": "string"}, "type": {"type": "string"},
+              "param": null_or_text, "code": null_or_text}  # fmt: skip
+    error = {"type": "object", "properties": fields, "required": list(fields)}
+    return {"type": "object", "properties": {"error": error}, "required": ["error"]}
+
+
+def statuses(path: str, operation: dict[str, Any]) -> list[int]:
+    """The errors that an operation may answer with.
+
+    Args:
+        path: as in the schema.
+        operation: its entry there.
+    """
+    found = {500, 503}
+    inference = path.startswith(("/v1/", "/tokenize", "/detokenize"))
+    if inference or is_admin(path):
+        found |= {401, 403, 504}
+    if inference:
+        found.add(429)
+    if "{" in path or "adapter" in path:
+        found |= {400, 404, 409}
+    if "requestBody" in operation:
+        found |= {400, 404, 408, 413, 422, 501}
+    if "adapter" in path:
+        found.add(507)
+    return sorted(found)
+
+
+def _tell_errors(schema: dict[str, Any]) -> None:
+    """Our one shape of errors in place of FastAPI's own."""
+    schema["components"]["schemas"]["Error"] = _error_schema()
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            for status in statuses(path, operation):
+                told = {"description": HTTPStatus(status).phrase, "content": content}
+                operation["responses"].setdefault(str(status), told)
+
+
+def _probes() -> dict[str, Any]:
+    """The two paths that the gate answers before there is an application."""
+    fields = {"status": {"type": "string"}, "in_flight": {"type": "integer"},
+              "reason": {"type": "string"}}  # fmt: skip
+    shape = {"type": "object", "properties": fields, "required": ["status", "in_flight"]}
+    content = {"application/json": {"schema": shape}}
+    said = {"/health": "whether the process is of use", "/ready": "whether it takes requests"}
+    return {
+        path: {
+            "get": {
+                "summary": f"Says {what}.",
+                "operationId": path.strip("/"),
+                "responses": {
+                    "200": {"description": "It is.", "content": content},
+                    "503": {"description": "It is not; `reason` says why.", "content": content},
+                },
+            }
+        }
+        for path, what in said.items()
+    }
+
+
+def install(app: FastAPI, methods: Mapping[str, Method[Any]]) -> None:
+    """Makes the application's schema show the methods."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(
+                title=app.title, version=app.version, description=app.description,
+                routes=app.routes,
+            )  # fmt: skip
+            field, components = steering_schema(methods)
+            schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+            schemas |= components
+            for body in _BODIES:
+                schemas[body]["properties"]["steering"] = field
+            schema["paths"] |= _probes()
+            _tell_errors(schema)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,1 @@
+"""What an operator sets: the configuration file, the command line, the environment."""

@@ -1,0 +1,377 @@
+"""The configuration file: what is served, read once at start, frozen.
+
+Every setting has a default, a unit and a sentence; `docs/configuration.md` is generated from the
+descriptions below (`coxswain reference`). `server.settings.file` reads the file.
+Needs pydantic only.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, SecretStr, model_validator
+
+from server.settings.operating import (
+    LimitsConfig,
+    LoggingConfig,
+    MetricsConfig,
+    Rate,
+    Section,
+    ServerConfig,
+    TracingConfig,
+)
+from server.validation import is_unicode
+from steering.method import Limits
+from steering.spec import Profile, Range
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
+"""Names of streams and profiles: they appear in URLs and metric labels."""
+
+RESERVED_ENGINE = {
+    "model": "use the top-level `model`",
+    "served_model_name": "use the top-level `served_model_name`",
+    "additional_config": "Coxswain sets it",
+    "worker_extension_cls": "Coxswain sets it",
+    "scheduler_cls": "Coxswain sets it",
+    "disable_hybrid_kv_cache_manager": "Coxswain sets it",
+    "hf_overrides": "Coxswain sets it",
+    "speculative_config": "use `steering.speculation`",
+    **dict.fromkeys(
+        (
+            "enable_lora",
+            "lora_modules",
+            "max_loras",
+            "max_cpu_loras",
+            "max_lora_rank",
+            "fully_sharded_loras",
+            "lora_target_modules",
+            "default_mm_loras",
+        ),
+        "use the section `adapters`",
+    ),
+}
+"""Engine arguments that the server fills in itself, and what to do instead."""
+
+
+class ConfigInvalid(Exception):
+    """The configuration cannot be used.
+
+    Args:
+        problems: one line each, naming the field.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(problems))
+
+
+class StreamConfig(Section):
+    """One stream beside the base. Give exactly one of `model`, `same_as`, `on`."""
+
+    model: str | None = Field(
+        None, description="Folder (relative to this file) or Hugging Face id of a companion model."
+    )
+    same_as: str | None = Field(
+        None,
+        description="Another stream whose weights are used again, with a key-value cache of its "
+        "own: for another prompt, or without the adapter. At present only `base`.",
+    )
+    on: str | None = Field(
+        None, description="The stream whose last hidden state a classifier head reads."
+    )
+    head: Literal["value", "classifier", "q"] | None = Field(
+        None,
+        description="What the stream computes instead of token scores: the value of a text, a "
+        "class, or (q) the value of each next token, one row of the unembedding for each. Absent: "
+        "token scores.",
+    )
+    path: str | None = Field(
+        None,
+        description="Folder with the head's tensors, where they are not in `model`. Beside `model` "
+        "it may hold a PEFT LoRA of the body too, which is merged when it is loaded.",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> StreamConfig:
+        given = [name for name in ("model", "same_as", "on") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of model, same_as, on; got {', '.join(given) or 'none'}"
+            )
+        if self.on is not None and (self.head is None or self.path is None):
+            raise ValueError("`on` needs `head` and `path`")
+        if self.on is not None and self.head == "value":
+            raise ValueError("a value head needs a `model` of its own: it reads candidate tokens")
+        if self.head == "q" and (self.model is None or self.path is not None):
+            raise ValueError("a q head is the unembedding of its `model`; give nothing else")
+        if self.same_as is not None and self.head is not None:
+            raise ValueError("`head` goes with `model` or `on`")
+        if self.path is not None and self.head is None:
+            raise ValueError("`path` goes with `head`")
+        return self
+
+
+class PreloadConfig(Section):
+    """One adapter that is there from the start."""
+
+    name: str = Field(description="What requests call it.")
+    source: str = Field(
+        description="A folder (relative to this file), `hf://owner/name[@revision][/folder]`, "
+        "`s3://bucket/folder` or `https://host/folder`."
+    )
+    version: str = Field("1", description="A label; requests may say `name@version`.")
+    stream: str = Field("base", description="The stream whose layers it changes.")
+    pin: bool = Field(False, description="Whether it is never evicted from the engine.")
+
+
+class AdaptersConfig(Section):
+    """LoRA adapters and MeteoRA packs. Absent: the engine runs without LoRA."""
+
+    roots: tuple[str, ...] = Field((), description="Directories that adapters may come from.")
+    remotes: tuple[str, ...] = Field(
+        (),
+        description="Beginnings of sources elsewhere that are allowed: `hf://owner`, "
+        "`s3://bucket/folder`, `https://host/folder`; `hf://` allows the whole hub.",
+    )
+    preload: tuple[PreloadConfig, ...] = Field(
+        (),
+        description="Adapters to load at start. One that cannot be served ends the start; one "
+        "that is registered otherwise is replaced.",
+    )
+    max_loaded: int = Field(
+        8,
+        ge=1,
+        le=1024,
+        description="Adapters (sets of them, where requests mix) that the engine holds at the "
+        "same time. Any number may be ready; the least recently used make room. Each place takes "
+        "memory in every layer, used or not: see `coxswain doctor`.",
+    )
+    max_rank: int = Field(
+        64,
+        ge=1,
+        le=512,
+        description="Largest rank of what one request uses: of its adapters together, or of a "
+        "pack: the sum of its adapters' ranks and their number.",
+    )
+    max_loaded_bytes: int = Field(
+        8 << 30,
+        ge=1,
+        description="Largest size of the adapters in the engine together, in bytes.",
+    )
+    max_bytes: int = Field(
+        4 << 30, ge=1, description="Largest size of one adapter, all its files together, in bytes."
+    )
+    fetch_timeout_s: float = Field(
+        1800.0, gt=0, description="How long fetching one adapter may take, in seconds."
+    )
+    store: str | None = Field(
+        None,
+        description="Directory of the adapters' copies, one folder per content; replicas may share "
+        "it. Absent: `adapters` in `registry.directory`.",
+    )
+    s3_endpoint: str | None = Field(
+        None, description="URL of an S3-compatible server. Absent: AWS."
+    )
+
+
+class RegistryConfig(Section):
+    """Where adapters are recorded, for servers with adapters."""
+
+    url: str | None = Field(
+        None,
+        description="`redis://…`, `rediss://…` or `unix://…` of a durable Redis that replicas "
+        "share. Absent: a private redis-server, started on a unix socket.",
+    )
+    namespace: str = Field(
+        "coxswain",
+        pattern=r"^[A-Za-z0-9_.:-]{1,64}$",
+        description="One registry among several in one Redis.",
+    )
+    directory: str | None = Field(
+        None,
+        description="Where the private redis-server keeps its files. Absent: "
+        "`$XDG_STATE_HOME/coxswain/<name of the base>`.",
+    )
+
+
+class SpeculationConfig(Section):
+    """A stream drafts tokens, which one step of all streams verifies. Replies stay the steered
+    model's own. Requests that do not use the stream go on without drafts; `min_p` and
+    `logit_bias` are refused.
+    """
+
+    draft: str = Field(
+        description="The stream that drafts, e.g. a profile's expert: a language model with a "
+        "`model` of its own, much cheaper than the base."
+    )
+    tokens: int = Field(4, ge=1, le=16, description="Drafts per step.")
+
+
+class SteeringConfig(Section):
+    """What callers may ask for."""
+
+    inline: bool = Field(
+        True,
+        description="Whether requests may bring methods and options of their own; "
+        "false: profiles only.",
+    )
+    strength: Range = Field(
+        (0.0, 10.0), description="Closed range for every `strength`; its lower end is at least 0."
+    )
+    weight: Range = Field((-10.0, 10.0), description="Closed range for every weight.")
+    max_top_k: int = Field(
+        64,
+        ge=1,
+        le=1024,
+        description="Most candidates that a request may have value streams evaluate. Each value "
+        "stream's key-value cache has two blocks more for each.",
+    )
+    max_best_of: int = Field(
+        64,
+        ge=1,
+        le=1024,
+        description="Most replies that a `best_of_n` request may choose from. They are drawn at "
+        "the same time, as far as `max_num_seqs` of the engine goes.",
+    )
+    speculation: SpeculationConfig | None = Field(
+        None, description="A stream that drafts. Absent: every step draws one token."
+    )
+    one_product: list[list[str]] = Field(
+        [],
+        description="Sets of streams, e.g. `[[chat, plain]]`: a step in which all requests add "
+        "just these to the base is read out in one matrix product. Each set takes a copy of the "
+        "base's and its own unembeddings. Steps are 5 to 7 % shorter on CPUs (`make bench`); "
+        "not measured on GPUs, where it does nothing.",
+    )
+    chat_templates: bool = Field(
+        True,
+        description="Whether requests may bring chat templates for streams. They are rendered in "
+        "a process of their own, for at most 2 s and 512 MiB each.",
+    )
+
+    @model_validator(mode="after")
+    def _not_negative(self) -> SteeringConfig:
+        if self.strength[0] < 0:
+            raise ValueError("strength: negative strengths undo a model's tuning; start at 0")
+        return self
+
+    @property
+    def limits(self) -> Limits:
+        """The ranges as the methods want them."""
+        return Limits(self.strength, self.weight, self.max_top_k, self.max_best_of)
+
+
+def _usable_key(key: SecretStr) -> SecretStr:
+    text = key.get_secret_value()
+    if not text.strip():
+        raise ValueError("a key must not be empty")
+    if not is_unicode(text):
+        raise ValueError("a key must be Unicode text")
+    if text.startswith(HASHED) and not re.fullmatch(r"[0-9a-f]{64}", text.removeprefix(HASHED)):
+        raise ValueError(f"after {HASHED} come 64 lower-case hex digits")
+    return key
+
+
+HASHED = "sha256:"
+"""What a hashed key in the configuration begins with."""
+
+Key = Annotated[SecretStr, AfterValidator(_usable_key)]
+"""A key as it is, or `sha256:` and the hex SHA-256 of it."""
+
+
+class LimitedKey(Rate):
+    """A key in `auth.api_keys` with limits of its own. A rate that is not given is that of the
+    section `limits`; `null`: no limit.
+    """
+
+    key: Key = Field(description="The key, or `sha256:` and its hash.")
+    profiles: tuple[str, ...] | None = Field(
+        None,
+        description="The profiles it may use, by name; it may then send no steering of its own. "
+        "The base without steering stays open to it. Absent: all profiles, and its own steering.",
+    )
+    adapters: tuple[str, ...] | None = Field(
+        None, description="The adapters it may use, by name. Absent: all."
+    )
+
+
+class AuthConfig(Section):
+    """Keys. An empty list and no key mean: no authentication."""
+
+    api_keys: tuple[Key | LimitedKey, ...] = Field(
+        (),
+        description="Keys for `/v1/*` and tokenisation (environment: `COXSWAIN_API_KEYS`, "
+        "separated by commas). Each is the key itself, or `sha256:` and the hex SHA-256 of it "
+        "(`printf %s KEY | sha256sum`), or an object with limits.",
+    )
+    admin_key: Key | None = Field(
+        None,
+        description="Key for `/admin/*` (environment: `COXSWAIN_ADMIN_KEY`), plain or `sha256:…`. "
+        "Without one the admin API answers only when the server is bound to loopback.",
+    )
+
+
+class ChatConfig(Section):
+    """How chat requests are rendered and read."""
+
+    template: str | None = Field(
+        None,
+        description="Jinja chat template for the base (file relative to this one, or text). "
+        "Absent: the tokenizer's own.",
+    )
+    content_format: Literal["auto", "string", "openai"] = Field(
+        "auto", description="How message content is given to the template."
+    )
+    tool_call_parser: str | None = Field(
+        None,
+        description="vLLM tool parser for the base, e.g. `hermes`; turns on tool choice `auto`.",
+    )
+    reasoning_parser: str | None = Field(None, description="vLLM reasoning parser for the base.")
+
+
+class Config(Section):
+    """The whole file."""
+
+    model: str = Field(
+        min_length=1,
+        description="The base: folder (relative to this file) or Hugging Face id.",
+    )
+    served_model_name: str | None = Field(
+        None, description="What clients call the base. Absent: the last part of `model`."
+    )
+    streams: dict[str, StreamConfig] = Field(
+        default_factory=dict, description="The streams beside the base, by name."
+    )
+    profiles: dict[str, Profile] = Field(
+        default_factory=dict, description="Named steering, by name; also served as models."
+    )
+    steering: SteeringConfig = Field(default_factory=SteeringConfig)
+    auth: AuthConfig = Field(default_factory=AuthConfig)
+    server: ServerConfig = Field(default_factory=ServerConfig)
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    tracing: TracingConfig | None = Field(None)
+    chat: ChatConfig = Field(default_factory=ChatConfig)
+    playground: bool = Field(
+        True, description="Whether `/playground` serves a page for trying steering by hand."
+    )
+    adapters: AdaptersConfig | None = Field(None)
+    registry: RegistryConfig | None = Field(None)
+    plugins: tuple[str, ...] = Field(
+        (),
+        description="Distributions whose steering methods may load (allow-list). Coxswain's "
+        "own methods are always there.",
+    )
+    engine: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Any vLLM engine argument by its Python name, e.g. `max_model_len: 4096`. On "
+        "a CPU, `kv_cache_memory_bytes` is by default room for 64 requests of full length, but "
+        "at most half of the memory that is free.",
+    )
+
+    @property
+    def name(self) -> str:
+        """What clients call the base."""
+        return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]

@@ -1,0 +1,175 @@
+"""The sections of the configuration that say how a server is operated: sizes, times, limits, and
+what it tells of itself. See `server.settings.config`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, nothing changes after the start."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Rate(Section):
+    """What a caller may take in a minute. None: as much as it likes."""
+
+    requests_per_minute: int | None = Field(
+        None,
+        ge=1,
+        description="Inference and tokenisation requests of one API key in a minute that begins "
+        "with the first of them; one more: 429. Without `auth.api_keys`: of all clients together. "
+        "Absent: any number.",
+    )
+    tokens_per_minute: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens, of prompts and replies together, of one API key in a minute. They "
+        "count when their request ends; once they are used up: 429. Absent: any number.",
+    )
+
+    @property
+    def limits(self) -> bool:
+        """Whether there is any limit."""
+        return self.requests_per_minute is not None or self.tokens_per_minute is not None
+
+
+class ServerConfig(Section):
+    """The HTTP side."""
+
+    host: str = Field("127.0.0.1", description="Address to bind.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to bind; 0: any free one.")
+    max_body_bytes: int = Field(
+        4 * 1024 * 1024, ge=1024, description="Largest request body, in bytes; larger: 413."
+    )
+    max_in_flight: int = Field(
+        1024,
+        ge=1,
+        description="Inference requests that may run or wait at the same time; one more: 429.",
+    )
+    drain_timeout_s: float = Field(
+        30.0,
+        ge=0,
+        le=3600,
+        description="How long running requests may finish after SIGTERM or POST /admin/drain, in "
+        "seconds.",
+    )
+    drain_notice_s: float = Field(
+        0.0,
+        ge=0,
+        le=600,
+        description="How long `/ready` says no before new requests are refused, in seconds: time "
+        "for load balancers to look elsewhere. It comes before `drain_timeout_s`.",
+    )
+    keep_alive_s: int = Field(
+        75,
+        ge=1,
+        le=3600,
+        description="How long a connection without a request is kept, in seconds; longer than load "
+        "balancers keep theirs (60 is usual), or they send requests into its end.",
+    )
+    engine_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        le=3600,
+        description="After how many seconds without an answer of the engine `/ready` says no, "
+        "until it answers again; more than the longest step, and than `counters_every_s`.",
+    )
+    counters_every_s: float = Field(
+        2.0, gt=0, le=60, description="How often the worker's token counters are read, in seconds."
+    )
+
+
+class LimitsConfig(Rate):
+    """What one request, and one caller, may take."""
+
+    max_prompt_tokens: int | None = Field(
+        None, ge=1, description="Longest prompt, in tokens; longer: 400. Absent: the context."
+    )
+    max_output_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Longest reply, in tokens; a request that asks for more: 400, one that does "
+        "not say how much gets this. Absent: what the context leaves.",
+    )
+    max_replies: int = Field(
+        1024,
+        ge=1,
+        description="Replies of one request: its prompts times `n`; more: 400.",
+    )
+    request_timeout_s: float = Field(
+        600.0,
+        gt=0,
+        le=86400,
+        description="How long one request may take from its first byte to the last of its answer, "
+        "in seconds; then it is broken off: 504, or an error at the end of a stream.",
+    )
+    body_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="How long a request's body may take to arrive, in seconds; longer: 408.",
+    )
+    redis: str | None = Field(
+        None,
+        pattern=r"^(redis|rediss|unix)://.+",
+        description="`redis://…`, `rediss://…` or `unix://…` of the Redis in which replicas count "
+        "requests and tokens per minute together. Absent: `registry.url`; without that too, each "
+        "replica counts for itself, as it does while Redis is away.",
+    )
+
+
+class MetricsConfig(Section):
+    """What `/metrics` shows beside what it always shows."""
+
+    report_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the steered requests without a `report` that are measured all the "
+        "same, for the series of KL, changed tokens and passes. Measuring makes the base's scores "
+        "in every step of such a request. 0: only requests with a report are measured.",
+    )
+
+
+class LoggingConfig(Section):
+    """What is written to standard error."""
+
+    format: Literal["text", "json"] = Field(
+        "text", description="`json`: one object per line, with time, level, message, request id."
+    )
+    requests: bool = Field(
+        False, description="Whether each inference request leaves a line when it ends."
+    )
+    prompts: bool = Field(
+        False, description="Whether that line has the request's prompt or messages in full."
+    )
+
+    @model_validator(mode="after")
+    def _line(self) -> LoggingConfig:
+        if self.prompts and not self.requests:
+            raise ValueError("prompts: goes with `requests: true`, whose lines they are put into")
+        return self
+
+
+class TracingConfig(Section):
+    """OpenTelemetry traces. Absent: none."""
+
+    endpoint: str = Field(
+        pattern=r"^https?://.+",
+        description="Where a collector takes OTLP: `http://host:4317`, or for `http/protobuf` "
+        "`http://host:4318/v1/traces`.",
+    )
+    protocol: Literal["grpc", "http/protobuf"] = Field("grpc", description="How it takes them.")
+    sample: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Share of the requests that are traced, where the caller's `traceparent` does "
+        "not decide it.",
+    )
+    service_name: str = Field("coxswain", description="`service.name` of the traces.")

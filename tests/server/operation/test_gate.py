@@ -1,0 +1,277 @@
+"""The gate: phases, keys, body limits, probes; in front of a small application, without engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import AsyncMock
+
+import httpx
+import pytest
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.types import Receive, Scope, Send
+
+from server.errors import HttpError, from_vllm
+from server.operation.auth import Access, Auth, access, is_loopback
+from server.operation.gate import Gate, strict_json
+from server.operation.rates import Rates
+from server.operation.state import Life
+from server.settings.config import Config
+from server.settings.file import parse
+
+BODY_LIMIT = 2000
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Reads the body and says how long it is."""
+    length, more = 0, True
+    try:
+        while more:
+            message = await receive()
+            length += len(message.get("body", b""))
+            more = message.get("more_body", False)
+    except HttpError as error:
+        await error(scope, receive, send)
+        return
+    await JSONResponse({"length": length})(scope, receive, send)
+
+
+def parsed_config(**config: Any) -> Config:
+    server = {"max_body_bytes": BODY_LIMIT, **config.pop("server", {})}
+    return parse({"model": "m", "server": server, **config}, Path("/nowhere"), {})
+
+
+def gate(**config: Any) -> Gate:
+    parsed = parsed_config(**config)
+    found = Gate(Life(), Auth(parsed), parsed.server, parsed.limits, Rates.of(parsed))
+    found.inner = echo
+    found.life.phase = "ready"
+    return found
+
+
+def client(app: Gate, host: str = "127.0.0.1") -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=f"http://{host}")
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+async def test_before_the_engine_is_up_only_probes_answer() -> None:
+    app = gate()
+    app.inner, app.life.phase, app.life.reason = None, "starting", "loading models: big"
+    async with client(app) as http:
+        assert (await http.get("/health")).status_code == 200
+        ready = await http.get("/ready")
+        assert ready.status_code == 503
+        assert ready.json()["reason"] == "loading models: big"
+        for path in ("/v1/models", "/metrics", "/nowhere"):
+            answer = await http.get(path)
+            assert answer.status_code == 503
+            assert int(answer.headers["retry-after"]) > 0
+            assert "loading models" in error_of(answer)["message"]
+
+
+async def test_draining_refuses_new_inference_but_answers_administration() -> None:
+    app = gate()
+    app.life.phase, app.life.reason = "draining", "asked to end"
+    async with client(app) as http:
+        answer = await http.post("/v1/completions", content=b"{}")
+        assert answer.status_code == 503
+        assert error_of(answer)["code"] == "draining"
+        assert "retry-after" in answer.headers
+        assert (await http.get("/admin/status")).status_code == 200
+        assert (await http.get("/health")).status_code == 200
+        assert (await http.get("/ready")).status_code == 503
+
+
+async def test_a_dead_engine_shows_in_both_probes() -> None:
+    app = gate()
+    app.life.phase, app.life.reason = "dead", "the engine process ended"
+    async with client(app) as http:
+        assert (await http.get("/health")).status_code == 503
+        ready = await http.get("/ready")
+        assert ready.status_code == 503
+        assert ready.json()["reason"] == "the engine process ended"
+
+
+async def test_api_keys_guard_inference_and_tokenisation_only() -> None:
+    app = gate(auth={"api_keys": ["one", "two"], "admin_key": "boss"})
+    async with client(app) as http:
+        for path in ("/v1/models", "/tokenize", "/detokenize"):
+            answer = await http.get(path)
+            assert answer.status_code == 401
+            assert error_of(answer)["type"] == "authentication_error"
+            assert (await http.get(path, headers=bearer("three"))).status_code == 401
+            assert (await http.get(path, headers=bearer("two"))).status_code == 200
+        for path in ("/health", "/ready", "/metrics"):
+            assert (await http.get(path)).status_code == 200
+
+
+async def test_the_admin_key_is_another_key() -> None:
+    app = gate(auth={"api_keys": ["one"], "admin_key": "boss"}, server={"host": "0.0.0.0"})
+    async with client(app) as http:
+        assert (await http.get("/admin/status")).status_code == 401
+        assert (await http.get("/admin/status", headers=bearer("one"))).status_code == 403
+        assert (await http.get("/admin/status", headers=bearer("boss"))).status_code == 200
+        assert (await http.get("/v1/models", headers=bearer("boss"))).status_code == 401
+
+
+async def test_without_an_admin_key_the_admin_api_is_for_loopback() -> None:
+    async with client(gate(server={"host": "0.0.0.0"})) as http:
+        assert (await http.get("/admin/status")).status_code == 403
+    async with client(gate()) as http:
+        assert (await http.get("/admin/status")).status_code == 200
+        evil = {"origin": "https://evil.example"}
+        assert (await http.post("/admin/drain", headers=evil)).status_code == 403
+    async with client(gate(), host="rebound.example") as http:
+        assert (await http.get("/admin/status")).status_code == 403
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize("size", [BODY_LIMIT + 1, 100 * BODY_LIMIT])
+async def test_large_bodies_are_refused_with_or_without_a_length(size: int) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for start in range(0, size, 500):
+            yield b"x" * min(500, size - start)
+
+    async with client(gate()) as http:
+        for content in (b"x" * size, chunks()):
+            answer = await http.post("/v1/completions", content=content)
+            assert answer.status_code == 413
+            assert error_of(answer)["code"] == "body_too_large"
+
+
+async def test_a_body_at_the_limit_passes() -> None:
+    async with client(gate()) as http:
+        answer = await http.post("/v1/completions", content=b"x" * BODY_LIMIT)
+        assert answer.json() == {"length": BODY_LIMIT}
+
+
+async def test_one_request_more_than_the_limit_is_told_to_come_back() -> None:
+    app = gate(server={"max_in_flight": 1})
+    running, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        running.set()
+        await go_on.wait()
+        await echo(scope, receive, send)
+
+    app.inner = slow
+    async with client(app) as http:
+        first = asyncio.create_task(http.post("/v1/completions"))
+        await running.wait()
+        refused = await http.post("/v1/completions")
+        assert refused.status_code == 429
+        assert error_of(refused)["code"] == "rate_limit_exceeded"
+        assert int(refused.headers["retry-after"]) > 0
+        assert (await http.get("/health")).status_code == 200
+        go_on.set()
+        assert (await first).status_code == 200
+        assert (await http.post("/v1/completions")).status_code == 200
+
+
+async def test_a_request_that_is_cut_off_before_its_answer_is_told() -> None:
+    app = gate()
+
+    async def endless(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        await asyncio.Event().wait()
+
+    app.inner = endless
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    task = asyncio.create_task(app(scope, AsyncMock(), send))
+    await asyncio.sleep(0)
+    task.cancel()
+    await task
+    assert sent[0]["status"] == 503
+    assert json.loads(sent[1]["body"])["error"]["code"] == "draining"
+    assert app.life.in_flight == 0
+
+
+async def test_requests_in_flight_are_counted_and_a_crash_is_contained() -> None:
+    app = gate()
+    seen = []
+
+    async def crash(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(app.life.in_flight)
+        await PlainTextResponse("broken", 500)(scope, receive, send)
+        raise RuntimeError("a bug")
+
+    app.inner = crash
+    async with client(app) as http:
+        assert (await http.post("/v1/completions")).status_code == 500
+    assert seen == [1]
+    assert app.life.in_flight == 0
+    assert app.life.idle.is_set()
+
+
+@pytest.mark.parametrize(
+    ("raw", "param"),
+    [
+        (b'{"steering": {"strength": NaN}}', "steering.strength"),
+        (b'{"steering": {"weights": {"chat": 1e999}}}', "steering.weights.chat"),
+        (b'{"a": [1, -Infinity]}', "a.1"),
+        (b'{"prompt": "\\ud800"}', "prompt"),
+        (b'{"prompt": ', None),
+        (b'{"a": ' + b"[" * 100_000, None),
+        (b'{"a": ' + b"9" * 10_000 + b"}", None),
+    ],
+)
+def test_what_json_does_not_have_is_refused_with_its_place(raw: bytes, param: str | None) -> None:
+    with pytest.raises(HttpError) as caught:
+        strict_json(raw)
+    assert caught.value.status == 400
+    assert caught.value.param == param
+
+
+def test_good_json_passes() -> None:
+    assert strict_json(b'{"a": [1.5, "\\u00e9\\ud83d\\ude00", 1e99]}') == {"a": [1.5, "é😀", 1e99]}
+
+
+def test_vllm_errors_get_our_shape() -> None:
+    found = from_vllm({"message": "no", "type": "NotFoundError", "param": "model", "code": 404})
+    assert (found.status, found.code) == (404, "model_not_found")
+    assert from_vllm({"message": "x", "param": "body.top_p", "code": 400}).param == "top_p"
+    appended = "top_p must be in (0, 1], got 3.0. (parameter=top_p, value=3.0)"
+    found = from_vllm({"message": appended, "param": "top_p", "code": 400})
+    assert (found.param, found.message) == ("top_p", "top_p must be in (0, 1], got 3.0.")
+    unnamed = from_vllm({"message": "n must be at least 1, got 0.", "param": None, "code": 400})
+    assert unnamed.param == "n"
+    assert from_vllm({"message": "Failed to transform", "param": None, "code": 400}).param is None
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("::1", True), ("[::1]", True), ("localhost", True),
+     ("0.0.0.0", False), ("192.168.0.1", False), ("example.org", False), ("", False)],
+)  # fmt: skip
+def test_loopback_is_recognised(host: str, local: bool) -> None:
+    assert is_loopback(host) is local
+
+
+async def test_the_application_learns_what_the_key_may_use() -> None:
+    seen: list[Access] = []
+
+    async def inner(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(access.get())
+        await PlainTextResponse("")(scope, receive, send)
+
+    app = gate(auth={"api_keys": ["wide", {"key": "narrow", "profiles": ["p"]}]})
+    app.inner = inner
+    async with client(app) as http:
+        for key in ("narrow", "wide"):
+            assert (await http.get("/v1/models", headers=bearer(key))).status_code == 200
+    assert seen == [Access(profiles=frozenset({"p"})), Access()]

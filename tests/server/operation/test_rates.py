@@ -1,0 +1,164 @@
+"""Rates per key: one count for all replicas with a Redis, one each without; on a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+from redis import Redis
+
+from adapters.registry.embedded import EmbeddedRedis
+from server.errors import HttpError
+from server.operation import rates as module
+from server.operation.rates import Rates
+from server.settings.operating import Rate
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    found = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
+    found.start()
+    yield found
+    found.stop()
+
+
+@asynccontextmanager
+async def replicas(url: str | None, namespace: str, **rate: int) -> AsyncIterator[list[Rates]]:
+    found = [Rates(Rate(**rate), url, namespace) for _ in range(2)]
+    try:
+        yield found
+    finally:
+        for each in found:
+            await each.close()
+
+
+async def refusal(rates: Rates, caller: str = "a", rate: Rate | None = None) -> HttpError:
+    with pytest.raises(HttpError) as caught:
+        await rates.admit(caller, rate)
+    assert caught.value.status == 429
+    return caught.value
+
+
+async def settled(rates: Rates) -> None:
+    await asyncio.gather(*rates._charging)
+
+
+async def test_replicas_share_the_requests_of_a_key(redis: EmbeddedRedis) -> None:
+    async with replicas(redis.url, "requests", requests_per_minute=3) as (one, two):
+        for replica in (one, two, one):
+            await replica.admit("a", None)
+        for replica in (one, two):
+            error = await refusal(replica)
+            assert error.reason == "requests_per_minute"
+            assert 55 <= (error.retry_after_s or 0) <= 60
+        await two.admit("b", None)
+
+
+async def test_replicas_share_the_tokens_of_a_key(redis: EmbeddedRedis) -> None:
+    async with replicas(redis.url, "tokens", tokens_per_minute=100) as (one, two):
+        await one.admit("a", None)
+        one.charge("a", None, 99)
+        await settled(one)
+        await two.admit("a", None)
+        two.charge("a", None, 1)
+        await settled(two)
+        error = await refusal(one)
+        assert error.reason == "tokens_per_minute"
+        assert "100 tokens per minute" in error.message
+
+
+async def test_many_at_once_never_pass_the_limit(redis: EmbeddedRedis) -> None:
+    async with replicas(redis.url, "many", requests_per_minute=20) as both:
+        asked = [both[i % 2].admit("a", None) for i in range(100)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+    assert sum(answer is None for answer in answers) == 20
+    assert all(answer is None or isinstance(answer, HttpError) for answer in answers)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+async def test_a_window_ends_and_another_begins(
+    redis: EmbeddedRedis, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WINDOW_S", 1)
+    url = redis.url if shared else None
+    async with replicas(url, "ends", requests_per_minute=1, tokens_per_minute=5) as (one, _):
+        await one.admit("a", None)
+        one.charge("a", None, 5)
+        await settled(one)
+        assert (await refusal(one)).retry_after_s == 1
+        await asyncio.sleep(1.05)
+        await one.admit("a", None)
+        assert (await refusal(one)).reason == "requests_per_minute"
+
+
+async def test_a_window_does_not_outlast_a_clock_that_was_set_back(redis: EmbeddedRedis) -> None:
+    """Set back by an hour, Redis's clock makes every window an hour longer."""
+    async with replicas(redis.url, "back", requests_per_minute=1, tokens_per_minute=5) as (one, _):
+        await one.admit("a", None)
+        one.charge("a", None, 5)
+        await settled(one)
+        with Redis(unix_socket_path=str(redis.socket)) as client:
+            for what in ("requests", "tokens"):
+                client.pexpire(f"{{back:rates:a}}:{what}", 3_660_000)
+            assert (await refusal(one)).retry_after_s == 60
+            for what in ("requests", "tokens"):
+                left_ms = client.pttl(f"{{back:rates:a}}:{what}")
+                assert isinstance(left_ms, int) and 0 < left_ms <= 60_000
+
+
+async def test_a_key_s_own_rate_takes_the_place_of_the_default() -> None:
+    async with replicas(None, "own", requests_per_minute=1) as (one, _):
+        own, free = Rate(requests_per_minute=2), Rate()
+        for _ in range(2):
+            await one.admit("a", own)
+        assert (await refusal(one, "a", own)).message.startswith("This key's limit of 2 requests")
+        for _ in range(5):
+            await one.admit("b", free)
+
+
+async def test_while_redis_is_away_each_replica_counts_for_itself(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(module, "AGAIN_S", 0.2)
+    server = EmbeddedRedis(tmp_path_factory.mktemp("away"))
+    server.start()
+    try:
+        async with replicas(server.url, "away", requests_per_minute=2) as (one, two):
+            await one.admit("a", None)
+            assert server.pid is not None
+            os.kill(server.pid, signal.SIGSTOP)  # it neither answers nor refuses
+            began = time.monotonic()
+            for replica in (one, two):
+                for _ in range(2):
+                    await replica.admit("a", None)
+                assert replica.away
+                await refusal(replica)
+            assert time.monotonic() - began < 6 * 2 * module.ANSWER_S
+            os.kill(server.pid, signal.SIGCONT)
+            await asyncio.sleep(0.3)
+            # What it had not answered it has counted by now, and here it counted too: late, the
+            # caller gets less than its limit, never more.
+            for replica in (one, two):
+                await replica.admit("b", None)
+                assert not replica.away
+            await refusal(one, "b")
+    finally:
+        server.stop()
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("counts for itself" in line for line in said) == 2
+    assert sum("answers again" in line for line in said) == 2
+
+
+async def test_without_limits_redis_is_not_asked() -> None:
+    rates = Rates(Rate(), "redis://127.0.0.1:1/0")
+    await rates.admit("a", None)
+    rates.charge("a", None, 10)
+    assert not rates.away
+    await rates.close()

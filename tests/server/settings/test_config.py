@@ -1,0 +1,181 @@
+"""The configuration: what is accepted, and how problems are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from server.settings import config
+from server.settings.config import Config, ConfigInvalid
+from server.settings.file import load, parse
+from server.settings.operating import Section
+from server.settings.reference import reference
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def refused(document: object, folder: Path = Path("/nowhere")) -> str:
+    with pytest.raises(ConfigInvalid) as caught:
+        parse(document, folder, {})
+    return str(caught.value)
+
+
+def test_the_documented_example_is_accepted() -> None:
+    parsed = parse(
+        {
+            "model": "org/big",
+            "served_model_name": "big",
+            "streams": {
+                "chat": {"model": "org/chat"},
+                "value": {"model": "org/value", "head": "value"},
+                "probe": {"on": "base", "head": "classifier", "path": "org/probe"},
+                "twin": {"same_as": "base"},
+            },
+            "profiles": {"big-chat": {"method": "mix", "weights": {"base": 1, "chat": 0.5}}},
+            "adapters": {"roots": ["/adapters"], "preload": [{"name": "a", "source": "b"}]},
+            "registry": {"url": "redis://localhost"},
+            "steering": {"inline": False, "strength": [0, 3], "weight": [-1, 1]},
+            "auth": {"api_keys": ["k"], "admin_key": "a"},
+            "engine": {"max_model_len": 128},
+        },
+        Path("/nowhere"),
+        {},
+    )
+    assert parsed.name == "big"
+    assert parsed.profiles["big-chat"].spec == {
+        "method": "mix",
+        "weights": {"base": 1, "chat": 0.5},
+    }
+    assert parsed.steering.limits.strength == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ({}, "model: is required"),
+        ([], "must be a mapping"),
+        ({"model": "a", "modle": 1}, "modle: unknown field"),
+        ({"model": "a", "server": {"port": 70000}}, "server.port: is too large (got 70000)"),
+        ({"model": "a", "server": {"prot": 1}}, "server.prot: unknown field"),
+        ({"model": "a", "streams": {"base": {"model": "b"}}}, "streams.base: the name is taken"),
+        ({"model": "a", "streams": {"c": {}}}, "exactly one of model, same_as, on"),
+        ({"model": "a", "streams": {"c": {"same_as": "d"}}}, "streams.c.same_as: no such stream"),
+        ({"model": "a", "streams": {"x/y": {"model": "b"}}}, "not a usable name"),
+        ({"model": "a", "steering": {"strength": [-1, 3]}}, "start at 0"),
+        ({"model": "a", "steering": {"weight": [3, 1]}}, "steering.weight: a range is"),
+        ({"model": "a", "steering": {"weight": [0, float("nan")]}}, "must be a finite number"),
+        ({"model": "x/p", "profiles": {"p": {"method": "mix"}}}, "must not have the base's name"),
+        ({"model": "a", "engine": {"model": "b"}}, "engine.model: not here"),
+        ({"model": "a", "profiles": {"p": {"strength": 1}}}, "profiles.p.method: is required"),
+        ({"model": "a", "limits": {"max_prompt_tokens": 0}}, "limits.max_prompt_tokens: is too"),
+        ({"model": "a", "limits": {"requests_per_minute": 0}}, "requests_per_minute: is too"),
+        ({"model": "a", "limits": {"request_timeout_s": 0}}, "limits.request_timeout_s: is too"),
+        ({"model": "a", "limits": {"redis": "localhost"}}, "limits.redis: has another form"),
+        ({"model": "a", "limits": {"tokens": 3}}, "limits.tokens: unknown field"),
+        ({"model": "a", "metrics": {"report_share": 2}}, "metrics.report_share: is too large"),
+        ({"model": "a", "logging": {"format": "xml"}}, "logging.format: "),
+        ({"model": "a", "logging": {"prompts": True}}, "goes with `requests: true`"),
+        ({"model": "a", "tracing": {}}, "tracing.endpoint: is required"),
+        ({"model": "a", "tracing": {"endpoint": "host:4317"}}, "tracing.endpoint: "),
+        ({"model": "a", "server": {"drain_notice_s": -1}}, "server.drain_notice_s: is too small"),
+        ({"model": "a", "auth": {"api_keys": [{"key": "k", "tokens_per_minute": 0}]}},
+         "tokens_per_minute"),
+        ({"model": "a", "profiles": {"p": {"method": "m", "chat_template": "gone.jinja"}}},
+         "profiles.p.chat_template: neither a template text nor a file"),
+    ],
+)  # fmt: skip
+def test_a_problem_names_its_field(document: object, words: str) -> None:
+    assert words in refused(document)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    text = refused({"model": "a", "nonsense": 1, "server": {"port": -1}})
+    assert "nonsense" in text
+    assert "server.port" in text
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "models" / "big").mkdir(parents=True)
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "model: models/big\nstreams: {a: {model: ./gone}, b: {model: org/name}}\n"
+        "profiles: {p: {method: mix, chat_template: chat.jinja}}\n"
+    )
+    found = load(file, {})
+    assert found.model == str(tmp_path / "models" / "big")
+    assert found.name == "big"
+    assert found.streams["a"].model == str(tmp_path / "gone")
+    assert found.streams["b"].model == "org/name"
+    assert found.profiles["p"].chat_template == "{{ messages }}"
+
+
+def test_keys_come_from_the_environment_and_do_not_show() -> None:
+    environ = {"COXSWAIN_API_KEYS": "one, two", "COXSWAIN_ADMIN_KEY": "three"}
+    found = parse({"model": "a", "auth": {"api_keys": ["file"]}}, Path("/"), environ)
+    assert found.auth.api_keys == (SecretStr("one"), SecretStr("two"))
+    assert found.auth.admin_key is not None
+    assert found.auth.admin_key.get_secret_value() == "three"
+    assert "two" not in repr(found)
+
+
+@pytest.mark.parametrize("text", ["model: a\nmodel: b\n", "model: [", "just text", ""])
+def test_broken_yaml_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigInvalid):
+        load(file, {})
+
+
+def test_a_missing_file_is_a_problem_not_a_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match="No such file"):
+        load(tmp_path / "gone.yaml", {})
+
+
+def test_settings_are_frozen() -> None:
+    found = parse({"model": "a"}, Path("/"), {})
+    with pytest.raises(ValueError, match="frozen"):
+        found.server.__setattr__("port", 1)
+
+
+def _all_fields() -> list[tuple[str, str, Any]]:
+    sections = [
+        c
+        for c in vars(config).values()
+        if isinstance(c, type) and issubclass(c, Section) and c is not Config
+    ]
+    return [
+        (section.__name__, name, info)
+        for section in sections
+        for name, info in section.model_fields.items()
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "name", "info"), _all_fields())
+def test_every_setting_has_a_description(section: str, name: str, info: Any) -> None:
+    assert info.description, f"{section}.{name} has no description"
+
+
+def test_the_page_in_docs_is_up_to_date() -> None:
+    page = ROOT / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == reference(), (
+        "run: coxswain reference > docs/configuration.md"
+    )
+
+
+def test_words_of_yaml_1_1_for_true_and_false_are_words(tmp_path: Path) -> None:
+    """`on` is a key of streams; unquoted it would else be the key True."""
+    path = tmp_path / "server.yaml"
+    path.write_text(
+        "model: m\n"
+        "streams:\n"
+        "  critic: {on: base, head: classifier, path: here}\n"
+        "  no: {same_as: base}\n"
+        "steering: {inline: false}\n"
+    )
+    found = load(path, {})
+    assert found.streams["critic"].on == "base" and "no" in found.streams
+    assert found.steering.inline is False
