@@ -1,11 +1,25 @@
-"""What the engine side has to offer to the registry side."""
+"""What the engine side has to offer to the registry side, and what it has then loaded."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from adapters.registry.record import Content, Facts
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter that answers here.
+
+    Args:
+        content: with its digest.
+        folder: its files.
+    """
+
+    content: Content
+    folder: Path
 
 
 class Loader(Protocol):

@@ -14,7 +14,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,33 +32,19 @@ from adapters.errors import (
 from adapters.registry.connection import Connection
 from adapters.registry.decide import Step, decide
 from adapters.registry.feed import Feed
-from adapters.registry.loader import Loader
+from adapters.registry.fetching import Fetching, SupersededError
+from adapters.registry.loader import Loaded, Loader
 from adapters.registry.mending import Mender
 from adapters.registry.record import WORKING, Content, Record, check_name
 from adapters.registry.registry import Registry
 from adapters.registry.store import Snapshot
-from adapters.sources.fetch import Fetched, Fetcher
+from adapters.sources.fetch import Fetcher
 from adapters.sources.source import parse_source
-from adapters.thread import in_thread
 
 logger = logging.getLogger("coxswain")
 
-_PROGRESS_S = 1.0
 _RETRY_S = 5.0
 _COLLECT_S = 600.0
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """An adapter that answers here.
-
-    Args:
-        content: with its digest.
-        folder: its files.
-    """
-
-    content: Content
-    folder: Path
 
 
 @dataclass(frozen=True)
@@ -74,10 +60,6 @@ class Failure:
     key: tuple[str, str | None]
     reason: str
     again_s: float | None
-
-
-class _SupersededError(Exception):
-    """Our work is not wanted any more: replaced, unloaded or taken over."""
 
 
 class Manager:
@@ -107,6 +89,7 @@ class Manager:
         self.feed = Feed(connection.client, connection.store, replica, self._see,
                          every_s=every_s, alive_s=alive_s)  # fmt: skip
         self._fetcher, self._loader = fetcher, loader
+        self._fetching = Fetching(fetcher, self.registry)
         self._here: dict[str, Loaded] = {}
         self._failed: dict[str, Failure] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -183,7 +166,7 @@ class Manager:
         if not replace and name in self.records and place.kind == "local":
             # Cheap enough to see whether the folder still holds what is registered.
             with contextlib.suppress(AdapterError):
-                fetched = await self._fetch(want.source)
+                fetched = await self._fetching.fetch(want.source)
                 want = msgspec.structs.replace(want, digest=fetched.digest)
         record = await self.registry.submit(want, replace=replace, pin=pin, by=by,
                                             most_pins=most_pins)  # fmt: skip
@@ -299,7 +282,7 @@ class Manager:
             async with self._slots:
                 loaded = await self._fetch_and_load(job)
             self._switch(loaded)
-        except _SupersededError:
+        except SupersededError:
             return
         except RegistryAway:
             raise
@@ -314,7 +297,7 @@ class Manager:
             # Redis was away in the middle of it.
             job = _still(await self.registry.advance(job, "pending"))
         job = _still(await self.registry.advance(job, "downloading"))
-        fetched = await self._fetch(job.want.source, job)
+        fetched = await self._fetching.fetch(job.want.source, job)
         want = msgspec.structs.replace(job.want, digest=fetched.digest)
         job = _still(await self.registry.advance(job, "loading", want=want))
         old = self._here.get(job.name)
@@ -329,55 +312,6 @@ class Manager:
                 raise
         assert ready.serving is not None
         return Loaded(ready.serving, fetched.folder)
-
-    async def _fetch(self, source: str, job: Record | None = None) -> Fetched:
-        """In a thread. Nobody waits for it when this is cancelled or the job is superseded: it ends
-        at its next byte, and a source that sends none must not hold up the next load, or the exit.
-
-        Args:
-            source: where from.
-            job: whose progress is told to the registry.
-        """
-        done = 0
-        over = False
-
-        def report(count: int) -> None:
-            nonlocal done
-            done = count
-            if over:
-                raise _SupersededError
-
-        fetching = asyncio.create_task(
-            in_thread(lambda: self._fetcher.fetch(parse_source(source), report))
-        )
-        telling = asyncio.create_task(self._tell(job, lambda: done)) if job else None
-        try:
-            await asyncio.wait(
-                {fetching, telling} if telling else {fetching},
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if not fetching.done():
-                raise _SupersededError
-            return fetching.result()
-        finally:
-            over = True
-            fetching.cancel()
-            if telling is not None:
-                telling.cancel()
-
-    async def _tell(self, job: Record, done: Callable[[], int]) -> None:
-        """Tells the registry how much is fetched; returns when the job is superseded."""
-        said = 0
-        while True:
-            await asyncio.sleep(_PROGRESS_S)
-            now = done()
-            with contextlib.suppress(RegistryAway):
-                if now == said:
-                    ours = await self.registry.holds(job)
-                else:
-                    ours = await self.registry.progress(job, said := now) is not None
-                if not ours:
-                    return
 
     async def _follow(self, record: Record) -> None:
         """Loads what the registry says is serving: after a start, or what another loaded."""
@@ -402,7 +336,7 @@ class Manager:
         assert want.digest is not None
         with contextlib.suppress(AdapterError):
             return await asyncio.to_thread(self._fetcher.store.verify, want.digest)
-        fetched = await self._fetch(want.source)
+        fetched = await self._fetching.fetch(want.source)
         if fetched.digest != want.digest:
             raise AdapterError(
                 f"its files are not here, and {want.source} has other content now (digest "
@@ -458,5 +392,5 @@ class Manager:
 def _still(record: Record | None) -> Record:
     """The record after a change of ours, if we still had the work."""
     if record is None:
-        raise _SupersededError
+        raise SupersededError
     return record

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from tests.server.live import Server
-from tests.server.test_live_end import last_line
+from tests.server.reading import last_line
 
 
 class Supervisor:

@@ -17,7 +17,7 @@ from tests.faults.table import RIGHT, Row
 from tests.server.adapting.expected import Oracle
 from tests.server.adapting.kit import PATIENCE_S, listing
 from tests.server.live import START_S, Server
-from tests.server.test_live_end import Stream
+from tests.server.reading import Stream
 from tests.server.watch import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]

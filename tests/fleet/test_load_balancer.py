@@ -23,7 +23,7 @@ from tests.fleet.open_loop import OpenLoop, told
 from tests.fleet.writing import Writer
 from tests.server.adapting.expected import Oracle
 from tests.server.adapting.kit import load_all, record_of
-from tests.server.test_live_end import BODY, Stream
+from tests.server.reading import BODY, Stream
 from tests.server.watch import until
 
 pytestmark = [pytest.mark.fleet, pytest.mark.engine, pytest.mark.timeout(900)]

@@ -30,7 +30,7 @@ from tests.server.adapting.kit import (
     submit,
 )
 from tests.server.live import Server
-from tests.server.test_live_end import last_line
+from tests.server.reading import last_line
 from tests.server.watch import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]

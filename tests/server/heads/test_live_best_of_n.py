@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from tests.models import EOS
+from tests.server.api.asking import events
 from tests.server.heads.asking import (
     BEST,
     DRAW,
@@ -23,7 +24,6 @@ from tests.server.heads.asking import (
 )
 from tests.server.heads.headed import HEADS, MOST, Slow
 from tests.server.live import Server
-from tests.server.test_live import events
 from tests.server.watch import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]

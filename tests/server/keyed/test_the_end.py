@@ -7,7 +7,7 @@ import pytest
 from server.main import run
 from tests.server.keyed.conftest import ADMIN, FULL
 from tests.server.live import Server
-from tests.server.test_live_end import BODY, Stream
+from tests.server.reading import BODY, Stream
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 

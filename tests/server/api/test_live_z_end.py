@@ -2,73 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import Any, Protocol
 
 import httpx
 import pytest
 import yaml
 
 from tests.server.live import Server, document
+from tests.server.reading import BODY, Stream, last_line
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
-BODY: dict[str, Any] = {
-    "model": "big-chat", "prompt": "Water boils", "max_tokens": 200, "ignore_eos": True,
-    "stream": True,
-}  # fmt: skip
-
-
-class Address(Protocol):
-    """A server, or what stands before it."""
-
-    @property
-    def url(self) -> str:
-        """Where it answers."""
-
-
-class Stream(threading.Thread):
-    """Reads one stream in the background."""
-
-    def __init__(
-        self,
-        server: Address,
-        body: dict[str, Any] = BODY,
-        path: str = "/v1/completions",
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__()
-        self.headers = headers
-        self.url = server.url + path
-        self.body = body
-        self.lines: list[str] = []
-        self.begun = threading.Event()
-
-    def run(self) -> None:
-        with (
-            contextlib.suppress(httpx.RemoteProtocolError),  # the server may end before the stream
-            httpx.stream(
-                "POST", self.url, json=self.body, headers=self.headers, timeout=120
-            ) as answer,
-        ):
-            for line in answer.iter_lines():
-                self.lines.append(line)
-                self.begun.set()
-
-
-def last_line(server: Server) -> str:
-    return server.log.read_text().strip().splitlines()[-1]
-
 
 def test_drain_finishes_what_runs_refuses_what_comes_and_exits_0(server: Server) -> None:
-    """The last test that uses the session's server: it ends here."""
+    """The last test that uses the folder's server: it ends here."""
     stream = Stream(server)
     stream.start()
     assert stream.begun.wait(60)
@@ -118,7 +70,7 @@ def test_a_bad_configuration_stops_the_start_with_one_line_per_reason(models: Pa
     file.write_text(yaml.safe_dump(config))
     done = subprocess.run(
         [sys.executable, "-m", "server.main", "serve", str(file)],
-        capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2], check=False,
+        capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[3], check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "streams.gone: no such folder" in done.stderr
