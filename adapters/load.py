@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from adapters.errors import BadAdapter
 from adapters.formats.artefact import Artefact
 from adapters.formats.inspect import read_artefact
 from adapters.sets import AdapterSet, Block, Member
+from adapters.tensors import TensorFile
 
 Stacked = tuple[torch.Tensor, torch.Tensor]
 """A [R + G, in] with the gates' rows, and B [out, R] with each part's scale in it."""
@@ -40,34 +38,33 @@ def load_set(
     layout = found.layout(owner)
     members = [m for m in found.members if m.owner == owner]
     artefacts = [_read(member) for member in members]
-    with ExitStack() as stack:
-        files = [
-            {
-                name: stack.enter_context(safe_open(artefact.folder / name, "pt"))
-                for name in artefact.files
-                if name.endswith(".safetensors")
-            }
-            for artefact in artefacts
-        ]
-        for module in sorted({m for artefact in artefacts for m in artefact.modules}):
-            a = b = torch.zeros(0)
-            for artefact, block, opened in zip(artefacts, layout.blocks, files, strict=True):
-                for rows, columns, part_a, part_b in _parts(artefact, block, module, opened):
-                    if not a.numel():
-                        a = torch.zeros(layout.rows, part_a.shape[1], dtype=dtype)
-                    a[rows] = part_a.to(dtype)
-                    if part_b is not None:
-                        if not b.numel():
-                            out = part_b.shape[0]
-                            shape = (layout.columns, out) if by_columns else (out, layout.columns)
-                            b = torch.zeros(shape, dtype=dtype)
-                            b = b.T if by_columns else b
-                        b[:, columns] = part_b.to(dtype)
-            # Infinite values would leave NaN in KV blocks that other requests read later.
-            if not (_finite(a) and _finite(b)):
-                name = str(dtype).removeprefix("torch.")
-                raise BadAdapter(f"values too large for {name}", field=module)
-            yield module, a, b
+    files = [
+        {
+            name: TensorFile(artefact.folder / name)
+            for name in artefact.files
+            if name.endswith(".safetensors")
+        }
+        for artefact in artefacts
+    ]
+    for module in sorted({m for artefact in artefacts for m in artefact.modules}):
+        a = b = torch.zeros(0)
+        for artefact, block, opened in zip(artefacts, layout.blocks, files, strict=True):
+            for rows, columns, part_a, part_b in _parts(artefact, block, module, opened):
+                if not a.numel():
+                    a = torch.zeros(layout.rows, part_a.shape[1], dtype=dtype)
+                a[rows] = part_a.to(dtype)
+                if part_b is not None:
+                    if not b.numel():
+                        out = part_b.shape[0]
+                        shape = (layout.columns, out) if by_columns else (out, layout.columns)
+                        b = torch.zeros(shape, dtype=dtype)
+                        b = b.T if by_columns else b
+                    b[:, columns] = part_b.to(dtype)
+        # Infinite values would leave NaN in KV blocks that other requests read later.
+        if not (_finite(a) and _finite(b)):
+            name = str(dtype).removeprefix("torch.")
+            raise BadAdapter(f"values too large for {name}", field=module)
+        yield module, a, b
 
 
 def _finite(values: torch.Tensor) -> bool:
@@ -83,7 +80,7 @@ def _read(member: Member) -> Artefact:
 
 
 def _parts(
-    artefact: Artefact, block: Block, module: str, files: dict[str, Any]
+    artefact: Artefact, block: Block, module: str, files: dict[str, TensorFile]
 ) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor | None]]:
     """(rows of A, columns of B, A, scaled B or None for a gate) of one artefact in one layer."""
     start = block.start
@@ -91,11 +88,11 @@ def _parts(
         if part := parts.get(module):
             place = slice(start, start + part.rank)
             file = files[part.file]
-            a = file.get_slice(part.a)[part.start : part.stop]
-            b = file.get_slice(part.b)[:, part.start : part.stop]
+            a = file[part.a][part.start : part.stop]
+            b = file[part.b][:, part.start : part.stop]
             yield place, place, a, b.float() * part.scale
         start += rank
     if block.gate is not None and module in artefact.gates:
         gate = artefact.gates[module]
         rows = slice(block.gate, block.gate + len(artefact.members))
-        yield rows, slice(0, 0), files[gate.file].get_tensor(gate.name), None
+        yield rows, slice(0, 0), files[gate.file][gate.name], None

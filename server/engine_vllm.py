@@ -27,6 +27,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from adapters.errors import BadAdapter, FilesLost, NoRoom
 from adapters.sets import AdapterSet
 from server.adapting.residency import Residency
+from server.engine_series import BoundedSeries
 from server.operation import metrics
 from server.operation.counting import counted
 from server.requests import best_of_n
@@ -284,6 +285,8 @@ def start_engine(arguments: dict[str, Any]) -> SteeredLLM:
     engine: SteeredLLM = SteeredLLM.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
+        # Any logger of one's own turns statistics on.
+        stat_loggers=None if args.disable_log_stats else [BoundedSeries],
         disable_log_stats=args.disable_log_stats,
     )
     return engine

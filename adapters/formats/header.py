@@ -51,6 +51,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * BITS[self.dtype] // 8
+
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a file by name.
@@ -112,9 +117,10 @@ def _entry(file: str, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
         and len(shape) <= _MOST_DIMENSIONS
     ):
         raise BadAdapter("broken shape or offsets", field=field, value=(shape, offsets))
-    if offsets[1] - offsets[0] != prod(shape) * BITS[dtype] // 8:
+    found = TensorInfo(dtype, tuple(shape), 0)
+    if offsets[1] - offsets[0] != found.size:
         raise BadAdapter("its size does not match its shape", field=field, value=tuple(shape))
-    return TensorInfo(dtype, tuple(shape), 0), offsets[0], offsets[1]
+    return found, offsets[0], offsets[1]
 
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:

@@ -1,0 +1,45 @@
+"""vLLM's own Prometheus series, bounded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import Gauge
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+MOST = 64
+"""Combinations of running and waiting sets of adapters that `vllm:lora_requests_info` shows. vLLM
+keeps each for ever, some hundreds a minute where adapters come and go; only the newest one counts,
+for the series' value is the time when it was so."""
+
+
+class _Newest:
+    """Stands for a gauge: of its series the newest `MOST` are kept.
+
+    Args:
+        gauge: with labels.
+    """
+
+    def __init__(self, gauge: Gauge) -> None:
+        self._gauge = gauge
+        self._kept: dict[tuple[str, ...], dict[str, str]] = {}
+
+    def labels(self, **labels: Any) -> Gauge:
+        """As the gauge's."""
+        texts = {name: str(value) for name, value in labels.items()}
+        key = tuple(texts.values())
+        self._kept[key] = self._kept.pop(key, texts)
+        while len(self._kept) > MOST:
+            self._gauge.remove_by_labels(self._kept.pop(next(iter(self._kept))))
+        return self._gauge.labels(**labels)
+
+
+class BoundedSeries(PrometheusStatLogger):
+    """vLLM's series of one engine."""
+
+    gauge_lora_info: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.gauge_lora_info is not None:
+            self.gauge_lora_info = _Newest(self.gauge_lora_info)
