@@ -222,7 +222,11 @@ class SteeredLLM(AsyncLLM):
         request = lora_request(found)
         try:
             # Requests run on between two pieces of reading; only the copy into the slot is left.
-            while not all(await self._ask("coxswain_read_ahead", request.lora_path, READING_S)):
+            while not all(
+                done
+                for workers in await self._ask("coxswain_read_ahead", request.lora_path, READING_S)
+                for done in workers
+            ):
                 continue
             await self.add_lora(request)
         except EngineDeadError:
@@ -241,27 +245,33 @@ class SteeredLLM(AsyncLLM):
             tag: from the prompt's freight.
             drawn: choice index (as text) → all its tokens.
         """
-        answers = await self._ask("coxswain_report", tag, drawn)
-        return next((answer for answer in answers if answer), {})
+        engines = await self._ask("coxswain_report", tag, drawn)
+        return next((answer for workers in engines for answer in workers if answer), {})
 
     async def counters(self) -> dict[str, Any]:
-        """The worker's cumulative counters: tokens and passes by stream, steps."""
-        answers = await self._ask("coxswain_counters")
-        found: dict[str, Any] = answers[0]
-        return found
+        """The workers' cumulative counters: tokens and passes by stream, steps."""
+        # The ranks of an engine take the same steps.
+        engines = [workers[0] for workers in await self._ask("coxswain_counters")]
+        return {
+            "steps": sum(one["steps"] for one in engines),
+            **{what: {stream: sum(one[what][stream] for one in engines)
+                      for stream in engines[0][what]}
+               for what in ("tokens", "passes")},
+        }  # fmt: skip
 
     async def bind(self) -> None:
         """Prepares the worker; once, after the engine is up and before it serves."""
         await self._ask("coxswain_bind")
 
-    async def _ask(self, name: str, *args: Any) -> list[Any]:
-        """One remote call to every worker.
+    async def _ask(self, name: str, *args: Any) -> list[list[Any]]:
+        """One remote call to every worker of every engine; the answers by engine.
 
         vLLM's own time-out would leave the late reply in the executor's queue, where the next
         call would take it for its own; giving up on this side is safe.
         """
-        call = self.collective_rpc(name, args=args)
-        answers: list[Any] = await asyncio.wait_for(call, RPC_TIMEOUT_S)
+        # `collective_rpc` answers for the first engine only.
+        call = self.engine_core.call_utility_all_async("collective_rpc", name, None, args, None)
+        answers: list[list[Any]] = await asyncio.wait_for(call, RPC_TIMEOUT_S)
         return answers
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -68,6 +69,7 @@ class Replica:
         command = ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "server.main", "serve"]
         command += [settings.config, *settings.flags, "--host", "127.0.0.1", "--port", str(port)]
         self.process = await asyncio.create_subprocess_exec(*command)
+        self.watching: asyncio.Task[None] | None = None
         # No limits of our own: Serve and the server have theirs.
         self.client = httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{port}", timeout=None, trust_env=False,
@@ -76,6 +78,15 @@ class Replica:
         async with asyncio.timeout(settings.start_timeout_s):
             while not await self._ready():  # noqa: ASYNC110 - another process cannot set an event
                 await asyncio.sleep(0.3)
+        self.watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Ends with its server, at once: a failing replica is a fast one, and Serve would send it
+        most requests until its looks at it have failed.
+        """
+        status = await self.process.wait()
+        logger.error("the server of this replica has ended with status %s", status)
+        os._exit(1)
 
     async def _ready(self) -> bool:
         if self.process.returncode is not None:
@@ -113,6 +124,8 @@ class Replica:
 
     async def __del__(self) -> None:
         """Serve's orderly end, after the last request: the server drains and ends."""
+        if self.watching is not None:
+            self.watching.cancel()
         if self.process.returncode is None:
             self.process.terminate()
             try:

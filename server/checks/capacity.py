@@ -135,17 +135,24 @@ def ranks_of(config: Config) -> int:
     return asked if isinstance(asked, int) and asked > 0 else 1
 
 
+def engines_of(config: Config) -> int:
+    """Copies of the models, each with an engine of its own (`engine.data_parallel_size`)."""
+    asked = config.engine.get("data_parallel_size")
+    return asked if isinstance(asked, int) and asked > 0 else 1
+
+
 def _machine(config: Config) -> tuple[int, str]:
-    """(bytes, name) of the memory that the models go into."""
+    """(bytes, name) of the memory that the models of one engine go into."""
     from vllm.platforms import current_platform
 
-    ranks = ranks_of(config)
+    ranks, engines = ranks_of(config), engines_of(config)
     if current_platform.is_cpu():
         from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
 
         # vLLM binds each rank to the memory of one NUMA node.
-        nodes = list(dict.fromkeys(cpu.numa_node for cpu in get_allowed_cpu_list()))[:ranks]
-        return sum(int(get_memory_node_info(n).available_memory) for n in nodes), "free memory"
+        nodes = list(dict.fromkeys(cpu.numa_node for cpu in get_allowed_cpu_list()))
+        free = sum(int(get_memory_node_info(n).available_memory) for n in nodes[: ranks * engines])
+        return free // engines, "free memory" if engines == 1 else "free memory for each engine"
     share = float(config.engine.get("gpu_memory_utilization", 0.92))
     return int(current_platform.get_device_total_memory() * ranks * share), "GPU memory"
 

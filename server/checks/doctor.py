@@ -31,8 +31,9 @@ from steering.vocabulary import Overlap, Vocabulary, load_vocabulary, overlap
 _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("pipeline_parallel_size", lambda v: v > 1,
      "the streams cannot be split over pipeline stages; use tensor_parallel_size"),
-    ("data_parallel_size", lambda v: v > 1,
-     "run several servers behind a load balancer instead"),
+    ("data_parallel_external_lb", bool, "run servers with a Redis in common instead"),
+    ("data_parallel_hybrid_lb", bool, "run servers with a Redis in common instead"),
+    ("data_parallel_rank", lambda v: v is not None, "run servers with a Redis in common instead"),
     ("decode_context_parallel_size", lambda v: v > 1,
      "not with several streams in one block table"),
     ("prefill_context_parallel_size", lambda v: v > 1,
