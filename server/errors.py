@@ -42,6 +42,7 @@ _TABLE: dict[int, tuple[str, str]] = {
     415: ("invalid_request_error", "unsupported_media_type"),
     422: ("unprocessable_entity_error", "does_not_fit"),
     429: ("rate_limit_error", "rate_limit_exceeded"),
+    431: ("invalid_request_error", "head_too_large"),
     500: ("server_error", "internal_error"),
     501: ("server_error", "not_implemented"),
     503: ("service_unavailable_error", "unavailable"),

@@ -24,6 +24,7 @@ from server.loading import StartFailed, environment, load
 from server.operation import tracing
 from server.operation.auth import Auth
 from server.operation.gate import Gate
+from server.operation.heads import bounded
 from server.operation.observer import Observer
 from server.operation.rates import Rates
 from server.operation.state import Life
@@ -103,6 +104,7 @@ class Run:
         http = _Http(uvicorn.Config(
             self.outermost, lifespan="off", log_config=None, access_log=False,
             timeout_keep_alive=self.config.server.keep_alive_s, timeout_graceful_shutdown=2,
+            http=bounded(self.config.server),
         ))  # fmt: skip
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -20,8 +20,9 @@ MOST = 300
 adapters come and go, and each would stay in Prometheus's memory for ever."""
 
 REASONS = (
-    "unauthenticated", "forbidden", "starting", "draining", "dead", "body_too_large",
-    "body_timeout", "queue_full", "requests_per_minute", "tokens_per_minute",
+    "unauthenticated", "forbidden", "starting", "draining", "dead", "head_too_large",
+    "head_timeout", "body_too_large", "body_timeout", "queue_full", "requests_per_minute",
+    "tokens_per_minute",
 )  # fmt: skip
 """Why the gate lets a request not pass."""
 

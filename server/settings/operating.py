@@ -72,6 +72,13 @@ class ServerConfig(Section):
         description="How long a connection without a request is kept, in seconds; longer than load "
         "balancers keep theirs (60 is usual), or they send requests into its end.",
     )
+    head_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        le=3600,
+        description="How long a request's head may take to arrive, in seconds; longer: 408, and "
+        "the connection is closed.",
+    )
     engine_timeout_s: float = Field(
         60.0,
         gt=0,
