@@ -22,6 +22,7 @@ from server.adapting.leases import Leasing
 from server.errors import HttpError
 from server.operation.observer import LEFT
 from server.routes import adapters, admin, metrics, openai, openapi, playground
+from server.routes.collector import Present
 from server.serving import Serving
 from server.validation import problems
 from steering.errors import SteeringError
@@ -103,6 +104,7 @@ def build_app(serving: Serving) -> ASGIApp:
         redirect_slashes=False,
     )
     app.state.serving = serving
+    app.state.present = Present()
     app.state.enable_server_load_tracking = False
     app.include_router(openai.router)
     app.include_router(admin.router)

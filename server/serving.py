@@ -13,7 +13,6 @@ from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from server.adapting.service import Adapters
-from server.collector import Present, StreamCounters
 from server.engine_vllm import SteeredLLM
 from server.operation.rates import Rates
 from server.operation.state import Life
@@ -25,6 +24,20 @@ from server.settings.config import Config
 from server.settings.operating import Rate
 from steering.method import Snapshot
 from steering.plugins import Registry
+
+
+class StreamCounters:
+    """The worker's cumulative counters, as last polled."""
+
+    def __init__(self) -> None:
+        self.tokens: Mapping[str, int] = {}
+        self.passes: Mapping[str, int] = {}
+        self.steps = 0
+
+    def update(self, counters: Mapping[str, Any]) -> None:
+        """Takes over a poll's answer."""
+        self.tokens, self.passes = dict(counters["tokens"]), dict(counters["passes"])
+        self.steps = int(counters["steps"])
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,6 @@ class Serving:
         steerer: resolves requests.
         models, chat, completion, responses, tokenization: vLLM's serving classes.
         counters: the worker's counters, as last polled.
-        present: shows how the server stands in `/metrics`.
         streams: what `/admin/streams` shows, by name.
         adapters: the adapters; None: the server has none.
         rates: what callers may take per minute.
@@ -58,7 +70,6 @@ class Serving:
     responses: OpenAIServingResponses
     tokenization: ServingTokenization
     counters: StreamCounters = field(default_factory=StreamCounters)
-    present: Present = field(default_factory=Present)
     streams: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     adapters: Adapters | None = None
     rates: Rates = field(default_factory=lambda: Rates(Rate()))

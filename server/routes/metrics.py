@@ -10,6 +10,7 @@ from starlette.responses import Response
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from server.routes.answers import text
+from server.routes.collector import Present
 from server.serving import Serving
 
 router = APIRouter()
@@ -19,6 +20,7 @@ router = APIRouter()
 async def metrics(raw_request: Request) -> Response:
     """All series in Prometheus's text format."""
     parts: Serving = raw_request.app.state.serving
-    parts.present.look(parts)
+    present: Present = raw_request.app.state.present
+    present.look(parts)
     page = await asyncio.to_thread(generate_latest, get_prometheus_registry())
     return Response(page, media_type=CONTENT_TYPE_LATEST)

@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from collections.abc import Iterable, Iterator
+from typing import get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
 
+from server.adapting.service import Adapters
 from server.operation.state import Phase
-
-if TYPE_CHECKING:
-    from server.adapting.service import Adapters
-    from server.serving import Serving
+from server.serving import Serving, StreamCounters
 
 MOST_ADAPTERS = 1000
 """Adapters with a series of their own, in the order of their names."""
 
 STATES = ("pending", "downloading", "loading", "ready", "failed", "unloading")
 """Of an adapter in the registry (`adapters.registry.record.State`)."""
-
-
-class StreamCounters:
-    """The worker's cumulative counters, as last polled."""
-
-    def __init__(self) -> None:
-        self.tokens: Mapping[str, int] = {}
-        self.passes: Mapping[str, int] = {}
-        self.steps = 0
-
-    def update(self, counters: Mapping[str, Any]) -> None:
-        """Takes over a poll's answer."""
-        self.tokens, self.passes = dict(counters["tokens"]), dict(counters["passes"])
-        self.steps = int(counters["steps"])
 
 
 class Present(Collector):
