@@ -32,6 +32,8 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("pipeline_parallel_size", lambda v: v > 1,
      "the streams cannot be split over pipeline stages; use tensor_parallel_size"),
     ("data_parallel_external_lb", bool, "run servers with a Redis in common instead"),
+    ("data_parallel_multi_port_external_lb", bool,
+     "run servers with a Redis in common instead"),
     ("data_parallel_hybrid_lb", bool, "run servers with a Redis in common instead"),
     ("data_parallel_rank", lambda v: v is not None, "run servers with a Redis in common instead"),
     ("decode_context_parallel_size", lambda v: v > 1,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import yaml
 
@@ -71,6 +72,7 @@ def test_the_command_prints_the_reasons_and_exits_1(
         ({"engine": {"prefill_context_parallel_size": 2}}, "engine.prefill_context_parallel_size"),
         ({"engine": {"tensor_parallel_size": 3}},
          "streams.chat: 2 attention heads cannot be split over engine.tensor_parallel_size: 3"),
+        ({"engine": {"data_parallel_rank": 0}}, "engine.data_parallel_rank: refused (got 0)"),
         ({"engine": {"enable_dbo": True}}, "engine.enable_dbo: refused"),
         ({"engine": {"enable_prompt_embeds": True}}, "engine.enable_prompt_embeds: refused"),
         ({"engine": {"load_format": "pt"}}, "engine.load_format: refused"),
@@ -117,6 +119,18 @@ def test_on_a_cpu_the_cache_leaves_memory_to_others(models: Path) -> None:
     assert cache(max_num_seqs=1, max_model_len=256) == one // 2
     assert cache(kv_cache_memory_bytes=1) is None
     assert cache(gpu_memory_utilization=0.5) is None
+
+
+def test_on_a_cpu_engines_share_the_memory(models: Path) -> None:
+    most = int(psutil.virtual_memory().available * 0.6)
+
+    def problems(engines: int) -> list[str]:
+        engine = {"kv_cache_memory_bytes": most, "data_parallel_size": engines}
+        return diagnose(parse(document(engine=engine), models, {})).problems
+
+    assert problems(1) == []
+    (line,) = problems(2)
+    assert line.endswith("of free memory for each engine"), line
 
 
 def test_a_profile_is_resolved_at_start(models: Path) -> None:
