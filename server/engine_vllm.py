@@ -32,6 +32,7 @@ from server.operation import metrics
 from server.operation.counting import counted
 from server.requests import best_of_n
 from server.requests.boarding import Boarding, Ride, board, limit_tokens
+from server.requests.echo import echoed
 from server.requests.steered import Report, Steered
 from server.settings.operating import LimitsConfig
 from server.trail import Trail, trail
@@ -71,8 +72,8 @@ class SteeredLLM(AsyncLLM):
         extra = dict(sampling_params.extra_args or {})
         steered = extra.pop(KEY, None)
         if steered is None:
-            plain = super().generate(prompt, sampling_params, request_id, **options)
-            return counted(plain, trail(), sampling_params)
+            plain = Ride(prompt, sampling_params, request_id, options)
+            return counted(self.submit(plain), trail(), sampling_params)
         if not isinstance(steered, Steered):
             raise BadValue("use the `steering` field", field=f"vllm_xargs.{KEY}")
         index = steered.next_prompt()
@@ -136,7 +137,8 @@ class SteeredLLM(AsyncLLM):
 
     def submit(self, ride: Ride) -> AsyncGenerator[RequestOutput, None]:
         """Runs a request that has boarded; closing the generator aborts it."""
-        return super().generate(ride.prompt, ride.params, ride.request_id, **ride.options)
+        outputs = super().generate(ride.prompt, ride.params, ride.request_id, **ride.options)
+        return echoed(outputs, ride.params)
 
     def _holding(
         self, outputs: AsyncGenerator[RequestOutput, None], steered: Steered
