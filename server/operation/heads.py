@@ -52,6 +52,9 @@ class BoundedHeads(HttpToolsProtocol):
         """Some bytes."""
         begun = self._begun
         super().data_received(data)
+        unasked = self.timeout_keep_alive_task is None and not (self._begun or self._answering)
+        if unasked and self._timer.cancelled():
+            self._wait()  # empty lines between two requests: uvicorn would wait on for a head
         if begun and self._begun:
             self._bytes += len(data)
             if self._bytes > MOST_BYTES:

@@ -106,3 +106,11 @@ async def test_a_next_head_that_is_early_and_slow_does_not_cut_an_answer(port: i
     answer = await asyncio.wait_for(reader.readuntil(b"ok"), 5)
     assert answer.startswith(b"HTTP/1.1 200")
     assert await code_of(reader) == (408, "head_timeout")
+
+
+async def test_empty_lines_between_requests_do_not_hold_a_connection(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(BEGUN + b"\r\n")
+    await asyncio.wait_for(reader.readuntil(b"ok"), 5)
+    writer.write(b"\r\n")
+    assert await code_of(reader) == (408, "head_timeout")
