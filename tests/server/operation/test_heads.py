@@ -21,7 +21,7 @@ BEGUN = b"GET / HTTP/1.1\r\nhost: x\r\n"
 async def answering(scope: Scope, receive: Receive, send: Send) -> None:
     """An application that takes a while where its path says so."""
     if scope["path"] == "/slow":
-        await asyncio.sleep(0.8)
+        await asyncio.sleep(1.6)
     await send(
         {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]}
     )
@@ -30,10 +30,10 @@ async def answering(scope: Scope, receive: Receive, send: Send) -> None:
 
 @pytest.fixture
 async def port() -> AsyncIterator[int]:
-    settings = ServerConfig(head_timeout_s=0.3, keep_alive_s=1)
+    settings = ServerConfig(head_timeout_s=1, keep_alive_s=3)
     server = uvicorn.Server(uvicorn.Config(
         answering, port=0, lifespan="off", log_config=None, http=bounded(settings),
-        timeout_keep_alive=1,
+        timeout_keep_alive=3,
     ))  # fmt: skip
     task = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
@@ -62,7 +62,7 @@ async def test_a_whole_request_is_answered_and_the_next_one_too(port: int) -> No
             writer.write(piece)
             await asyncio.sleep(0.05)
         assert (await asyncio.wait_for(reader.readuntil(b"ok"), 5)).startswith(b"HTTP/1.1 200")
-        await asyncio.sleep(0.4)  # longer than a head may take
+        await asyncio.sleep(1.2)  # longer than a head may take
     writer.close()
 
 
