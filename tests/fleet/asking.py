@@ -24,6 +24,14 @@ ADAPTED = [
 """One adapter, a mix and a pack, the last two steered."""
 
 
+TOLD = {
+    "model": "big", "prompt": "Water boils", "max_tokens": 6, "ignore_eos": True,
+    "steering": {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain",
+                 "report": "tokens"},
+}  # fmt: skip
+"""Reports unembed each stream once more: every rank must take part, or the engine hangs."""
+
+
 @dataclass
 class Load:
     """What came back.

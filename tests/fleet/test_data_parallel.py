@@ -6,24 +6,17 @@ import os
 import re
 import signal
 from pathlib import Path
-from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from tests.fleet.asking import ADAPTED, STEERED, ask_all
+from tests.fleet.asking import ADAPTED, STEERED, TOLD, ask_all
 from tests.server.adapting.expected import Oracle
 from tests.server.adapting.kit import configuration, load, serving
 from tests.server.live import Server
 from tests.server.reading import last_line
 
 pytestmark = [pytest.mark.fleet, pytest.mark.engine, pytest.mark.timeout(900)]
-
-TOLD: dict[str, Any] = {
-    "model": "big", "prompt": "Water boils", "max_tokens": 6, "ignore_eos": True,
-    "steering": {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain",
-                 "report": "tokens"},
-}  # fmt: skip
 
 
 def engines(server: Server) -> list[psutil.Process]:

@@ -7,19 +7,12 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from tests.fleet.asking import ADAPTED, STEERED, ask_all
+from tests.fleet.asking import ADAPTED, STEERED, TOLD, ask_all
 from tests.server.adapting.expected import Oracle
 from tests.server.adapting.kit import configuration, load, serving, settled, submit
 from tests.server.live import Server
 
 pytestmark = [pytest.mark.fleet, pytest.mark.engine, pytest.mark.timeout(900)]
-
-TOLD = {
-    "model": "big", "prompt": "Water boils", "max_tokens": 6, "ignore_eos": True,
-    "steering": {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain",
-                 "report": "tokens"},
-}  # fmt: skip
-"""Reports unembed each stream once more: every rank must take part, or the engine hangs."""
 
 
 def test_two_ranks_answer_as_transformers_does(
