@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 ARCHITECTURE = "SteeredForCausalLM"
+BASE_ARCHITECTURES = "coxswain_base_architectures"
+"""Attribute of the base's config that keeps what `ARCHITECTURE` replaces."""
+
 WORKER_EXTENSION = "steering.worker.extension.WorkerExtension"
 SCHEDULER = "steering.worker.scheduler.SteeredScheduler"
 DRAFTER = "steering.worker.drafting.Drafter"
@@ -103,7 +106,6 @@ def steered_engine_args(
 
     config = get_config(model, engine.get("trust_remote_code", False))
     settings = {
-        "architectures": list(config.architectures or []),
         "streams": {
             name: {k: v for k, v in asdict(source).items() if v is not None}
             for name, source in streams.items()
@@ -116,7 +118,10 @@ def steered_engine_args(
     }
     ours: dict[str, Any] = {
         "model": model,
-        "hf_overrides": {"architectures": [ARCHITECTURE]},
+        "hf_overrides": {
+            "architectures": [ARCHITECTURE],
+            BASE_ARCHITECTURES: list(config.architectures or []),
+        },
         "worker_extension_cls": WORKER_EXTENSION,
         "scheduler_cls": SCHEDULER,
         # One block table serves every stream: a stream's positions differ from the request's, so

@@ -8,14 +8,17 @@ import os
 import signal
 import threading
 
-ARCHITECTURE = "SteeredForCausalLM"
+from steering.engine_args import ARCHITECTURE
 
 
 def register() -> None:
     """Registers the model class by name; vLLM calls this in every process it starts."""
     from vllm import ModelRegistry
 
+    from steering.worker.stream_config import register_hooks
+
     end_with_parent()
+    register_hooks()
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, "steering.worker.model:SteeredForCausalLM")
 

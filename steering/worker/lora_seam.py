@@ -19,11 +19,13 @@ import torch
 from torch import nn
 from vllm.config import CompilationMode, VllmConfig
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.platforms import current_platform
 
 from adapters.kernels import operation
 from adapters.kernels.operation import Added, added, adding
 from steering.plan import AdapterUse
+from steering.worker.adapter_layers import StreamAdapters
 from steering.worker.adapting import Adapted
 from steering.worker.batches import Int64
 from steering.worker.lora_sets import SetManager
@@ -59,6 +61,7 @@ def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
         operation.build()
     wrapper = f"{AdapterPunica.__module__}.{AdapterPunica.__qualname__}"
     type(current_platform).get_punica_wrapper = classmethod(lambda cls: wrapper)
+    LRUCacheWorkerLoRAManager._manager_cls = StreamAdapters
     # Else vLLM would also wrap the unembeddings; an adapter for one is refused when it is read.
     for module in model.modules():
         if getattr(module, "embedding_modules", None):

@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 from adapters.errors import DoesNotFit
 from adapters.load import load_set
 from adapters.sets import AdapterSet, Layout
+from steering.worker.adapter_layers import by_checkpoint_name, check_slice, slices
 
 
 def arrange(manager: Any) -> None:
@@ -137,17 +138,19 @@ class SetManager(LRUCacheWorkerLoRAManager):
     def _parts(self, found: AdapterSet) -> Iterator[tuple[str, LoRALayerWeights]]:
         """Per layer of the steered model that a set changes, its weights."""
         self._check(found)
-        names = {n for children in self._adapter_manager.packed_modules.values() for n in children}
-        names |= set(self._adapter_manager.modules)
+        manager = self._adapter_manager
         dtype, by_columns = self.lora_config.lora_dtype, current_platform.is_cpu()
         for owner in found.owners:
+            known, model = slices(manager, owner), manager.model.get_submodule(owner)
             for module, a, b in load_set(found, owner, dtype, by_columns=by_columns):
-                name = self._name(owner, module)
-                if name not in names:
-                    raise DoesNotFit(
-                        "the engine cannot adapt this layer", field=f"{owner}: {module}"
-                    )
-                yield name, LoRALayerWeights(name, a.shape[0], a.shape[0], a, b, scaling=1.0)
+                part = by_checkpoint_name(model, known, owner, module)
+                part = check_slice(part, owner, module, known)
+                if part.order is not None:
+                    b = _in_order(b, part.order)
+                yield (
+                    part.name,
+                    LoRALayerWeights(part.name, a.shape[0], a.shape[0], a, b, scaling=1.0),
+                )
 
     def _check(self, found: AdapterSet) -> None:
         if (
@@ -162,9 +165,7 @@ class SetManager(LRUCacheWorkerLoRAManager):
                 "the set's rank", field=found.name, value=found.rank, allowed=f"≤ {limit}"
             )
 
-    def _name(self, owner: str, module: str) -> str:
-        """The module of the steered model for one of a checkpoint, '' if there is none."""
-        model = self._adapter_manager.model.get_submodule(owner)
-        mapper = getattr(model, "hf_to_vllm_mapper", None)
-        names = mapper.get_rename_mapper().apply_list([module]) if mapper else [module]
-        return f"{owner}.{names[0]}" if names else ""
+
+def _in_order(b: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """B with its rows sorted, in memory as it was."""
+    return b.mT[:, order].mT if b.stride(0) == 1 else b[order]

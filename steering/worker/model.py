@@ -68,7 +68,7 @@ class SteeredForCausalLM(nn.Module):
         super().__init__()
         settings = vllm_config.additional_config["coxswain"]
         self._sources: dict[str, dict[str, str]] = settings["streams"]
-        streams = Streams(self, settings["architectures"], self._sources, vllm_config)
+        streams = Streams(self, self._sources, vllm_config)
         self._streams, self.names, self._forwards = streams, streams.names, streams.models
         self.config = self.base.config
         self._widths = {n: hidden_width(m) for n, m in zip(self.names, self._forwards, strict=True)}
@@ -155,6 +155,12 @@ class SteeredForCausalLM(nn.Module):
     # --- what vLLM calls ------------------------------------------------------------------------
 
     @property
+    def adapted_streams(self) -> dict[str, Any]:
+        """The streams that own their weights, and their models."""
+        pairs = zip(self.names, self._forwards, strict=True)
+        return {n: m for n, m in pairs if self._streams.original[n] == n}
+
+    @property
     def lora_manager(self) -> Any:
         """What vLLM manages the LoRA slots with; it sets this when it has wrapped the layers."""
         return self._lora_manager
@@ -191,7 +197,7 @@ class SteeredForCausalLM(nn.Module):
         if not tables.steered:
             self._count(0, positions.shape[0])
             with self._adapting(0, None, positions):
-                return self._forwards[0](input_ids, positions, None, inputs_embeds)
+                return self._run(0, input_ids, positions, inputs_embeds)
         return self._forward_steered(tables, input_ids, positions)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -230,14 +236,14 @@ class SteeredForCausalLM(nn.Module):
     ) -> torch.Tensor:
         layout = self._readout.layout
         self._active, self._special, self._even = [True] * layout.streams, True, False
-        hidden = self._forwards[0](input_ids, positions, None, inputs_embeds)
+        hidden = self._run(0, input_ids, positions, inputs_embeds)
         if layout.streams == 1:
             return hidden
         out = hidden.new_zeros(positions.shape[0], layout.width)
         out[:, layout.columns(0)] = hidden
         for i, name in enumerate(self.names):
             if i and self._streams.original[name] == name:
-                out[:, layout.columns(i)] = self._forwards[i](input_ids, positions)
+                out[:, layout.columns(i)] = self._run(i, input_ids, positions)
         return out
 
     def _forward_steered(
@@ -287,7 +293,7 @@ class SteeredForCausalLM(nn.Module):
             positions = found.to_device(batch.positions)
             with found.stream_context(stream, batch), self._adapting(stream, batch, positions):
                 self._count(stream, batch.rows.size)
-                return self._forwards[stream](tokens.to(input_ids.dtype), positions)
+                return self._run(stream, tokens.to(input_ids.dtype), positions)
 
         scores = candidates_of(self._forwards[0].compute_logits(hidden(0)), self._readout.padded)
         add = self._values.add(asked, scores, hidden, step, tables.offsets, run)
@@ -320,7 +326,7 @@ class SteeredForCausalLM(nn.Module):
         assert self._seam is not None
         read_as = self._readout.vocabularies[i].read_as
         with self._seam.stream_context(i, None), self._adapting(i, None, positions):
-            hidden = self._forwards[i](_read_as(input_ids, read_as), positions)
+            hidden = self._run(i, _read_as(input_ids, read_as), positions)
         out[:, self._readout.layout.columns(i)] = hidden
         self._count(i, tokens)
 
@@ -335,7 +341,7 @@ class SteeredForCausalLM(nn.Module):
             _put(token_ids, own)
         positions = self._seam.to_device(batch.positions)
         with self._seam.stream_context(i, batch), self._adapting(i, batch, positions):
-            hidden = self._forwards[i](token_ids, positions)
+            hidden = self._run(i, token_ids, positions)
         out[tokens, self._readout.layout.columns(i)] = hidden
         self._count(i, batch.tokens.size)
 
@@ -347,7 +353,7 @@ class SteeredForCausalLM(nn.Module):
         i, positions = self._draft, self._seam.to_device(batch.positions)
         ids = _read_as(token_ids.to(torch.int32), self._readout.vocabularies[i].read_as)
         with self._seam.between_steps(i, batch), self._adapting(i, batch, positions):
-            hidden = self._forwards[i](ids, positions)
+            hidden = self._run(i, ids, positions)
         self._count(i, batch.rows.size)
         return self._readout.alone(i, hidden, size)
 
@@ -366,6 +372,22 @@ class SteeredForCausalLM(nn.Module):
         stream = self.names[i], self._streams.original[self.names[i]]
         total, device = positions.shape[0], positions.device
         return self._lora.adapting(self._adapted, stream, requests, total, device)
+
+    def _run(
+        self,
+        i: int,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T, H_i] stream i's hidden states. By keyword: models differ in what stands between."""
+        hidden: torch.Tensor = self._forwards[i](
+            input_ids=input_ids,
+            positions=positions,
+            intermediate_tensors=None,
+            inputs_embeds=inputs_embeds,
+        )
+        return hidden
 
     def _count(self, i: int, tokens: int) -> None:
         self.passes[self.names[i]] += 1

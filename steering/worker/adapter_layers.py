@@ -1,0 +1,195 @@
+"""The layers that adapters can change: vLLM's wrappers of them, stream by stream.
+
+vLLM's manager takes one model with one table of packed layers (`qkv_proj` is q, k and v). Streams
+of several families have several, which contradict each other, so each stream's layers are wrapped
+with the table of its own model.
+
+Checked on vLLM 0.32.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.utils import get_supported_lora_modules
+from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
+from vllm.model_executor.utils import get_packed_modules_mapping
+
+from adapters.errors import DoesNotFit
+
+
+class Slice(NamedTuple):
+    """A linear layer of a checkpoint, in the engine: a layer, or a part of one that packs several.
+
+    Args:
+        name: as the adapter manager knows it.
+        layer: name of the wrapped layer that it is in.
+        index: which of the layer's parts.
+        out: columns of its output, over all ranks.
+        into: columns of its input, over all ranks.
+        order: [out] int64, which row of the checkpoint's weight each row of the engine's is; None
+            where they lie alike.
+    """
+
+    name: str
+    layer: str
+    index: int
+    out: int
+    into: int
+    order: torch.Tensor | None = None
+
+
+class StreamAdapters(LRUCacheLoRAModelManager):
+    """vLLM's manager of LoRA slots, for a model of several streams."""
+
+    def _create_lora_modules(self) -> None:
+        outer = self.model
+        if not hasattr(outer, "adapted_streams"):  # another engine in this process
+            super()._create_lora_modules()
+            return
+        modules: dict[str, Any] = {}
+        packed: dict[str, list[str]] = {}
+        for stream, model in outer.adapted_streams.items():
+            self.model, self.modules, self.packed_modules = model, {}, {}
+            experts = {n for n, m in model.named_modules() if isinstance(m, MoERunner)}
+            # Adapters for experts are refused when they are loaded: see `slices`.
+            self.supported_lora_modules = [
+                name
+                for name in get_supported_lora_modules(model)
+                if not any(expert.rsplit(".", 1)[-1] == name for expert in experts)
+            ]
+            self.packed_modules_mapping = packed_layers(model)
+            super()._create_lora_modules()
+            modules |= {f"{stream}.{name}": layer for name, layer in self.modules.items()}
+            packed |= {
+                f"{stream}.{name}": [f"{stream}.{part}" for part in parts]
+                for name, parts in self.packed_modules.items()
+            }
+        self.model, self.modules, self.packed_modules = outer, modules, packed
+
+    def create_dummy_lora(self, lora_id: int, *_: Any, **__: Any) -> LoRAModel:
+        """An empty adapter: what our layers add in vLLM's trial runs does not depend on slots."""
+        return LoRAModel(lora_id, 1, {})
+
+    def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
+        if lora_model.loras:
+            super()._create_merged_loras_inplace(lora_model)
+
+
+def packed_layers(model: Any) -> dict[str, list[str]]:
+    """Last name of a packed layer → the last names of its parts in a checkpoint.
+
+    The model's own table, and the layers that its checkpoints hold in one piece (GPT-2's `c_attn`,
+    BLOOM's `query_key_value`), which vLLM leaves out.
+    """
+    table: dict[str, list[str]] = get_packed_modules_mapping(model)
+    for name, module in model.named_modules():
+        if isinstance(module, QKVParallelLinear | MergedColumnParallelLinear):
+            last = name.rsplit(".", 1)[-1]
+            table.setdefault(last, [last])
+    return table
+
+
+def slices(manager: Any, stream: str) -> dict[str, Slice]:
+    """The layers of a stream that adapters can change, by the manager's names.
+
+    Args:
+        manager: of vLLM's slots.
+        stream: one that owns its weights.
+    """
+    found = {}
+    for name, layer in manager.modules.items():
+        if not name.startswith(f"{stream}."):
+            continue
+        parts = manager.packed_modules.get(name, [name])
+        sizes = _sizes(layer.base_layer, len(parts))
+        order = _order(manager.model.get_submodule(stream), name.rsplit(".", 1)[-1])
+        for index, (part, out) in enumerate(zip(parts, sizes, strict=True)):
+            into = layer.base_layer.input_size
+            found[part] = Slice(part, name, index, out, into, order)
+    return found
+
+
+def by_checkpoint_name(
+    model: Any, known: Mapping[str, Slice], stream: str, module: str
+) -> Slice | None:
+    """The slice of a module, by its name in the stream's checkpoint; None if there is none.
+
+    Args:
+        model: of the stream.
+        known: from `slices`.
+        stream: its name.
+        module: e.g. `model.layers.0.self_attn.q_proj`.
+    """
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    names = mapper.get_rename_mapper().apply_list([module]) if mapper else [module]
+    return known.get(f"{stream}.{names[0]}") if names else None
+
+
+def _sizes(layer: Any, parts: int) -> list[int]:
+    """Output columns of each part of a layer, over all ranks."""
+    if parts == 1:
+        if isinstance(layer, QKVParallelLinear):
+            return [sum(_qkv(layer))]
+        return [int(layer.output_size)]
+    return _qkv(layer) if isinstance(layer, QKVParallelLinear) else list(layer.output_sizes)
+
+
+def _qkv(layer: Any) -> list[int]:
+    kv = layer.total_num_kv_heads
+    return [
+        layer.total_num_heads * layer.head_size,
+        kv * layer.head_size,
+        kv * layer.v_head_size,
+    ]
+
+
+_INTERLEAVED = {
+    "BloomForCausalLM": "query_key_value",
+    "FalconForCausalLM": "query_key_value",
+    "RWForCausalLM": "query_key_value",
+}
+"""Model class → its layer in whose checkpoints q, k and v of each head, or group of heads, lie
+together. vLLM's classes sort the rows when they load them, so an adapter's are sorted alike."""
+
+
+def _order(model: Any, last: str) -> torch.Tensor | None:
+    """[out] which row of the checkpoint's weight each row of the layer's is."""
+    if _INTERLEAVED.get(type(model).__name__) != last:
+        return None
+    config = model.config
+    heads = config.num_attention_heads
+    if type(model).__name__ == "BloomForCausalLM":
+        groups, queries = heads, 1
+    elif config.new_decoder_architecture:
+        groups = config.num_kv_heads
+        queries = heads // groups
+    elif config.multi_query:
+        groups, queries = 1, heads
+    else:
+        groups, queries = heads, 1
+    size = config.hidden_size // heads
+    rows = torch.arange(groups * (queries + 2) * size).view(groups, queries + 2, size)
+    return torch.cat([part.reshape(-1) for part in rows.split([queries, 1, 1], dim=1)])
+
+
+def check_slice(found: Slice | None, stream: str, module: str, known: Mapping[str, Slice]) -> Slice:
+    """The slice, if there is one.
+
+    Raises:
+        DoesNotFit: the engine has no such layer, or cannot adapt it.
+    """
+    if found is not None:
+        return found
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in known})
+    why = (
+        "adapters for experts are not served"
+        if "expert" in module
+        else ("the engine cannot adapt this layer")
+    )
+    raise DoesNotFit(why, field=f"{stream}: {module}", allowed=", ".join(kinds))
