@@ -10,7 +10,8 @@ Checked on vLLM 0.32.0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.lora.lora_model import LoRAModel
@@ -23,7 +24,8 @@ from vllm.model_executor.utils import get_packed_modules_mapping
 from adapters.errors import DoesNotFit
 
 
-class Slice(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Slice:
     """A linear layer of a checkpoint, in the engine: a layer, or a part of one that packs several.
 
     Args:
@@ -46,6 +48,10 @@ class Slice(NamedTuple):
 
 class StreamAdapters(LRUCacheLoRAModelManager):
     """vLLM's manager of LoRA slots, for a model of several streams."""
+
+    model: Any
+    modules: dict[str, Any]
+    packed_modules: dict[str, list[str]]
 
     def _create_lora_modules(self) -> None:
         outer = self.model

@@ -92,7 +92,7 @@ def companion_config(vllm_config: VllmConfig, model: str, *, body: bool = False)
     )
     # vLLM's hooks change the configuration that they are given. What they decide for this model
     # must not reach the others; only the compilation config is shared (see below).
-    own_parts = {
+    own_parts: dict[str, Any] = {
         field.name: copy(part)
         for field in fields(vllm_config)
         if is_dataclass(part := getattr(vllm_config, field.name))
