@@ -27,6 +27,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from tests.family_models import FAMILIES
+
 VOCAB_SIZE = 500
 """Tokens of the shared tokenizer, and rows of a model's table unless asked otherwise."""
 
@@ -154,7 +156,7 @@ def make_model(
 
     Args:
         folder: made if it is missing.
-        architecture: a key of `ARCHITECTURES`.
+        architecture: a key of `ARCHITECTURES` or `tests.family_models.FAMILIES`.
         seed: two seeds are two unrelated models.
         vocab_size: rows of the model's table. More than `VOCAB_SIZE`: padded rows that stand for
             no token. Less: the model lacks the last ids of the tokenizer.
@@ -162,7 +164,7 @@ def make_model(
     Returns:
         `folder`, to pass on as the model's name.
     """
-    config = ARCHITECTURES[architecture](
+    config = (ARCHITECTURES | FAMILIES)[architecture](
         vocab_size=vocab_size, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -175,9 +177,11 @@ def make_model(
 def _fill(model: PreTrainedModel, random: torch.Generator) -> None:
     """Random weights in place; the last norm is scaled so that the scores spread by `SPREAD`."""
     tied = model.config.tie_word_embeddings
-    norms = {}
+    norms: dict[str, torch.nn.Module] = {}
+    left = dict(model.named_parameters())
     with torch.no_grad():
         for name, module in model.named_modules():
+            own = [f"{name}.{kind}" for kind in ("weight", "bias")]
             if isinstance(module, torch.nn.Embedding):
                 # Small beside what the layers add: a tied table would else repeat its input.
                 module.weight.normal_(0, 0.1, generator=random)
@@ -186,19 +190,48 @@ def _fill(model: PreTrainedModel, random: torch.Generator) -> None:
                     continue
                 fan_in = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
                 # Sharper attention than 1, or every prompt would look alike.
-                gain = 1.5 if "q_proj" in name or "k_proj" in name or "c_attn" in name else 1.0
+                gain = 1.5 if any(part in name for part in _SHARP) else 1.0
                 module.weight.normal_(0, gain * fan_in**-0.5, generator=random)
                 if module.bias is not None:
                     module.bias.normal_(0, 0.1, generator=random)
-            elif getattr(module, "weight", None) is not None:
+            elif getattr(module, "weight", None) is not None and module.weight.dim() == 1:
                 module.weight.uniform_(0.8, 1.2, generator=random)
+                if _adds_one(module):
+                    module.weight.sub_(1.0)
                 if getattr(module, "bias", None) is not None:
                     module.bias.normal_(0, 0.1, generator=random)
                 norms[name] = module
-        # The one outside the layers; modules are not listed in the order of use.
-        last_norm = norms[min(norms, key=lambda name: name.count("."))]
-        ids = torch.randint(len(SPECIAL), model.config.vocab_size, (4, 32), generator=random)
+            else:
+                continue
+            for parameter in own:
+                left.pop(parameter, None)
+        for parameter in left.values():  # tables of experts, sinks and the like
+            scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
+            parameter.normal_(0, scale, generator=random)
+        _spread(model, norms, random)
+
+
+_SHARP = ("q_proj", "k_proj", "c_attn", "qkv", "query_key_value")
+
+
+def _adds_one(norm: torch.nn.Module) -> bool:
+    """Whether a norm multiplies by 1 + its weight."""
+    return type(norm).__name__ in ("Gemma2RMSNorm", "Gemma3RMSNorm")
+
+
+def _spread(
+    model: PreTrainedModel, norms: dict[str, torch.nn.Module], random: torch.Generator
+) -> None:
+    """Scales the norm behind the last layer until the scores spread by `SPREAD`."""
+    # Those outside the layers; the last one, whatever the order of use.
+    fewest = min(name.count(".") for name in norms)
+    last: Any = [norm for name, norm in norms.items() if name.count(".") == fewest][-1]
+    ids = torch.randint(len(SPECIAL), model.config.vocab_size, (4, 32), generator=random)
+    for _ in range(3):  # capped scores need more than one
         factor = SPREAD / model(ids).logits.std(-1).mean()
-        last_norm.weight.mul_(factor)
-        if getattr(last_norm, "bias", None) is not None:
-            last_norm.bias.mul_(factor)
+        if _adds_one(last):
+            last.weight.add_(1).mul_(factor).sub_(1)
+        else:
+            last.weight.mul_(factor)
+        if getattr(last, "bias", None) is not None:
+            last.bias.mul_(factor)

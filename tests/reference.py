@@ -52,7 +52,18 @@ class Step:
 @functools.cache
 def load(folder: Path) -> PreTrainedModel:
     """The checkpoint in float32, in inference mode."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return fresh(folder)
+
+
+def fresh(folder: Path) -> PreTrainedModel:
+    """As `load`, a model that the caller may change."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # the others leave the cap out
+    if model.config.model_type == "cohere2":
+        # vLLM's window has one token more: its source says that the models were trained so.
+        model.config.sliding_window += 1
+    return model.eval()
 
 
 @contextlib.contextmanager

@@ -26,24 +26,31 @@ from adapters.errors import DoesNotFit
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """A linear layer of a checkpoint, in the engine: a layer, or a part of one that packs several.
+    """A linear layer of a checkpoint, in the engine: a layer, or some parts of a packed one.
 
     Args:
-        name: as the adapter manager knows it.
-        layer: name of the wrapped layer that it is in.
-        index: which of the layer's parts.
-        out: columns of its output, over all ranks.
-        into: columns of its input, over all ranks.
+        parts: as the adapter manager knows them, in the order of their output columns.
+        sizes: columns of each part's output, over all ranks.
+        into: columns of the input, over all ranks.
         order: [out] int64, which row of the checkpoint's weight each row of the engine's is; None
             where they lie alike.
     """
 
-    name: str
-    layer: str
-    index: int
-    out: int
+    parts: tuple[str, ...]
+    sizes: tuple[int, ...]
     into: int
     order: torch.Tensor | None = None
+
+    @property
+    def out(self) -> int:
+        """Columns of its output, over all ranks."""
+        return sum(self.sizes)
+
+    def split(self, b: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        """(part, its rows) of a matrix B [out, R] as in the checkpoint; strides stay."""
+        if self.order is not None:
+            b = b.mT[:, self.order].mT if b.stride(0) == 1 else b[self.order]
+        return list(zip(self.parts, b.split(self.sizes), strict=True))
 
 
 class StreamAdapters(LRUCacheLoRAModelManager):
@@ -102,7 +109,10 @@ def packed_layers(model: Any) -> dict[str, list[str]]:
 
 
 def slices(manager: Any, stream: str) -> dict[str, Slice]:
-    """The layers of a stream that adapters can change, by the manager's names.
+    """The layers of a stream that adapters can change, by vLLM's names.
+
+    A packed layer is there by its parts' names and by its own: some checkpoints hold it in one
+    piece although the model's table names parts (GLM-4's `gate_up_proj`).
 
     Args:
         manager: of vLLM's slots.
@@ -113,11 +123,11 @@ def slices(manager: Any, stream: str) -> dict[str, Slice]:
         if not name.startswith(f"{stream}."):
             continue
         parts = manager.packed_modules.get(name, [name])
-        sizes = _sizes(layer.base_layer, len(parts))
+        sizes, into = _sizes(layer.base_layer, len(parts)), layer.base_layer.input_size
         order = _order(manager.model.get_submodule(stream), name.rsplit(".", 1)[-1])
-        for index, (part, out) in enumerate(zip(parts, sizes, strict=True)):
-            into = layer.base_layer.input_size
-            found[part] = Slice(part, name, index, out, into, order)
+        for part, size in zip(parts, sizes, strict=True):
+            found[part] = Slice((part,), (size,), into)
+        found[name] = Slice(tuple(parts), tuple(sizes), into, order)
     return found
 
 

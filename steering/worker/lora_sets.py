@@ -142,15 +142,16 @@ class SetManager(LRUCacheWorkerLoRAManager):
         dtype, by_columns = self.lora_config.lora_dtype, current_platform.is_cpu()
         for owner in found.owners:
             known, model = slices(manager, owner), manager.model.get_submodule(owner)
+            filled: set[str] = set()
             for module, a, b in load_set(found, owner, dtype, by_columns=by_columns):
-                part = by_checkpoint_name(model, known, owner, module)
-                part = check_slice(part, owner, module, known)
-                if part.order is not None:
-                    b = _in_order(b, part.order)
-                yield (
-                    part.name,
-                    LoRALayerWeights(part.name, a.shape[0], a.shape[0], a, b, scaling=1.0),
-                )
+                layer = by_checkpoint_name(model, known, owner, module)
+                layer = check_slice(layer, owner, module, known)
+                for name, rows in layer.split(b):
+                    if name in filled:
+                        raise DoesNotFit("this layer is changed twice, under two names",
+                                         field=f"{owner}: {module}")  # fmt: skip
+                    filled.add(name)
+                    yield name, LoRALayerWeights(name, len(a), len(a), a, rows, scaling=1.0)
 
     def _check(self, found: AdapterSet) -> None:
         if (
@@ -164,8 +165,3 @@ class SetManager(LRUCacheWorkerLoRAManager):
             raise DoesNotFit(
                 "the set's rank", field=found.name, value=found.rank, allowed=f"≤ {limit}"
             )
-
-
-def _in_order(b: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """B with its rows sorted, in memory as it was."""
-    return b.mT[:, order].mT if b.stride(0) == 1 else b[order]

@@ -63,8 +63,7 @@ def base_config(vllm_config: VllmConfig) -> VllmConfig:
     # `with_hf_config` leaves what was found out about the architecture that vLLM sees.
     info, name = model_config.registry.inspect_model_cls(own, model_config)
     model_config._model_info, model_config._architecture = info, name
-    config.compilation_config = vllm_config.compilation_config
-    return config
+    return _within(vllm_config, config)
 
 
 def companion_config(vllm_config: VllmConfig, model: str, *, body: bool = False) -> VllmConfig:
@@ -99,9 +98,16 @@ def companion_config(vllm_config: VllmConfig, model: str, *, body: bool = False)
     }
     own_parts |= {"model_config": model_config, "quant_config": None}
     own_parts["cache_config"].sliding_window = _window_of_all_layers(model_config)
-    config: VllmConfig = replace(vllm_config, **own_parts)
+    return _within(vllm_config, replace(vllm_config, **own_parts))
+
+
+def _within(engine: VllmConfig, config: VllmConfig) -> VllmConfig:
+    """A stream's configuration, changed where a stream differs from an engine."""
     # Attention layers must register where the runner looks.
-    config.compilation_config = vllm_config.compilation_config
+    config.compilation_config = engine.compilation_config
+    # Adapters are added by our own operation to linear layers. Layers that know of LoRA choose
+    # other kernels: those of experts, some that CPUs have not.
+    config.lora_config = None
     return config
 
 

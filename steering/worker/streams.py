@@ -55,7 +55,7 @@ class Streams:
             if self.original[name] == name:
                 config = self._configs[name] = self._config(name)
                 prepare_experts(name, config)
-                lora_seam.keep_compiling(config)
+                lora_seam.keep_compiling(vllm_config)
                 owner.add_module(name, initialize_model(vllm_config=config, prefix=name))
                 keep_all_blocks(config, name)
         self._twins = {

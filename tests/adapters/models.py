@@ -16,7 +16,8 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+
+from tests.reference import fresh
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Applied:
 @functools.cache
 def adapted(base: Path, adapters: tuple[Applied, ...]) -> Any:
     """The model with its adapters, float32."""
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model: Any = fresh(base)
     for applied in adapters:
         if (applied.folder / "meteora.json").is_file():
             _hook_meteora(model, applied)

@@ -1,0 +1,117 @@
+"""What is tried of each family: as base, twin, companion of the family before it, and adapted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModel
+
+from adapters.formats.base import base_shapes
+from steering.engine_args import adapter_engine_args
+from tests.adapters.make import make_lora
+from tests.engine.driver import Case, Engine, Use, logprobs, tokens
+from tests.family_models import FAMILIES as _CONFIGS
+from tests.family_models import WINDOW
+from tests.models import ARCHITECTURES, SPECIAL, VOCAB_SIZE
+
+FAMILIES = (
+    "llama3", "gemma2", "qwen2.5", "gpt-oss", "qwen3", "gemma3", "mistral", "mixtral", "phi3",
+    "cohere2", "cohere", "olmo3", "granite", "qwen3-moe", "olmo2", "glm4", "deepseek-v2",
+    "stablelm", "deepseek-v3", "falcon", "bloom", "gemma3n", "gpt2", "opt",
+)  # fmt: skip
+"""Each is the base of an engine, whose companion is the next; the last one's is the first."""
+
+ROLES = ("base", "twin", "companion", "adapters")
+
+TOLERANCE = 1e-4
+"""Nats, float32."""
+
+_NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "experts", "gate.", "router", "norm", "altup",
+                "laurel", "per_layer")  # fmt: skip
+"""Parts of the names of two-dimensional weights that the adapters leave alone."""
+
+
+def companion_of(family: str) -> str:
+    """The family that is the companion in a family's engine."""
+    return FAMILIES[(FAMILIES.index(family) + 1) % len(FAMILIES)]
+
+
+def engine_of(family: str, folder: Path) -> Engine:
+    """A family as base, with a twin, the next family as companion, and an adapter for each."""
+    streams: dict[str, tuple[str, int] | str] = {
+        "other": (companion_of(family), VOCAB_SIZE),
+        "twin": "base",
+    }
+    with _as_they_are(family, companion_of(family)):
+        found = Engine(folder, (family, VOCAB_SIZE), streams, **adapter_engine_args(3, 8))
+    for stream in ("base", "other"):
+        base = found.folders[stream]
+        targets = sorted(
+            name.removesuffix(".weight").rsplit(".", 1)[-1]
+            for name in base_shapes(base).tensors
+            if base_shapes(base).linear(name.removesuffix(".weight"))
+            and not any(part in name for part in _NOT_ADAPTED)
+        )
+        lora = make_lora(folder / f"lora-{stream}", base, seed=7, targets=sorted(set(targets)))
+        found.load_adapters({stream: lora}, stream)
+    return found
+
+
+@contextmanager
+def _as_they_are(*families: str) -> Iterator[None]:
+    """Undoes what vLLM changes in the classes of `transformers` that it runs itself (OLMo's)."""
+    kinds = [AutoModel._model_mapping[type((ARCHITECTURES | _CONFIGS)[name](vocab_size=VOCAB_SIZE))] for name in families]
+    before = [{key: vars(kind).get(key) for key in ("__init__", "__call__")} for kind in kinds]
+    yield
+    for kind, own in zip(kinds, before, strict=True):
+        for key, value in own.items():
+            if value is not None:
+                setattr(kind, key, value)
+            elif key in vars(kind):
+                delattr(kind, key)
+
+
+def cases(seed: int) -> Iterator[tuple[str, Case]]:
+    """(role, case): prompts on both sides of the window, steered and not, in one batch."""
+    rng = random.Random(seed)
+
+    def prompt(low: int, high: int) -> list[int]:
+        return [rng.randrange(len(SPECIAL), VOCAB_SIZE) for _ in range(rng.randint(low, high))]
+
+    long, short = (2 * WINDOW + 10, 3 * WINDOW), (3, WINDOW - 10)
+    guidance: dict[str, Any] = {"method": "guidance", "negative": "twin", "strength": 1.4}
+    mix: dict[str, Any] = {"method": "mix", "weights": {"base": 0.6, "other": 0.7}}
+    yield "base", Case(prompt(*long), max_tokens=8)
+    yield "base", Case(prompt(*short), max_tokens=8, arrives=2)
+    yield "twin", Case(prompt(*long), guidance, {"twin": prompt(*short)}, max_tokens=8)
+    yield "twin", Case(prompt(*short), guidance, {"twin": prompt(*long)}, max_tokens=8, arrives=1)
+    yield "companion", Case(prompt(*long), mix, max_tokens=8)
+    yield "companion", Case(prompt(*short), mix, {"other": prompt(*long)}, max_tokens=8, arrives=3)
+    yield "companion", Case(prompt(*long), mix, {"other": prompt(*short)}, max_tokens=8, arrives=1)
+    yield "adapters", Case(prompt(*long), max_tokens=8, adapters=(Use("base"),))
+    yield "adapters", Case(
+        prompt(*short), mix, {"other": prompt(*long)}, 8, 2,
+        adapters=(Use("base", 0.6), Use("other", stream="other")),
+    )  # fmt: skip
+    yield "adapters", Case(
+        prompt(*long), guidance, {"twin": prompt(*short)}, 8, adapters=(Use("base", stream="twin"),)
+    )
+
+
+def errors(engine: Engine, seed: int) -> dict[str, float]:
+    """Role → the largest error of a log-probability, nats; infinite where a token differs."""
+    tried = list(cases(seed))
+    found = dict.fromkeys(ROLES, 0.0)
+    outputs = engine.run([case for _, case in tried])
+    for (role, case), output in zip(tried, outputs, strict=True):
+        steps = engine.reference(case)
+        worst = float("inf")
+        if tokens(output) == [s.token for s in steps]:
+            pairs = zip(logprobs(output), steps, strict=True)
+            worst = max(abs(got - step.logprob) for got, step in pairs)
+        found[role] = max(found[role], worst)
+    return found
