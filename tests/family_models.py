@@ -64,11 +64,11 @@ def _deepseek(config: str, **more: Any) -> Callable[..., PretrainedConfig]:
         num_hidden_layers=2,
         num_key_value_heads=4,
         head_dim=...,
-        kv_lora_rank=32,
+        kv_lora_rank=512,
         q_lora_rank=None,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=64,
+        v_head_dim=64,
         n_routed_experts=4,
         n_shared_experts=1,
         num_experts_per_tok=2,
@@ -121,7 +121,7 @@ FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
     "olmo3": _family("Olmo3Config", head_dim=..., hidden_size=128, **_INTERLEAVED),
     "glm4": _family("Glm4Config"),
     "deepseek-v2": _deepseek("DeepseekV2Config", topk_method="greedy"),
-    "deepseek-v3": _deepseek("DeepseekV3Config", topk_method="noaux_tc"),
+    "deepseek-v3": _deepseek("DeepseekV3Config", topk_method="noaux_tc", scoring_func="sigmoid"),
     "stablelm": _family(
         "StableLmConfig", head_dim=..., hidden_size=128, use_qkv_bias=True, partial_rotary_factor=0.5
     ),
@@ -137,7 +137,7 @@ FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
     ),
     "gemma3n": _family(
         "Gemma3nTextConfig", num_hidden_layers=4, num_kv_shared_layers=2, vocab_size_per_layer_input=500,
-        hidden_size_per_layer_input=32, laurel_rank=8, altup_num_inputs=2,
+        hidden_size_per_layer_input=32, laurel_rank=8, altup_num_inputs=4,
         sliding_window=WINDOW, activation_sparsity_pattern=[0.0] * 4, tie_word_embeddings=True,
         intermediate_size=[128] * 4,
         layer_types=["sliding_attention", "full_attention"] * 2,

@@ -94,6 +94,13 @@ class StreamAdapters(LRUCacheLoRAModelManager):
             super()._create_merged_loras_inplace(lora_model)
 
 
+_USUAL_PARTS = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
+"""Of models without a table of their own (StableLM), whose checkpoints hold the parts."""
+
+
 def packed_layers(model: Any) -> dict[str, list[str]]:
     """Last name of a packed layer → the last names of its parts in a checkpoint.
 
@@ -104,7 +111,7 @@ def packed_layers(model: Any) -> dict[str, list[str]]:
     for name, module in model.named_modules():
         if isinstance(module, QKVParallelLinear | MergedColumnParallelLinear):
             last = name.rsplit(".", 1)[-1]
-            table.setdefault(last, [last])
+            table.setdefault(last, _USUAL_PARTS.get(last, [last]))
     return table
 
 
