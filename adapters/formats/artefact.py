@@ -93,6 +93,16 @@ class Artefact:
         return tuple(max(part.rank for part in parts.values()) for parts in self.parts)
 
     @property
+    def constants(self) -> tuple[bool, ...]:
+        """Per member, whether any part adds a constant; empty if none does."""
+        return ()
+
+    @property
+    def diagonals(self) -> tuple[bool, ...]:
+        """Per member, whether any part multiplies the output; empty if none does."""
+        return ()
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """Names of all layers that some member changes, sorted."""
         return tuple(sorted({module for parts in self.parts for module in parts}))
