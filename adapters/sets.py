@@ -81,20 +81,20 @@ class Block(msgspec.Struct, frozen=True):
     diagonals: tuple[int | None, ...] = ()
 
     @property
-    def stop(self) -> int:
-        """Its last product + 1."""
-        return self.start + sum(self.ranks)
+    def products(self) -> slice:
+        """The columns of its products."""
+        return slice(self.start, self.start + sum(self.ranks))
 
     @property
-    def spans(self) -> tuple[tuple[int, int, int], ...]:
-        """(member, first column, last column + 1) of all its columns; a member has up to 3."""
-        found, start = [], self.start
-        for member, rank in enumerate(self.ranks):
-            found.append((member, start, start + rank))
-            start += rank
-        for columns in (self.constants, self.diagonals):
-            found += [(m, c, c + 1) for m, c in enumerate(columns) if c is not None]
-        return tuple(found)
+    def ones(self) -> tuple[tuple[int, int], ...]:
+        """(column, member) of its constants and diagonals."""
+        kinds = self.constants, self.diagonals
+        return tuple((c, m) for kind in kinds for m, c in enumerate(kind) if c is not None)
+
+    @property
+    def columns(self) -> list[int]:
+        """All its columns."""
+        return [*range(self.products.start, self.products.stop), *(c for c, _ in self.ones)]
 
 
 class Layout(msgspec.Struct, frozen=True):
