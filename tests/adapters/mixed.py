@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from adapters.kernels.gated import Group, Route
 from adapters.kernels.lines import CONSTANT, Line, Lines
 from adapters.kernels.reference import Float, Term, adapter_sum, routing
 
@@ -217,6 +218,50 @@ class Layer:
                         found[number, first : first + len(part.ranks)] += picked
                     row = own.stop
         return found
+
+
+def groups(sets: dict[int, Set], lines: Lines, asks: Sequence[Sequence[Ask]]) -> list[Group]:
+    """The same tokens as groups."""
+    found = []
+    for slot, parts in sets.items():
+        users = np.flatnonzero((lines.tokens >= 0) & (lines.slots[lines.tokens] == slot))
+        if not users.size:
+            continue
+        own = [asks[number] for number in lines.tokens[users]]
+        gate = np.stack([lines.lines[number].weight for number in lines.tokens[users]])
+        routes, row = [], columns(parts)
+        for i, (part, members) in enumerate(zip(parts, places(parts), strict=True)):
+            if part.routed:
+                routes.append(_route([ask[i] for ask in own], members, row))
+                ones = routes[-1].ones
+                gate[:, routes[-1].columns] = 1.0
+                if ones is not None:
+                    gate[:, ones[0]] = 1.0
+                row += len(members)
+        counts = columns(parts), columns(parts) + gates(parts)
+        made = torch.from_numpy(gate), tuple(routes), constants(parts), diagonals(parts)
+        found.append(Group(slot, torch.from_numpy(users), *counts, *made))
+    return found
+
+
+def _route(
+    asks: Sequence[Ask], members: Sequence[tuple[slice, int | None, int | None]], row: int
+) -> Route:
+    spans = [span for span, *_ in members]
+    ranks = torch.tensor([span.stop - span.start for span in spans])
+    ones = [(c, j) for j, (_, *own) in enumerate(members) for c in own if c is not None]
+    top_k = torch.tensor([ask.top_k for ask in asks])
+    return Route(
+        slice(spans[0].start, spans[-1].stop),
+        slice(row, row + len(members)),
+        torch.arange(len(members)).repeat_interleave(ranks),
+        torch.tensor([ask.weight for ask in asks]),
+        top_k,
+        int(top_k.max()),
+        torch.tensor([ask.temperature for ask in asks]),
+        None,
+        (torch.tensor(ones)[:, 0], torch.tensor(ones)[:, 1]) if ones else None,
+    )
 
 
 def _terms(parts: Set, asks: Sequence[Ask], a: Float, b: Float, x: Float) -> list[Term]:
