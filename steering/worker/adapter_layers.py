@@ -32,6 +32,8 @@ class Slice:
         parts: as the adapter manager knows them, in the order of their output columns.
         sizes: columns of each part's output, over all ranks.
         into: columns of the input, over all ranks.
+        layer: name of the wrapped layer that it is in.
+        start: its first output in the layer's, over all ranks.
         order: [out] int64, which row of the checkpoint's weight each row of the engine's is; None
             where they lie alike.
     """
@@ -39,6 +41,8 @@ class Slice:
     parts: tuple[str, ...]
     sizes: tuple[int, ...]
     into: int
+    layer: str
+    start: int = 0
     order: torch.Tensor | None = None
 
     @property
@@ -132,9 +136,9 @@ def slices(manager: Any, stream: str) -> dict[str, Slice]:
         parts = manager.packed_modules.get(name, [name])
         sizes, into = _sizes(layer.base_layer, len(parts)), layer.base_layer.input_size
         order = _order(manager.model.get_submodule(stream), name.rsplit(".", 1)[-1])
-        for part, size in zip(parts, sizes, strict=True):
-            found[part] = Slice((part,), (size,), into)
-        found[name] = Slice(tuple(parts), tuple(sizes), into, order)
+        for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+            found[part] = Slice((part,), (size,), into, name, sum(sizes[:i]))
+        found[name] = Slice(tuple(parts), tuple(sizes), into, name, 0, order)
     return found
 
 

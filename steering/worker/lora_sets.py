@@ -14,12 +14,13 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.platforms import current_platform
 
 from adapters.errors import DoesNotFit
 from adapters.load import load_set
 from adapters.sets import AdapterSet, Layout
-from steering.worker.adapter_layers import by_checkpoint_name, check_slice, slices
+from steering.worker.base_layers import EngineLayers
 
 
 def arrange(manager: Any) -> None:
@@ -99,10 +100,11 @@ class SetManager(LRUCacheWorkerLoRAManager):
 
     layouts: dict[int, dict[str, Layout]]
     _ahead: dict[str, _Reading]
+    _norms: dict[str, torch.Tensor]
 
     def adopt(self) -> None:
         """Prepares what this class adds to the manager that vLLM made."""
-        self.layouts, self._ahead = {}, {}
+        self.layouts, self._ahead, self._norms = {}, {}, {}
 
     def read_ahead(self, path: str, seconds: float) -> bool:
         """Reads a part of a set, which is then loaded faster; whether all of it is read.
@@ -141,12 +143,12 @@ class SetManager(LRUCacheWorkerLoRAManager):
         manager = self._adapter_manager
         dtype, by_columns = self.lora_config.lora_dtype, current_platform.is_cpu()
         for owner in found.owners:
-            known, model = slices(manager, owner), manager.model.get_submodule(owner)
+            layers, layout = EngineLayers(manager, owner, self._norms), found.layout(owner)
             filled: set[str] = set()
             for module, a, b in load_set(found, owner, dtype, by_columns=by_columns):
-                layer = by_checkpoint_name(model, known, owner, module)
-                layer = check_slice(layer, owner, module, known)
-                for name, rows in layer.split(b):
+                part = layers.slice(module)
+                _adjust(b, layout, layers.layer(part).base_layer, f"{owner}: {module}")
+                for name, rows in part.split(b):
                     if name in filled:
                         raise DoesNotFit("this layer is changed twice, under two names",
                                          field=f"{owner}: {module}")  # fmt: skip
@@ -165,3 +167,18 @@ class SetManager(LRUCacheWorkerLoRAManager):
             raise DoesNotFit(
                 "the set's rank", field=found.name, value=found.rank, allowed=f"≤ {limit}"
             )
+
+
+def _adjust(b: torch.Tensor, layout: Layout, layer: Any, field: str) -> None:
+    """Fits constants and diagonals to what the layer gives; changes B in place.
+
+    Raises:
+        DoesNotFit: a diagonal would not multiply the layer's bias.
+    """
+    scales = layout.diagonals and bool(b[:, layout.sums : layout.columns].any())
+    if scales and layer.skip_bias_add and layer.bias is not None:
+        why = "adapters that scale this layer's output are not served: its bias is added elsewhere"
+        raise DoesNotFit(why, field=field)
+    if layout.constants and isinstance(layer, RowParallelLinear) and layer.tp_rank > 0:
+        # The ranks' outputs are summed: one of them adds the constant.
+        b[:, layout.products : layout.sums] = 0
