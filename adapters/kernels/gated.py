@@ -121,19 +121,19 @@ class Group:
 
         Args:
             x: [n, in] of the group's tokens.
-            t: [n, size], the layer's own output.
+            t: [n, size], the layer's own output; not read without diagonals.
             a: [slots, 1, ≥ rows, in].
-            b: [slots, 1, size, ≥ columns].
+            b: [slots, 1, ≥ size, ≥ columns].
         """
-        shrunk = x @ a[self.slot, 0, : self.rows].T
-        gated, own = self._gated(shrunk), b[self.slot, 0]
-        added = gated[:, : self.sums].to(x.dtype) @ own[:, : self.sums].T
+        gated, size = self._gated(x @ a[self.slot, 0, : self.rows].T), t.shape[1]
         if not self.diagonals:
-            return added
+            return gated.to(x.dtype) @ b[self.slot, 0, :size, : self.columns].T
+        sums, factors = gated.tensor_split([self.sums], 1)
+        of_sums, of_factors = b[self.slot, 0, :size, : self.columns].tensor_split([self.sums], 1)
         # In bfloat16 1 + d has fewer digits of d than d itself, and gates may cancel.
         wide = torch.promote_types(x.dtype, torch.float32)
-        factor = gated[:, self.sums :].to(wide) @ own[:, self.sums : self.columns].to(wide).T
-        return factor.mul_(t).add_(added).to(x.dtype)
+        factor = factors.to(wide) @ of_factors.to(wide).T
+        return factor.mul_(t).add_(sums.to(x.dtype) @ of_sums.T).to(x.dtype)
 
     def _gated(self, shrunk: torch.Tensor) -> torch.Tensor:
         """[n, R] of the shrunk activations [n, R + G], each column times its gate.
@@ -141,7 +141,7 @@ class Group:
         `shrunk` is the caller's own, so it may be changed in place. Gates are applied in float32.
         """
         found = shrunk[:, : self.columns]
-        if self.products < self.columns:
+        if self.constants or self.diagonals:
             found[:, self.products :] = 1.0
         if self.gate is not None:
             found = found.float() * self.gate
@@ -175,7 +175,7 @@ class Bundle:
     diagonals = 0
 
     def added(
-        self, x: torch.Tensor, _: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+        self, x: torch.Tensor, t: torch.Tensor, a: torch.Tensor, b: torch.Tensor
     ) -> torch.Tensor:
         """[S · m, size], what one layer adds to its output; see `Group.added`.
 
@@ -184,7 +184,7 @@ class Bundle:
         sets, most, columns = self.gate.shape
         shrunk = x.view(sets, most, -1) @ a[self.slots, 0, :columns].transpose(1, 2)
         gated = (shrunk * self.gate).to(x.dtype)
-        return (gated @ b[self.slots, 0, :, :columns].transpose(1, 2)).flatten(0, 1)
+        return (gated @ b[self.slots, 0, : t.shape[1], :columns].transpose(1, 2)).flatten(0, 1)
 
 
 SMALL = 8
@@ -249,7 +249,7 @@ def add_adapters(
         for a_all, b_all, size in zip(a, b, sizes, strict=True):
             part = y[:, start : start + size]
             own = part if group.tokens is None or not group.diagonals else part[group.tokens]
-            added = group.added(xs, own, a_all, b_all[:, :, :size])
+            added = group.added(xs, own, a_all, b_all)
             if group.tokens is None:
                 part += added
             else:

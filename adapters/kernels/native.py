@@ -206,7 +206,10 @@ def _spans(route: Route) -> Array:
 
 def _table(n: int, columns: Sequence[Array | int]) -> Array:
     """[n, columns] int64."""
-    return np.stack([np.broadcast_to(np.asarray(c, np.int64), (n,)) for c in columns], 1)
+    found = np.empty((n, len(columns)), np.int64)
+    for i, column in enumerate(columns):
+        found[:, i] = column
+    return found
 
 
 def _tensor(array: Array, dtype: type) -> torch.Tensor:
