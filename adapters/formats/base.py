@@ -14,7 +14,10 @@ _INDEX = "model.safetensors.index.json"
 _CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc")}
 """model_type → layers whose weights are stored [in, out]."""
 
-_TABLES = ("embed_tokens", "lm_head", "embed_positions", "wte", "wpe", "embed_out")
+TABLES = (
+    "embed_tokens", "embed_in", "embed_positions", "word_embeddings", "wte", "wpe", "lm_head",
+    "embed_out",
+)  # fmt: skip
 """Layers that are no linear map of hidden states: adapters for them are not served."""
 
 
@@ -34,7 +37,7 @@ class BaseShapes:
         """(out, in) of a linear layer, None if the base has no such layer."""
         shape = self.tensors.get(f"{module}.weight", ())
         last = module.rsplit(".", 1)[-1]
-        if len(shape) != 2 or last in _TABLES:
+        if len(shape) != 2 or last in TABLES:
             return None
         return (shape[1], shape[0]) if last in self.conv1d else (shape[0], shape[1])
 
