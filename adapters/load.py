@@ -57,6 +57,13 @@ def load_set(
         yield module, a, b
 
 
+def normed(found: AdapterSet, owner: str) -> list[str]:
+    """The layers of `owner` whose row norms `load_set` asks its base for."""
+    members = [_read(m) for m in found.members if m.owner == owner and any(m.diagonals)]
+    parts = (part for artefact in members for one in artefact.parts for part in one.items())
+    return sorted({module for module, part in parts if part.magnitude is not None})
+
+
 class _Opened:
     """The tensors of an artefact.
 

@@ -47,6 +47,11 @@ class EngineLayers:
         """The wrapped layer that a module is in."""
         return self._manager.modules[part.layer]
 
+    def linear(self, module: str) -> tuple[int, int] | None:
+        """(out, in) of a layer, None if the engine cannot adapt one of this name."""
+        part = by_checkpoint_name(self._model, self._known, self._stream, module)
+        return None if part is None else (part.out, part.into)
+
     def product(self, module: str, x: torch.Tensor) -> torch.Tensor:
         """[n, out] x Wᵀ without bias, float32; rounded as the engine rounds it.
 

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.platforms import current_platform
 
 from adapters.errors import DoesNotFit
-from adapters.load import load_set
+from adapters.load import load_set, normed
 from adapters.sets import AdapterSet, Layout
 from steering.worker.base_layers import EngineLayers
 
@@ -66,6 +66,9 @@ class _Filled:
         self._ranks[index] = 0
 
 
+_Part = tuple[str, LoRALayerWeights]
+"""A layer's name and what a set does to it."""
+
 READINGS = 4
 """Sets that are read ahead at the same time; they hold memory until they are loaded."""
 
@@ -74,25 +77,26 @@ class _Reading:
     """A set's layers, read bit by bit. Iterating gives all of them.
 
     Args:
-        parts: what remains to be read.
+        parts: what remains to be read; None where only some work was done.
     """
 
-    def __init__(self, parts: Iterator[tuple[str, LoRALayerWeights]]) -> None:
+    def __init__(self, parts: Iterator[_Part | None]) -> None:
         self._parts = parts
-        self._read: list[tuple[str, LoRALayerWeights]] = []
+        self._read: list[_Part] = []
 
     def read(self, seconds: float) -> bool:
-        """Reads for some time, at least one layer; whether that was the last."""
+        """Reads for some time, at least one piece; whether that was the last."""
         until = time.monotonic() + seconds
         for part in self._parts:
-            self._read.append(part)
+            if part is not None:
+                self._read.append(part)
             if time.monotonic() >= until:
                 return False
         return True
 
-    def __iter__(self) -> Iterator[tuple[str, LoRALayerWeights]]:
+    def __iter__(self) -> Iterator[_Part]:
         yield from self._read
-        yield from self._parts
+        yield from (part for part in self._parts if part is not None)
 
 
 class SetManager(LRUCacheWorkerLoRAManager):
@@ -131,21 +135,25 @@ class SetManager(LRUCacheWorkerLoRAManager):
 
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
         found = AdapterSet.from_path(lora_request.lora_path)
-        weights = dict(self._ahead.pop(lora_request.lora_path, None) or self._parts(found))
+        reading = self._ahead.pop(lora_request.lora_path, None) or _Reading(self._parts(found))
+        weights = dict(reading)
         cached = self.list_adapters()
         self.layouts = {i: layout for i, layout in self.layouts.items() if i in cached}
         self.layouts[lora_request.lora_int_id] = {o: found.layout(o) for o in found.owners}
         return LoRAModel(lora_request.lora_int_id, found.rank, weights)
 
-    def _parts(self, found: AdapterSet) -> Iterator[tuple[str, LoRALayerWeights]]:
-        """Per layer of the steered model that a set changes, its weights."""
+    def _parts(self, found: AdapterSet) -> Iterator[_Part | None]:
+        """Per layer of the steered model that a set changes, its weights; None between steps."""
         self._check(found)
         manager = self._adapter_manager
         dtype, by_columns = self.lora_config.lora_dtype, current_platform.is_cpu()
         for owner in found.owners:
             layers, layout = EngineLayers(manager, owner, self._norms), found.layout(owner)
             filled: set[str] = set()
-            for module, a, b in load_set(found, owner, dtype, by_columns=by_columns):
+            for module in normed(found, owner):
+                for _ in layers.measure(module):
+                    yield None
+            for module, a, b in load_set(found, owner, dtype, layers, by_columns=by_columns):
                 part = layers.slice(module)
                 _adjust(b, layout, layers.layer(part).base_layer, f"{owner}: {module}")
                 for name, rows in part.split(b):
