@@ -118,7 +118,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         "plain": ("gpt2", VOCAB_SIZE),
         "twin": "base",
     }
-    slots = {**adapter_engine_args(4, 48), "max_cpu_loras": 6, "num_gpu_blocks_override": 48}
+    slots = {**adapter_engine_args(4, 48), "max_cpu_loras": 6, "num_gpu_blocks_override": 24}
     found = Engine(folder, ("qwen2", VOCAB_SIZE), streams, **slots)
     for seed, (stream, configs) in enumerate(
         {"base": BASE, "opt": COMPANION, "plain": FUSED}.items()
