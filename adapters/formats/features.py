@@ -12,6 +12,9 @@ from adapters.errors import BadAdapter
 from adapters.formats.base import TABLES
 from adapters.formats.config import CONFIG, bad_key
 
+_LONGEST_NAME = 60
+"""Letters of a module's name in a sentence."""
+
 SERVED = ("LORA", "ADALORA", "VERA", "IA3")
 
 _MERGE = "merge it with PEFT's merge_and_unload and serve the result as a base or a companion"
@@ -142,9 +145,11 @@ def check_options(
 
 def _check_saved(config: Mapping[str, Any], left_alone: Callable[[str], bool]) -> None:
     saved = config.get("modules_to_save") or []
-    for name in saved if isinstance(saved, list) else [saved]:
-        if not (isinstance(name, str) and left_alone(name)):
-            raise bad_key("modules_to_save", also_changes(str(name), "modules_to_save"), saved)
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise bad_key("modules_to_save", "not a list of names", saved)
+    for name in saved:
+        if not left_alone(name):
+            raise bad_key("modules_to_save", also_changes(name, "modules_to_save"), saved)
 
 
 def also_changes(module: str, how: str) -> str:
@@ -154,7 +159,7 @@ def also_changes(module: str, how: str) -> str:
         module: its name.
         how: the key of the config by which it does.
     """
-    last = module.rsplit(".", 1)[-1]
+    last = module.rsplit(".", 1)[-1][:_LONGEST_NAME]
     what = "the table of a vocabulary is" if last in TABLES else "a whole module is"
     return (f"this adapter also changes {last} ({how}), and {what} not changed per request; "
             f"{_MERGE}, or train without {last}")  # fmt: skip

@@ -132,9 +132,8 @@ class Vera:
         if not config.get("save_projection", True):
             raise bad_key(
                 "save_projection",
-                "this adapter lacks its projections, random numbers that machines draw "
-                "differently; train it with save_projection=True, or write it as a LoRA with PEFT's "
-                "save_as_lora",
+                "this adapter lacks its projections, which each machine may draw differently; "
+                "train it with save_projection=True, or write it with PEFT's save_as_lora",
                 False,
             )
         rank = _rank(config.get("r", 256), "r")

@@ -122,7 +122,11 @@ def _parts(kind: Any, argument: Any) -> list[Any]:
         return [argument[3]]
     if kind in (_c.MAX_REPEAT, _c.MIN_REPEAT):
         return [argument[2]]
-    return [argument[1]] if kind in (_c.ASSERT, _c.ASSERT_NOT) else []
+    if kind not in (_c.ASSERT, _c.ASSERT_NOT):
+        return []
+    if argument[0] < 0 and len(set(argument[1].getwidth())) > 1:
+        raise PatternError("broken: a look-behind needs one width")
+    return [argument[1]]
 
 
 class _Run:

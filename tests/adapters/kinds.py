@@ -172,7 +172,7 @@ def shard(folder: Path) -> None:
     """Two files and an index in the place of one."""
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
-    places = {}
+    places: dict[str, str] = {}
     for i in range(2):
         file = f"adapter_model-0000{i + 1}-of-00002.safetensors"
         names = sorted(tensors)[i::2]
@@ -184,7 +184,7 @@ def shard(folder: Path) -> None:
 
 RANKS = {"q_proj": 6, r"layers\.0\..*(up|down)_proj": 2}
 ALPHAS = {r"^model\.layers\.1\.mlp.*": 3, "v_proj": 20}
-EXPRESSION = r".*layers\.\d+\.(self_attn\.(q|v)_proj|mlp\..*)"
+EXPRESSION = r".*layers\.\d+\.(self_attn\.(q|v)_proj|mlp\..*_proj)"
 
 SERVED = (
     Case("LoRA", lora()),
@@ -224,18 +224,15 @@ SERVED = (
 """What this server serves."""
 
 
-def _edited(key: str, value: Any) -> dict[str, Any]:
-    return {key: value}
-
-
 _TO_SAVE = "modules_to_save"
 _MERGE = "merge_and_unload"
+_INPUT = "scales the input"
 
 REFUSED = (
-    *(Case(f"LoRA, begun as {init}", lora(), set=_edited("init_lora_weights", init),
+    *(Case(f"LoRA, begun as {init}", lora(), set={"init_lora_weights": init},
            says="path_initial_model_for_weight_conversion")
       for init in ("pissa", "pissa_niter_16", "olora", "corda", "lora_ga")),
-    Case("LoRA, begun as loftq", lora(), set=_edited("init_lora_weights", "loftq"), says="LoftQ"),
+    Case("LoRA, begun as loftq", lora(), set={"init_lora_weights": "loftq"}, says="LoftQ"),
     Case("read-out", lora(target_modules=["q_proj", "lm_head"]), says=r"also changes lm_head"),
     Case("embedding table", lora(target_modules=["q_proj", "embed_tokens"]),
          says="also changes embed_tokens"),
@@ -247,26 +244,29 @@ REFUSED = (
     Case("biases of norms", lora(bias="all", target_modules=OPT), "opt", says="changes the norm"),
     Case("biases of norms", lora(bias="all", target_modules=GPT2, fan_in_fan_out=True), "gpt2",
          says="changes the norm"),
-    Case("IA3 on inputs, other MLPs", ia3(["k_proj", "fc2"], ["fc2"]), "opt", says="scales the input"),
+    Case("IA3 on inputs, other MLPs", ia3(["k_proj", "fc2"], ["fc2"]), "opt", says=_INPUT),
     Case("IA3 on inputs, other MLPs", ia3(["c_attn", "mlp.c_proj"], ["mlp.c_proj"]), "gpt2",
-         says="scales the input"),
-    Case("IA3 on inputs of attention", ia3(["k_proj", "o_proj"], ["o_proj"]), says="scales the input"),
+         says=_INPUT),
+    Case("IA3 on inputs of attention", ia3(["k_proj", "o_proj"], ["o_proj"]), says=_INPUT),
     Case("VeRA without projections", vera(save_projection=False), says="save_projection"),
     Case("aLoRA", lora(alora_invocation_tokens=[5, 6]), says="invocation tokens"),
-    Case("QALoRA", lora(), set=_edited("use_qalora", True), says="QALoRA"),
-    Case("BD-LoRA", lora(), set=_edited("use_bdlora", {"nblocks": 2}), says="BD-LoRA"),
-    Case("KaSA", lora(), set=_edited("kasa_config", {"beta": 1e-4}), says="KaSA"),
-    Case("VeLoRA", lora(), set=_edited("velora_config", {"num_groups": 4}), says="VeLoRA"),
-    Case("MonteCLoRA", lora(), set=_edited("monteclora_config", {"num_samples": 4}), says="MonteCLoRA"),
-    Case("Arrow", lora(), set=_edited("arrow_config", {"top_k": 2}), says="Arrow"),
-    Case("repeated layers", lora(), set=_edited("layer_replication", [[0, 2], [1, 2]]),
+    Case("QALoRA", lora(), set={"use_qalora": True}, says="QALoRA"),
+    Case("BD-LoRA", lora(), set={"use_bdlora": {"nblocks": 2}}, says="BD-LoRA"),
+    Case("KaSA", lora(), set={"kasa_config": {"beta": 1e-4}}, says="KaSA"),
+    Case("VeLoRA", lora(), set={"velora_config": {"num_groups": 4}}, says="VeLoRA"),
+    Case("MonteCLoRA", lora(), set={"monteclora_config": {"num_samples": 4}},
+         says="MonteCLoRA"),
+    Case("Arrow", lora(), set={"arrow_config": {"top_k": 2}}, says="Arrow"),
+    Case("repeated layers", lora(), set={"layer_replication": [[0, 2], [1, 2]]},
          says="repeats layers"),
-    Case("bare parameters", lora(), set=_edited("target_parameters", ["experts.gate_up_proj"]),
+    Case("bare parameters", lora(), set={"target_parameters": ["experts.gate_up_proj"]},
          says="bare parameters"),
     Case("LoHa", lambda: peft.LoHaConfig(r=2, target_modules=ALL), says="save_as_lora"),
     Case("LoKr", lambda: peft.LoKrConfig(r=2, target_modules=ALL), says="save_as_lora"),
-    Case("OFT", lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=ATTENTION), says=_MERGE),
-    Case("BOFT", lambda: peft.BOFTConfig(boft_block_size=8, target_modules=["q_proj"]), says=_MERGE),
+    Case("OFT", lambda: peft.OFTConfig(
+        oft_block_size=8, r=0, target_modules=ATTENTION), says=_MERGE),
+    Case("BOFT", lambda: peft.BOFTConfig(
+        boft_block_size=8, target_modules=["q_proj"]), says=_MERGE),
     Case("HRA", lambda: peft.HRAConfig(r=2, target_modules=ATTENTION), says=_MERGE),
     Case("MiSS", lambda: peft.MissConfig(r=2, target_modules=ATTENTION), says="save_as_lora"),
     Case("VB-LoRA", lambda: peft.VBLoRAConfig(
@@ -280,6 +280,6 @@ REFUSED = (
         task_type="CAUSAL_LM", num_virtual_tokens=4), says="before the prompt"),
     Case("P-tuning", lambda: peft.PromptEncoderConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=4), says="before the prompt"),
-    Case("X-LoRA", lora(), set=_edited("peft_type", "XLORA"), says="first pass"),
+    Case("X-LoRA", lora(), set={"peft_type": "XLORA"}, says="first pass"),
 )  # fmt: skip
 """What this server does not serve."""

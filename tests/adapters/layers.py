@@ -1,4 +1,4 @@
-"""The adapter sum written out over `transformers` models, and a checkpoint's layers read plainly."""
+"""The adapter sum over `transformers` models, and a checkpoint's layers read plainly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CheckpointLayers:
         return self._shapes.linear(module)
 
     def product(self, module: str, x: torch.Tensor) -> torch.Tensor:
-        """x Wᵀ."""
+        """Without the bias."""
         return x @ self._weight(module).T
 
     def row_norms(self, module: str) -> torch.Tensor:
@@ -41,7 +41,7 @@ class CheckpointLayers:
 
     def _weight(self, module: str) -> torch.Tensor:
         weight = self._tensors[f"{module}.weight"]
-        return weight if weight.shape == self.linear(module) else weight.T
+        return weight.T if module.rsplit(".", 1)[-1] in self._shapes.conv1d else weight
 
 
 def loaded(folder: Path, base: Path) -> dict[str, LoadedPart]:
