@@ -239,8 +239,9 @@ def groups(sets: dict[int, Set], lines: Lines, asks: Sequence[Sequence[Ask]]) ->
                     gate[:, ones[0]] = 1.0
                 row += len(members)
         counts = columns(parts), columns(parts) + gates(parts)
-        made = torch.from_numpy(gate), tuple(routes), constants(parts), diagonals(parts)
-        found.append(Group(slot, torch.from_numpy(users), *counts, *made))
+        kinds = constants(parts), diagonals(parts)
+        tokens = torch.from_numpy(users)
+        found.append(Group(slot, tokens, *counts, torch.from_numpy(gate), tuple(routes), *kinds))
     return found
 
 

@@ -10,24 +10,29 @@ from __future__ import annotations
 import gc
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from adapters.errors import DoesNotFit
+from adapters.formats.base import base_shapes
 from steering.engine_args import adapter_engine_args
+from steering.worker.base_layers import EngineLayers
 from tests.adapters import kinds
 from tests.adapters.kinds import ALL, ATTENTION, GPT2, OPT, adalora, ia3, lora, vera
+from tests.adapters.layers import CheckpointLayers
 from tests.engine.driver import BLOCK, Case, Engine, Use, logprobs, tokens
 from tests.engine.test_exactness import TOLERANCE, assert_exact, prompt
 from tests.models import VOCAB_SIZE
 
 pytestmark = pytest.mark.engine
 
-GUIDANCE = {"method": "guidance", "negative": "twin", "strength": 1.4}
-MIX = {"method": "mix", "weights": {"base": 0.6, "opt": 0.5, "plain": -0.4}}
+GUIDANCE: Mapping[str, object] = {"method": "guidance", "negative": "twin", "strength": 1.4}
+MIX: Mapping[str, object] = {"method": "mix", "weights": {"base": 0.6, "opt": 0.5, "plain": -0.4}}
 
 BASE = {
     "lora": lora(),
@@ -50,6 +55,9 @@ FUSED = {
     "gpt2-ia3": ia3(["c_attn", "c_fc"], []),
 }
 
+Asked = tuple[Mapping[str, object] | None, tuple[Use, ...]]
+"""What a request asks of the streams, and its adapters."""
+
 ALONE = [*BASE, "pack"]
 MIXES: list[tuple[Use, ...]] = [
     (Use("dora", 0.6),),
@@ -61,7 +69,7 @@ MIXES: list[tuple[Use, ...]] = [
     (Use("pack", 0.8, top_k=3, temperature=15.0), Use("dora", 0.4)),
     (Use("pack", top_k=1), Use("biases")),
 ]
-STEERED: list[tuple[dict[str, object], tuple[Use, ...]]] = [
+STEERED: list[Asked] = [
     (GUIDANCE, (Use("dora", stream="twin"), Use("biases"))),
     (GUIDANCE, (Use("ia3", stream="twin"), Use("pack", stream="base"))),
     (MIX, (Use("opt-dora", stream="opt"), Use("gpt2-dora", stream="plain"), Use("dora"))),
@@ -80,20 +88,17 @@ def make_pack(folder: Path, base: Path) -> Path:
     }
     for i, (name, config) in enumerate(configs.items()):
         kinds.make(kinds.Case(name, config), folder / name, base, seed=60 + i)
-    shapes = {
-        name.removesuffix(".lora_A.default.weight"): width for name, width in _inputs(base).items()
-    }
     draw = torch.Generator().manual_seed(5)
     save_file(
         {
             f"{module}.moe_gate.weight": width**-0.5
             * torch.randn(len(configs), width, generator=draw)
-            for module, width in shapes.items()
+            for module, width in _inputs(base).items()
         },
         folder / "gates.safetensors",
     )
-    config = {"layout": "native", "top_k": 2, "temperature": 1, "tasks": list(configs)}
-    (folder / "meteora.json").write_text(json.dumps(config))
+    settings = {"layout": "native", "top_k": 2, "temperature": 1, "tasks": list(configs)}
+    (folder / "meteora.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -136,12 +141,54 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     gc.collect()
 
 
-def batch(seed: int, uses: list[tuple[dict[str, object] | None, tuple[Use, ...]]]) -> list[Case]:
+@pytest.mark.parametrize("stream", ["base", "opt", "plain"])
+def test_the_engines_layers_are_the_checkpoints(engine: Engine, stream: str) -> None:
+    """Also packed ones, slices of fused ones, and those whose weights are stored transposed."""
+    folder = engine.folders[stream]
+    known = CheckpointLayers(folder)
+    modules = [n.removesuffix(".weight") for n in base_shapes(folder).tensors if "norm" not in n]
+    modules = [module for module in modules if known.linear(module) is not None]
+    assert len(modules) > 10
+
+    def look(worker: Any) -> None:
+        layers = EngineLayers(worker.model_runner.lora_manager._adapter_manager, stream, {})
+        for module in modules:
+            shape = known.linear(module)
+            assert layers.linear(module) == shape and shape is not None
+            x = torch.randn(3, shape[1])
+            torch.testing.assert_close(layers.product(module, x), known.product(module, x))
+            torch.testing.assert_close(layers.row_norms(module), known.row_norms(module))
+            bias, own = layers.bias(module), known.bias(module)
+            assert (bias is None) == (own is None)
+            assert own is None or bias is None or torch.equal(bias, own)
+        assert layers.linear("model.layers.0.nothing") is None
+        with pytest.raises(DoesNotFit, match="cannot adapt this layer"):
+            layers.product("model.embed_tokens", torch.randn(1, 4))
+
+    engine.llm.collective_rpc(look)
+
+
+def test_row_norms_are_found_in_pieces_and_once(engine: Engine) -> None:
+    def look(worker: Any) -> None:
+        norms: dict[str, torch.Tensor] = {}
+        layers = EngineLayers(worker.model_runner.lora_manager._adapter_manager, "base", norms)
+        module = "model.layers.0.mlp.down_proj"
+        assert sum(1 for _ in layers.measure(module)) == 2  # 160 columns
+        assert list(layers.measure(module)) == []
+        assert list(norms) == ["base.model.layers.0.mlp.down_proj"]
+        # q, k and v are read together.
+        assert sum(1 for _ in layers.measure("model.layers.0.self_attn.q_proj")) == 1
+        assert list(layers.measure("model.layers.0.self_attn.v_proj")) == []
+
+    engine.llm.collective_rpc(look)
+
+
+def batch(seed: int, asked: Sequence[Asked]) -> list[Case]:
     """Requests that join and leave at different steps; some prompts are prefilled in chunks."""
     rng = random.Random(seed)
     return [
         Case(prompt(rng, 3, 120), spec, {}, rng.randint(4, 9), rng.randrange(9), adapters=own)
-        for spec, own in uses
+        for spec, own in asked
     ]
 
 
@@ -151,12 +198,12 @@ def test_each_kind_alone_is_what_peft_computes(engine: Engine) -> None:
 
 
 def test_all_kinds_share_batches(engine: Engine) -> None:
-    uses = [(None, own) for own in MIXES] + [(None, ())] * 2 + [*STEERED]
+    asked: list[Asked] = [*((None, own) for own in MIXES), (None, ()), (None, ()), *STEERED]
     before = engine.preemptions()
     for seed in (2, 3):
-        cases = batch(seed, uses)
+        cases = batch(seed, asked)
         assert_exact(engine, cases, engine.run(cases))
-    long = batch(4, uses[:12])
+    long = batch(4, asked[:12])
     cases = [Case(c.prompt, c.spec, {}, 2 * BLOCK, adapters=c.adapters) for c in long]
     assert_exact(engine, cases, engine.run(cases))
     assert engine.preemptions() > before
