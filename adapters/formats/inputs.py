@@ -7,6 +7,7 @@ non-linear function, or heads that share a value, stand between the two, and we 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -42,24 +43,26 @@ def _moved(parts: dict[str, Part], base: Linears) -> dict[str, Part]:
     for module, part in parts.items():
         if part.inputs is None:
             continue
-        before = _before(module, base)
+        before = _before(module, base, parts)
         own = found.get(before, Part())
         found[before] = replace(own, multipliers=(*own.multipliers, part.inputs))
     return {module: part for module, part in found.items() if part != Part()}
 
 
-def _before(module: str, base: Linears) -> str:
+def _before(module: str, base: Linears, parts: Mapping[str, Part]) -> str:
     """The layer whose last outputs are the factors of a `down_proj`'s input.
 
-    In a fused layer the second half is `up` (Phi-3, GLM-4).
+    In a fused layer the second half is `up` (Phi-3, GLM-4). An engine may know it by both names;
+    then the one that the adapter itself uses is taken, since no layer is changed under two.
     """
     parent, _, last = module.rpartition(".")
     here, gate, up, fused = (base.linear(f"{parent}.{name}") for name in MLP)
     if last == _DOWN and here is not None:
-        if fused is None and gate == up == (here[1], here[0]):
-            return f"{parent}.{_UP}"
-        if gate is up is None and fused == (2 * here[1], here[0]):
+        halves, one = gate == up == (here[1], here[0]), fused == (2 * here[1], here[0])
+        if one and (not halves or f"{parent}.{_FUSED}" in parts):
             return f"{parent}.{_FUSED}"
+        if halves:
+            return f"{parent}.{_UP}"
     raise DoesNotFit(
         "this adapter scales the input of a layer (IA3's feedforward_modules), which is served for "
         "the down_proj of gated MLPs only: elsewhere a scale does not pass through what stands "

@@ -48,8 +48,14 @@ class EngineLayers:
         return self._manager.modules[part.layer]
 
     def linear(self, module: str) -> tuple[int, int] | None:
-        """(out, in) of a layer, None if the engine cannot adapt one of this name."""
+        """(out, in) of a layer, None if the engine cannot adapt one of this name.
+
+        Raises:
+            DoesNotFit: it belongs to an expert.
+        """
         part = by_checkpoint_name(self._model, self._known, self._stream, module)
+        if part is None and "expert" in module:
+            check_slice(part, self._stream, module, self._known)
         return None if part is None else (part.out, part.into)
 
     def product(self, module: str, x: torch.Tensor) -> torch.Tensor:
