@@ -18,7 +18,11 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import get_supported_lora_modules
 from vllm.model_executor.layers.fused_moe import MoERunner
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+)
 from vllm.model_executor.utils import get_packed_modules_mapping
 
 from adapters.errors import DoesNotFit
@@ -81,6 +85,7 @@ class StreamAdapters(LRUCacheLoRAModelManager):
                 if not any(expert.rsplit(".", 1)[-1] == name for expert in experts)
             ]
             self.packed_modules_mapping = packed_layers(model)
+            _put_weights(model)
             super()._create_lora_modules()
             modules |= {f"{stream}.{name}": layer for name, layer in self.modules.items()}
             packed |= {
@@ -103,6 +108,16 @@ _USUAL_PARTS = {
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
 """Of models without a table of their own (StableLM), whose checkpoints hold the parts."""
+
+
+def _put_weights(model: Any) -> None:
+    """Gives an empty weight to layers that have dropped theirs (int8 in the CPU build).
+
+    vLLM's wrappers look up the device of a layer's weight.
+    """
+    for module in model.modules():
+        if isinstance(module, LinearBase) and getattr(module, "weight", module) is None:
+            module.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
 
 
 def packed_layers(model: Any) -> dict[str, list[str]]:
