@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import torch
@@ -19,7 +20,7 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, VeraConfig, ge
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Phi3Config
 
-from tests.models import ARCHITECTURES, MAX_LENGTH, VOCAB_SIZE, make_model
+from tests.models import ARCHITECTURES, MAX_LENGTH, make_model
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -29,24 +30,33 @@ FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 GPT2 = ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
 OPT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
-BASES = (*ARCHITECTURES, "phi3")
+
+def _phi3(**common: Any) -> Phi3Config:
+    return Phi3Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=MAX_LENGTH, **common,
+    )  # fmt: skip
+
+
+BASES = {"phi3": _phi3, **ARCHITECTURES}
+"""Architectures that the adapters are for; the layers of `phi3` are fused."""
 
 
 def make_base(folder: Path, architecture: str, seed: int = 0) -> Path:
-    """A tiny model; beside those of `tests.models` there is `phi3`, whose layers are fused."""
-    if architecture != "phi3":
+    """A tiny model of one of `BASES`."""
+    with patch.dict(ARCHITECTURES, BASES):
         return make_model(folder, architecture, seed=seed)
-    torch.manual_seed(seed)
-    config = Phi3Config(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, vocab_size=VOCAB_SIZE, max_position_embeddings=MAX_LENGTH,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
 
 
 Change = Callable[[Path], None]
+
+_ORDINARY = {
+    "peft_type", "task_type", "peft_version", "r", "lora_alpha", "init_r", "target_r", "total_step",
+    "fan_in_fan_out", "loftq_config", "runtime_config", "eva_config", "inference_mode",
+    "base_model_name_or_path", "vector_length", "oft_block_size", "boft_block_size",
+    "encoder_hidden_size",
+}  # fmt: skip
+_BY_TARGET = ("read-out", "embedding table")
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class Case:
         base: the architecture that it is for.
         says: of a refused one, a part of the sentence.
         change: what is done to the folder that PEFT has written.
-        shown: how the page writes the config; by default its arguments.
+        shown: how the page writes the config; by default what differs from PEFT's own.
         prepare: what is done to the PEFT model before its numbers are drawn.
         set: keys that are written into the config; PEFT's own code for them needs more than a
             config, or changes the model's structure.
@@ -78,6 +88,24 @@ class Case:
     def name(self) -> str:
         """Of the test."""
         return f"{self.kind}, {self.base}"
+
+    @property
+    def described(self) -> str:
+        """PEFT's config, without what every adapter has."""
+        if self.shown:
+            return self.shown
+        config = self.config()
+        given = {f.name: getattr(config, f.name) for f in fields(config)}
+        plain = {f.name: f.default for f in fields(config)}
+        said = {k: v for k, v in given.items() if k not in _ORDINARY and v and v != plain[k]}
+        if not isinstance(config.target_modules if "target_modules" in given else "", str):
+            listed = self.kind in _BY_TARGET
+            said.pop("target_modules", None)
+            said |= {"target_modules": sorted(config.target_modules)} if listed else {}
+        said |= self.set
+        return (
+            f"{type(config).__name__}({', '.join(f'{k}={v!r}' for k, v in sorted(said.items()))})"
+        )
 
 
 def make(case: Case, folder: Path, base: Path, seed: int = 0) -> Path:
