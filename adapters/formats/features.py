@@ -22,7 +22,7 @@ _CONVERT = f"write it as a LoRA with PEFT's save_as_lora and look at what that l
 _TRAIN = "train a LoRA adapter on the same data instead"
 
 _PROMPT = "adds learned states before the prompt and changes no layer"
-_ROTATION = "multiplies each layer's weight by a matrix, and no part of the result has a low rank"
+_ROTATION = "multiplies each layer's weight by a matrix"
 _FULL = "adds a matrix of full rank to each layer's weight"
 
 _KINDS = {
@@ -44,7 +44,7 @@ _UNNAMED = ("changes the model in a way that this server does not compute", _MER
 _OPTIONS = {
     "layer_replication": ("repeats layers of the base", _MERGE),
     "alora_invocation_tokens": (
-        "acts from its invocation tokens on only (aLoRA); adapters here act on all tokens",
+        "acts from its invocation tokens on only (aLoRA)",
         _MERGE,
     ),
     "use_qalora": ("averages groups of inputs first (QALoRA)", _MERGE),
@@ -127,7 +127,7 @@ def check_options(
                     key, f"this adapter {does}, which is not served; {instead}", config[key]
                 )
         if tokens := config.get("trainable_token_indices"):
-            said = also_changes("embed_tokens", "rows of it")
+            said = also_changes("embed_tokens", "trainable_token_indices")
             raise bad_key("trainable_token_indices", said, tokens)
         if kind == "LORA":  # AdaLoRA begins with a product of 0, whatever this says
             _check_init(config)

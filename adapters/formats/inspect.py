@@ -55,8 +55,9 @@ def inspect(folder: Path, base: BaseShapes, *, max_rank: int) -> Artefact:
         raise DoesNotFit("needs too many rank indices", field="rank", value=width,
                          allowed=f"≤ {max_rank}")  # fmt: skip
     headers = {name: read_header(folder / name) for name in _tensor_files(found)}
+    settled = moved(found, base)
     _check_before(found, base)
-    for parts in moved(found, base).parts:
+    for parts in settled.parts:
         for module, part in parts.items():
             _check_part(part, module, headers, base)
     for module, gate in found.gates.items():
@@ -104,7 +105,8 @@ def _check_before(found: Artefact, base: BaseShapes) -> None:
         if parent in parents and rest not in MLP:
             raise DoesNotFit("this adapter scales the input of a layer (IA3's feedforward_modules) "
                              "that does not follow the gate directly; merge it with PEFT's "
-                             "merge_and_unload", field=name)  # fmt: skip
+                             "merge_and_unload and serve the result as a base or a companion",
+                             field=name)  # fmt: skip
 
 
 def _check_part(part: Part, module: str, headers: Headers, base: BaseShapes) -> None:

@@ -134,7 +134,7 @@ def _stranger(tensor: str, plain: str, kind: str) -> str:
         return also_changes(module, "trainable_token_indices")
     if plain.endswith(".base_layer.weight"):
         module = module.removesuffix(".base_layer")
-        return also_changes(module, "its weight, saved by save_embedding_layers")
+        return also_changes(module, "target_modules, or save_embedding_layers")
     if kind in ("LORA", "ADALORA") and _NAMED.search(plain):
         return ("has the name of an adapter in it, as in a model's memory; write the adapter with "
                 "PEFT's save_pretrained")  # fmt: skip

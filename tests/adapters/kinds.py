@@ -97,15 +97,18 @@ class Case:
         config = self.config()
         given = {f.name: getattr(config, f.name) for f in fields(config)}
         plain = {f.name: f.default for f in fields(config)}
-        said = {k: v for k, v in given.items() if k not in _ORDINARY and v and v != plain[k]}
+        said = {
+            k: sorted(v) if isinstance(v, set) else v
+            for k, v in given.items()
+            if k not in _ORDINARY and (v or plain[k] is True) and v != plain[k]
+        }
         if not isinstance(config.target_modules if "target_modules" in given else "", str):
             listed = self.kind in _BY_TARGET
             said.pop("target_modules", None)
             said |= {"target_modules": sorted(config.target_modules)} if listed else {}
         said |= self.set
-        return (
-            f"{type(config).__name__}({', '.join(f'{k}={v!r}' for k, v in sorted(said.items()))})"
-        )
+        shown = ", ".join(f"{key}={value!r}" for key, value in sorted(said.items()))
+        return f"{type(config).__name__}({shown})"
 
 
 def make(case: Case, folder: Path, base: Path, seed: int = 0) -> Path:
@@ -308,6 +311,6 @@ REFUSED = (
         task_type="CAUSAL_LM", num_virtual_tokens=4), says="before the prompt"),
     Case("P-tuning", lambda: peft.PromptEncoderConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=4), says="before the prompt"),
-    Case("X-LoRA", lora(), set={"peft_type": "XLORA"}, says="first pass"),
+    Case("X-LoRA", lora(), set={"peft_type": "XLORA"}, says="first pass", shown="XLoraConfig"),
 )  # fmt: skip
 """What this server does not serve."""
