@@ -44,7 +44,7 @@ class Fetched:
     Args:
         digest: hex SHA-256 of its files.
         folder: where they are, read-only.
-        kind: `lora` or `meteora`.
+        kind: `lora`, `dora`, … or `meteora` (`adapters.formats.artefact.Kind`).
         size_bytes: of all its files.
     """
 

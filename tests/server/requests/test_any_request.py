@@ -118,9 +118,10 @@ def test_a_body_has_so_many_levels_at_most(levels: int) -> None:
 
 WISHES = TypeAdapter(list[AdapterWish])
 KEYS = ("name", "weight", "top_k", "temperature", "stream")
-LORA = Artefact(Path("/l"), "lora", ("l",), ({"m": Part(Place("f", "a"), Place("f", "b"), 0, 4, 1.0)},), {}, ("f",))
+PLACES = (Place("f", "a"), Place("f", "b"))
+LORA = Artefact(Path("/l"), "lora", ("l",), ({"m": Part(*PLACES, 0, 4, 1.0)},), {}, ("f",))
 PACK = Artefact(
-    Path("/p"), "meteora", ("x", "y"), ({"m": Part(Place("f", "a"), Place("f", "b"), 0, 2, 1.0)},) * 2,
+    Path("/p"), "meteora", ("x", "y"), ({"m": Part(*PLACES, 0, 2, 1.0)},) * 2,
     {"m": Gate("g", "m")}, ("f",), 1, 1.0,
 )  # fmt: skip
 OWNERS = {"base": "base", "chat": "chat", "twin": "base"}
