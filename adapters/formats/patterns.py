@@ -20,8 +20,8 @@ from re import _parser  # type: ignore[attr-defined]  # isort: skip
 _LONGEST = 10_000
 """Letters of an expression; lists of layer names get long."""
 
-_MOST_STEPS = 10_000_000
-"""Letters that may be looked at for all expressions of a config and all names of a file: a few
+_MOST_STEPS = 3_000_000
+"""Letters that may be looked at for all expressions of a config and all names of a file: some
 seconds. An ordinary expression needs about a thousand for a name."""
 
 _CATEGORIES: dict[Any, Callable[[str], bool]] = {
