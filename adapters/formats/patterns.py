@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from re import _constants as _c  # type: ignore[attr-defined]  # isort: skip
-from re import _parser  # type: ignore[attr-defined]  # isort: skip
+from re import _constants as _c  # isort: skip
+from re import _parser  # isort: skip
 
 _LONGEST = 10_000
 """Letters of an expression; lists of layer names get long."""
