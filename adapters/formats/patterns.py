@@ -12,10 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
-from re import _constants as _c  # isort: skip
-from re import _parser  # isort: skip
+_c: Any = import_module("re._constants")
+_parser: Any = import_module("re._parser")
+"""Python's own parser of expressions, which has no public name."""
 
 _LONGEST = 10_000
 """Letters of an expression; lists of layer names get long."""
