@@ -26,6 +26,8 @@ UNNAMED = "must name the layers: without it PEFT takes those that it lists for t
 _LONGEST_NAME = 300
 """Letters of a layer's name."""
 
+_PLAIN = re.compile(r"[\w.]+")
+
 _FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 """PEFT's own, for a config without `layers_pattern`: the first number is the layer's."""
 
@@ -94,11 +96,11 @@ class Selectors:
         given = self._config.get(key) or {}
         if not isinstance(given, dict):
             raise bad_key(key, "not an object", given)
-        rules = [(_ending(text, key, self.budget), value) for text, value in given.items()]
+        first = _Endings(list(given), key, self.budget)
 
         def find(module: str) -> Any:
-            value = given.get(module, default)
-            return next((value for rule, value in rules if rule(module)), value)
+            found = first(module)
+            return given.get(module, default) if found is None else given[found]
 
         return find
 
@@ -111,8 +113,11 @@ def named_by(value: Any, key: str, budget: Budget) -> Rule:
     """
     if isinstance(value, str):
         return _full(value, key, budget)
-    ends = tuple(_names(value, key))
-    return lambda module: module.endswith(ends)
+    ends = set(_names(value, key))
+    lengths = sorted({len(end) for end in ends})
+    return lambda module: any(
+        module[len(module) - n :] in ends for n in lengths if n <= len(module)
+    )
 
 
 def _by_name(value: Any, key: str, budget: Budget) -> Rule | None:
@@ -123,10 +128,14 @@ def _by_name(value: Any, key: str, budget: Budget) -> Rule | None:
         if key == "target_modules" and value.lower() == ALL_LINEAR:
             return lambda module: module.rsplit(".", 1)[-1] not in READ_OUTS
         return _full(value, key, budget)
-    names = _names(value, key)
-    ends = tuple(f".{name}" for name in names)
-    whole = set(names)
-    return lambda module: module in whole or module.endswith(ends)
+    names = set(_names(value, key))
+    return lambda module: any(end in names for end in _endings(module))
+
+
+def _endings(module: str) -> list[str]:
+    """A name, and what follows each of its dots."""
+    parts = module.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def _names(value: Any, key: str) -> list[str]:
@@ -140,9 +149,48 @@ def _full(text: str, key: str, budget: Budget) -> Rule:
     return lambda module: _tried(pattern.fullmatch, module, text, key)
 
 
-def _ending(text: str, key: str, budget: Budget) -> Rule:
-    pattern = _pattern(rf"(.*\.)?({text})$", text, key, budget)
-    return lambda module: _tried(pattern.match, module, text, key)
+class _Endings:
+    """Which of some keys is the first to match the end of a name.
+
+    EVA writes a key for every layer, so most are plain names, whose dots stand for any letter.
+
+    Args:
+        texts: the keys, in order.
+        key: of the config.
+        budget: what it may cost.
+    """
+
+    def __init__(self, texts: list[str], key: str, budget: Budget) -> None:
+        self._key, self._budget = key, budget
+        self._plain: dict[int, list[tuple[int, str]]] = {}
+        self._others: list[tuple[int, str, Pattern]] = []
+        for i, text in enumerate(texts):
+            if _PLAIN.fullmatch(text):
+                self._plain.setdefault(len(text), []).append((i, text))
+            else:
+                self._others.append((i, text, _pattern(rf"(.*\.)?({text})$", text, key, budget)))
+
+    def __call__(self, module: str) -> str | None:
+        """The key, None if none matches."""
+        found = [
+            (i, text)
+            for end in _endings(module)
+            for i, text in self._plain.get(len(end), ())
+            if self._fits(text, end)
+        ]
+        for i, text, pattern in self._others:
+            if _tried(pattern.match, module, text, self._key):
+                found.append((i, text))
+                break
+        return min(found)[1] if found else None
+
+    def _fits(self, text: str, end: str) -> bool:
+        _tried(self._spend, end, text, self._key)
+        return text == end or all(a in (b, ".") for a, b in zip(text, end, strict=True))
+
+    def _spend(self, _: str) -> bool:
+        self._budget.spend(1)
+        return True
 
 
 def _pattern(whole: str, text: str, key: str, budget: Budget) -> Pattern:

@@ -186,3 +186,36 @@ def test_peft_loads_biases_whatever_the_config_says(tmp_path: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(BadAdapter, match=r"base_layer\.bias; rename it"):
         read_artefact(folder)
+
+
+@pytest.mark.parametrize("count", [80, 2000])
+def test_a_key_for_every_layer_costs_little(count: int) -> None:
+    """EVA writes ranks and alphas so; a list of targets may be as long."""
+    names = [f"model.layers.{i}.{part}" for i in range(count)
+             for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]  # fmt: skip
+    ranks = {name: i for i, name in enumerate(names)}
+    start = time.monotonic()
+    selectors = Selectors({"target_modules": names, "rank_pattern": ranks}, Lora.keys)
+    rank = selectors.lookup("rank_pattern", 0)
+    some = names if count < 100 else names[::100]
+    assert all(selectors.left_out_by(n) is None and rank(n) == ranks[n] for n in some)
+    assert time.monotonic() - start < 5
+
+
+def test_dots_of_plain_keys_stand_for_any_letter_and_the_first_key_wins() -> None:
+    for patterns in ({"layers.1": 1}, {"a.b": 1, "b": 2}, {"b": 1, "a.b": 2}, {".*b": 1, "b": 2},
+                     {"b": 3, ".*b": 4}, {"x": 1, "[b]": 2, "b": 3}):  # fmt: skip
+        config = {"target_modules": ["q"], "rank_pattern": patterns}
+        rank = Selectors(config, Lora.keys).lookup("rank_pattern", 9)
+        for name in (
+            "a.b",
+            "axb",
+            "m.a.b",
+            "m.axb",
+            "b",
+            "layers11",
+            "m.layersX1",
+            "layers.1",
+            "ab",
+        ):
+            assert rank(name) == patterns.get(get_pattern_key(patterns.keys(), name), 9), name
