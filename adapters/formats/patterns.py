@@ -22,7 +22,7 @@ _parser: Any = import_module("re._parser")
 _LONGEST = 10_000
 """Letters of an expression; lists of layer names get long."""
 
-_MOST_STEPS = 3_000_000
+_MOST_STEPS = 1_500_000
 """Letters that may be looked at for all expressions of a config and all names of a file: some
 seconds. An ordinary expression needs about a thousand for a name."""
 
