@@ -125,15 +125,14 @@ class Group:
             a: [slots, 1, ≥ rows, in].
             b: [slots, 1, ≥ size, ≥ columns].
         """
-        gated, size = self._gated(x @ a[self.slot, 0, : self.rows].T), t.shape[1]
+        gated = self._gated(x @ a[self.slot, 0, : self.rows].T).to(x.dtype)
+        own = b[self.slot, 0, : t.shape[1], : self.columns]
         if not self.diagonals:
-            return gated.to(x.dtype) @ b[self.slot, 0, :size, : self.columns].T
+            return gated @ own.T
+        # Never 1 + d: in bfloat16 it has fewer digits of d than d itself.
         sums, factors = gated.tensor_split([self.sums], 1)
-        of_sums, of_factors = b[self.slot, 0, :size, : self.columns].tensor_split([self.sums], 1)
-        # In bfloat16 1 + d has fewer digits of d than d itself, and gates may cancel.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        factor = factors.to(wide) @ of_factors.to(wide).T
-        return factor.mul_(t).add_(sums.to(x.dtype) @ of_sums.T).to(x.dtype)
+        of_sums, of_factors = own.tensor_split([self.sums], 1)
+        return (sums @ of_sums.T).addcmul_(factors @ of_factors.T, t)
 
     def _gated(self, shrunk: torch.Tensor) -> torch.Tensor:
         """[n, R] of the shrunk activations [n, R + G], each column times its gate.
