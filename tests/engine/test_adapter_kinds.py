@@ -234,6 +234,18 @@ def test_rows_without_an_adapter_keep_their_bits(engine: Engine) -> None:
             assert logprobs(got) != pytest.approx(logprobs(base), abs=100 * TOLERANCE)
 
 
+def test_sets_that_are_read_ahead_are_the_same(engine: Engine) -> None:
+    ids = prompt(random.Random(8), 20, 40)
+    case = Case(ids, adapters=(Use("dora-biases"), Use("ia3-outputs", 0.3), Use("pack")))
+    _, found = engine.adapted(case)
+    assert found is not None
+    path, pieces = found.lora_request()["lora_path"], 1
+    while not engine.llm.collective_rpc("coxswain_read_ahead", args=(path, 0.0))[0]:
+        pieces += 1
+    assert pieces >= 3 * len(ALL)  # at least one for each layer
+    assert_exact(engine, [case], engine.run([case]))
+
+
 def test_prefixes_are_shared_only_under_the_same_adapters(engine: Engine) -> None:
     ids = prompt(random.Random(7), 100, 100)
     names = ("dora", "ia3", "biases", "pack")
