@@ -67,7 +67,10 @@ def engine_of(family: str, folder: Path) -> Engine:
 @contextmanager
 def _as_they_are(*families: str) -> Iterator[None]:
     """Undoes what vLLM changes in the classes of `transformers` that it runs itself (OLMo's)."""
-    kinds = [AutoModel._model_mapping[type((ARCHITECTURES | _CONFIGS)[name](vocab_size=VOCAB_SIZE))] for name in families]
+    kinds = [
+        AutoModel._model_mapping[type((ARCHITECTURES | _CONFIGS)[name](vocab_size=VOCAB_SIZE))]
+        for name in families
+    ]
     before = [{key: vars(kind).get(key) for key in ("__init__", "__call__")} for kind in kinds]
     yield
     for kind, own in zip(kinds, before, strict=True):
@@ -100,8 +103,15 @@ def cases(seed: int) -> Iterator[tuple[str, Case]]:
         prompt(*short), mix, {"other": prompt(*long)}, 8, 2,
         adapters=(Use("base", 0.6), Use("other", stream="other")),
     )  # fmt: skip
-    yield "adapters", Case(
-        prompt(*long), guidance, {"twin": prompt(*short)}, 8, adapters=(Use("base", stream="twin"),)
+    yield (
+        "adapters",
+        Case(
+            prompt(*long),
+            guidance,
+            {"twin": prompt(*short)},
+            8,
+            adapters=(Use("base", stream="twin"),),
+        ),
     )
 
 

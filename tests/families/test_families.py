@@ -39,9 +39,7 @@ REFUSED = ("deepseek-v2", "deepseek-v3")
 
 @pytest.mark.parametrize("role", ["base", "companion"])
 @pytest.mark.parametrize("family", REFUSED)
-def test_a_family_is_refused(
-    family: str, role: str, tmp_path: Path, rows: dict[str, Row]
-) -> None:
+def test_a_family_is_refused(family: str, role: str, tmp_path: Path, rows: dict[str, Row]) -> None:
     pair = [(family, VOCAB_SIZE), ("llama", VOCAB_SIZE)]
     base, other = pair if role == "base" else pair[::-1]
     with pytest.raises(Exception, match="multi-head latent attention") as found:

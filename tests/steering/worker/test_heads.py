@@ -140,8 +140,11 @@ def test_a_merged_weight_is_not_rounded_to_the_checkpoints_type(tmp_path: Path) 
         (pair("model.q"), {"init_lora_weights": "lora_ga"}, "init_lora_weights: .*conversion"),
         (pair("model.q"), {"modules_to_save": ["lm_head"]}, "also changes lm_head"),
         (pair("model.q"), {"target_modules": ["k"]}, "target_modules leaves out"),
-        (pair("model.q") | {"base_model.model.model.q.lora_B.bias": tensor(4)}, {"lora_bias": True},
-         "not a plain LoRA"),
+        (
+            pair("model.q") | {"base_model.model.model.q.lora_B.bias": tensor(4)},
+            {"lora_bias": True},
+            "not a plain LoRA",
+        ),
         (pair("model.q"), {"fan_in_fan_out": True}, "changes model.q.weight by"),
         ({"base_model.model.model.q.weight": tensor(4, WIDTH)}, {}, "also changes q"),
         ({n: t * float("nan") for n, t in pair("model.q").items()}, {}, "not finite"),
