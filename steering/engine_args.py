@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from steering.language import LanguagePart, language_architecture
+
 ARCHITECTURE = "SteeredForCausalLM"
 BASE_ARCHITECTURES = "coxswain_base_architectures"
 """Attribute of the base's config that keeps what `ARCHITECTURE` replaces."""
@@ -105,6 +107,7 @@ def steered_engine_args(
     from vllm.transformers_utils.config import get_config
 
     config = get_config(model, engine.get("trust_remote_code", False))
+    language = language_architecture(config)
     settings = {
         "streams": {
             name: {k: v for k, v in asdict(source).items() if v is not None}
@@ -116,12 +119,13 @@ def steered_engine_args(
         "one_product": [list(streams) for streams in one_product],
         "draft": None if speculation is None else speculation.draft,
     }
+    overrides = {
+        "architectures": [ARCHITECTURE],
+        BASE_ARCHITECTURES: [language] if language else list(config.architectures or []),
+    }
     ours: dict[str, Any] = {
         "model": model,
-        "hf_overrides": {
-            "architectures": [ARCHITECTURE],
-            BASE_ARCHITECTURES: list(config.architectures or []),
-        },
+        "hf_overrides": {**overrides} if language is None else LanguagePart(model, overrides),
         "worker_extension_cls": WORKER_EXTENSION,
         "scheduler_cls": SCHEDULER,
         # One block table serves every stream: a stream's positions differ from the request's, so

@@ -21,6 +21,7 @@ from vllm.transformers_utils.config import get_config
 
 from steering.engine_args import ARCHITECTURE, BASE_ARCHITECTURES
 from steering.heads import body_architecture
+from steering.language import LanguagePart, language_architecture
 
 
 class BaseHooks(VerifyAndUpdateConfig):
@@ -77,8 +78,10 @@ def companion_config(vllm_config: VllmConfig, model: str, *, body: bool = False)
     """
     base = vllm_config.model_config
     overrides: dict[str, Any] = {}
+    whole = get_config(model, base.trust_remote_code)
+    language = language_architecture(whole)
     if body:
-        own = get_config(model, base.trust_remote_code).architectures[0]
+        own = language or whole.architectures[0]
         overrides = {"architectures": [body_architecture(own)], "tie_word_embeddings": True}
     model_config = ModelConfig(
         model=model,
@@ -87,7 +90,7 @@ def companion_config(vllm_config: VllmConfig, model: str, *, body: bool = False)
         max_model_len=base.max_model_len,
         enforce_eager=base.enforce_eager,
         trust_remote_code=base.trust_remote_code,
-        hf_overrides=overrides,
+        hf_overrides=LanguagePart(model, overrides) if language else overrides,
     )
     # vLLM's hooks change the configuration that they are given. What they decide for this model
     # must not reach the others; only the compilation config is shared (see below).

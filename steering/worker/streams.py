@@ -17,6 +17,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 
 from steering.plan import BASE
+from steering.language import LanguagePart, language_weights
 from steering.worker import heads, lora_seam
 from steering.worker.kv_layers import Twin, attention_layers, keep_all_blocks
 from steering.worker.stream_config import base_config, companion_config, prepare_experts
@@ -78,7 +79,7 @@ class Streams:
         Returns:
             the names of the owner's parameters that were loaded.
         """
-        loaded = {f"{BASE}.{name}" for name in self.models[0].load_weights(weights)}
+        loaded = {f"{BASE}.{name}" for name in self.models[0].load_weights(self._named(BASE, weights))}
         for name, config in self._configs.items():
             if name == BASE:
                 continue
@@ -87,11 +88,20 @@ class Streams:
                 folder = Path(source["path"]) if "path" in source else None
                 _load_body(companion, config, partial(heads.body_weights, folder=folder))
             else:
-                loader = get_model_loader(config.load_config)
+                loader: Any = get_model_loader(config.load_config)
                 # Repacking is left to the outer loader, which walks over all.
-                loader.load_weights(companion, config.model_config)
+                if self._language(name) and hasattr(loader, "get_all_weights"):
+                    weights = loader.get_all_weights(config.model_config, companion)
+                    companion.load_weights(language_weights(weights))
+                else:
+                    loader.load_weights(companion, config.model_config)
             loaded |= {f"{name}.{parameter}" for parameter, _ in companion.named_parameters()}
         return loaded
+
+    def _language(self, name):
+        return isinstance(self._configs[name].model_config.hf_overrides, LanguagePart)
+    def _named(self, name, weights):
+        return language_weights(weights) if self._language(name) else weights
 
     def layers(self) -> list[dict[str, str]]:
         """[S] KV layer name → name under which the stream's model asks for it; once loaded."""
