@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 SERVED = (
-    "Cohere2VisionForConditionalGeneration",
     "Gemma3ForConditionalGeneration",
     "Gemma4ForConditionalGeneration",
     "InternVLForConditionalGeneration",
@@ -33,7 +32,6 @@ SERVED = (
 """Architectures of which the language part is known."""
 
 _KINDS: Mapping[str, str] = {
-    "cohere2": "Cohere2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gemma4_text": "Gemma4ForCausalLM",
     "llama": "LlamaForCausalLM",
@@ -135,6 +133,8 @@ class LanguagePart:
                     setattr(part, name, value)
             part.tie_word_embeddings = self._tied(config)
             part.rope_parameters = _one_row(getattr(part, "rope_parameters", None))
+            if architecture == "Qwen3MoeForCausalLM" and not hasattr(part, "norm_topk_prob"):
+                part.norm_topk_prob = True  # what this kind always does
         part.update(self.changes)
         return part
 
@@ -179,3 +179,20 @@ def language_weights(weights: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, 
         kept = renamed(name)
         if kept is not None:
             yield kept, tensor
+
+
+def original_prefixes(names: Iterable[str]) -> dict[str, str]:
+    """Prefix in the language part → the checkpoint's own for it.
+
+    Args:
+        names: of the checkpoint's tensors.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        new = renamed(name)
+        if new is None:
+            continue
+        for start in ("model.", "lm_head"):
+            if new.startswith(start):
+                found.setdefault(start, name.removesuffix(new.removeprefix(start)))
+    return found

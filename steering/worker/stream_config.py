@@ -22,6 +22,8 @@ from vllm.transformers_utils.config import get_config
 from steering.engine_args import ARCHITECTURE, BASE_ARCHITECTURES
 from steering.heads import body_architecture
 from steering.language import LanguagePart, language_architecture
+from steering.plan import BASE
+from steering.worker.quantisation import quantisation
 
 
 class BaseHooks(VerifyAndUpdateConfig):
@@ -64,14 +66,19 @@ def base_config(vllm_config: VllmConfig) -> VllmConfig:
     # `with_hf_config` leaves what was found out about the architecture that vLLM sees.
     info, name = model_config.registry.inspect_model_cls(own, model_config)
     model_config._model_info, model_config._architecture = info, name
+    _as_configured(model_config)
+    config.quant_config = quantisation(BASE, vllm_config, model_config)
     return _within(vllm_config, config)
 
 
-def companion_config(vllm_config: VllmConfig, model: str, *, body: bool = False) -> VllmConfig:
+def companion_config(
+    vllm_config: VllmConfig, stream: str, model: str, *, body: bool = False
+) -> VllmConfig:
     """The engine's configuration with another model in it: same dtype, context and device.
 
     Args:
         vllm_config: the engine's.
+        stream: its name.
         model: path or hub id.
         body: only the hidden states are needed. The unembedding is then tied to the embedding,
             so that a checkpoint need not have one and none takes memory.
@@ -99,7 +106,11 @@ def companion_config(vllm_config: VllmConfig, model: str, *, body: bool = False)
         for field in fields(vllm_config)
         if is_dataclass(part := getattr(vllm_config, field.name))
     }
-    own_parts |= {"model_config": model_config, "quant_config": None}
+    _as_configured(model_config)
+    own_parts |= {
+        "model_config": model_config,
+        "quant_config": quantisation(stream, vllm_config, model_config),
+    }
     own_parts["cache_config"].sliding_window = _window_of_all_layers(model_config)
     return _within(vllm_config, replace(vllm_config, **own_parts))
 
@@ -112,6 +123,19 @@ def _within(engine: VllmConfig, config: VllmConfig) -> VllmConfig:
     # other kernels: those of experts, some that CPUs have not.
     config.lora_config = None
     return config
+
+
+def _as_configured(model_config: ModelConfig) -> None:
+    """Has Llama 4 scale its attention as its config says.
+
+    vLLM asks the generation config, and else decides by `max_model_len`.
+    """
+    name = "attn_temperature_tuning"
+    if hasattr(model_config.hf_text_config, name):
+        said = {name: getattr(model_config.hf_text_config, name)}
+        model_config.override_generation_config = {
+            **said, **model_config.override_generation_config
+        }
 
 
 def _window_of_all_layers(model_config: ModelConfig) -> int | None:

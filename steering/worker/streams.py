@@ -71,7 +71,7 @@ class Streams:
         if name == BASE:
             return base_config(self._vllm_config)
         source = self._sources[name]
-        return companion_config(self._vllm_config, source["model"], body="head" in source)
+        return companion_config(self._vllm_config, name, source["model"], body="head" in source)
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads the base from `weights` and every companion from its own checkpoint.
