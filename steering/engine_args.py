@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from steering.errors import SteeringError
+from steering.families import stream_architecture
 from steering.language import LanguagePart, language_architecture
 
 ARCHITECTURE = "SteeredForCausalLM"
@@ -103,11 +105,19 @@ def steered_engine_args(
         one_product: sets of streams whose unembeddings are laid beside the base's, on CPUs, so
             that a linear sum of just these is one product. Takes a copy of each table.
         engine: any other engine argument; they win over our defaults.
+
+    Raises:
+        DoesNotFit: a checkpoint cannot be a stream.
     """
     from vllm.transformers_utils.config import get_config
 
-    config = get_config(model, engine.get("trust_remote_code", False))
-    language = language_architecture(config)
+    trust = engine.get("trust_remote_code", False)
+    config = get_config(model, trust)
+    architecture = _architecture("model", config)
+    for name, source in streams.items():
+        if source.model is not None:
+            body = source.head is not None
+            _architecture(f"streams.{name}.model", get_config(source.model, trust), body)
     settings = {
         "streams": {
             name: {k: v for k, v in asdict(source).items() if v is not None}
@@ -121,11 +131,13 @@ def steered_engine_args(
     }
     overrides = {
         "architectures": [ARCHITECTURE],
-        BASE_ARCHITECTURES: [language] if language else list(config.architectures or []),
+        BASE_ARCHITECTURES: [architecture],
     }
     ours: dict[str, Any] = {
         "model": model,
-        "hf_overrides": {**overrides} if language is None else LanguagePart(model, overrides),
+        "hf_overrides": (
+            LanguagePart(model, overrides) if language_architecture(config) else overrides
+        ),
         "worker_extension_cls": WORKER_EXTENSION,
         "scheduler_cls": SCHEDULER,
         # One block table serves every stream: a stream's positions differ from the request's, so
@@ -142,6 +154,14 @@ def steered_engine_args(
         }
     extra = {**engine.pop("additional_config", {}), "coxswain": settings}
     return {**ours, **engine, "additional_config": extra}
+
+
+def _architecture(field: str, config: Any, body: bool = False) -> str:
+    """What a stream is served as; `field` is where its checkpoint was named."""
+    try:
+        return stream_architecture(config, body=body)
+    except SteeringError as error:
+        raise type(error)(error.message, field=field, allowed=error.allowed) from error
 
 
 def end_ids(model: str, config: Any) -> set[int]:

@@ -15,6 +15,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+from steering.errors import DoesNotFit
+
 SERVED = (
     "Gemma3ForConditionalGeneration",
     "Gemma4ForConditionalGeneration",
@@ -68,10 +70,6 @@ _TOWERS = (
 """Prefixes of what is left out, with or without `model.` before them."""
 
 
-class NoLanguagePart(ValueError):
-    """A checkpoint that reads more than text, and of which the language part is not served."""
-
-
 def language_architecture(config: Any) -> str | None:
     """The architecture of a checkpoint's language part; None for a plain language model.
 
@@ -79,19 +77,19 @@ def language_architecture(config: Any) -> str | None:
         config: its `transformers` config.
 
     Raises:
-        NoLanguagePart: it reads more than text, and its language part is not served.
+        DoesNotFit: it reads more than text, and its language part is not served.
     """
     name = (getattr(config, "architectures", None) or [""])[0]
     if name not in SERVED:
         if _reads_more_than_text(name):
-            raise NoLanguagePart(
+            raise DoesNotFit(
                 f"{name} reads more than text, and its language part is not known here; those of "
                 f"these are served: {', '.join(SERVED)}"
             )
         return None
     kind = str(getattr(getattr(config, "text_config", None), "model_type", None))
     if kind not in _KINDS:
-        raise NoLanguagePart(
+        raise DoesNotFit(
             f"{name}: its text_config is a {kind!r}, which is not known here; allowed: "
             f"{', '.join(_KINDS)}"
         )
@@ -99,6 +97,7 @@ def language_architecture(config: Any) -> str | None:
 
 
 def _reads_more_than_text(architecture: str) -> bool:
+    """Whether vLLM's model of an architecture takes images, sound or video."""
     from vllm.model_executor.models.registry import _MULTIMODAL_MODELS
 
     return architecture in _MULTIMODAL_MODELS

@@ -115,7 +115,9 @@ def _w4a16(weight: torch.Tensor) -> Tensors:
     return {"weight_packed": _packed(integers + 8, 1), "weight_scale": scale, "weight_shape": shape}
 
 
-def _compressed(kind: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+def _compressed(
+    kind: str, weights: dict[str, Any], inputs: dict[str, Any] | None
+) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     return {
         "quant_method": "compressed-tensors",

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steering.language import SERVED, renamed
+
 _ITEM_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
 _HEADER_LIMIT = 100 * 1024 * 1024
-_RECURRENT = ("mamba", "rwkv", "recurrent", "xlstm", "state_size", "ssm")
 
 
 class Unusable(Exception):
@@ -33,7 +35,8 @@ class Checkpoint:
         hidden: width of its last hidden state.
         context: tokens that its positions reach, or None if config.json does not say.
         vocabulary: rows of its embedding table.
-        encoder_decoder, multimodal, recurrent: kinds that cannot be streams.
+        encoder_decoder: a kind that cannot be a stream.
+        multimodal: it reads more than text; the other numbers are its language part's.
     """
 
     folder: Path
@@ -51,7 +54,6 @@ class Checkpoint:
     vocabulary: int
     encoder_decoder: bool
     multimodal: bool
-    recurrent: bool
 
     def weight_bytes(self, dtype: str) -> int:
         """Bytes of the weights once loaded.
@@ -106,9 +108,9 @@ def inspect(model: str) -> Checkpoint:
     """
     folder = locate(model)
     config = _config(folder)
-    parameters, file_bytes = _weights(folder)
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else None
-    shape: dict[str, Any] = text or config
+    multimodal = config["architectures"][0] in SERVED
+    parameters, file_bytes = _weights(folder, renamed if multimodal else None)
+    shape = _language_shape(folder) if multimodal else config
     heads = _number(shape, "num_attention_heads", "n_head", "num_heads")
     hidden = _number(shape, "hidden_size", "n_embd", "d_model")
     return Checkpoint(
@@ -126,10 +128,16 @@ def inspect(model: str) -> Checkpoint:
         context=_context(shape),
         vocabulary=_number(shape, "vocab_size"),
         encoder_decoder=bool(config.get("is_encoder_decoder")),
-        multimodal=any(key in config for key in ("vision_config", "audio_config")),
-        recurrent=any(word in config.get("model_type", "") or word in config
-                      for word in _RECURRENT),
-    )  # fmt: skip
+        multimodal=multimodal,
+    )
+
+
+def _language_shape(folder: Path) -> dict[str, Any]:
+    """The config of the language part, with the defaults that config.json leaves out."""
+    from vllm.transformers_utils.config import get_config
+
+    found: dict[str, Any] = get_config(str(folder), False).get_text_config().to_dict()
+    return found
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -166,8 +174,12 @@ def _context(config: dict[str, Any]) -> int | None:
     return reach or None
 
 
-def _weights(folder: Path) -> tuple[int, int]:
+def _weights(folder: Path, named: Callable[[str], str | None] | None) -> tuple[int, int]:
     """(parameters, bytes) of the safetensors files.
+
+    Args:
+        folder: of the model.
+        named: None for the names of tensors that are not loaded; without it all are.
 
     Raises:
         Unusable: there are none, or one is not whole.
@@ -192,12 +204,12 @@ def _weights(folder: Path) -> tuple[int, int]:
         raise Unusable(f"no *.safetensors in {folder}")
     parameters = total = 0
     for file in files:
-        count, size = _tensors(file)
+        count, size = _tensors(file, named)
         parameters, total = parameters + count, total + size
     return parameters, total
 
 
-def _tensors(file: Path) -> tuple[int, int]:
+def _tensors(file: Path, named: Callable[[str], str | None] | None) -> tuple[int, int]:
     """(numbers, bytes) of one safetensors file, from its header."""
     try:
         with file.open("rb") as stream:
@@ -205,15 +217,18 @@ def _tensors(file: Path) -> tuple[int, int]:
             if length > _HEADER_LIMIT:
                 raise ValueError("the header is too long")
             header = json.loads(stream.read(length))
-        count = end = 0
+        count = size = end = 0
         for name, tensor in header.items():
-            if name != "__metadata__":
-                count += math.prod(tensor["shape"])
-                end = max(end, tensor["data_offsets"][1])
+            if name == "__metadata__":
+                continue
+            begin, behind = tensor["data_offsets"]
+            end = max(end, behind)
+            if named is None or named(name) is not None:
+                count, size = count + math.prod(tensor["shape"]), size + behind - begin
         if 8 + length + end != file.stat().st_size:
             raise ValueError("it is cut short")
     except (
         OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error,
     ) as error:  # fmt: skip
         raise Unusable(f"{file} is not a whole safetensors file: {error}") from error
-    return count, end
+    return count, size

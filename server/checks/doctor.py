@@ -14,14 +14,15 @@ from typing import Any
 
 from server.checks.adapters import adapter_problems
 from server.checks.capacity import contexts, memory, ranks_of
-from server.checks.checkpoints import Unusable, inspect
+from server.checks.checkpoints import Checkpoint, Unusable, inspect
 from server.checks.diagnosis import Diagnosis, StreamFacts, where
 from server.checks.heads import check_heads, value_problems
 from server.checks.one_product import one_product_problems
 from server.checks.speculation import speculation_problems
 from server.checks.templates import check_profile_templates, check_template
 from server.settings.config import RESERVED_ENGINE, Config
-from steering.heads import body_architecture
+from steering.errors import SteeringError
+from steering.families import stream_architecture
 from steering.method import Snapshot
 from steering.plan import BASE
 from steering.plugins import Registry, discover
@@ -150,14 +151,24 @@ def _parsers(config: Config) -> list[str]:
 
 def _stream(config: Config, found: Diagnosis, name: str, source: str, owns: bool) -> None:
     point = inspect(source)
-    kinds = (("encoder-decoder", point.encoder_decoder), ("multimodal", point.multimodal),
-             ("recurrent (state-space)", point.recurrent))  # fmt: skip
-    for kind, is_kind in kinds:
-        if is_kind:
-            raise Unusable(f"{point.architecture} is {kind}; streams are plain decoder models")
+    if point.encoder_decoder:
+        raise Unusable(f"{point.architecture} is encoder-decoder; streams are decoders alone")
+    _served(config, name, point)
     kv_bytes = point.kv_bytes(str(config.engine.get("dtype", "auto")))
     shown = source if owns else f"same as {config.streams[name].same_as}"
     found.streams[name] = StreamFacts(name, shown, point, point.vocabulary, kv_bytes, owns)
+
+
+def _served(config: Config, name: str, point: Checkpoint) -> None:
+    """Raises Unusable for a checkpoint that vLLM or the streams cannot run."""
+    from vllm.transformers_utils.config import get_config
+
+    body = name in config.streams and config.streams[name].head not in (None, "q")
+    trust = bool(config.engine.get("trust_remote_code", False))
+    try:
+        stream_architecture(get_config(str(point.folder), trust), body=body)
+    except SteeringError as error:
+        raise Unusable(str(error)) from error
 
 
 def _profiles(config: Config, found: Diagnosis, methods: Registry) -> None:
@@ -197,7 +208,6 @@ def _overlap(found: Diagnosis, name: str, loaded: dict[Path, Vocabulary]) -> Non
 
 def _architectures(config: Config, found: Diagnosis) -> list[str]:
     """What vLLM and its attention backend can run."""
-    from vllm import ModelRegistry
     from vllm.platforms import current_platform
 
     sizes: list[int] | None = None
@@ -209,12 +219,6 @@ def _architectures(config: Config, found: Diagnosis) -> list[str]:
     for name, fact in found.streams.items():
         if not fact.owns_weights:
             continue
-        architecture = fact.checkpoint.architecture
-        if name in config.streams and config.streams[name].head not in (None, "q"):
-            architecture = body_architecture(architecture)
-        why = _unsupported(ModelRegistry, architecture)
-        if why is not None:
-            lines.append(f"{where(name)}: {why}")
         heads, ranks = fact.checkpoint.heads, ranks_of(config)
         if heads % ranks:
             lines.append(f"{where(name)}: {heads} attention heads cannot be split over "
@@ -225,17 +229,3 @@ def _architectures(config: Config, found: Diagnosis) -> list[str]:
             lines.append(f"{where(name)}: attention heads of size {size}; the CPU backend has "
                          f"{allowed}")  # fmt: skip
     return lines
-
-
-def _unsupported(registry: Any, architecture: str) -> str | None:
-    """Why vLLM's model of this architecture cannot be a stream; None if it can."""
-    if architecture not in registry.get_supported_archs():
-        return f"vLLM does not support the architecture {architecture}"
-    info = registry.models[architecture].inspect_model_cls()
-    if not info.is_text_generation_model:
-        return f"{architecture} does not generate text"
-    if info.supports_multimodal:
-        return f"{architecture} is multimodal; streams are plain decoder models"
-    if info.has_inner_state or info.is_attention_free or info.is_hybrid:
-        return f"{architecture} is recurrent; streams are plain decoder models"
-    return None

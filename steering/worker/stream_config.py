@@ -126,15 +126,24 @@ def _within(engine: VllmConfig, config: VllmConfig) -> VllmConfig:
 
 
 def _as_configured(model_config: ModelConfig) -> None:
-    """Has Llama 4 scale its attention as its config says.
+    """Has attention scaled with the position as the checkpoint's config says, in place.
 
-    vLLM asks the generation config, and else decides by `max_model_len`.
+    vLLM takes Llama 4's from the generation config, or else decides by `max_model_len`; and
+    Ministral 3's from where Mistral's own format has it.
     """
-    name = "attn_temperature_tuning"
-    if hasattr(model_config.hf_text_config, name):
-        said = {name: getattr(model_config.hf_text_config, name)}
+    config, name = model_config.hf_text_config, "attn_temperature_tuning"
+    if hasattr(config, name):
+        said = {name: getattr(config, name)}
         model_config.override_generation_config = {
-            **said, **model_config.override_generation_config
+            **said,
+            **model_config.override_generation_config,
+        }
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "llama_4_scaling_beta" in rope and not hasattr(config, "llama_4_scaling"):
+        # vLLM reads it of the whole config, which may be another object.
+        model_config.hf_config.llama_4_scaling = {
+            "beta": rope["llama_4_scaling_beta"],
+            "original_max_position_embeddings": rope["original_max_position_embeddings"],
         }
 
 

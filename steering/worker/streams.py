@@ -6,7 +6,6 @@ Checked on vLLM 0.32.0.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 
-from steering.plan import BASE
 from steering.language import LanguagePart, language_weights
+from steering.plan import BASE
 from steering.worker import heads, lora_seam
 from steering.worker.kv_layers import Twin, attention_layers, keep_all_blocks
 from steering.worker.stream_config import base_config, companion_config, prepare_experts
@@ -79,29 +78,27 @@ class Streams:
         Returns:
             the names of the owner's parameters that were loaded.
         """
-        loaded = {f"{BASE}.{name}" for name in self.models[0].load_weights(self._named(BASE, weights))}
+        own = self._own_names(BASE)(weights)
+        loaded = {f"{BASE}.{name}" for name in self.models[0].load_weights(own)}
         for name, config in self._configs.items():
             if name == BASE:
                 continue
             companion, source = self.models[self.names.index(name)], self._sources[name]
+            chosen = self._own_names(name)
             if "head" in source:
                 folder = Path(source["path"]) if "path" in source else None
-                _load_body(companion, config, partial(heads.body_weights, folder=folder))
+                _load_body(
+                    companion, config, lambda w, f=folder, c=chosen: heads.body_weights(c(w), f)
+                )
             else:
-                loader: Any = get_model_loader(config.load_config)
-                # Repacking is left to the outer loader, which walks over all.
-                if self._language(name) and hasattr(loader, "get_all_weights"):
-                    weights = loader.get_all_weights(config.model_config, companion)
-                    companion.load_weights(language_weights(weights))
-                else:
-                    loader.load_weights(companion, config.model_config)
+                _load(companion, config, chosen)
             loaded |= {f"{name}.{parameter}" for parameter, _ in companion.named_parameters()}
         return loaded
 
-    def _language(self, name):
-        return isinstance(self._configs[name].model_config.hf_overrides, LanguagePart)
-    def _named(self, name, weights):
-        return language_weights(weights) if self._language(name) else weights
+    def _own_names(self, name: str) -> _Choice:
+        """Picks a stream's (name, tensor) pairs among its checkpoint's, with its model's names."""
+        overrides = self._configs[name].model_config.hf_overrides
+        return language_weights if isinstance(overrides, LanguagePart) else _all
 
     def layers(self) -> list[dict[str, str]]:
         """[S] KV layer name → name under which the stream's model asks for it; once loaded."""
@@ -116,11 +113,34 @@ class Streams:
         return found
 
 
-def _load_body(
-    companion: Any,
-    vllm_config: VllmConfig,
-    chosen: Callable[[Iterable[tuple[str, torch.Tensor]]], Iterable[tuple[str, torch.Tensor]]],
-) -> None:
+_Weights = Iterable[tuple[str, torch.Tensor]]
+_Choice = Callable[[_Weights], _Weights]
+
+
+def _all(weights: _Weights) -> _Weights:
+    return weights
+
+
+def _load(companion: Any, vllm_config: VllmConfig, chosen: _Choice) -> None:
+    """Loads a language model; repacking is left to the outer loader, which walks over all.
+
+    Raises:
+        ValueError: a tensor of the model is missing.
+    """
+    loader: Any = get_model_loader(vllm_config.load_config)
+    if chosen is _all or not hasattr(loader, "get_all_weights"):
+        loader.load_weights(companion, vllm_config.model_config)
+        return
+    loaded = companion.load_weights(
+        chosen(loader.get_all_weights(vllm_config.model_config, companion))
+    )
+    wanted = {name for name, _ in companion.named_parameters()}
+    # Of quantised models vLLM makes more parameters than a checkpoint need have.
+    if vllm_config.quant_config is None and (missing := sorted(wanted - (loaded or wanted))):
+        raise ValueError(f"{vllm_config.model_config.model} lacks {missing[0]}")
+
+
+def _load_body(companion: Any, vllm_config: VllmConfig, chosen: _Choice) -> None:
     """Loads the body of a head; `chosen` picks and changes the checkpoint's (name, tensor) pairs.
 
     vLLM's models refuse tensors that they do not know, so a head's must not reach them.

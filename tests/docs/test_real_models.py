@@ -41,7 +41,7 @@ class Row:
         return Checkpoint(
             Path(), "LlamaForCausalLM", self.parameters, 2 * self.parameters, False, "bfloat16",
             self.layers, self.heads, self.kv_heads, self.head_size, self.hidden, 131072, self.rows,
-            False, False, False,
+            False, False,
         )  # fmt: skip
 
 

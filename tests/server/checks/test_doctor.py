@@ -197,8 +197,10 @@ def _cut(folder: Path) -> None:
         (_edit("config.json", architectures=[]), "names no architecture"),
         (_edit("config.json", architectures=["NopeForCausalLM"]), "architecture NopeForCausalLM"),
         (_edit("config.json", is_encoder_decoder=True), "is encoder-decoder"),
-        (_edit("config.json", vision_config={}), "is multimodal"),
-        (_edit("config.json", model_type="mamba"), "is recurrent"),
+        (
+            _edit("config.json", architectures=["PaliGemmaForConditionalGeneration"]),
+            "PaliGemmaForConditionalGeneration reads more than text",
+        ),
         (_edit("config.json", architectures=["MambaForCausalLM"]), "is recurrent"),
         (_edit("config.json", head_dim=20), "heads of size 20; the CPU backend has 32"),
         (_swap_tokens, "token ids mean another token"),
