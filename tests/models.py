@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GPT2Config,
     LlamaConfig,
     OPTConfig,
@@ -28,6 +29,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from tests.family_models import FAMILIES
+from tests.vision_models import VISION
 
 VOCAB_SIZE = 500
 """Tokens of the shared tokenizer, and rows of a model's table unless asked otherwise."""
@@ -156,7 +158,8 @@ def make_model(
 
     Args:
         folder: made if it is missing.
-        architecture: a key of `ARCHITECTURES` or `tests.family_models.FAMILIES`.
+        architecture: a key of `ARCHITECTURES`, `tests.family_models.FAMILIES` or
+            `tests.vision_models.VISION`.
         seed: two seeds are two unrelated models.
         vocab_size: rows of the model's table. More than `VOCAB_SIZE`: padded rows that stand for
             no token. Less: the model lacks the last ids of the tokenizer.
@@ -164,10 +167,11 @@ def make_model(
     Returns:
         `folder`, to pass on as the model's name.
     """
-    config = (ARCHITECTURES | FAMILIES)[architecture](
+    config = (ARCHITECTURES | FAMILIES | VISION)[architecture](
         vocab_size=vocab_size, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    kind = AutoModelForImageTextToText if architecture in VISION else AutoModelForCausalLM
+    model = kind.from_config(config, dtype=torch.float32).eval()
     _fill(model, torch.Generator().manual_seed(seed))
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -211,6 +215,9 @@ def _fill(model: PreTrainedModel, random: torch.Generator) -> None:
         _spread(model, norms, random)
 
 
+_TOWERS = ("vision", "visual", "projector")
+"""Parts of the names of modules that read images."""
+
 _SHARP = ("q_proj", "k_proj", "c_attn", "qkv", "query_key_value")
 
 
@@ -224,9 +231,12 @@ def _spread(
 ) -> None:
     """Scales the norm behind the last layer until the scores spread by `SPREAD`."""
     # Those outside the layers; the last one, whatever the order of use.
+    norms = {n: m for n, m in norms.items() if not any(part in n for part in _TOWERS)}
     fewest = min(name.count(".") for name in norms)
     last: Any = [norm for name, norm in norms.items() if name.count(".") == fewest][-1]
-    ids = torch.randint(len(SPECIAL), model.config.vocab_size, (4, 32), generator=random)
+    ids = torch.randint(
+        len(SPECIAL), model.config.get_text_config().vocab_size, (4, 32), generator=random
+    )
     for _ in range(3):  # capped scores need more than one
         factor = SPREAD / model(ids).logits.std(-1).mean()
         if _adds_one(last):

@@ -112,7 +112,8 @@ def _int8_asymmetric(weight: torch.Tensor) -> Tensors:
 def _w4a16(weight: torch.Tensor) -> Tensors:
     integers, scale = _grouped(weight, 4)
     shape = torch.tensor(weight.shape, dtype=torch.int64)
-    return {"weight_packed": _packed(integers + 8, 1), "weight_scale": scale, "weight_shape": shape}
+    packed = _packed(integers + 8, 1)
+    return {"weight_packed": packed, "weight_scale": scale.half(), "weight_shape": shape}
 
 
 def _compressed(

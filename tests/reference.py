@@ -17,7 +17,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from steering.method import Logits, log_softmax
 from steering.plan import BASE
@@ -57,7 +62,9 @@ def load(folder: Path) -> PreTrainedModel:
 
 def fresh(folder: Path) -> PreTrainedModel:
     """As `load`, a model that the caller may change."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(folder)
+    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32)
     if getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # the others leave the cap out
     if model.config.model_type == "cohere2":

@@ -18,8 +18,10 @@ from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
     replace_as,
 )
+from vllm.v1.worker import gpu_model_runner
 
 _SERVED = (Attention, MLAAttention, ChunkedLocalAttention)
 """Layers whose cache is one entry per token, found by a block table, and nothing else."""
@@ -49,6 +51,35 @@ def keep_all_blocks(vllm_config: VllmConfig, stream: str) -> list[str]:
         if type(layer) is not MLAAttention:
             layer.get_kv_cache_spec = _FullSpec(layer)
     return names
+
+
+def complete_shared_groups() -> None:
+    """Lets layers that share another's KV stand in a cache group of unequal layers.
+
+    vLLM adds such layers to the group's names but not to its table of specs, and then fails on
+    looking them up. Streams of unequal shapes always make such a group.
+    """
+    original = gpu_model_runner.add_kv_sharing_layers_to_kv_cache_groups
+    if isinstance(original, _WithSpecs):
+        return
+    gpu_model_runner.add_kv_sharing_layers_to_kv_cache_groups = _WithSpecs(original)
+
+
+@dataclass(frozen=True)
+class _WithSpecs:
+    """vLLM's function of that name, and the specs of what it adds."""
+
+    original: Any
+
+    def __call__(self, shared: dict[str, str], groups: list[Any], *more: Any) -> None:
+        self.original(shared, groups, *more)
+        for group in groups:
+            if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs):
+                # The group's memory was counted before: these layers take none.
+                specs = group.kv_cache_spec.kv_cache_specs
+                for name, target in shared.items():
+                    if name in group.layer_names:
+                        specs.setdefault(name, specs[target])
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,12 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from steering.language import LanguagePart, language_weights
 from steering.plan import BASE
 from steering.worker import heads, lora_seam
-from steering.worker.kv_layers import Twin, attention_layers, keep_all_blocks
+from steering.worker.kv_layers import (
+    Twin,
+    attention_layers,
+    complete_shared_groups,
+    keep_all_blocks,
+)
 from steering.worker.stream_config import base_config, companion_config, prepare_experts
 
 
@@ -51,6 +56,7 @@ class Streams:
         self.names: tuple[str, ...] = (BASE, *(n for n, s in sources.items() if "on" not in s))
         self.original = {n: sources[n].get("same_as", n) if n != BASE else n for n in self.names}
         self._configs: dict[str, VllmConfig] = {}
+        complete_shared_groups()
         for name in self.names:
             if self.original[name] == name:
                 config = self._configs[name] = self._config(name)
