@@ -43,13 +43,17 @@ _QWEN_TOWER: dict[str, Any] = {
     "temporal_patch_size": 2,
 }
 _IMAGE, _VIDEO, _BEGIN, _END = 490, 491, 492, 493
-_QWEN_IDS = {
+_QWEN_IDS: dict[str, Any] = {
     "image_token_id": _IMAGE,
     "video_token_id": _VIDEO,
     "vision_start_token_id": _BEGIN,
     "vision_end_token_id": _END,
 }
-_INDICES = {"image_token_index": _IMAGE, "boi_token_index": _BEGIN, "eoi_token_index": _END}
+_INDICES: dict[str, Any] = {
+    "image_token_index": _IMAGE,
+    "boi_token_index": _BEGIN,
+    "eoi_token_index": _END,
+}
 _INTERLEAVED: dict[str, Any] = {
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],

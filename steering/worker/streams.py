@@ -93,9 +93,7 @@ class Streams:
             chosen = self._own_names(name)
             if "head" in source:
                 folder = Path(source["path"]) if "path" in source else None
-                _load_body(
-                    companion, config, lambda w, f=folder, c=chosen: heads.body_weights(c(w), f)
-                )
+                _load_body(companion, config, chosen, folder)
             else:
                 _load(companion, config, chosen)
             loaded |= {f"{name}.{parameter}" for parameter, _ in companion.named_parameters()}
@@ -146,8 +144,10 @@ def _load(companion: Any, vllm_config: VllmConfig, chosen: _Choice) -> None:
         raise ValueError(f"{vllm_config.model_config.model} lacks {missing[0]}")
 
 
-def _load_body(companion: Any, vllm_config: VllmConfig, chosen: _Choice) -> None:
-    """Loads the body of a head; `chosen` picks and changes the checkpoint's (name, tensor) pairs.
+def _load_body(
+    companion: Any, vllm_config: VllmConfig, chosen: _Choice, folder: Path | None
+) -> None:
+    """Loads the body of a head, a LoRA adapter in `folder` merged in.
 
     vLLM's models refuse tensors that they do not know, so a head's must not reach them.
 
@@ -158,8 +158,8 @@ def _load_body(companion: Any, vllm_config: VllmConfig, chosen: _Choice) -> None
     if not hasattr(loader, "get_all_weights"):  # made-up weights, which need no head either
         loader.load_weights(companion, vllm_config.model_config)
         return
-    weights = loader.get_all_weights(vllm_config.model_config, companion)
-    loaded = companion.load_weights(chosen(weights))
+    weights = chosen(loader.get_all_weights(vllm_config.model_config, companion))
+    loaded = companion.load_weights(heads.body_weights(weights, folder))
     wanted = {n for n, _ in companion.named_parameters() if not n.startswith("lm_head.")}
     if loaded is not None and (missing := sorted(wanted - loaded)):
         raise ValueError(f"{vllm_config.model_config.model} lacks {missing[0]}")

@@ -90,7 +90,13 @@ def test_an_image_placeholder_in_a_text_is_a_token_like_others(engine: Engine) -
 
 def test_no_tower_is_loaded(engine: Engine) -> None:
     """The engine's parameters are the language parts' alone."""
-    model = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker  # type: ignore[attr-defined]
+    model = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
     names = [name for name, _ in model.model_runner.model.named_parameters()]
     assert names
     assert not [n for n in names if any(part in n for part in ("tower", "visual", "projector"))]
+
+
+def test_an_image_in_a_request_is_refused(engine: Engine) -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    with pytest.raises(ValueError, match="not a multimodal model"):
+        engine.llm.chat([{"role": "user", "content": [part]}], use_tqdm=False)
