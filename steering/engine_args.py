@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from steering.errors import SteeringError
-from steering.families import stream_architecture
+from steering.families import is_hybrid, stream_architecture
 from steering.language import LanguagePart, language_architecture
 
 ARCHITECTURE = "SteeredForCausalLM"
+HYBRID = "SteeredHybridForCausalLM"
+"""In its place where layers of the base keep a state."""
+
 BASE_ARCHITECTURES = "coxswain_base_architectures"
 """Attribute of the base's config that keeps what `ARCHITECTURE` replaces."""
 
@@ -114,6 +117,7 @@ def steered_engine_args(
     trust = engine.get("trust_remote_code", False)
     config = get_config(model, trust)
     architecture = _architecture("model", config)
+    hybrid = is_hybrid(architecture)
     for name, source in streams.items():
         if source.model is not None:
             body = source.head is not None
@@ -130,7 +134,7 @@ def steered_engine_args(
         "draft": None if speculation is None else speculation.draft,
     }
     overrides = {
-        "architectures": [ARCHITECTURE],
+        "architectures": [HYBRID if hybrid else ARCHITECTURE],
         BASE_ARCHITECTURES: [architecture],
     }
     ours: dict[str, Any] = {
@@ -142,10 +146,12 @@ def steered_engine_args(
         "scheduler_cls": SCHEDULER,
         # One block table serves every stream: a stream's positions differ from the request's, so
         # blocks must not be given back by the base's sliding window.
-        "disable_hybrid_kv_cache_manager": True,
+        "disable_hybrid_kv_cache_manager": not hybrid,
         # Reports read drawn tokens from the runner's host state, which lags under async.
         "async_scheduling": False,
     }
+    if hybrid:
+        ours["enable_prefix_caching"] = False
     if speculation is not None:
         ours["speculative_config"] = {
             "method": "custom_class",

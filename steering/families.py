@@ -45,10 +45,17 @@ def _unsupported(architecture: str) -> str | None:
         return f"vLLM's model for {architecture} cannot be loaded here: {reason}"
     if not info.is_text_generation_model:
         return f"{architecture} does not generate text"
-    if info.has_inner_state or info.is_attention_free or info.is_hybrid:
+    if info.is_attention_free:
         return (
             f"{architecture} is recurrent: its layers keep a state beside or in place of keys and "
             "values, which streams that lag behind their request cannot share; on "
             f"{current_platform.device_type} too, streams are models of attention alone"
         )
     return None
+
+
+def is_hybrid(architecture: str) -> bool:
+    """Whether layers of a served architecture keep a state beside attention."""
+    from vllm import ModelRegistry
+
+    return bool(ModelRegistry.models[architecture].inspect_model_cls().is_hybrid)

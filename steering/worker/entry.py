@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 
-from steering.engine_args import ARCHITECTURE
+from steering.engine_args import ARCHITECTURE, HYBRID
 
 
 def register() -> None:
@@ -21,6 +21,7 @@ def register() -> None:
     register_hooks()
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, "steering.worker.model:SteeredForCausalLM")
+        ModelRegistry.register_model(HYBRID, "steering.worker.hybrid:SteeredHybridForCausalLM")
 
 
 @functools.cache

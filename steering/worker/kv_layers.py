@@ -14,6 +14,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -22,6 +23,8 @@ from vllm.v1.kv_cache_interface import (
     replace_as,
 )
 from vllm.v1.worker import gpu_model_runner
+
+from steering.plan import BASE
 
 _SERVED = (Attention, MLAAttention, ChunkedLocalAttention)
 """Layers whose cache is one entry per token, found by a block table, and nothing else."""
@@ -40,6 +43,8 @@ def keep_all_blocks(vllm_config: VllmConfig, stream: str) -> list[str]:
     names = []
     for name, layer in vllm_config.compilation_config.static_forward_context.items():
         if not name.startswith(f"{stream}.") or not isinstance(layer, AttentionLayerBase):
+            continue
+        if isinstance(layer, MambaBase) and stream == BASE:
             continue
         if type(layer) not in _SERVED:
             raise ValueError(

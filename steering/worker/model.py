@@ -53,6 +53,7 @@ class SteeredForCausalLM(nn.Module):
 
     # vLLM reads these from any class that may carry LoRA adapters.
     supports_lora = True
+    is_hybrid = False
     is_3d_moe_weight = False
     is_non_gated_moe = False
     embedding_modules: dict[str, str] = {}
@@ -87,7 +88,7 @@ class SteeredForCausalLM(nn.Module):
         self._lora: lora_seam.LoraSeam | None = None
         self._lora_manager: Any = None
         self._adapted: Adapted | None = None
-        self._seats = SeatBook(self.names, tuple(self.heads))
+        self._seats = SeatBook(self.names, tuple(self.heads), self.is_hybrid)
         self._active = [True] * len(self.names)
         self._special = True
         self._even = False

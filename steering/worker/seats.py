@@ -138,8 +138,17 @@ class Tables:
     even: bool
 
 
-def tables(seats: Sequence[Seat], streams: int) -> Tables:
-    """Stacks seats into tables."""
+def tables(seats: Sequence[Seat], streams: int, always: bool = False) -> Tables:
+    """Stacks seats into tables.
+
+    Args:
+        seats: [Q] of this step's requests.
+        streams: S.
+        always: whether the base runs every row, wanted or not: its layers keep a state.
+
+    Raises:
+        ValueError: the base shall lag behind a request although it always runs.
+    """
     control = np.stack([s.control for s in seats])
     uses = np.stack([s.uses for s in seats])
     offsets = np.stack([s.offsets for s in seats])
@@ -152,7 +161,12 @@ def tables(seats: Sequence[Seat], streams: int) -> Tables:
     prompts = tuple(OwnPrompts.of([s.prompts[i] for s in seats]) for i in range(streams))
     adapters = [s.adapters for s in seats]
     own = np.array([p is not None for p in prompts])
-    whole = uses.all(0) & ~offsets.any(0) & ~own
+    lags = offsets.any(0)
+    whole = uses.all(0) & ~lags & ~own
+    if always:
+        if lags[0]:
+            raise ValueError("a base that keeps a state cannot lag behind its request")
+        whole[0] = True
     return Tables(
         control,
         uses,
@@ -194,10 +208,12 @@ class SeatBook:
     Args:
         streams: names of the streams that run, base first.
         heads: names of the classifier heads.
+        always: see `tables`.
     """
 
     streams: tuple[str, ...]
     heads: tuple[str, ...] = ()
+    always: bool = False
     _seats: dict[str, Seat] = field(default_factory=dict)
     _ids: list[str] = field(default_factory=list)
     _tables: Tables | None = None
@@ -215,5 +231,7 @@ class SeatBook:
             i: self._seats.get(i) or seat(*load(i), self.streams, self.heads) for i in ids
         }
         self._ids = list(ids)
-        self._tables = tables([self._seats[i] for i in ids], len(self.streams))
+        self._tables = tables(
+            [self._seats[i] for i in ids], len(self.streams), self.always
+        )
         return self._tables

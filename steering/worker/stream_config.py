@@ -19,7 +19,7 @@ from vllm.distributed import parallel_state
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.transformers_utils.config import get_config
 
-from steering.engine_args import ARCHITECTURE, BASE_ARCHITECTURES
+from steering.engine_args import ARCHITECTURE, BASE_ARCHITECTURES, HYBRID
 from steering.heads import body_architecture
 from steering.language import LanguagePart, language_architecture
 from steering.plan import BASE
@@ -46,8 +46,8 @@ class BaseHooks(VerifyAndUpdateConfig):
 
 
 def register_hooks() -> None:
-    """Makes vLLM call `BaseHooks` for our architecture, in this process."""
-    MODELS_CONFIG_MAP[ARCHITECTURE] = BaseHooks
+    """Makes vLLM call `BaseHooks` for our architectures, in this process."""
+    MODELS_CONFIG_MAP[ARCHITECTURE] = MODELS_CONFIG_MAP[HYBRID] = BaseHooks
 
 
 def architectures(model_config: ModelConfig) -> list[str]:

@@ -94,9 +94,3 @@ def test_no_tower_is_loaded(engine: Engine) -> None:
     names = [name for name, _ in model.model_runner.model.named_parameters()]
     assert names
     assert not [n for n in names if any(part in n for part in ("tower", "visual", "projector"))]
-
-
-def test_an_image_in_a_request_is_refused(engine: Engine) -> None:
-    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
-    with pytest.raises(ValueError, match="not a multimodal model"):
-        engine.llm.chat([{"role": "user", "content": [part]}], use_tqdm=False)
