@@ -31,7 +31,7 @@ from server.engine_series import BoundedSeries
 from server.operation import metrics
 from server.operation.counting import counted
 from server.requests import best_of_n
-from server.requests.boarding import Boarding, Ride, board, limit_tokens
+from server.requests.boarding import Boarding, Ride, board, limit_tokens, refuse_lag
 from server.requests.echo import echoed
 from server.requests.steered import Report, Steered
 from server.settings.operating import LimitsConfig
@@ -123,13 +123,15 @@ class SteeredLLM(AsyncLLM):
             reports: gets the report under `index`.
 
         Raises:
-            BadValue: the lengthened prompt leaves no room in the context.
+            BadValue: the lengthened prompt leaves no room in the context, or the base cannot lag
+                behind it.
         """
         if not plan.steers and not plan.adapters and plan.report == "off":
             return counted(self.submit(ride), trail(), ride.params)
         tag = f"{steered.tag}-{index}" if plan.report != "off" else ""
         prompt, boarding = board(ride.prompt, ride.params, plan, tag)
         length, context = len(prompt["prompt_token_ids"]), self.model_config.max_model_len
+        refuse_lag(boarding.pad, self.model_config.is_hybrid)
         limit_tokens(ride.params, steered.max_tokens, length, boarding.pad, context)
         outputs = counted(self.submit(replace(ride, prompt=prompt)), trail(), ride.params)
         delta = ride.params.output_kind == RequestOutputKind.DELTA

@@ -7,8 +7,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from steering.errors import SteeringError
-from steering.families import is_hybrid, stream_architecture
+from steering.errors import DoesNotFit, SteeringError
+from steering.families import beside_hybrid, is_hybrid, stream_architecture
 from steering.language import LanguagePart, language_architecture
 
 ARCHITECTURE = "SteeredForCausalLM"
@@ -116,12 +116,13 @@ def steered_engine_args(
 
     trust = engine.get("trust_remote_code", False)
     config = get_config(model, trust)
-    architecture = _architecture("model", config)
+    architecture = _architecture("model", config, base=True)
     hybrid = is_hybrid(architecture)
     for name, source in streams.items():
         if source.model is not None:
             body = source.head is not None
-            _architecture(f"streams.{name}.model", get_config(source.model, trust), body)
+            own = get_config(source.model, trust)
+            _architecture(f"streams.{name}.model", own, base=False, body=body)
     settings = {
         "streams": {
             name: {k: v for k, v in asdict(source).items() if v is not None}
@@ -151,6 +152,14 @@ def steered_engine_args(
         "async_scheduling": False,
     }
     if hybrid:
+        refused = beside_hybrid(
+            architecture,
+            twins=[name for name, source in streams.items() if source.same_as is not None],
+            speculates=speculation is not None,
+            engine=engine,
+        )
+        if refused:
+            raise DoesNotFit(refused[0], field="model")
         ours["enable_prefix_caching"] = False
     if speculation is not None:
         ours["speculative_config"] = {
@@ -162,10 +171,10 @@ def steered_engine_args(
     return {**ours, **engine, "additional_config": extra}
 
 
-def _architecture(field: str, config: Any, body: bool = False) -> str:
+def _architecture(field: str, config: Any, *, base: bool, body: bool = False) -> str:
     """What a stream is served as; `field` is where its checkpoint was named."""
     try:
-        return stream_architecture(config, body=body)
+        return stream_architecture(config, base=base, body=body)
     except SteeringError as error:
         raise type(error)(error.message, field=field, allowed=error.allowed) from error
 

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steering.errors import DoesNotFit
 from steering.heads import body_architecture
 from steering.language import language_architecture
 
+PROVEN: Mapping[str, tuple[str, ...]] = {
+    "cpu": (
+        "FalconH1ForCausalLM",
+        "GraniteMoeHybridForCausalLM",
+        "NemotronHForCausalLM",
+    ),
+}
+"""Platform → hybrids that may be the base there: those that the tests compare."""
 
-def stream_architecture(config: Any, *, body: bool = False) -> str:
+
+def stream_architecture(config: Any, *, base: bool, body: bool = False) -> str:
     """The architecture that a checkpoint is served as.
 
     Args:
         config: its `transformers` config.
+        base: whether it is the base; only that may be a hybrid.
         body: only its hidden states are needed, so a classifier is served as its body.
 
     Raises:
@@ -25,16 +36,15 @@ def stream_architecture(config: Any, *, body: bool = False) -> str:
     architecture = language_architecture(config) or names[0]
     if body:
         architecture = body_architecture(architecture)
-    why = _unsupported(architecture)
+    why = _unsupported(architecture, base)
     if why is not None:
         raise DoesNotFit(why)
     return architecture
 
 
-def _unsupported(architecture: str) -> str | None:
+def _unsupported(architecture: str, base: bool) -> str | None:
     """Why vLLM's model of this architecture cannot be a stream; None if it can."""
     from vllm import ModelRegistry
-    from vllm.platforms import current_platform
 
     if architecture not in ModelRegistry.get_supported_archs():
         return f"vLLM does not support the architecture {architecture}"
@@ -46,16 +56,64 @@ def _unsupported(architecture: str) -> str | None:
     if not info.is_text_generation_model:
         return f"{architecture} does not generate text"
     if info.is_attention_free:
-        return (
-            f"{architecture} is recurrent: its layers keep a state beside or in place of keys and "
-            "values, which streams that lag behind their request cannot share; on "
-            f"{current_platform.device_type} too, streams are models of attention alone"
-        )
+        return f"{architecture} is recurrent and has no attention; streams are models that have"
+    if info.has_inner_state or info.is_hybrid:
+        return _unproven(architecture, base)
     return None
 
 
-def is_hybrid(architecture: str) -> bool:
-    """Whether layers of a served architecture keep a state beside attention."""
-    from vllm import ModelRegistry
+def _unproven(architecture: str, base: bool) -> str | None:
+    """Why a hybrid cannot be a stream; None if it can."""
+    from vllm.platforms import current_platform
 
-    return bool(ModelRegistry.models[architecture].inspect_model_cls().is_hybrid)
+    kind = f"{architecture} is recurrent: some of its layers keep a state"
+    if not base:
+        return (
+            f"{kind}, which cannot lag behind a request as a companion's keys and values can; "
+            "such a model can only be the base"
+        )
+    platform = current_platform.device_type
+    proven = PROVEN.get(platform, ())
+    if architecture in proven:
+        return None
+    if proven:
+        return (
+            f"{kind}, and vLLM's kernels for it on this platform ({platform}) are missing or were "
+            f"not compared; allowed as the base: {', '.join(proven)}"
+        )
+    return f"{kind}, and no such base was compared on this platform ({platform})"
+
+
+def is_hybrid(architecture: str) -> bool:
+    """Whether some layers of a served architecture keep a state; no other is served."""
+    return architecture in {name for names in PROVEN.values() for name in names}
+
+
+def beside_hybrid(
+    architecture: str, *, twins: Sequence[str], speculates: bool, engine: Mapping[str, Any]
+) -> list[str]:
+    """What cannot be had with a hybrid as the base: a sentence for each.
+
+    Args:
+        architecture: the base's.
+        twins: streams that share its weights.
+        speculates: whether a stream drafts.
+        engine: vLLM's engine arguments.
+    """
+    wanted = [
+        (f"stream {name!r}, which would share its weights: it would need states of its own", True)
+        for name in twins
+    ]
+    wanted += [
+        ("speculation: drafts that are not taken would have changed the states", speculates),
+        ("adapters: not compared with this kind of base", bool(engine.get("enable_lora"))),
+        (
+            "enable_prefix_caching: states would have to be kept with the blocks",
+            bool(engine.get("enable_prefix_caching")),
+        ),
+    ]
+    return [
+        f"{architecture} is recurrent: some of its layers keep a state; not beside it: {what}"
+        for what, is_wanted in wanted
+        if is_wanted
+    ]

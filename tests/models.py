@@ -29,6 +29,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from tests.family_models import FAMILIES
+from tests.hybrid_models import HYBRIDS
 from tests.vision_models import VISION
 
 VOCAB_SIZE = 500
@@ -158,8 +159,8 @@ def make_model(
 
     Args:
         folder: made if it is missing.
-        architecture: a key of `ARCHITECTURES`, `tests.family_models.FAMILIES` or
-            `tests.vision_models.VISION`.
+        architecture: a key of `ARCHITECTURES`, or of the tables of `tests.family_models`,
+            `tests.vision_models` and `tests.hybrid_models`.
         seed: two seeds are two unrelated models.
         vocab_size: rows of the model's table. More than `VOCAB_SIZE`: padded rows that stand for
             no token. Less: the model lacks the last ids of the tokenizer.
@@ -167,7 +168,7 @@ def make_model(
     Returns:
         `folder`, to pass on as the model's name.
     """
-    config = (ARCHITECTURES | FAMILIES | VISION)[architecture](
+    config = (ARCHITECTURES | FAMILIES | VISION | HYBRIDS)[architecture](
         vocab_size=vocab_size, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS
     )
     kind = AutoModelForImageTextToText if architecture in VISION else AutoModelForCausalLM

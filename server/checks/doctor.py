@@ -22,7 +22,7 @@ from server.checks.speculation import speculation_problems
 from server.checks.templates import check_profile_templates, check_template
 from server.settings.config import RESERVED_ENGINE, Config
 from steering.errors import SteeringError
-from steering.families import stream_architecture
+from steering.families import beside_hybrid, is_hybrid, stream_architecture
 from steering.method import Snapshot
 from steering.plan import BASE
 from steering.plugins import Registry, discover
@@ -76,6 +76,7 @@ def diagnose(config: Config) -> Diagnosis:
         found.problems += speculation_problems(config, found)
         found.problems += one_product_problems(config, found)
         found.problems += _architectures(config, found)
+        found.problems += _beside_hybrid(config, found)
         found.problems += contexts(config, found)
         found.problems += memory(config, found)
     if config.adapters is not None:
@@ -166,9 +167,25 @@ def _served(config: Config, name: str, point: Checkpoint) -> None:
     body = name in config.streams and config.streams[name].head not in (None, "q")
     trust = bool(config.engine.get("trust_remote_code", False))
     try:
-        stream_architecture(get_config(str(point.folder), trust), body=body)
+        stream_architecture(
+            get_config(str(point.folder), trust), base=name not in config.streams, body=body
+        )
     except SteeringError as error:
         raise Unusable(str(error)) from error
+
+
+def _beside_hybrid(config: Config, found: Diagnosis) -> list[str]:
+    """What a base whose layers keep a state cannot do."""
+    architecture = found.streams[BASE].checkpoint.architecture
+    if not is_hybrid(architecture):
+        return []
+    refused = beside_hybrid(
+        architecture,
+        twins=[name for name, stream in config.streams.items() if stream.same_as is not None],
+        speculates=config.steering.speculation is not None,
+        engine={**config.engine, "enable_lora": config.adapters is not None},
+    )
+    return [f"{where(BASE)}: {line}" for line in refused]
 
 
 def _profiles(config: Config, found: Diagnosis, methods: Registry) -> None:

@@ -68,6 +68,25 @@ def prompt_ids(prompt: Any) -> list[int]:
     return list(prompt["prompt_token_ids"])
 
 
+def refuse_lag(pad: int, hybrid: bool) -> None:
+    """Refuses own prompts that the base would lag behind, if its layers keep a state.
+
+    Args:
+        pad: by how many tokens the longest prompt of the request is longer than the base's.
+        hybrid: whether the base is such a model.
+
+    Raises:
+        BadValue: the base would lag.
+    """
+    if hybrid and pad:
+        raise BadValue(
+            f"a stream's own prompt has {pad} tokens more than the base's; this base keeps a state "
+            "that cannot lag behind a longer prompt",
+            field="steering.prompts",
+            allowed="prompts that are not longer than the base's",
+        )
+
+
 def limit_tokens(
     params: SamplingParams, asked: int | None, prompt: int, pad: int, context: int
 ) -> None:

@@ -231,7 +231,5 @@ class SeatBook:
             i: self._seats.get(i) or seat(*load(i), self.streams, self.heads) for i in ids
         }
         self._ids = list(ids)
-        self._tables = tables(
-            [self._seats[i] for i in ids], len(self.streams), self.always
-        )
+        self._tables = tables([self._seats[i] for i in ids], len(self.streams), self.always)
         return self._tables

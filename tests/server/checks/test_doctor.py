@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+from safetensors.torch import load_file
 import yaml
 
 from server.checks.capacity import ROOM, cpu_cache_bytes
@@ -221,6 +222,18 @@ def test_sizes_come_from_the_headers(tmp_path: Path) -> None:
     assert point.file_bytes == point.parameters * 4
     assert point.weight_bytes("bfloat16") == point.parameters * 2
     assert point.kv_bytes("bfloat16") == 2 * 3 * 2 * 32 * 2
+
+
+def test_a_checkpoint_that_reads_images_is_its_language_part(tmp_path: Path) -> None:
+    """Numbers, bytes and shapes without the tower, also where config.json leaves defaults out."""
+    folder = make_model(tmp_path / "m", "gemma3-vision")
+    file, point = folder / "model.safetensors", inspect(str(folder))
+    assert point.multimodal and (point.layers, point.kv_heads, point.head_size) == (3, 2, 32)
+    tensors = load_file(file)
+    language = [t for name, t in tensors.items() if name.startswith("language_model.")]
+    assert 0 < len(language) < len(tensors)
+    assert point.parameters == sum(t.numel() for t in language)
+    assert point.file_bytes == 4 * point.parameters
 
 
 def test_a_path_that_is_not_there_is_not_asked_from_the_hub() -> None:
