@@ -10,8 +10,8 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from safetensors.torch import load_file
 import yaml
+from safetensors.torch import load_file
 
 from server.checks.capacity import ROOM, cpu_cache_bytes
 from server.checks.checkpoints import Unusable, inspect
