@@ -14,7 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from vllm.config import ModelConfig, VllmConfig
+from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from steering.language import LanguagePart, original_prefixes
@@ -35,18 +37,38 @@ def quantisation(stream: str, vllm_config: VllmConfig, model_config: ModelConfig
         model_config: the stream's.
 
     Raises:
-        ValueError: the platform or the engine's dtype does not fit; the message names the stream.
+        ValueError: the platform or the engine's dtype does not fit, or adapters do not; the message
+            names the stream.
     """
     try:
         found = VllmConfig.get_quantization_config(model_config, vllm_config.load_config)
     except ValueError as error:
         raise ValueError(f"stream {stream!r}: {error}") from error
     if found is not None:
+        if why := _not_on_cpus(found, adapts=vllm_config.lora_config is not None):
+            raise ValueError(f"stream {stream!r}: {why}")
         prefixes: dict[str, str] = {}
         if isinstance(model_config.hf_overrides, LanguagePart):
             prefixes = original_prefixes(get_safetensors_params_metadata(model_config.model))
         ask_by_checkpoint_names(found, stream, prefixes)
     return found
+
+
+def _not_on_cpus(config: Any, *, adapts: bool) -> str | None:
+    """Why a CPU cannot run a scheme that vLLM would let start; None if it can."""
+    if not current_platform.is_cpu():
+        return None
+    kinds = {
+        (scheme["weights"].type, scheme["weights"].num_bits)
+        for scheme in getattr(config, "target_scheme_map", {}).values()
+        if scheme and scheme.get("weights") is not None
+    }
+    fp8 = "fp8" in config.get_name() or ("float", 8) in kinds
+    if fp8 and not torch.cpu._is_amx_tile_supported():
+        return "its weights are FP8, which vLLM runs on GPUs and on CPUs with AMX, not on this one"
+    if adapts and ("int", 8) in kinds:
+        return "its weights are int8, on which vLLM has no adapters on CPUs"
+    return None
 
 
 def ask_by_checkpoint_names(config: Any, stream: str, prefixes: dict[str, str]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.platforms import current_platform
 
 from steering.language import original_prefixes
-from steering.worker.quantisation import CheckpointName, ask_by_checkpoint_names
+from steering.worker.quantisation import CheckpointName, _not_on_cpus, ask_by_checkpoint_names
 
 LEFT, KEPT = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
 
@@ -50,6 +52,23 @@ def test_an_exclusion_holds_in_every_scheme(scheme: str, stream: str) -> None:
     assert isinstance(
         config.get_quant_method(_layer(), f"{stream}.{LEFT}"), UnquantizedLinearMethod
     )
+
+
+_INT8 = {**_LINEAR, "type": "int", "strategy": "channel"}
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="GPUs run these")
+def test_what_a_cpu_cannot_run_is_refused() -> None:
+    """FP8 without AMX, and adapters on int8 weights."""
+    amx = torch.cpu._is_amx_tile_supported()
+    for name in ("fp8", "compressed-tensors"):
+        config = get_quantization_config(name).from_config(dict(CONFIGS[name]))
+        assert (_not_on_cpus(config, adapts=False) is None) == amx
+    groups = {"group_0": {"targets": ["Linear"], "weights": _INT8}}
+    int8 = {**CONFIGS["compressed-tensors"], "format": "int-quantized", "config_groups": groups}
+    config = get_quantization_config("compressed-tensors").from_config(int8)
+    assert _not_on_cpus(config, adapts=False) is None
+    assert "int8" in str(_not_on_cpus(config, adapts=True))
 
 
 class _Recorder:
