@@ -64,7 +64,8 @@ def test_what_a_cpu_cannot_run_is_refused() -> None:
     for name in ("fp8", "compressed-tensors"):
         config = get_quantization_config(name).from_config(dict(CONFIGS[name]))
         assert (_not_on_cpus(config, adapts=False) is None) == amx
-    groups = {"group_0": {"targets": ["Linear"], "weights": _INT8}}
+    inputs = {**_INT8, "strategy": "token", "dynamic": True}
+    groups = {"group_0": {"targets": ["Linear"], "weights": _INT8, "input_activations": inputs}}
     int8 = {**CONFIGS["compressed-tensors"], "format": "int-quantized", "config_groups": groups}
     config = get_quantization_config("compressed-tensors").from_config(int8)
     assert _not_on_cpus(config, adapts=False) is None
