@@ -161,7 +161,7 @@ def tables(seats: Sequence[Seat], streams: int, always: bool = False) -> Tables:
     prompts = tuple(OwnPrompts.of([s.prompts[i] for s in seats]) for i in range(streams))
     adapters = [s.adapters for s in seats]
     own = np.array([p is not None for p in prompts])
-    lags = offsets.any(0)
+    lags: Bool = np.any(offsets, axis=0)
     whole = uses.all(0) & ~lags & ~own
     if always:
         if lags[0]:
