@@ -37,6 +37,11 @@ def stream_architecture(config: Any, *, base: bool, body: bool = False) -> str:
     if body:
         architecture = body_architecture(architecture)
     why = _unsupported(architecture, base)
+    if why is None and getattr(config, "kv_lora_rank", None):
+        why = (
+            f"{architecture} has multi-head latent attention, which is not served: on CPUs vLLM's "
+            "scores differ from those of transformers, and elsewhere they were not compared"
+        )
     if why is not None:
         raise DoesNotFit(why)
     return architecture

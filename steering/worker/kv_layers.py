@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -26,7 +26,7 @@ from vllm.v1.worker import gpu_model_runner
 
 from steering.plan import BASE
 
-_SERVED = (Attention, MLAAttention, ChunkedLocalAttention)
+_SERVED = (Attention, ChunkedLocalAttention)
 """Layers whose cache is one entry per token, found by a block table, and nothing else."""
 
 
@@ -49,12 +49,10 @@ def keep_all_blocks(vllm_config: VllmConfig, stream: str) -> list[str]:
         if type(layer) not in _SERVED:
             raise ValueError(
                 f"stream {stream!r}: {type(layer).__name__} layers keep a state that the streams "
-                "cannot share; allowed: layers of full, sliding-window, chunked or multi-head "
-                "latent attention"
+                "cannot share; allowed: layers of full, sliding-window or chunked attention"
             )
         names.append(name)
-        if type(layer) is not MLAAttention:
-            layer.get_kv_cache_spec = _FullSpec(layer)
+        layer.get_kv_cache_spec = _FullSpec(layer)
     return names
 
 
