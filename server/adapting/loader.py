@@ -63,7 +63,7 @@ class EngineLoader:
             BadAdapter: it is no adapter that can be served.
             DoesNotFit: it does not fit the model, or this server's room; or there is no such
                 stream.
-            NoRoom: everything in the engine is pinned.
+            ServerFault: the engine has no room, or failed; nothing of it is left there.
         """
         assert content.digest is not None
         target = self.targets.get(content.stream)
@@ -79,9 +79,9 @@ class EngineLoader:
             await self.admit(content)
         except BaseException:
             names.discard(content.name)
-            if not self.leases.used(content.digest):  # else an unload that waits forgets it
-                self._forget(content)
-            raise
+            if not self.leases.used(content.digest) and self._forget(content):
+                self.residency.drop(content.digest)  # the engine may be at it, or be done
+            raise  # if it is used, an unload that waits forgets it
         return Facts(artefact.kind, base, size * self._element_bytes)
 
     async def unload(self, content: Content) -> None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from adapters.errors import AdapterError, Conflict, NoAdapter
+from adapters.errors import AdapterError, Conflict, NoAdapter, kind_of
 from adapters.registry.manager import Manager
 from adapters.registry.record import Content, Record
 from adapters.sets import AdapterSet
@@ -174,11 +174,18 @@ class Adapters:
             await asyncio.sleep(LOOK_S)
 
 
+def failed(record: Record, adapters: Adapters) -> AdapterError | None:
+    """Why an adapter that `until` has waited for does not answer; None if it does."""
+    if record.reason is not None:
+        return kind_of(record.error or "")(record.reason)
+    return adapters.manager.failure(record.name)
+
+
 def described(record: Record, adapters: Adapters) -> dict[str, Any]:
     """A record as the admin API shows it."""
     manager, want = adapters.manager, record.want
     here = manager.loaded.get(record.name)
-    facts = want.facts
+    facts, failure = want.facts, manager.failure(record.name)
     return {
         "name": record.name,
         "version": want.version,
@@ -186,6 +193,7 @@ def described(record: Record, adapters: Adapters) -> dict[str, Any]:
         "stream": want.stream,
         "state": record.state,
         "reason": record.reason,
+        "fault": kind_of(record.error).whose if record.error else None,
         "digest": want.digest,
         "kind": facts.kind if facts else None,
         "base": facts.base or None if facts else None,
@@ -199,7 +207,8 @@ def described(record: Record, adapters: Adapters) -> dict[str, Any]:
         "here": {
             "version": here.content.version if here else None,
             "resident": adapters.loader.resident(here.content) if here else False,
-            "failure": manager.failure(record.name),
+            "failure": str(failure) if failure else None,
+            "fault": failure.whose if failure else None,
         },
     }
 
@@ -269,7 +278,7 @@ async def _preload(section: AdaptersConfig, found: Adapters) -> None:
         raise PreloadFailed(problems)
     for i, wish in enumerate(section.preload):
         record = await found.until(wish.name)
-        why = record.reason or found.manager.failure(wish.name)
+        why = failed(record, found)
         if why is not None:
             problems.append(f"adapters.preload.{i} ({wish.name}): {why}")
     if problems:

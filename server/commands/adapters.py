@@ -100,7 +100,7 @@ def _load(given: argparse.Namespace, client: httpx.Client) -> dict[str, Any]:
             time.sleep(POLL_S)
             record = ask(client, "GET", named("adapters", given.name))
     if record["state"] == "failed":
-        raise Failed(f"{given.name}: {record['reason']}")
+        raise Failed(f"{given.name}: {record['reason']}{_hint(record)}")
     return record
 
 
@@ -136,6 +136,12 @@ class _Watched:
         elif text != self._said:
             print(text, file=sys.stderr)
         self._said = text
+
+
+def _hint(record: dict[str, Any]) -> str:
+    """What to do about a failure that is not the adapter's."""
+    passes = record["fault"] in ("server", "source")
+    return f" (the {record['fault']}'s fault, not the adapter's: try again)" if passes else ""
 
 
 def _progress(record: dict[str, Any]) -> str:

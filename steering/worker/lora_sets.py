@@ -13,11 +13,13 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.platforms import current_platform
 
 from adapters.errors import DoesNotFit
-from adapters.load import load_set
+from adapters.load import load_set, verify
 from adapters.sets import AdapterSet, Layout
 from steering.worker.adapter_layers import by_checkpoint_name, check_slice, slices
 
@@ -52,9 +54,11 @@ class _Filled:
 
     def set(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Fills a slot; as vLLM's `set_lora`, which clears it first."""
-        self._set(index, lora_a, lora_b)
-        parts = lora_a if isinstance(lora_a, list) else [lora_a]
-        self._ranks[index] = max(part.shape[0] for part in parts if part is not None)
+        try:
+            self._set(index, lora_a, lora_b)
+        finally:  # also what broke off has to be cleared
+            parts = [*_several(lora_a), *(b.mT for b in _several(lora_b))]
+            self._ranks[index] = max((part.shape[0] for part in parts), default=0)
 
     def reset(self, index: int) -> None:
         """Clears a slot."""
@@ -63,6 +67,51 @@ class _Filled:
             a[index, 0, :rank] = 0
             b[index, 0, :, :rank] = 0
         self._ranks[index] = 0
+
+
+def _several(parts: Any) -> list[torch.Tensor]:
+    """What vLLM gives for a layer: one tensor, or one or None for each that is packed in it."""
+    return [part for part in (parts if isinstance(parts, list) else [parts]) if part is not None]
+
+
+class Slots(LRUCacheLoRAModelManager):
+    """vLLM's slots; one that no set is in is empty, and one that a set is in has all of it."""
+
+    def adopt(self) -> None:
+        """Prepares what this class adds to the slots that vLLM made."""
+        self._active_adapters.deactivate_fn = self._deactivate_adapter
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        """Fills a slot, or leaves neither the set nor a part of it."""
+        try:
+            return bool(super().activate_adapter(lora_id))
+        except BaseException:
+            self.remove_adapter(lora_id)
+            raise
+
+    def _deactivate_adapter(self, lora_id: int) -> None:
+        if lora_id not in self.lora_index_to_id:
+            return
+        index = self.lora_index_to_id.index(lora_id)
+        super()._deactivate_adapter(lora_id)
+        for module in self.modules.values():
+            module.reset_lora(index)
+
+
+class _Loaded(LoRAModel):
+    """A set's weights, as vLLM holds them.
+
+    Args:
+        found: the set.
+        set_id: what vLLM calls it.
+        weights: by layer.
+    """
+
+    def __init__(
+        self, found: AdapterSet, set_id: int, weights: dict[str, LoRALayerWeights]
+    ) -> None:
+        super().__init__(set_id, found.rank, weights)
+        self.layouts = {owner: found.layout(owner) for owner in found.owners}
 
 
 READINGS = 4
@@ -95,14 +144,31 @@ class _Reading:
 
 
 class SetManager(LRUCacheWorkerLoRAManager):
-    """vLLM's cache of adapters; what it loads is a set."""
+    """vLLM's cache of adapters; what it loads is a set, as a whole or not at all."""
 
-    layouts: dict[int, dict[str, Layout]]
+    _adapter_manager: Slots
     _ahead: dict[str, _Reading]
 
     def adopt(self) -> None:
         """Prepares what this class adds to the manager that vLLM made."""
-        self.layouts, self._ahead = {}, {}
+        self._ahead = {}
+        manager: Any = self._adapter_manager
+        manager.__class__ = Slots
+        manager.adopt()
+
+    @property
+    def slots(self) -> dict[int, int]:
+        """Set id → slot, of the sets that are in one."""
+        ids = self._adapter_manager.lora_index_to_id
+        return {set_id: slot for slot, set_id in enumerate(ids) if set_id is not None}
+
+    @property
+    def layouts(self) -> dict[int, dict[str, Layout]]:
+        """Set id → owner → layout."""
+        held = self._adapter_manager.list_adapters()
+        return {i: one.layouts for i, one in held.items() if isinstance(one, _Loaded)}
+
+    # What the front end asks for, between two steps.
 
     def read_ahead(self, path: str, seconds: float) -> bool:
         """Reads a part of a set, which is then loaded faster; whether all of it is read.
@@ -115,7 +181,7 @@ class SetManager(LRUCacheWorkerLoRAManager):
             BadAdapter: as `load_set`.
         """
         found = AdapterSet.from_path(path)
-        if found.lora_request()["lora_int_id"] in self.list_adapters():
+        if found.set_id in self.list_adapters():
             return True
         if path not in self._ahead:
             while len(self._ahead) >= READINGS:  # whoever asked for it has gone
@@ -127,13 +193,36 @@ class SetManager(LRUCacheWorkerLoRAManager):
             del self._ahead[path]
             raise
 
+    def load(self, path: str) -> None:
+        """Brings a set into a slot.
+
+        Raises:
+            Exception: it could not be; nothing of it is left.
+        """
+        self.add_adapter(LoRARequest(**AdapterSet.from_path(path).lora_request()))
+
+    def unload(self, path: str) -> None:
+        """Leaves nothing of a set, whatever of it there is."""
+        self._ahead.pop(path, None)
+        self.remove_adapter(AdapterSet.from_path(path).set_id)
+
+    # What vLLM asks for.
+
+    def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+        """Before a step: its sets are in slots. The server has seen to that; for who has not,
+        they are loaded here, once their files are what the sets say.
+        """
+        held = self.list_adapters()
+        for request in lora_requests:
+            if request.lora_int_id not in held:
+                for member in AdapterSet.from_path(request.lora_path).members:
+                    verify(member)
+        super()._apply_adapters(lora_requests)
+
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
         found = AdapterSet.from_path(lora_request.lora_path)
         weights = dict(self._ahead.pop(lora_request.lora_path, None) or self._parts(found))
-        cached = self.list_adapters()
-        self.layouts = {i: layout for i, layout in self.layouts.items() if i in cached}
-        self.layouts[lora_request.lora_int_id] = {o: found.layout(o) for o in found.owners}
-        return LoRAModel(lora_request.lora_int_id, found.rank, weights)
+        return _Loaded(found, lora_request.lora_int_id, weights)
 
     def _parts(self, found: AdapterSet) -> Iterator[tuple[str, LoRALayerWeights]]:
         """Per layer of the steered model that a set changes, its weights."""
