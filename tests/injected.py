@@ -84,10 +84,15 @@ def _several(parts: Any) -> list[torch.Tensor | None]:
     return parts if isinstance(parts, list) else [parts]
 
 
+def runner_of(llm: Any) -> Any:
+    """The model runner of an engine whose worker runs in this process."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return executor.driver_worker.worker.model_runner
+
+
 def manager_of(llm: Any) -> Any:
     """The SetManager of an engine whose worker runs in this process."""
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    return executor.driver_worker.worker.model_runner.lora_manager
+    return runner_of(llm).lora_manager
 
 
 def filled(manager: Any) -> list[int]:
