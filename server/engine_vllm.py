@@ -292,9 +292,14 @@ class SteeredLLM(AsyncLLM):
                for what in ("tokens", "passes")},
         }  # fmt: skip
 
-    async def bind(self) -> None:
-        """Prepares the worker; once, after the engine is up and before it serves."""
-        await self._ask("coxswain_bind")
+    async def bind(self) -> dict[str, Any]:
+        """Prepares the workers; once, after the engine is up and before it serves.
+
+        Returns:
+            What `coxswain_bind` says; all workers say the same.
+        """
+        found: dict[str, Any] = (await self._ask("coxswain_bind"))[0][0]
+        return found
 
     async def _ask(self, name: str, *args: Any) -> list[list[Any]]:
         """One remote call to every worker of every engine; the answers by engine.

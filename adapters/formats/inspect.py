@@ -48,14 +48,18 @@ def inspect(folder: Path, base: BaseShapes, *, max_rank: int) -> Artefact:
     headers = {name: read_header(folder / name) for name in _tensor_files(found)}
     for parts in found.parts:
         for module, part in parts.items():
-            out, into = _linear(base, module, part.file)
+            size = _linear(base, module, part.file)
+            if size is None:
+                continue
+            out, into = size
             a, b = headers[part.file][part.a].shape, headers[part.file][part.b].shape
             _expect(part.file, part.a, a, (a[0], into))
             _expect(part.file, part.b, b, (out, b[1]))
     for module, gate in found.gates.items():
-        _, into = _linear(base, module, gate.file)
-        shape = headers[gate.file][gate.name].shape
-        _expect(gate.file, gate.name, shape, (len(found.members), into))
+        size = _linear(base, module, gate.file)
+        if size is not None:
+            shape = headers[gate.file][gate.name].shape
+            _expect(gate.file, gate.name, shape, (len(found.members), size[1]))
     if meteora.RELEASED in headers:
         _check_base_copy(meteora.base_copy(folder), base)
     for file, name in sorted(_tensors(found)):
@@ -79,11 +83,26 @@ def _tensor_files(found: Artefact) -> set[str]:
     return {file for file, _ in _tensors(found)}
 
 
-def _linear(base: BaseShapes, module: str, file: str) -> tuple[int, int]:
+def _linear(base: BaseShapes, module: str, file: str) -> tuple[int, int] | None:
+    """(out, in) of a layer; None: nothing is known of it yet."""
     shape = base.linear(module)
-    if shape is None:
-        raise DoesNotFit("the base has no such linear layer", field=f"{file}: {module}")
+    if shape is None and base.whole:
+        last = module.rsplit(".", 1)[-1]
+        why = next((text for name, text in _SPECIAL.items() if name in (last, "experts")
+                    and name in module), "the base has no such linear layer")  # fmt: skip
+        raise DoesNotFit(why, field=f"{file}: {module}", allowed=base.offers(module))
     return shape
+
+
+_SPECIAL = {
+    "lm_head": "this adapter also changes lm_head, the output layer, which is not served",
+    "embed_out": "this adapter also changes embed_out, the output layer, which is not served",
+    "embed_tokens": "this adapter also changes embed_tokens, the input embeddings, which are not "
+    "served",
+    "wte": "this adapter also changes wte, the input embeddings, which are not served",
+    "experts": "this adapter changes the experts of a mixture, which is not served",
+}
+"""Last name of a module, or `experts` anywhere in it → why an adapter for it is refused."""
 
 
 def _expect(file: str, name: str, shape: tuple[int, ...], want: tuple[int, ...]) -> None:
@@ -99,10 +118,13 @@ def _expect(file: str, name: str, shape: tuple[int, ...], want: tuple[int, ...])
 def _check_base_copy(copy: dict[str, TensorInfo], base: BaseShapes) -> None:
     """The copy of the base inside a released file tells whether it was made for this base."""
     for name, info in copy.items():
-        if base.tensors.get(name, info.shape if name == "lm_head.weight" else None) != info.shape:
+        tied = info.shape if name == "lm_head.weight" else None
+        known = base.linear(name.removesuffix(".weight")) or base.tensors.get(name, tied)
+        # Without all of its tensors, those of which nothing is known tell nothing.
+        if known != info.shape and (known is not None or (base.layers is None and base.whole)):
             raise DoesNotFit(
                 "its copy of the base is of another model",
                 field=f"{meteora.RELEASED}: {name}",
                 value=info.shape,
-                allowed=str(base.tensors.get(name)),
+                allowed=str(known),
             )

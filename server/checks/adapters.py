@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters.errors import AdapterError
-from adapters.formats.base import BaseShapes, base_shapes
+from adapters.formats.base import BaseShapes, plain_shapes
 from adapters.formats.inspect import inspect
 from adapters.registry.record import check_name
 from adapters.sources.source import Allowed, parse_source
@@ -31,17 +31,37 @@ class Target:
     shapes: BaseShapes
 
 
-def targets(config: Config, diagnosis: Diagnosis) -> dict[str, Target]:
+Layers = Mapping[str, Mapping[str, tuple[int, int]]]
+"""Stream that owns its weights → module → (out, in), from an engine that is up."""
+
+
+def targets(
+    config: Config, diagnosis: Diagnosis, layers: Layers | None = None
+) -> dict[str, Target]:
     """The streams that adapters may change. Reads the headers of the models' files.
 
+    Args:
+        config: the settings.
+        diagnosis: of the models.
+        layers: what the engine can adapt; None: no engine is up, so that only those layers are
+            known whose weights are stored as they are.
+
     Raises:
-        BadAdapter: a model has no safetensors files here.
+        BadAdapter: a file is broken.
     """
     runs = {name: s for name, s in config.streams.items() if s.on is None}
     owners = {BASE: BASE} | {name: s.same_as or name for name, s in runs.items()}
-    folders = {name: fact.checkpoint.folder for name, fact in diagnosis.streams.items()}
-    shapes = {owner: base_shapes(folders[owner]) for owner in sorted(set(owners.values()))}
+    shapes = {}
+    for owner in sorted(set(owners.values())):
+        shapes[owner] = plain_shapes(diagnosis.streams[owner].checkpoint.folder)
+        if layers is not None:
+            shapes[owner] = replace(shapes[owner], layers=_pairs(layers[owner]), whole=True)
     return {name: Target(owner, shapes[owner]) for name, owner in owners.items()}
+
+
+def _pairs(layers: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    """As they were before they came over the wire, where tuples become lists."""
+    return {name: (out, into) for name, (out, into) in layers.items()}
 
 
 def slot_bytes(config: Config, section: AdaptersConfig, shapes: list[BaseShapes]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from steering.worker.adapter_layers import adapted_layers
 from steering.worker.answers import Answer, answer
 
 
@@ -17,10 +18,15 @@ class WorkerExtension:
     model_runner: Any
 
     def coxswain_bind(self) -> dict[str, Any]:
-        """Hands the model its runner; once, after start-up and before the first request."""
-        runner = self.model_runner
-        runner.get_model().bind(runner)
-        return {"streams": list(runner.get_model().names)}
+        """Hands the model its runner; once, after start-up and before the first request.
+
+        Returns:
+            `streams`, their names; `layers`: stream that owns its weights → module → (out, in), of
+            the layers that adapters can change.
+        """
+        model = self.model_runner.get_model()
+        model.bind(self.model_runner)
+        return {"streams": list(model.names), "layers": adapted_layers(model)}
 
     # What loads adapters answers with what was wrong and never raises: where one of several ranks
     # raises, vLLM leaves the others' answers unread, and the next call takes them for its own.

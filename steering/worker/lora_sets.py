@@ -13,7 +13,6 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
-from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.platforms import current_platform
@@ -21,7 +20,13 @@ from vllm.platforms import current_platform
 from adapters.errors import DoesNotFit
 from adapters.load import load_set, verify
 from adapters.sets import AdapterSet, Layout
-from steering.worker.adapter_layers import by_checkpoint_name, check_slice, slices
+from steering.worker.adapter_layers import (
+    StreamAdapters,
+    by_checkpoint_name,
+    check_slice,
+    fit,
+    slices,
+)
 
 
 def arrange(manager: Any) -> None:
@@ -74,30 +79,6 @@ def _several(parts: Any) -> list[torch.Tensor]:
     return [part for part in (parts if isinstance(parts, list) else [parts]) if part is not None]
 
 
-class Slots(LRUCacheLoRAModelManager):
-    """vLLM's slots; one that no set is in is empty, and one that a set is in has all of it."""
-
-    def adopt(self) -> None:
-        """Prepares what this class adds to the slots that vLLM made."""
-        self._active_adapters.deactivate_fn = self._deactivate_adapter
-
-    def activate_adapter(self, lora_id: int) -> bool:
-        """Fills a slot, or leaves neither the set nor a part of it."""
-        try:
-            return bool(super().activate_adapter(lora_id))
-        except BaseException:
-            self.remove_adapter(lora_id)
-            raise
-
-    def _deactivate_adapter(self, lora_id: int) -> None:
-        if lora_id not in self.lora_index_to_id:
-            return
-        index = self.lora_index_to_id.index(lora_id)
-        super()._deactivate_adapter(lora_id)
-        for module in self.modules.values():
-            module.reset_lora(index)
-
-
 class _Loaded(LoRAModel):
     """A set's weights, as vLLM holds them.
 
@@ -146,15 +127,12 @@ class _Reading:
 class SetManager(LRUCacheWorkerLoRAManager):
     """vLLM's cache of adapters; what it loads is a set, as a whole or not at all."""
 
-    _adapter_manager: Slots
+    _adapter_manager: StreamAdapters
     _ahead: dict[str, _Reading]
 
     def adopt(self) -> None:
         """Prepares what this class adds to the manager that vLLM made."""
         self._ahead = {}
-        manager: Any = self._adapter_manager
-        manager.__class__ = Slots
-        manager.adopt()
 
     @property
     def slots(self) -> dict[int, int]:
@@ -235,6 +213,7 @@ class SetManager(LRUCacheWorkerLoRAManager):
             for module, a, b in load_set(found, owner, dtype, by_columns=by_columns):
                 layer = by_checkpoint_name(model, known, owner, module)
                 layer = check_slice(layer, owner, module, known)
+                fit(layer, owner, module, a, b)
                 for name, rows in layer.split(b):
                     if name in filled:
                         raise DoesNotFit("this layer is changed twice, under two names",

@@ -19,7 +19,7 @@ os.environ.update(
 )
 
 from adapters.formats.artefact import Artefact
-from adapters.formats.base import base_shapes
+from adapters.formats.base import BaseShapes
 from adapters.formats.inspect import inspect
 from adapters.sets import AdapterSet
 from steering.adapters import Chosen, adapt
@@ -158,14 +158,15 @@ class Engine:
             **{**defaults, **engine},
         )
         self.llm = LLM(**arguments)
-        self.llm.collective_rpc("coxswain_bind")
+        bound = self.llm.collective_rpc("coxswain_bind")[0]
+        self.layers: dict[str, dict[str, tuple[int, int]]] = bound["layers"]
         self._served = 0
         self.adapters: dict[str, Artefact] = {}
         self.digests: dict[str, str] = {}
 
     def load_adapters(self, folders: Mapping[str, Path], stream: str = BASE) -> None:
         """Makes adapters known that are made for the model of `stream`."""
-        shapes = base_shapes(self.folders[stream])
+        shapes = BaseShapes({}, layers=self.layers[stream])
         for name, folder in folders.items():
             self.adapters[name] = inspect(folder, shapes, max_rank=512)
             self.digests[name] = self.adapters[name].digest()

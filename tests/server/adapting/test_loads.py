@@ -107,7 +107,7 @@ async def core(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Core]:
 @pytest.fixture
 def llm(core: Core) -> SteeredLLM:
     found: SteeredLLM = SteeredLLM.__new__(SteeredLLM)
-    found.engine_core = core  # type: ignore[assignment]
+    found.engine_core = core
     return found
 
 
