@@ -49,6 +49,18 @@ def wish() -> dict[str, Any]:
     return found
 
 
+def note_broken(text: str) -> None:
+    """The worker found something that must not be."""
+    with Path(os.environ[FILE]).with_suffix(".broken").open("a") as file:
+        file.write(text + "\n")
+
+
+def broken(file: Path) -> str:
+    """What the worker found, if anything."""
+    found = file.with_suffix(".broken")
+    return found.read_text() if found.exists() else ""
+
+
 def main() -> None:
     """Ends the process with the server's status."""
     from server import engine_vllm

@@ -6,8 +6,8 @@ import time
 
 from steering.worker.answers import Answer
 from steering.worker.extension import WorkerExtension
-from tests.faulty import error_of, wish
-from tests.injected import failing
+from tests.faulty import error_of, note_broken, wish
+from tests.injected import failing, filled
 
 
 class FaultyExtension(WorkerExtension):
@@ -15,6 +15,7 @@ class FaultyExtension(WorkerExtension):
 
     def coxswain_load(self, path: str) -> Answer:
         """As the real one, or with a fault."""
+        self._look()
         wished = wish()
         time.sleep(wished.get("slow_s", 0.0))
         if "point" not in wished:
@@ -23,3 +24,10 @@ class FaultyExtension(WorkerExtension):
         manager._ahead.pop(path, None)  # else nothing is left to be read
         with failing(manager, wished["point"], wished["after"], error_of(wished["error"])):
             return super().coxswain_load(path)
+
+    def _look(self) -> None:
+        """A slot that no set is in must be empty; what is registered must be in one."""
+        manager = self.model_runner.lora_manager
+        held, slots, full = manager.list_adapters(), manager.slots, filled(manager)
+        if not set(full) <= set(slots.values()) or held != slots.keys():
+            note_broken(f"registered {held}, in slots {slots}, filled {full}")
