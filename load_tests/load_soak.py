@@ -179,8 +179,11 @@ class Owner:
     async def _settled(self, name: str) -> dict[str, Any]:
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
-            found: dict[str, Any] = (await self._http.get(f"/admin/adapters/{name}")).json()
-            if found["state"] in ("ready", "failed"):
+            answer = await self._http.get(f"/admin/adapters/{name}")
+            found: dict[str, Any] = answer.json()
+            if answer.status_code != 200:
+                self._tally.bad(f"look at {name}: {answer.status_code} {answer.text}")
+            elif found["state"] in ("ready", "failed"):
                 return found
             await asyncio.sleep(0.05)
         raise TimeoutError(f"{name} is neither ready nor failed: {found}")
@@ -189,7 +192,9 @@ class Owner:
         """Until nothing knows it any more."""
         await self._http.delete(f"/admin/adapters/{name}")
         self.holds[name] = None
-        while await self._known(name):
+        for _ in range(int(PATIENCE_S / 0.05)):
+            if not await self._known(name):
+                break
             await asyncio.sleep(0.05)
         self._tally.counts["unloads"] += 1
         answer = await self._http.post("/v1/completions", json=_one("a").body({"a": name}))

@@ -47,11 +47,13 @@ class Facts(msgspec.Struct, frozen=True):
         kind: `lora` or `meteora`.
         base: the model it was made for, as its own config says it; empty: it does not say.
         size_bytes: bytes of its tensors.
+        warnings: what a person should know of it, though it is served.
     """
 
     kind: str
     base: str = ""
     size_bytes: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 class Content(msgspec.Struct, frozen=True):

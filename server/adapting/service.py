@@ -197,6 +197,7 @@ def described(record: Record, adapters: Adapters) -> dict[str, Any]:
         "digest": want.digest,
         "kind": facts.kind if facts else None,
         "base": facts.base or None if facts else None,
+        "warnings": list(facts.warnings) if facts else [],
         "size_bytes": facts.size_bytes if facts else None,
         "progress_bytes": record.progress_bytes,
         "pinned": record.pinned,

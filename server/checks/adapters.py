@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 from adapters.errors import AdapterError
 from adapters.formats.base import BaseShapes, plain_shapes
 from adapters.formats.inspect import inspect
+from adapters.formats.peft import CONFIG
 from adapters.registry.record import check_name
 from adapters.sources.source import Allowed, parse_source
 from server.checks.diagnosis import Diagnosis
@@ -25,10 +28,25 @@ class Target:
     Args:
         owner: the stream whose weights it runs: itself, or the original of a twin.
         shapes: of those weights.
+        names: what the model is called: where it was loaded from, as what it is served, and what
+            its own configuration says.
     """
 
     owner: str
     shapes: BaseShapes
+    names: tuple[str, ...] = ()
+
+    def warning(self, said: str) -> str | None:
+        """What to tell of an adapter that says which model it was made for.
+
+        Args:
+            said: its `base_model_name_or_path`; may be empty.
+        """
+        known = {_called(name) for name in self.names if _called(name)}
+        if not _called(said) or not known or _called(said) in known:
+            return None
+        return (f"made for {said}, says its {CONFIG}; here it changes {self.names[0]}, whose "
+                "layers have the same shapes")  # fmt: skip
 
 
 Layers = Mapping[str, Mapping[str, tuple[int, int]]]
@@ -56,7 +74,30 @@ def targets(
         shapes[owner] = plain_shapes(diagnosis.streams[owner].checkpoint.folder)
         if layers is not None:
             shapes[owner] = replace(shapes[owner], layers=_pairs(layers[owner]), whole=True)
-    return {name: Target(owner, shapes[owner]) for name, owner in owners.items()}
+    names = {owner: _names(config, diagnosis, owner) for owner in shapes}
+    return {name: Target(owner, shapes[owner], names[owner]) for name, owner in owners.items()}
+
+
+def _names(config: Config, diagnosis: Diagnosis, owner: str) -> tuple[str, ...]:
+    """What a stream's model is called."""
+    source = config.model if owner == BASE else config.streams[owner].model
+    folder = diagnosis.streams[owner].checkpoint.folder
+    said = json.loads((folder / "config.json").read_bytes()).get("_name_or_path")
+    served = config.name if owner == BASE else ""
+    return tuple(
+        name for name in (source, str(folder), served, said) if isinstance(name, str) and name
+    )
+
+
+def _called(name: str) -> str:
+    """A model's own name, without where it lies: paths and organisations differ between machines.
+
+    In the hub's cache it is part of a folder further up: `models--owner--name/snapshots/<hash>`.
+    """
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
+    cached = next((part for part in parts if part.startswith("models--")), None)
+    last = cached.rsplit("--", 1)[-1] if cached else parts[-1] if parts else ""
+    return last.casefold()
 
 
 def _pairs(layers: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:

@@ -98,7 +98,7 @@ class Engine:
 
     Args:
         folder: where the random models are written.
-        base: (architecture, table size).
+        base: (architecture, table size), or the folder of a checkpoint.
         streams: name → (architecture, table size), or the stream whose weights it shares.
         heads: makes streams with heads, given a folder and those of the other streams.
         speculation: which stream drafts.
@@ -108,7 +108,7 @@ class Engine:
     def __init__(
         self,
         folder: Path,
-        base: tuple[str, int],
+        base: tuple[str, int] | Path,
         streams: Mapping[str, tuple[str, int] | str],
         heads: Callable[[Path, Mapping[str, Path]], Mapping[str, Headed]] = lambda *_: {},
         speculation: Speculation | None = None,
@@ -118,7 +118,9 @@ class Engine:
 
         self.folders: dict[str, Path] = {}
         for seed, (name, source) in enumerate({BASE: base, **streams}.items()):
-            if not isinstance(source, str):
+            if isinstance(source, Path):
+                self.folders[name] = source
+            elif not isinstance(source, str):
                 architecture, table = source
                 self.folders[name] = make_model(
                     folder / name, architecture, seed=seed, vocab_size=table
