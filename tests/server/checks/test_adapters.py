@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -13,7 +15,7 @@ from adapters.errors import DoesNotFit
 from adapters.formats.base import BaseShapes, base_shapes, plain_shapes
 from adapters.formats.inspect import inspect
 from adapters.formats.peft import CONFIG, WEIGHTS
-from server.checks.adapters import Target, slot_bytes
+from server.checks.adapters import Target, slot_bytes, targets
 from server.settings.file import parse
 from tests.adapters.make import make_lora
 
@@ -113,3 +115,21 @@ def test_what_the_engine_cannot_adapt_is_refused_by_its_name(
     with pytest.raises(DoesNotFit, match=text) as caught:
         inspect(other, BaseShapes({}, layers={Q: (128, 128)}), max_rank=16)
     assert module in str(caught.value)
+
+
+def test_the_shapes_of_a_base_whose_weights_are_not_here_are_the_engines(
+    models: Path, tmp_path: Path
+) -> None:
+    """A model that is named by its hub id: doctor has its small files only."""
+    config = parse({"model": str(models / "base"), "adapters": {}}, Path("/"), {})
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    shutil.copy(models / "base" / "config.json", folder)
+    point = SimpleNamespace(checkpoint=SimpleNamespace(folder=folder))
+    diagnosis: Any = SimpleNamespace(streams={"base": point})
+    before = targets(config, diagnosis)["base"].shapes
+    assert not before.whole and before.linear(Q) is None
+    # As they come over the wire: lists.
+    wire: Any = {"base": {Q: [128, 128]}}
+    after = targets(config, diagnosis, wire)["base"].shapes
+    assert after.whole and after.linear(Q) == (128, 128) and after.linear("lm_head") is None
