@@ -11,7 +11,7 @@ from typing import Any
 
 from adapters.errors import AdapterError, Conflict, NoAdapter, kind_of
 from adapters.registry.manager import Manager
-from adapters.registry.record import Content, Record
+from adapters.registry.record import Content, Record, State
 from adapters.sets import AdapterSet
 from server.adapting.choice import AdapterWish, Picked, pick, split
 from server.adapting.loader import EngineLoader
@@ -191,7 +191,7 @@ def described(record: Record, adapters: Adapters) -> dict[str, Any]:
         "version": want.version,
         "source": want.source,
         "stream": want.stream,
-        "state": record.state,
+        "state": _state(record, adapters),
         "reason": record.reason,
         "fault": kind_of(record.error).whose if record.error else None,
         "digest": want.digest,
@@ -212,6 +212,19 @@ def described(record: Record, adapters: Adapters) -> dict[str, Any]:
             "fault": failure.whose if failure else None,
         },
     }
+
+
+def _state(record: Record, adapters: Adapters) -> State:
+    """The record's state. What this replica has loaded is ready when requests here get it, a moment
+    after the registry knows.
+    """
+    manager, want = adapters.manager, record.serving
+    here = manager.loaded.get(record.name)
+    switched = here is not None and want is not None and here.content.key == want.key
+    mine = record.owner == manager.registry.replica
+    if record.state == "ready" and mine and not switched and not manager.failure(record.name):
+        return "loading"
+    return record.state
 
 
 def _serving(content: Content | None) -> dict[str, Any] | None:

@@ -19,9 +19,9 @@ def manager_of(mapper: WeightsMapper | None) -> Any:
     """One layer of a stream `base`, whose model has these rules."""
     layer = SimpleNamespace(base_layer=SimpleNamespace(input_size=12, output_size=8))
     model = torch.nn.Module()
-    model.config = SimpleNamespace()
+    model.config = SimpleNamespace()  # type: ignore[assignment]
     if mapper is not None:
-        model.hf_to_vllm_mapper = mapper  # type: ignore[assignment]
+        model.hf_to_vllm_mapper = mapper
     outer = torch.nn.Module()
     outer.base = model
     return SimpleNamespace(modules={f"base.{NAME}": layer}, packed_modules={}, model=outer)
