@@ -126,7 +126,7 @@ class Owner:
         self._http, self._folders, self._oracle = http, folders, oracle
         self._weather, self._tally, self._dice = weather, tally, dice
         self.holds: dict[str, str | None] = dict.fromkeys(names)
-        self._failed: set[str] = set()
+        self._before: dict[str, tuple[str | None, float]] = {}
 
     async def work(self, until: float) -> None:
         """Acts until it is over."""
@@ -156,6 +156,7 @@ class Owner:
             if record["state"] == "ready":
                 what = "loads after a failed one" if attempt else "loads"
                 self._tally.counts[what] += 1
+                self._before[name] = (self.holds[name], time.monotonic())
                 self.holds[name] = content
                 await self.ask(name)
                 return
@@ -228,7 +229,9 @@ class Owner:
         error = right.error(choice["token_ids"], choice["logprobs"]["token_logprobs"])
         self._tally.counts["answers compared"] += 1
         if error > TOLERANCE:
-            self._tally.bad(f"request of {names}: error {error}, got {choice}, want {right}")
+            before = {n: (was, time.monotonic() - at) for n, (was, at) in self._before.items()}
+            self._tally.bad(f"request of {names} (before that, and seconds since: {before}): "
+                            f"error {error}, got {choice}, want {right}")  # fmt: skip
             return False
         self._tally.worst = max(self._tally.worst, error)
         return True

@@ -95,6 +95,15 @@ def manager_of(llm: Any) -> Any:
     return runner_of(llm).lora_manager
 
 
+def content(manager: Any, slot: int) -> float:
+    """A number that tells one slot's content from another's."""
+    total = 0.0
+    for i, module in enumerate(manager._adapter_manager.modules.values()):
+        for j, tensor in enumerate((*module.lora_a_stacked, *module.lora_b_stacked)):
+            total += (i + 1) * (j + 1) * float(tensor[slot].double().abs().sum())
+    return total
+
+
 def filled(manager: Any) -> list[int]:
     """The slots that hold a number other than 0, in any layer."""
     found = set()

@@ -224,6 +224,7 @@ async def test_contents_that_no_record_refers_to_are_deleted(
             await r.manager.submit("a", str(tmp_path / f"in/{i}"), replace=True)
             await until(lambda i=i: r.answers("a") == float(i))  # type: ignore[misc]
         used = r.manager.lookup("a").content.digest
+        await until(lambda: r.manager.digests() == {used})  # the registry's word takes a moment
         assert len(r.fetcher.store.digests()) == 2
         assert await r.manager.collect() == [], "too young"
         assert len(await r.manager.collect(older_than_s=0.0)) == 1
