@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve test test-slow fuzz faults check fix bench bench-adapters bench-heads bench-speculation bench-load soak load-soak eval pictures zoo doctor clean
+.PHONY: help install install-gpu serve test test-slow fuzz faults kinds check fix bench bench-adapters bench-heads bench-speculation bench-load soak load-soak eval pictures zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ fuzz: install ## 5,000 calls made from /openapi.json to each API of a real serve
 
 faults: install ## breaks a running server in every way we know: docs/faults.md (about five minutes)
 	$(BIN)/python -m pytest tests/faults --faults-table docs/faults.md $(ARGS)
+
+kinds: install ## every kind of adapter that PEFT writes, served or refused: docs/adapter-kinds.md (half a minute)
+	$(BIN)/python -m pytest tests/kinds --kinds-table docs/adapter-kinds.md $(ARGS)
 
 check: install ## formatting, lint, types, layering; no tests
 	$(BIN)/ruff check $(CODE)

@@ -7,25 +7,25 @@ from pathlib import Path
 
 import torch
 
-from adapters.errors import AdapterError, BadAdapter, FilesLost
-from adapters.formats.artefact import Artefact
+from adapters.errors import AdapterError, BadAdapter, DoesNotFit, FilesLost
+from adapters.formats.artefact import Artefact, Place
+from adapters.formats.inputs import moved
 from adapters.formats.inspect import read_artefact
+from adapters.parts import BaseLayers, Read, load_part
 from adapters.sets import AdapterSet, Block, Member
 from adapters.tensors import TensorFile
 
-Stacked = tuple[torch.Tensor, torch.Tensor]
-"""A [R + G, in] with the gates' rows, and B [out, R] with each part's scale in it."""
-
 
 def load_set(
-    found: AdapterSet, owner: str, dtype: torch.dtype, *, by_columns: bool = False
+    found: AdapterSet, owner: str, dtype: torch.dtype, base: BaseLayers, *, by_columns: bool = False
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """(module, A, B) of every layer of `owner` that the set changes.
 
     Args:
         found: the set.
         owner: one of its models.
-        dtype: of the tensors that come out; scales are multiplied in float32.
+        dtype: of the tensors that come out; all else is computed in float32.
+        base: the owner's own layers.
         by_columns: whether B lies in memory column by column.
 
     Yields:
@@ -34,37 +34,71 @@ def load_set(
     Raises:
         BadAdapter: a file is missing or broken, is not what the set says, or has values that
             `dtype` cannot hold.
+        DoesNotFit: the base lacks a layer, or a bias of one.
     """
     layout = found.layout(owner)
     members = [m for m in found.members if m.owner == owner]
-    artefacts = [_read(member) for member in members]
-    files = [
-        {
-            name: TensorFile(artefact.folder / name)
-            for name in artefact.files
-            if name.endswith(".safetensors")
-        }
-        for artefact in artefacts
-    ]
+    artefacts = [moved(_read(member), base) for member in members]
+    opened = [_Opened(artefact) for artefact in artefacts]
     for module in sorted({m for artefact in artefacts for m in artefact.modules}):
-        a = b = torch.zeros(0)
-        for artefact, block, opened in zip(artefacts, layout.blocks, files, strict=True):
-            for rows, columns, part_a, part_b in _parts(artefact, block, module, opened):
-                if not a.numel():
-                    a = torch.zeros(layout.rows, part_a.shape[1], dtype=dtype)
-                a[rows] = part_a.to(dtype)
-                if part_b is not None:
-                    if not b.numel():
-                        out = part_b.shape[0]
-                        shape = (layout.columns, out) if by_columns else (out, layout.columns)
-                        b = torch.zeros(shape, dtype=dtype)
-                        b = b.T if by_columns else b
-                    b[:, columns] = part_b.to(dtype)
+        shape = base.linear(module)
+        if shape is None:
+            raise DoesNotFit("the base has no such linear layer", field=f"{owner}: {module}")
+        out, into = shape
+        a = torch.zeros(layout.rows, into, dtype=dtype)
+        b = torch.zeros(layout.columns, out, dtype=dtype).T if by_columns else torch.zeros(
+            out, layout.columns, dtype=dtype)  # fmt: skip
+        for artefact, block, read in zip(artefacts, layout.blocks, opened, strict=True):
+            _fill(a, b, artefact, block, module, read, base)
         # Infinite values would leave NaN in KV blocks that other requests read later.
         if not (_finite(a) and _finite(b)):
             name = str(dtype).removeprefix("torch.")
             raise BadAdapter(f"values too large for {name}", field=module)
         yield module, a, b
+
+
+def normed(found: AdapterSet, owner: str) -> list[str]:
+    """The layers of `owner` whose row norms `load_set` asks its base for."""
+    members = [_read(m) for m in found.members if m.owner == owner and any(m.diagonals)]
+    parts = (part for artefact in members for one in artefact.parts for part in one.items())
+    return sorted({module for module, part in parts if part.magnitude is not None})
+
+
+class _Opened:
+    """The tensors of an artefact.
+
+    Args:
+        artefact: its files are mapped into memory.
+    """
+
+    def __init__(self, artefact: Artefact) -> None:
+        names = [name for name in artefact.files if name.endswith(".safetensors")]
+        self._files = {name: TensorFile(artefact.folder / name) for name in names}
+
+    def __call__(self, place: Place) -> torch.Tensor:
+        """One of them, as it is on disk."""
+        return self._files[place.file][place.name]
+
+
+def _fill(
+    a: torch.Tensor, b: torch.Tensor, artefact: Artefact, block: Block, module: str, read: Read,
+    base: BaseLayers,
+) -> None:  # fmt: skip
+    """Writes what one artefact does to one layer into its rows of A and columns of B."""
+    start = block.start
+    for member, (rank, parts) in enumerate(zip(block.ranks, artefact.parts, strict=True)):
+        if part := parts.get(module):
+            loaded = load_part(part, module, read, base)
+            if loaded.a is not None and loaded.b is not None:
+                a[start : start + part.rank] = loaded.a
+                b[:, start : start + part.rank] = loaded.b
+            for column, values in ((block.constants, loaded.constant),
+                                   (block.diagonals, loaded.diagonal)):  # fmt: skip
+                if values is not None:
+                    b[:, column[member]] = values
+        start += rank
+    if block.gate is not None and module in artefact.gates:
+        a[block.gate : block.gate + len(artefact.members)] = read(artefact.gates[module])
 
 
 def verify(member: Member) -> None:
@@ -88,25 +122,6 @@ def _finite(values: torch.Tensor) -> bool:
 
 def _read(member: Member) -> Artefact:
     artefact = read_artefact(Path(member.folder))
-    if artefact.ranks != member.ranks or bool(artefact.gates) != member.routed:
+    if member != Member.of(artefact, member.digest, member.owner):
         raise FilesLost("the files have changed since they were checked", field=member.folder)
     return artefact
-
-
-def _parts(
-    artefact: Artefact, block: Block, module: str, files: dict[str, TensorFile]
-) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor | None]]:
-    """(rows of A, columns of B, A, scaled B or None for a gate) of one artefact in one layer."""
-    start = block.start
-    for rank, parts in zip(block.ranks, artefact.parts, strict=True):
-        if part := parts.get(module):
-            place = slice(start, start + part.rank)
-            file = files[part.file]
-            a = file[part.a][part.start : part.stop]
-            b = file[part.b][:, part.start : part.stop]
-            yield place, place, a, b.float() * part.scale
-        start += rank
-    if block.gate is not None and module in artefact.gates:
-        gate = artefact.gates[module]
-        rows = slice(block.gate, block.gate + len(artefact.members))
-        yield rows, slice(0, 0), files[gate.file][gate.name], None

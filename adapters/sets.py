@@ -2,17 +2,23 @@
 them all. Weights, k and T are the request's; they are no part of the set, so requests that weigh
 the same adapters differently share its slot. Needs no torch.
 
-Rank indices of one model (`owner`) in a set, R columns and G gate rows:
+Rank indices of one model (`owner`) in a set, R = P + C + D columns and G gate rows:
 
-    0 … R   the members' ranks, artefact by artefact; A and B have them
-    R … R+G the rows of W_gate of the routed artefacts; only A has them, so that one product with
-            x gives both the shrunk activations and the gates' scores
+    0 … P       products: the members' ranks, artefact by artefact; the activation is a · x
+    P … P+C     constants: the activation is 1, so a column of B is what is added
+    P+C … R     diagonals: the activation is 1, and a column of B multiplies the layer's output
+    R … R+G     the rows of W_gate of the routed artefacts; only A has them, so that one product
+                with x gives both the shrunk activations and the gates' scores
+
+A has rows of zeros for constants and diagonals, so that its rows are B's columns; no kernel
+multiplies them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import count
 
 import msgspec
 
@@ -27,8 +33,10 @@ class Member(msgspec.Struct, frozen=True, order=True):
             where a stream is another's twin.
         digest: of its content.
         folder: where it lies; immutable as long as the set is in use.
-        ranks: per member of the artefact, its largest rank.
+        ranks: per member of the artefact, its largest rank; 0 if it has no products.
         routed: whether it has gates.
+        constants: per member, whether it adds a constant in some layer; empty if none does.
+        diagonals: per member, whether it multiplies the output of some layer; empty if none does.
     """
 
     owner: str
@@ -36,11 +44,21 @@ class Member(msgspec.Struct, frozen=True, order=True):
     folder: str
     ranks: tuple[int, ...]
     routed: bool
+    constants: tuple[bool, ...] = ()
+    diagonals: tuple[bool, ...] = ()
 
     @classmethod
     def of(cls, artefact: Artefact, digest: str, owner: str) -> Member:
         """An artefact that shall change the model `owner`."""
-        return cls(owner, digest, str(artefact.folder), artefact.ranks, bool(artefact.gates))
+        return cls(
+            owner,
+            digest,
+            str(artefact.folder),
+            artefact.ranks,
+            bool(artefact.gates),
+            artefact.constants,
+            artefact.diagonals,
+        )
 
 
 class Block(msgspec.Struct, frozen=True):
@@ -48,34 +66,68 @@ class Block(msgspec.Struct, frozen=True):
 
     Args:
         digest: of the artefact.
-        start: its first column.
-        ranks: per member of the artefact, how many columns.
+        start: its first product.
+        ranks: per member of the artefact, how many products; side by side from `start`.
         gate: its first gate row, None if it is not routed.
+        constants: per member, the column of its constant, None if it has none; empty if none has.
+        diagonals: the same of its diagonal.
     """
 
     digest: str
     start: int
     ranks: tuple[int, ...]
     gate: int | None
+    constants: tuple[int | None, ...] = ()
+    diagonals: tuple[int | None, ...] = ()
 
     @property
-    def stop(self) -> int:
-        """Its last column + 1."""
-        return self.start + sum(self.ranks)
+    def products(self) -> slice:
+        """The columns of its products."""
+        return slice(self.start, self.start + sum(self.ranks))
+
+    @property
+    def ones(self) -> tuple[tuple[int, int], ...]:
+        """(column, member) of its constants and diagonals."""
+        kinds = self.constants, self.diagonals
+        return tuple((c, m) for kind in kinds for m, c in enumerate(kind) if c is not None)
+
+    @property
+    def columns(self) -> list[int]:
+        """All its columns."""
+        return [*range(self.products.start, self.products.stop), *(c for c, _ in self.ones)]
 
 
 class Layout(msgspec.Struct, frozen=True):
     """The rank indices of one model in a set.
 
     Args:
-        blocks: in the order of their columns.
-        columns: R.
-        rows: R + G.
+        blocks: in the order of their products.
+        products: P.
+        constants: C.
+        diagonals: D.
+        gates: G.
     """
 
     blocks: tuple[Block, ...] = ()
-    columns: int = 0
-    rows: int = 0
+    products: int = 0
+    constants: int = 0
+    diagonals: int = 0
+    gates: int = 0
+
+    @property
+    def sums(self) -> int:
+        """P + C, the first diagonal."""
+        return self.products + self.constants
+
+    @property
+    def columns(self) -> int:
+        """R = P + C + D."""
+        return self.products + self.constants + self.diagonals
+
+    @property
+    def rows(self) -> int:
+        """R + G."""
+        return self.columns + self.gates
 
 
 class AdapterSet(msgspec.Struct, frozen=True):
@@ -102,13 +154,21 @@ class AdapterSet(msgspec.Struct, frozen=True):
     def layout(self, owner: str) -> Layout:
         """The rank indices of one model."""
         members = [m for m in self.members if m.owner == owner]
-        columns = sum(sum(m.ranks) for m in members)
-        blocks, start, gate = [], 0, columns
+        products = sum(sum(m.ranks) for m in members)
+        constants = sum(sum(m.constants) for m in members)
+        diagonals = sum(sum(m.diagonals) for m in members)
+        # Where the next artefact's indices of each kind begin.
+        product, constant, diagonal = 0, products, products + constants
+        first = gate = products + constants + diagonals
+        blocks = []
         for m in members:
-            blocks.append(Block(m.digest, start, m.ranks, gate if m.routed else None))
-            start += sum(m.ranks)
+            own = _columns(m.constants, constant), _columns(m.diagonals, diagonal)
+            blocks.append(Block(m.digest, product, m.ranks, gate if m.routed else None, *own))
+            product += sum(m.ranks)
+            constant += sum(m.constants)
+            diagonal += sum(m.diagonals)
             gate += len(m.ranks) if m.routed else 0
-        return Layout(tuple(blocks), columns, gate)
+        return Layout(tuple(blocks), products, constants, diagonals, gate - first)
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -142,3 +202,9 @@ class AdapterSet(msgspec.Struct, frozen=True):
     def from_path(cls, path: str) -> AdapterSet:
         """The set whose `lora_request` has this path."""
         return msgspec.json.decode(path, type=cls)
+
+
+def _columns(present: Sequence[bool], start: int) -> tuple[int | None, ...]:
+    """Consecutive columns for the members that have one."""
+    numbers = count(start)
+    return tuple(next(numbers) if p else None for p in present)

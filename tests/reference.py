@@ -63,6 +63,10 @@ def fresh(folder: Path) -> PreTrainedModel:
     if model.config.model_type == "cohere2":
         # vLLM's window has one token more: its source says that the models were trained so.
         model.config.sliding_window += 1
+    if model.config.model_type == "bloom":
+        # vLLM computes the activation, which BLOOM's own code approximates.
+        for block in model.transformer.h:
+            block.mlp.gelu_impl = torch.nn.GELU()
     return model.eval()
 
 

@@ -16,7 +16,10 @@ _INDEX = "model.safetensors.index.json"
 _CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc")}
 """model_type → layers whose weights are stored [in, out]."""
 
-_TABLES = ("embed_tokens", "lm_head", "embed_positions", "wte", "wpe", "embed_out")
+TABLES = (
+    "embed_tokens", "embed_in", "embed_positions", "word_embeddings", "wte", "wpe", "lm_head",
+    "embed_out",
+)  # fmt: skip
 """Layers that are no linear map of hidden states: adapters for them are not served."""
 
 
@@ -32,7 +35,7 @@ class BaseShapes:
         whole: whether a layer that is missing here is one that the base has not.
     """
 
-    tensors: Mapping[str, tuple[int, ...]]
+    tensors: dict[str, tuple[int, ...]]
     conv1d: tuple[str, ...] = ()
     layers: Mapping[str, tuple[int, int]] | None = None
     whole: bool = True
@@ -43,7 +46,7 @@ class BaseShapes:
             return self.layers.get(module)
         shape = self.tensors.get(f"{module}.weight", ())
         last = module.rsplit(".", 1)[-1]
-        if len(shape) != 2 or last in _TABLES:
+        if len(shape) != 2 or last in TABLES:
             return None
         return (shape[1], shape[0]) if last in self.conv1d else (shape[0], shape[1])
 
@@ -89,7 +92,7 @@ def plain_shapes(folder: Path) -> BaseShapes:
         name: info.shape
         for file in sorted(folder.glob("*.safetensors"))
         for name, info in read_header(file).items()
-        if info.dtype in _FLOATS and len(info.shape) == 2
+        if info.dtype in _FLOATS
     }
     return BaseShapes(tensors, _stored_transposed(folder), whole=False)
 

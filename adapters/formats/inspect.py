@@ -7,9 +7,14 @@ from pathlib import Path
 
 from adapters.errors import BadAdapter, DoesNotFit
 from adapters.formats import meteora, peft
-from adapters.formats.artefact import Artefact
-from adapters.formats.base import BaseShapes
+from adapters.formats.artefact import Artefact, Part, Place
+from adapters.formats.base import TABLES, BaseShapes
+from adapters.formats.features import also_changes
 from adapters.formats.header import TensorInfo, check_finite, read_header
+from adapters.formats.inputs import MLP, moved
+
+Headers = dict[str, dict[str, TensorInfo]]
+"""File → its tensors by name."""
 
 
 def read_artefact(folder: Path) -> Artefact:
@@ -33,83 +38,132 @@ def inspect(folder: Path, base: BaseShapes, *, max_rank: int) -> Artefact:
     Args:
         folder: its own.
         base: the model that it shall change.
-        max_rank: rank indices that one set of adapters may take in this server; a pack takes
-            the sum of its members' ranks and one more for each member's gate.
+        max_rank: rank indices that one set of adapters may take in this server; an adapter takes
+            its rank, one more for what it adds and one more for what it multiplies; a pack the sum
+            of its members' and one more for each member's gate.
 
     Raises:
         BadAdapter: it is no adapter that can be served, or a value is not finite.
         DoesNotFit: a tensor does not fit the base, or the rank does not fit the server.
     """
     found = read_artefact(folder)
-    width = sum(found.ranks) + (len(found.members) if found.gates else 0)
+    width = (
+        sum(found.ranks) + sum(found.constants) + sum(found.diagonals)
+        + (len(found.members) if found.gates else 0)
+    )  # fmt: skip
     if width > max_rank:
         raise DoesNotFit("needs too many rank indices", field="rank", value=width,
                          allowed=f"≤ {max_rank}")  # fmt: skip
     headers = {name: read_header(folder / name) for name in _tensor_files(found)}
-    for parts in found.parts:
+    settled = moved(found, base)
+    _check_before(found, base)
+    for parts in settled.parts:
         for module, part in parts.items():
-            size = _linear(base, module, part.file)
-            if size is None:
-                continue
-            out, into = size
-            a, b = headers[part.file][part.a].shape, headers[part.file][part.b].shape
-            _expect(part.file, part.a, a, (a[0], into))
-            _expect(part.file, part.b, b, (out, b[1]))
+            _check_part(part, module, headers, base)
     for module, gate in found.gates.items():
         size = _linear(base, module, gate.file)
         if size is not None:
-            shape = headers[gate.file][gate.name].shape
-            _expect(gate.file, gate.name, shape, (len(found.members), size[1]))
+            _expect(gate, headers[gate.file][gate.name].shape, (len(found.members), size[1]))
     if meteora.RELEASED in headers:
         _check_base_copy(meteora.base_copy(folder), base)
-    for file, name in sorted(_tensors(found)):
-        check_finite(folder / file, name, headers[file][name])
+    for place in sorted(_tensors(found)):
+        check_finite(folder / place.file, place.name, headers[place.file][place.name])
     return found
 
 
 def elements(found: Artefact) -> int:
-    """Numbers in everything that is served; reads headers."""
+    """Numbers that an engine holds of an artefact; reads headers."""
     headers = {name: read_header(found.folder / name) for name in _tensor_files(found)}
-    return sum(prod(headers[file][name].shape) for file, name in _tensors(found))
+    total = sum(prod(headers[gate.file][gate.name].shape) for gate in found.gates.values())
+    for part in (part for parts in found.parts for part in parts.values()):
+        for place in part.places:
+            shape = headers[place.file][place.name].shape
+            if place == part.a or place == part.b:  # VeRA's are shared on disk only
+                total += part.rank * shape[place == part.a]
+            elif place != part.inner:
+                total += prod(shape)
+    return total
 
 
-def _tensors(found: Artefact) -> set[tuple[str, str]]:
-    """(file, tensor) of everything that is served."""
-    halves = {(p.file, t) for parts in found.parts for p in parts.values() for t in (p.a, p.b)}
-    return halves | {(gate.file, gate.name) for gate in found.gates.values()}
+def _tensors(found: Artefact) -> set[Place]:
+    """Everything that is served."""
+    places = {place for parts in found.parts for part in parts.values() for place in part.places}
+    return places | set(found.gates.values())
 
 
 def _tensor_files(found: Artefact) -> set[str]:
-    return {file for file, _ in _tensors(found)}
+    return {place.file for place in _tensors(found)}
+
+
+def _check_before(found: Artefact, base: BaseShapes) -> None:
+    """Raises if anything but its three layers stands in an MLP whose inputs are scaled (BitNet has
+    a norm there).
+    """
+    parents = {m.rpartition(".")[0] for parts in found.parts for m, p in parts.items() if p.inputs}
+    for name in base.tensors if parents else ():
+        parent, _, rest = name.rpartition(".")[0].rpartition(".")
+        if parent in parents and rest not in MLP:
+            raise DoesNotFit("this adapter scales the input of a layer (IA3's feedforward_modules) "
+                             "that does not follow the gate directly; merge it with PEFT's "
+                             "merge_and_unload and serve the result as a base or a companion",
+                             field=name)  # fmt: skip
+
+
+def _check_part(part: Part, module: str, headers: Headers, base: BaseShapes) -> None:
+    """Raises if a tensor of a part does not fit its layer."""
+    size = _linear(base, module, part.places[0].file)
+    if size is None:
+        return
+    out, into = size
+
+    def shape(place: Place) -> tuple[int, ...]:
+        return headers[place.file][place.name].shape
+
+    if part.a is not None and part.b is not None:
+        a, b = shape(part.a), shape(part.b)
+        wide = part.shared and a[1] >= into and b[0] >= out
+        _expect(part.a, a, (a[0], a[1] if wide else into))
+        _expect(part.b, b, (b[0] if wide else out, b[1]))
+    for place in (part.outer, part.magnitude, part.offset, part.bias):
+        if place is not None:
+            _expect(place, shape(place), (out,))
+    known = base.layers is None or f"{module}.weight" in base.tensors
+    if part.bias is not None and known and base.tensors.get(f"{module}.bias") != (out,):
+        raise DoesNotFit("the adapter changes a bias that the base's layer lacks",
+                         field=f"{part.bias.file}: {part.bias.name}")  # fmt: skip
+    for place in part.multipliers:
+        if shape(place)[1] == 1:
+            _expect(place, shape(place), (out, 1))
+        elif shape(place)[1] not in (out, out // 2):
+            _expect(place, shape(place), (1, out))
 
 
 def _linear(base: BaseShapes, module: str, file: str) -> tuple[int, int] | None:
     """(out, in) of a layer; None: nothing is known of it yet."""
     shape = base.linear(module)
-    if shape is None and base.whole:
-        last = module.rsplit(".", 1)[-1]
-        why = next((text for name, text in _SPECIAL.items() if name in (last, "experts")
-                    and name in module), "the base has no such linear layer")  # fmt: skip
-        raise DoesNotFit(why, field=f"{file}: {module}", allowed=base.offers(module))
-    return shape
+    if shape is not None or not base.whole:
+        return shape
+    field, last = f"{file}: {module}", module.rsplit(".", 1)[-1]
+    if last in TABLES:
+        raise DoesNotFit(also_changes(module, "target_modules"), field=field)
+    if len(base.tensors.get(f"{module}.weight", ())) == 1:
+        raise DoesNotFit(
+            f"this adapter also changes the norm {module}, which acts before a layer's product; "
+            'train it with bias="lora_only", or merge it with PEFT\'s merge_and_unload and serve '
+            "the result as a base or a companion",
+            field=field,
+        )
+    why = "the base has no such linear layer"
+    if "experts" in module:
+        why = "this adapter changes the experts of a mixture, which is not served"
+    raise DoesNotFit(why, field=field, allowed=base.offers(module))
 
 
-_SPECIAL = {
-    "lm_head": "this adapter also changes lm_head, the output layer, which is not served",
-    "embed_out": "this adapter also changes embed_out, the output layer, which is not served",
-    "embed_tokens": "this adapter also changes embed_tokens, the input embeddings, which are not "
-    "served",
-    "wte": "this adapter also changes wte, the input embeddings, which are not served",
-    "experts": "this adapter changes the experts of a mixture, which is not served",
-}
-"""Last name of a module, or `experts` anywhere in it → why an adapter for it is refused."""
-
-
-def _expect(file: str, name: str, shape: tuple[int, ...], want: tuple[int, ...]) -> None:
+def _expect(place: Place, shape: tuple[int, ...], want: tuple[int, ...]) -> None:
     if shape != want:
         raise DoesNotFit(
             "its shape does not fit the base",
-            field=f"{file}: {name}",
+            field=f"{place.file}: {place.name}",
             value=shape,
             allowed=str(want),
         )

@@ -27,10 +27,12 @@ from adapters.formats.artefact import (
     Artefact,
     Gate,
     Part,
+    Place,
     inside,
 )
+from adapters.formats.config import read_object
 from adapters.formats.header import TensorInfo, read_header
-from adapters.formats.peft import read_config, read_peft
+from adapters.formats.peft import read_peft
 
 CONFIG = "meteora.json"
 RELEASED = "model.safetensors"
@@ -53,7 +55,7 @@ def read_meteora(folder: Path) -> Artefact:
         BadAdapter: files are missing or broken, the config and the tensors disagree, or a tensor
             does not belong.
     """
-    config = read_config(inside(folder, CONFIG))
+    config = read_object(inside(folder, CONFIG))
     layout = str(config.get("layout"))
     if layout not in _KEYS:
         raise _bad("layout", layout, "released, native")
@@ -126,8 +128,8 @@ def _released(folder: Path, config: dict[str, Any], tasks: tuple[str, ...]) -> A
         _check(header, gates[module].name, 0, len(tasks))
 
     def part(module: str, j: int) -> Part:
-        a, b = (f"{_PREFIX}{module}.lora_{half}.weight" for half in "AB")
-        return Part(RELEASED, a, b, j * rank, (j + 1) * rank, scale)
+        a, b = (Place(RELEASED, f"{_PREFIX}{module}.lora_{half}.weight") for half in "AB")
+        return Part(a, b, j * rank, (j + 1) * rank, scale)
 
     parts = tuple({m: part(m, j) for m in modules} for j in range(len(tasks)))
     return Artefact(folder, "meteora", tasks, parts, gates, tuple(sorted((CONFIG, RELEASED))))
@@ -150,7 +152,13 @@ def _native(folder: Path, tasks: tuple[str, ...]) -> Artefact:
         adapter = read_peft(folder / task, task)
         files += [f"{task}/{name}" for name in adapter.files]
         own = adapter.parts[0]
-        parts.append({m: replace(p, file=f"{task}/{p.file}") for m, p in own.items()})
+        if moved := [m for m, part in own.items() if part.inputs]:
+            raise BadAdapter(
+                "a pack takes no IA3 on the inputs of a layer: it acts in the layer before, which "
+                "this gate is not for",
+                field=f"{task}: {moved[0]}",
+            )
+        parts.append({m: part.inside(task) for m, part in own.items()})
         for name in adapter.files:
             inside(folder, f"{task}/{name}")
     header, gates = read_header(inside(folder, GATES)), {}

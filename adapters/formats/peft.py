@@ -1,185 +1,145 @@
-"""An ordinary PEFT LoRA adapter: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Adapters as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors`, or shards.
+
+LoRA (with rsLoRA, DoRA and biases), AdaLoRA, VeRA and IA3; tensors have the names of peft 0.21.2.
+"""
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from adapters.errors import BadAdapter
-from adapters.formats.artefact import LARGEST_ALPHA, Artefact, Part, inside
-from adapters.formats.header import TensorInfo, read_header
+from adapters.formats.artefact import Artefact, Kind, Part, Place, inside
+from adapters.formats.config import CONFIG, read_object
+from adapters.formats.features import also_changes, check_kind, check_options
+from adapters.formats.kinds import KINDS, Found, Reader
+from adapters.formats.shards import INDEX, WEIGHTS, find_tensors, shards
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+__all__ = ["CONFIG", "INDEX", "WEIGHTS", "read_peft", "shards"]
 
-_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_PREFIX = "base_model.model."
 
-_REFUSED = (
-    "use_dora", "lora_bias", "modules_to_save", "layer_replication", "alora_invocation_tokens",
-    "use_qalora", "use_bdlora", "trainable_token_indices", "target_parameters",
-)  # fmt: skip
-"""Features that change what an adapter computes and that are not served."""
+_SHARED = {"base_model.vera_A": "a", "base_model.vera_B": "b"}
 
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-"""`init_lora_weights` that leave the base's weights as they are."""
+_WRAPPED_BIAS, _BIAS = ".base_layer.bias", ".bias"
 
-_MAX_CONFIG = 1 << 20
+_NAMES: dict[str, Kind] = {"LORA": "lora", "ADALORA": "adalora", "VERA": "vera", "IA3": "ia3"}
 
-_MAX_RANK = 1 << 20
-"""Beyond every matrix; what a server takes is `max_rank`."""
+LeftAlone = Callable[[str], bool]
 
 
-def read_peft(folder: Path, name: str = "adapter") -> Artefact:
+def _none(_: str) -> bool:
+    return False
+
+
+def read_peft(folder: Path, name: str = "adapter", left_alone: LeftAlone = _none) -> Artefact:
     """The adapter in a folder; headers only.
 
     Args:
         folder: the adapter's own.
         name: what its one member is called.
+        left_alone: tensors, by their names in the base, and `modules_to_save` that are somebody
+            else's business; they are no part of the artefact.
 
     Raises:
         BadAdapter: files are missing or broken, a feature is not served, or a tensor does not
             belong.
     """
-    config = read_config(inside(folder, CONFIG))
-    _check_features(config)
-    rank = _rank_of(config)
-    scale = _scale_of(config)
-    halves: dict[str, dict[str, tuple[str, TensorInfo]]] = {}
-    for tensor, info in read_header(inside(folder, WEIGHTS)).items():
-        match = _TENSOR.fullmatch(tensor)
-        if match is None:
-            raise BadAdapter("unexpected tensor", field=f"{WEIGHTS}: {tensor}")
-        halves.setdefault(match[1], {})[match[2]] = (tensor, info)
-    if not halves:
-        raise BadAdapter("has no LoRA tensors", field=WEIGHTS)
-    parts = {}
-    for module, pair in halves.items():
-        _check_targeted(config, module)
-        parts[module] = _part(pair, module, rank(module), scale(module))
-    return Artefact(folder, "lora", (name,), (parts,), {}, (CONFIG, WEIGHTS))
+    config = read_object(inside(folder, CONFIG))
+    kind = check_kind(config)
+    check_options(config, kind, left_alone)
+    tensors, files = find_tensors(folder)
+    layers: dict[str, Found] = {}
+    shared: Found = {}
+    for tensor, found in tensors.items():
+        plain = tensor.removeprefix(_PREFIX)
+        if kind == "VERA" and tensor in _SHARED:
+            shared[_SHARED[tensor]] = found
+        elif not left_alone(plain):
+            module, what = _belongs(tensor, plain, kind, found[0])
+            layers.setdefault(module, {})[what] = found
+    reader = KINDS[kind](config, shared)
+    parts = {module: _part(reader, module, found) for module, found in layers.items()}
+    parts = {module: part for module, part in parts.items() if part != Part()}
+    if not parts:
+        raise BadAdapter("changes no layer", field=files[0])
+    named: Kind = "dora" if config.get("use_dora") else _NAMES[kind]
+    return Artefact(folder, named, (name,), (parts,), {}, tuple(sorted((CONFIG, *files))))
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object of at most 1 MiB.
+def _belongs(tensor: str, plain: str, kind: str, place: Place) -> tuple[str, str]:
+    """(layer, what it is) of a tensor.
 
     Raises:
-        BadAdapter: it is something else.
+        BadAdapter: it is of something that is not served.
     """
-    if path.stat().st_size > _MAX_CONFIG:
-        raise BadAdapter("larger than 1 MiB", field=path.name)
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadAdapter(f"not JSON: {error}", field=path.name) from error
-    if not isinstance(config, dict):
-        raise BadAdapter("not a JSON object", field=path.name)
-    return config
+    if plain != tensor:
+        for suffix, what in KINDS[kind].names.items():
+            if plain.endswith(f".{suffix}"):
+                return plain.removesuffix(f".{suffix}"), what
+        if plain.endswith(_WRAPPED_BIAS):
+            return plain.removesuffix(_WRAPPED_BIAS), "wrapped_bias"
+        if plain.endswith(_BIAS) and not _OTHERS.search(plain):
+            return plain.removesuffix(_BIAS), "bias"
+    raise BadAdapter(_stranger(tensor, plain, kind), field=f"{place.file}: {tensor}")
 
 
-def _check_features(config: dict[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
+def _part(reader: Reader, module: str, found: Found) -> Part:
+    """The part of one layer.
+
+    Raises:
+        BadAdapter: the config leaves the layer out, or tensors are missing or of other shapes.
+    """
+    plain, wrapped = found.pop("bias", None), found.pop("wrapped_bias", None)
+    key = reader.selectors.left_out_by(module)
+    if key and (found or wrapped):
         raise BadAdapter(
-            "not a LoRA adapter",
-            field=f"{CONFIG}: peft_type",
-            value=config.get("peft_type"),
-            allowed="LORA",
+            f"has tensors for a layer that {key} leaves out, and PEFT drops them without a word; "
+            "remove them, or correct the config",
+            field=module,
         )
-    for feature in _REFUSED:
-        if config.get(feature):
-            raise BadAdapter(
-                "this feature is not served", field=f"{CONFIG}: {feature}", value=config[feature]
-            )
-    if config.get("bias", "none") != "none":
-        raise BadAdapter(
-            "biases are not served", field=f"{CONFIG}: bias", value=config["bias"], allowed="none"
-        )
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
-        raise BadAdapter(
-            "this initialisation changes the base's weights: convert the adapter with PEFT first",
-            field=f"{CONFIG}: init_lora_weights",
-            value=init,
-        )
+    if plain and not key:
+        raise BadAdapter("PEFT drops the bias of an adapted layer that is not called "
+                         f"{module}{_WRAPPED_BIAS}; rename it", field=plain[0].name)  # fmt: skip
+    part = reader.part(module, found) if found else Part()
+    if not (bias := plain or wrapped):
+        return part
+    if len(bias[1].shape) != 1:
+        raise BadAdapter("not a bias", field=f"{bias[0].file}: {bias[0].name}",
+                         value=bias[1].shape, allowed="one dimension")  # fmt: skip
+    return replace(part, bias=bias[0])
 
 
-def _rank_of(config: dict[str, Any]) -> Callable[[str], int]:
-    patterns = _patterns(config, "rank_pattern")
+_OTHERS = re.compile(
+    r"\.(lora|vera|ia3|hada|lokr|oft|boft|hra|adamss|beft|c3a|deft|delora|fourierft|frod|glora|"
+    r"gralora|hira|lily|ln_tuning|miss|osf|peanut|poly|psoft|pvera|randlora|road|shadow|shira|"
+    r"supertuning|tinylora|unilora|vblora|waveft|trainable_tokens)_"
+)
+"""How the tensors of PEFT's kinds begin."""
 
-    def rank(module: str) -> int:
-        value = _lookup(patterns, module, config.get("r"))
-        if type(value) is not int or not 1 <= value <= _MAX_RANK:
-            raise BadAdapter("not a rank", field=f"{CONFIG}: r", value=value,
-                             allowed=f"1 to {_MAX_RANK}")  # fmt: skip
-        return value
-
-    return rank
+_NAMED = re.compile(r"\.lora_(A|B|E|magnitude_vector)\..+")
 
 
-def _scale_of(config: dict[str, Any]) -> Callable[[str], float]:
-    patterns = _patterns(config, "alpha_pattern")
-    rank = _rank_of(config)
-
-    def scale(module: str) -> float:
-        alpha = _lookup(patterns, module, config.get("lora_alpha"))
-        if type(alpha) not in (int, float) or not abs(alpha) <= LARGEST_ALPHA:
-            raise BadAdapter("not a number", field=f"{CONFIG}: lora_alpha", value=alpha,
-                             allowed="finite numbers")  # fmt: skip
-        r = rank(module)
-        return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
-
-    return scale
-
-
-def _patterns(config: dict[str, Any], key: str) -> dict[re.Pattern[str], Any]:
-    """PEFT's rule: a key is a regular expression that matches the end of a module's name."""
-    given = config.get(key) or {}
-    field = f"{CONFIG}: {key}"
-    if not isinstance(given, dict):
-        raise BadAdapter("not an object", field=field, value=given)
-    found = {}
-    for pattern, value in given.items():
-        # More than one could take exponential time on a hostile pattern.
-        if len(re.findall(r"[*+?{]", pattern)) > 1:
-            raise BadAdapter("more than one quantifier", field=field, value=pattern)
-        try:
-            found[re.compile(rf"(?:.*\.)?({pattern})$")] = value
-        except (re.error, OverflowError, RecursionError) as error:
-            raise BadAdapter(f"broken pattern: {error}", field=field, value=pattern) from error
-    return found
-
-
-def _lookup(patterns: dict[re.Pattern[str], Any], module: str, default: Any) -> Any:
-    return next((v for p, v in patterns.items() if p.match(module)), default)
-
-
-def _check_targeted(config: dict[str, Any], module: str) -> None:
-    """PEFT silently drops tensors of modules that the config does not name; we refuse them."""
-    targets = config.get("target_modules")
-    if not isinstance(targets, list):
-        return  # A regular expression, or a family such as all-linear.
-    if not any(isinstance(t, str) and f".{module}".endswith(f".{t}") for t in targets):
-        raise BadAdapter(
-            "has tensors for a module that target_modules does not name",
-            field=f"{WEIGHTS}: {module}",
-            allowed=", ".join(map(str, targets)),
-        )
-
-
-def _part(pair: dict[str, tuple[str, TensorInfo]], module: str, rank: int, scale: float) -> Part:
-    for half in "AB":
-        if half not in pair:
-            raise BadAdapter(f"lora_{half} is missing", field=f"{WEIGHTS}: {module}")
-    (a, a_info), (b, b_info) = pair["A"], pair["B"]
-    for tensor, info, axis in ((a, a_info, 0), (b, b_info, 1)):
-        if len(info.shape) != 2 or info.shape[axis] != rank:
-            raise BadAdapter(
-                "its shape does not have the config's rank",
-                field=f"{WEIGHTS}: {tensor}",
-                value=info.shape,
-                allowed=f"rank {rank}",
-            )
-    return Part(WEIGHTS, a, b, 0, rank, scale)
+def _stranger(tensor: str, plain: str, kind: str) -> str:
+    """What a tensor says that the adapter does."""
+    module = plain.rsplit(".", 1)[0]
+    if tensor == plain:
+        return f"not a name that PEFT gives a tensor: they begin with {_PREFIX}"
+    if ".lora_embedding_" in plain:
+        return also_changes(plain.split(".lora_embedding_")[0], "target_modules")
+    if ".trainable_tokens_" in plain:
+        module = plain.split(".trainable_tokens_")[0].removesuffix(".token_adapter")
+        return also_changes(module, "trainable_token_indices")
+    if plain.endswith(".base_layer.weight"):
+        module = module.removesuffix(".base_layer")
+        return also_changes(module, "target_modules, or save_embedding_layers")
+    if kind in ("LORA", "ADALORA") and _NAMED.search(plain):
+        return ("has the name of an adapter in it, as in a model's memory; write the adapter with "
+                "PEFT's save_pretrained")  # fmt: skip
+    if found := _OTHERS.search(plain):
+        return f"is of another kind of adapter ({found[1]}) than the config's peft_type, {kind}"
+    if plain.endswith(".weight"):
+        return also_changes(module, "modules_to_save, or a vocabulary that was resized")
+    return "unexpected tensor"

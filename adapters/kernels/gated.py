@@ -1,13 +1,14 @@
 """The adapter sum in torch, on any device: shrink, a diagonal gate per token, expand.
 
-    Σ_j g_j s_j B_j A_j x  =  B ( gate ⊙ (A x) )
+    Σ_j g_j ( d_j ⊙ t + s_j B_j A_j x + b_j )  =  B ( gate ⊙ u ) + t ⊙ D gate
 
 with the members stacked along the rank, so no weight is copied per token: each set of adapters that
 occurs costs two products over its own tokens, and sets with few tokens share two batched products.
-Tokens without an adapter are not touched, so they keep the base's bits.
+t is the layer's own output, u is A x for products and 1 for constants, and D are the columns of B
+that are diagonals. Tokens without an adapter are not touched, so they keep the base's bits.
 
-Letters: T tokens, n tokens of a group, R columns and G gate rows of a set (`adapters.sets`), M
-members of a routed artefact.
+Letters: T tokens, n tokens of a group, R columns and G gate rows of a set (`adapters.sets`), C of
+the columns constants and D diagonals, M members of a routed artefact.
 """
 
 from __future__ import annotations
@@ -36,15 +37,17 @@ class Route:
     """Learned gates of one routed artefact, for the n tokens of a group.
 
     Args:
-        columns: the artefact's columns.
+        columns: the artefact's products.
         rows: its M gate rows.
-        member: [columns] int64, which of the M members each column belongs to.
+        member: [columns] int64, which of the M members each product belongs to.
         weight: [n] float32, what the request multiplies the artefact by.
         top_k: [n] int64, members that each token is routed to, 1 to M.
         widest: the largest of `top_k`.
         temperature: [n] float32, T > 0.
         tally: counts how often a token of each request was routed to each member, over all
             layers; None to count nothing.
+        ones: the columns of the artefact's constants and diagonals, int64, and the member that
+            each belongs to; None if it has none.
     """
 
     columns: slice
@@ -55,6 +58,7 @@ class Route:
     widest: int
     temperature: torch.Tensor
     tally: Tally | None = None
+    ones: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def gates(self, scores: torch.Tensor) -> torch.Tensor:
         """[n, M] float32 gates of one layer.
@@ -87,6 +91,8 @@ class Group:
         gate: [n, R] float32, the request's own weight of each column, 1 in routed columns; None
             where all are 1.
         routes: the routed artefacts that some of the tokens use.
+        constants: C of the set.
+        diagonals: D of the set.
     """
 
     slot: int
@@ -95,19 +101,38 @@ class Group:
     rows: int
     gate: torch.Tensor | None
     routes: tuple[Route, ...] = ()
+    constants: int = 0
+    diagonals: int = 0
 
-    def added(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, size: int) -> torch.Tensor:
+    @property
+    def sums(self) -> int:
+        """R − D, the first diagonal."""
+        return self.columns - self.diagonals
+
+    @property
+    def products(self) -> int:
+        """R − D − C, the first constant."""
+        return self.sums - self.constants
+
+    def added(
+        self, x: torch.Tensor, t: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
         """[n, size], what one layer adds to its output.
 
         Args:
             x: [n, in] of the group's tokens.
+            t: [n, size], the layer's own output; not read without diagonals.
             a: [slots, 1, ≥ rows, in].
             b: [slots, 1, ≥ size, ≥ columns].
-            size: output columns of the layer.
         """
-        shrunk = x @ a[self.slot, 0, : self.rows].T
-        gated = self._gated(shrunk).to(x.dtype)
-        return gated @ b[self.slot, 0, :size, : self.columns].T
+        gated = self._gated(x @ a[self.slot, 0, : self.rows].T).to(x.dtype)
+        own = b[self.slot, 0, : t.shape[1], : self.columns]
+        if not self.diagonals:
+            return gated @ own.T
+        # Never 1 + d: in bfloat16 it has fewer digits of d than d itself.
+        sums, factors = gated.tensor_split([self.sums], 1)
+        of_sums, of_factors = own.tensor_split([self.sums], 1)
+        return (sums @ of_sums.T).addcmul_(factors @ of_factors.T, t)
 
     def _gated(self, shrunk: torch.Tensor) -> torch.Tensor:
         """[n, R] of the shrunk activations [n, R + G], each column times its gate.
@@ -115,6 +140,8 @@ class Group:
         `shrunk` is the caller's own, so it may be changed in place. Gates are applied in float32.
         """
         found = shrunk[:, : self.columns]
+        if self.constants or self.diagonals:
+            found[:, self.products :] = 1.0
         if self.gate is not None:
             found = found.float() * self.gate
         elif self.routes:
@@ -122,12 +149,17 @@ class Group:
         for route in self.routes:
             gates = route.gates(shrunk[:, route.rows])
             found[:, route.columns] *= gates[:, route.member]
+            if route.ones is not None:
+                columns, member = route.ones
+                found[:, columns] *= gates[:, member]
         return found
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Small groups without routes, computed together. Letters: S sets, m tokens of the largest.
+    """Small groups of products without routes, computed together.
+
+    Letters: S sets, m tokens of the largest.
 
     Args:
         slots: the sets' slots; a slice where they are consecutive, which copies no weights.
@@ -139,7 +171,11 @@ class Bundle:
     tokens: torch.Tensor
     gate: torch.Tensor
 
-    def added(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, size: int) -> torch.Tensor:
+    diagonals = 0
+
+    def added(
+        self, x: torch.Tensor, t: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
         """[S · m, size], what one layer adds to its output; see `Group.added`.
 
         The slots' rows and columns up to R must be finite, their sets' own or not.
@@ -147,7 +183,7 @@ class Bundle:
         sets, most, columns = self.gate.shape
         shrunk = x.view(sets, most, -1) @ a[self.slots, 0, :columns].transpose(1, 2)
         gated = (shrunk * self.gate).to(x.dtype)
-        return (gated @ b[self.slots, 0, :size, :columns].transpose(1, 2)).flatten(0, 1)
+        return (gated @ b[self.slots, 0, : t.shape[1], :columns].transpose(1, 2)).flatten(0, 1)
 
 
 SMALL = 8
@@ -157,7 +193,7 @@ than what it computes."""
 
 def bundled(groups: Sequence[Group]) -> tuple[Group | Bundle, ...]:
     """The groups, small ones put together."""
-    small = [g for g in groups if not g.routes and g.tokens is not None and len(g.tokens) <= SMALL]
+    small = [g for g in groups if _bundles(g)]
     if len(small) < 2:
         return tuple(groups)
     small.sort(key=lambda g: g.slot)
@@ -174,6 +210,11 @@ def bundled(groups: Sequence[Group]) -> tuple[Group | Bundle, ...]:
     consecutive = last - first + 1 == len(small)
     found = Bundle(slice(first, last + 1) if consecutive else slots, tokens.flatten(), gate)
     return (found, *(g for g in groups if g not in small))
+
+
+def _bundles(group: Group) -> bool:
+    plain = not group.routes and group.products == group.columns
+    return plain and group.tokens is not None and len(group.tokens) <= SMALL
 
 
 def _tokens(group: Group) -> torch.Tensor:
@@ -205,8 +246,9 @@ def add_adapters(
         xs = x if group.tokens is None else x[group.tokens]
         start = 0
         for a_all, b_all, size in zip(a, b, sizes, strict=True):
-            added = group.added(xs, a_all, b_all, size)
             part = y[:, start : start + size]
+            own = part if group.tokens is None or not group.diagonals else part[group.tokens]
+            added = group.added(xs, own, a_all, b_all)
             if group.tokens is None:
                 part += added
             else:

@@ -4,7 +4,8 @@ Where `adapters.kernels.gated` has one object per set and one gate per token, th
 request; a token names its line. So what is prepared and copied in a step grows with its requests,
 not with their tokens, and what lies in a line never changes while its request runs. Needs no torch.
 
-Letters: T tokens, L lines, R columns and G gate rows of a set (`adapters.sets`).
+Letters: T tokens, L lines, R columns, C and D of them constants and diagonals, and G gate rows of a
+set (`adapters.sets`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Line:
         top_k: [G] int32, members that a token is routed to; 0 where the request does not use the
             artefact. Alike in the gate rows of one artefact, as is `temperature`.
         temperature: [G] float32, T > 0.
+        constants: C, columns whose activation is 1; after the products.
+        diagonals: D, the last columns, which multiply the layer's output.
     """
 
     weight: Float32
@@ -40,6 +43,8 @@ class Line:
     artefact: Int32
     top_k: Int32
     temperature: Float32
+    constants: int = 0
+    diagonals: int = 0
 
     @property
     def columns(self) -> int:
@@ -51,13 +56,23 @@ class Line:
         """G."""
         return self.artefact.size
 
+    @property
+    def sums(self) -> int:
+        """R − D, the first diagonal."""
+        return self.columns - self.diagonals
+
+    @property
+    def products(self) -> int:
+        """R − D − C, the first constant."""
+        return self.sums - self.constants
+
 
 @dataclass(frozen=True, eq=False)
 class Lines:
     """The lines of a step, and which tokens use them.
 
     Args:
-        lines: [L]; lines of one slot have the same R and G.
+        lines: [L]; lines of one slot have the same R, C, D and G.
         slots: [L] int32, the slot of each line's set.
         tokens: [T] int32, each token's line; −1 for tokens without an adapter.
     """

@@ -1,10 +1,11 @@
 // The adapter sum row by row, on the CPU; `native.py` says when it is used and fills its state.
 //
-//     y[t] += B ( gate ⊙ (A x[t]) )
+//     y[t] += B ( gate ⊙ u ) + y[t] ⊙ D gate
 //
-// Columns with a gate of 0 are not computed, so a routed token reads its k members and the gates'
-// rows, nothing of the other members. Sums are float32. A row's result does not depend on the
-// other rows, nor on the number of threads.
+// u is A x[t] for a set's products and 1 for its constants; D are the columns of B that are its
+// diagonals. Columns with a gate of 0 are not computed, so a routed token reads its k members and
+// the gates' rows, nothing of the other members. Sums are float32, rounded once with y. A row's
+// result does not depend on the other rows, nor on the number of threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -57,21 +58,26 @@ inline void store(c10::BFloat16* p, Pair v) {
 // --- what a step adds ---------------------------------------------------------------------------
 
 struct Row {  // a token and its set
-  int64_t token, slot, columns, gate, first_route, last_route;
+  int64_t token, slot;
+  int64_t products, sums, columns;  // P, P + C and P + C + D, as in `adapters.sets`
+  int64_t gate, first_route, last_route;
 };
 
 struct Route {  // learned gates of one artefact in a row
-  int64_t column;   // its first column
   int64_t row;      // its first gate row
   int64_t members;  // M
-  int64_t bounds;   // where its M + 1 column bounds begin, counted from `column`
+  int64_t first_span, last_span;
   int64_t top_k;
   int64_t tally;    // which of the counts, −1 for none
   int64_t offset;   // of the request's counts in them
 };
 
+struct Span {  // columns of a member
+  int64_t member, start, stop;
+};
+
 struct State {
-  at::Tensor rows, routes, bounds, gates, softmax;
+  at::Tensor rows, routes, spans, gates, softmax;
   std::vector<at::Tensor> counts;
   bool others = false;  // groups that `coxswain::adapter_groups` computes
   int64_t widest = 0;   // columns of the widest row
@@ -117,7 +123,7 @@ void dots(const T* x, const T* a, int64_t width, const int32_t* which, int64_t n
 // Multiplies a routed artefact's part of `gate` by the softmax of its k highest scores over T.
 void choose(const State& s, int64_t route, const float* scores, float* gate) {
   const Route& r = reinterpret_cast<const Route*>(s.routes.const_data_ptr())[route];
-  const int64_t* bounds = s.bounds.const_data_ptr<int64_t>() + r.bounds;
+  const Span* spans = reinterpret_cast<const Span*>(s.spans.const_data_ptr());
   const float* softmax = s.softmax.const_data_ptr<float>() + 2 * route;  // weight, T
   std::vector<float> weight(r.members, 0.0f);
   std::vector<int64_t> chosen;
@@ -130,9 +136,9 @@ void choose(const State& s, int64_t route, const float* scores, float* gate) {
     weight[best] = 1.0f;
   }
   for (int64_t j : chosen) sum += weight[j] = std::exp((scores[j] - scores[chosen[0]]) / softmax[1]);
-  for (int64_t j = 0; j < r.members; j++)
-    for (int64_t c = bounds[j]; c < bounds[j + 1]; c++)
-      gate[r.column + c] *= weight[j] / sum * softmax[0];
+  for (int64_t i = r.first_span; i < r.last_span; i++)
+    for (int64_t c = spans[i].start; c < spans[i].stop; c++)
+      gate[c] *= weight[spans[i].member] / sum * softmax[0];
   if (r.tally < 0) return;
   int64_t* counts = s.counts[r.tally].mutable_data_ptr<int64_t>() + r.offset;
   for (int64_t j : chosen) __atomic_fetch_add(counts + j, 1, __ATOMIC_RELAXED);
@@ -140,11 +146,12 @@ void choose(const State& s, int64_t route, const float* scores, float* gate) {
 
 struct Shrunk {  // [row, packed layer]: columns that count, and their gated activations
   int64_t width;
-  std::unique_ptr<int32_t[]> count, column;
+  std::unique_ptr<int32_t[]> sums, count, column;  // diagonals lie from `sums` to `count`
   std::unique_ptr<float[]> value;
 
   Shrunk(int64_t items, int64_t widest)
       : width(widest),
+        sums(new int32_t[items]),
         count(new int32_t[items]),
         column(new int32_t[items * widest]),
         value(new float[items * widest]) {}
@@ -166,17 +173,23 @@ void shrink(const State& s, const Row& row, const T* x, const T* a, int64_t widt
   }
   int32_t n = 0, *column = out.column.get() + item * out.width;
   float* value = out.value.get() + item * out.width;
-  for (int32_t c = 0; c < row.columns; c++)
-    if (gate[c] != 0.0f) column[n++] = c;
-  dots(x, a, width, column, n, value);
-  for (int32_t i = 0; i < n; i++) value[i] *= gate[column[i]];
-  out.count[item] = n;
+  const auto choose_from = [&](int64_t start, int64_t stop) {
+    for (int32_t c = start; c < stop; c++)
+      if (gate[c] != 0.0f) column[n++] = c;
+    return n;
+  };
+  const int32_t products = choose_from(0, row.products);
+  dots(x, a, width, column, products, value);
+  out.sums[item] = choose_from(row.products, row.sums);
+  out.count[item] = choose_from(row.sums, row.columns);
+  for (int32_t i = 0; i < n; i++) value[i] = i < products ? value[i] * gate[column[i]] : gate[column[i]];
 }
 
-// y[from:to] += Σ_i value[i] · b[:, column[i]], b with strides (out, columns).
-template <typename T>
+// y[from:to] += Σ_i value[i] · b[:, column[i]], b with strides (out, columns); with `DIAGONALS`,
+// those from `sums` on are multiplied by y.
+template <bool DIAGONALS, typename T>
 void expand(T* y, const T* b, int64_t by_out, int64_t by_column, const int32_t* column,
-            const float* value, int64_t n, int64_t from, int64_t to) {
+            const float* value, int64_t sums, int64_t n, int64_t from, int64_t to) {
   constexpr int TILE = 4;
   constexpr int64_t STEP = 2 * LANES;
   int64_t o = from;
@@ -184,23 +197,36 @@ void expand(T* y, const T* b, int64_t by_out, int64_t by_column, const int32_t* 
     Pair sum[TILE];
 #pragma GCC unroll 4
     for (int j = 0; j < TILE; j++) sum[j] = load(y + o + j * STEP);
-    for (int64_t i = 0; i < n; i++) {
+    const auto add = [&](int64_t i, Pair* to) {
       const T* p = b + column[i] * by_column + o;
 #pragma GCC unroll 4
       for (int j = 0; j < TILE; j++) {
         const Pair w = load(p + j * STEP);
-        sum[j].first += value[i] * w.first;
-        sum[j].second += value[i] * w.second;
+        to[j].first += value[i] * w.first;
+        to[j].second += value[i] * w.second;
+      }
+    };
+    for (int64_t i = 0; i < sums; i++) add(i, sum);
+    if constexpr (DIAGONALS) {
+      Pair factor[TILE] = {};
+      for (int64_t i = sums; i < n; i++) add(i, factor);
+#pragma GCC unroll 4
+      for (int j = 0; j < TILE; j++) {
+        const Pair layer = load(y + o + j * STEP);
+        sum[j].first += layer.first * factor[j].first;
+        sum[j].second += layer.second * factor[j].second;
       }
     }
 #pragma GCC unroll 4
     for (int j = 0; j < TILE; j++) store(y + o + j * STEP, sum[j]);
   }
   for (; o < to; o++) {
-    float sum = static_cast<float>(y[o]);
+    const float layer = static_cast<float>(y[o]);
+    float sum = layer, factor = 0;
     for (int64_t i = 0; i < n; i++)
-      sum += value[i] * static_cast<float>(b[o * by_out + column[i] * by_column]);
-    y[o] = static_cast<T>(sum);
+      (i < sums ? sum : factor) +=
+          value[i] * static_cast<float>(b[o * by_out + column[i] * by_column]);
+    y[o] = static_cast<T>(DIAGONALS ? sum + layer * factor : sum);
   }
 }
 
@@ -238,10 +264,12 @@ void add_rows(const State& s, at::Tensor& y, const at::Tensor& x, at::TensorList
       const Row& row = s.row(i % n);
       const at::Tensor& own = b[p.layer];
       const int64_t item = p.layer * n + i % n;
-      expand(ys + row.token * y.stride(0) + p.start,
-             own.const_data_ptr<T>() + row.slot * own.stride(0), own.stride(2), own.stride(3),
-             shrunk.column.get() + item * shrunk.width, shrunk.value.get() + item * shrunk.width,
-             shrunk.count[item], p.from, p.to);
+      const int64_t sums = shrunk.sums[item], count = shrunk.count[item];
+      (sums < count ? expand<true, T> : expand<false, T>)(
+          ys + row.token * y.stride(0) + p.start,
+          own.const_data_ptr<T>() + row.slot * own.stride(0), own.stride(2), own.stride(3),
+          shrunk.column.get() + item * shrunk.width, shrunk.value.get() + item * shrunk.width,
+          sums, count, p.from, p.to);
     }
   });
 }
@@ -266,16 +294,16 @@ void adapter_sum(at::Tensor y, const at::Tensor& x, at::TensorList a, at::Tensor
   }
 }
 
-void adapter_rows(at::Tensor rows, at::Tensor routes, at::Tensor bounds, at::Tensor gates,
+void adapter_rows(at::Tensor rows, at::Tensor routes, at::Tensor spans, at::Tensor gates,
                   at::Tensor softmax, std::vector<at::Tensor> counts, int64_t widest, bool others) {
-  state() = {rows, routes, bounds, gates, softmax, std::move(counts), others, widest};
+  state() = {rows, routes, spans, gates, softmax, std::move(counts), others, widest};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(coxswain, m) {
   m.def(
-      "adapter_rows(Tensor rows, Tensor routes, Tensor bounds, Tensor gates, Tensor softmax, "
+      "adapter_rows(Tensor rows, Tensor routes, Tensor spans, Tensor gates, Tensor softmax, "
       "Tensor[] counts, int widest, bool others) -> ()");
 }
 

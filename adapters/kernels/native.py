@@ -85,9 +85,9 @@ class Rows:
     """Groups as `native.cpp` reads them; see its Row and Route.
 
     Args:
-        rows: [n, 6] int64.
+        rows: [n, 8] int64.
         routes: [routes, 7] int64.
-        bounds: int64, where each member's columns begin, and where the last one's end.
+        spans: [spans, 3] int64, the columns of the routes' members.
         gates: float32, the rows' constant gates, one after the other.
         softmax: [routes, 2] float32, weight and T.
         counts: of the routes that are tallied, [Q, M] int64.
@@ -96,7 +96,7 @@ class Rows:
 
     rows: torch.Tensor
     routes: torch.Tensor
-    bounds: torch.Tensor
+    spans: torch.Tensor
     gates: torch.Tensor
     softmax: torch.Tensor
     counts: list[torch.Tensor]
@@ -141,11 +141,11 @@ class _Builder:
     def __init__(self) -> None:
         self._rows: list[Array] = []
         self._routes: list[Array] = []
-        self._bounds: list[Array] = []
+        self._spans: list[Array] = []
         self._gates: list[Array] = []
         self._softmax: list[Array] = []
         self._counts: list[torch.Tensor] = []
-        self._made = {"gates": 0, "routes": 0, "bounds": 0}
+        self._made = {"gates": 0, "routes": 0, "spans": 0}
 
     def add(self, group: Group, n: int) -> None:
         """Appends a group's n rows, their gates and their routes (a token's side by side)."""
@@ -153,7 +153,8 @@ class _Builder:
         tokens = np.arange(n) if group.tokens is None else group.tokens.numpy()
         gate = np.ones((n, group.columns)) if group.gate is None else group.gate.numpy()
         start = self._made["gates"] + group.columns * np.arange(n)
-        values = [tokens, group.slot, group.columns, start, routes, routes + len(group.routes)]
+        bounds = [group.products, group.sums, group.columns]
+        values = [tokens, group.slot, *bounds, start, routes, routes + len(group.routes)]
         self._rows.append(_table(n, values))
         self._gates.append(gate.ravel())
         if group.routes:
@@ -166,14 +167,15 @@ class _Builder:
     def _route(self, route: Route, n: int) -> tuple[Array, Array]:
         """([n, 7], [n, 2]) of one route."""
         members = route.rows.stop - route.rows.start
-        bounds = np.searchsorted(route.member.numpy(), np.arange(members + 1))
+        spans = _spans(route)
         tally, offset = -1, np.zeros(n)
         if route.tally is not None:
             tally, offset = len(self._counts), members * route.tally.requests.numpy()
             self._counts.append(route.tally.counts)
-        values = [route.columns.start, route.rows.start, members, self._made["bounds"]]
-        self._bounds.append(bounds)
-        self._made["bounds"] += bounds.size
+        first = self._made["spans"]
+        values = [route.rows.start, members, first, first + len(spans)]
+        self._spans.append(spans)
+        self._made["spans"] += len(spans)
         softmax = np.stack([route.weight.numpy(), route.temperature.numpy()], 1)
         return _table(n, [*values, route.top_k.numpy(), tally, offset]), softmax
 
@@ -183,7 +185,7 @@ class _Builder:
         return Rows(
             _tensor(np.concatenate(self._rows), np.int64),
             _tensor(np.concatenate(self._routes or [none]), np.int64),
-            _tensor(np.concatenate(self._bounds or [none]), np.int64),
+            _tensor(np.concatenate(self._spans or [none]), np.int64),
             _tensor(np.concatenate(self._gates), np.float32),
             _tensor(np.concatenate(self._softmax or [none]), np.float32),
             self._counts,
@@ -191,9 +193,23 @@ class _Builder:
         )
 
 
+def _spans(route: Route) -> Array:
+    """[spans, 3] member, first column, last column + 1."""
+    members = np.arange(route.rows.stop - route.rows.start)
+    starts = route.columns.start + np.searchsorted(route.member.numpy(), members)
+    found = [np.stack([members, starts, np.append(starts[1:], route.columns.stop)], 1)]
+    if route.ones is not None:
+        columns, member = (part.numpy() for part in route.ones)
+        found.append(np.stack([member, columns, columns + 1], 1))
+    return np.concatenate(found)
+
+
 def _table(n: int, columns: Sequence[Array | int]) -> Array:
     """[n, columns] int64."""
-    return np.stack([np.broadcast_to(np.asarray(c, np.int64), (n,)) for c in columns], 1)
+    found = np.empty((n, len(columns)), np.int64)
+    for i, column in enumerate(columns):
+        found[:, i] = column
+    return found
 
 
 def _tensor(array: Array, dtype: type) -> torch.Tensor:

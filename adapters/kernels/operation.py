@@ -68,7 +68,7 @@ def adding(what: Added) -> Iterator[None]:
 
 def _set(rows: native.Rows, others: bool) -> None:
     torch.ops.coxswain.adapter_rows(
-        rows.rows, rows.routes, rows.bounds, rows.gates, rows.softmax, rows.counts, rows.widest,
+        rows.rows, rows.routes, rows.spans, rows.gates, rows.softmax, rows.counts, rows.widest,
         others,
     )  # fmt: skip
 

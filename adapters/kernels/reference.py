@@ -1,6 +1,10 @@
 """The definition of the adapter sum, in float64 and without any trick.
 
-    y = W x + Σ_j g_j(x) · s_j · B_j A_j x
+    t = W x + b0
+    y = t + Σ_j g_j(x) · ( d_j ⊙ t + s_j · B_j A_j x + b_j )
+
+t is all that the layer computes without adapters, its own bias b0 included. A LoRA adapter has no
+d_j and no b_j. Two adapters with diagonals add their deviations: none sees what another did.
 
 Letters: T tokens, M members, k members per token.
 """
@@ -21,30 +25,43 @@ class Term:
     """One member's part of the sum.
 
     Args:
-        a: [r, in].
+        a: [r, in]; r may be 0.
         b: [out, r].
         scale: s_j.
         gate: [T], g_j of each token.
+        diagonal: [out], d_j; None: 0.
+        constant: [out], b_j; None: 0.
     """
 
     a: Float
     b: Float
     scale: float
     gate: Float
+    diagonal: Float | None = None
+    constant: Float | None = None
 
 
-def adapter_sum(x: Float, weight: Float, terms: Sequence[Term]) -> Float:
+def adapter_sum(x: Float, weight: Float, terms: Sequence[Term], bias: Float | None = None) -> Float:
     """y, [T, out].
 
     Args:
         x: [T, in].
         weight: W, [out, in].
         terms: the members' parts.
+        bias: b0, [out]; None: 0.
     """
     y = np.array([weight @ row for row in x])
+    if bias is not None:
+        y += bias
+    layer = y.copy()
     for term in terms:
         for t, row in enumerate(x):
-            y[t] += term.gate[t] * term.scale * (term.b @ (term.a @ row))
+            change = term.scale * (term.b @ (term.a @ row))
+            if term.diagonal is not None:
+                change += term.diagonal * layer[t]
+            if term.constant is not None:
+                change += term.constant
+            y[t] += term.gate[t] * change
     return y
 
 

@@ -1,20 +1,22 @@
 """The adapter sum on a GPU: three Triton kernels, launched once each per linear layer.
 
     shrink   u = A x of every tile of tokens, in parts along x that another program adds up
-    gate     v = g ⊙ u, with MeteoRA's learned gate from the scores that ride below A
-    expand   y += B v
+    gate     v = g ⊙ u, with MeteoRA's learned gate from the scores that ride below A; u is 1 for
+             constants and diagonals
+    expand   y += B v + y ⊙ D v, D the columns of B that are diagonals
 
 However many sets the tokens use, there is one launch of each: a program reads from the tables
 (`adapters.kernels.triton_sum`) what it works on, or that there is nothing for it. Launch shapes
 depend on the layer and the number of tokens alone, so the launches can be recorded in a graph.
 
-Rounding is that of `adapters.kernels.gated`: u, v and B v are rounded to the dtype of x, all else
-is float32. Parts are added in a fixed order; there are no floating-point atomics.
+Rounding is that of `adapters.kernels.gated`: u, v and what is added to y are rounded to the dtype
+of x, all else is float32. Parts are added in a fixed order; there are no floating-point atomics.
 
 Letters: T tokens, P positions (`adapters.kernels.lines.Tiles`), R columns and G gate rows of a set.
 A name in capitals is known when a kernel is compiled. `WIDE` widens factors to float32 before they
 are multiplied, which changes no product: the interpreter multiplies the bits of bfloat16. `RANKS`
-is K, the rank indices of a slot up to the next power of two.
+is K, the rank indices of a slot up to the next power of two. `ONES` compiles what constants and
+diagonals need.
 
 The tables, all int32, in the order in which the kernels read them:
 
@@ -22,7 +24,7 @@ The tables, all int32, in the order in which the kernels read them:
             positions are alike where there is no tile
     lines   [T] the line at each position, −1 beyond P
     tokens  [P] the token at each position
-    table   [L, HEAD + 7 K / 2] per line: R, G and two unused, then
+    table   [L, HEAD + 7 K / 2] per line: R, G, the first constant and the first diagonal, then
             weight [K] float32, member [K], artefact [K / 2], top_k [K / 2], temperature [K / 2]
             float32, as in `adapters.kernels.lines.Line`
 """
@@ -164,6 +166,7 @@ def gate(
     RANKS: tl.constexpr,
     GATES: tl.constexpr,
     COUNT: tl.constexpr,
+    ONES: tl.constexpr,
 ):
     """V of one position and one packed layer.
 
@@ -180,6 +183,9 @@ def gate(
     c = tl.arange(0, RANKS)
     own = c < columns
     found = _added_up(u, splits, split_step, here + c, own, v.dtype.element_ty)
+    if ONES:
+        # What `shrink` made of A's rows there may be NaN: 0 times an infinite x.
+        found = tl.where(c < tl.load(weight - 2), found, 1.0)
     factor = tl.load(weight + c, mask=own, other=0).to(tl.float32, bitcast=True)
     if GATES > 0:  # noqa: SIM102 - decides what is compiled; the other, what runs
         if gates > 0:
@@ -202,6 +208,27 @@ def gate(
     tl.store(v + here + c, (found * factor).to(v.dtype.element_ty), mask=own)
 
 
+@triton.jit
+def _part(v_lines, own, c, stop):
+    """[TOKENS, COLUMNS] of v; 0 from the column `stop` on.
+
+    Whole eights are loaded, in one access each, and what is not the set's own is thrown away.
+    """
+    eights = tl.cdiv(stop, 8) * 8
+    found = tl.load(v_lines + c[None, :], mask=own[:, None] & (c[None, :] < eights), other=0.0)
+    return tl.where(c[None, :] < stop, found, 0.0)
+
+
+@triton.jit
+def _right(b_slot, b_step, n, size, c, stop, room, ACROSS: tl.constexpr):
+    """[COLUMNS, OUT] of B, transposed; 0 from the column `stop` on. Loads whole eights, too."""
+    eights = tl.cdiv(stop, 8) * 8
+    own = (n[None, :] < size) & (c[:, None] < eights) & (c[:, None] < room)
+    place = c[:, None] * b_step + n[None, :] if ACROSS else n[None, :] * b_step + c[:, None]
+    found = tl.load(b_slot + place, mask=own, other=0.0)
+    return tl.where(c[:, None] < stop, found, 0.0)
+
+
 @triton.jit(do_not_specialize=["slice_step"])
 def expand(
     y,
@@ -222,6 +249,7 @@ def expand(
     COLUMNS: tl.constexpr,
     OUT: tl.constexpr,
     ACROSS: tl.constexpr,
+    ONES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Adds to y what one tile adds in one block of output columns of one packed layer.
@@ -244,21 +272,29 @@ def expand(
     v_lines = v + tl.cast(layer, tl.int64) * slice_step + p[:, None] * RANKS
     b_slot, b_step = _pick(b, layer) + slot * _pick(b_slots, layer), _pick(b_steps, layer)
     total = tl.zeros((TOKENS, OUT), tl.float32)
-    # Whole eights are loaded, in one access each, and what is not the set's own is thrown away.
-    eights = tl.cdiv(columns, 8) * 8
-    for first in range(0, columns, COLUMNS):
+    sums = columns
+    if ONES:
+        sums = tl.load(table + line * (HEAD + RANKS // 2 * 7) + 3)
+    for first in range(0, sums, COLUMNS):
         c = first + tl.arange(0, COLUMNS)
-        own = (p[:, None] < end) & (c[None, :] < eights)
-        part = tl.load(v_lines + c[None, :], mask=own, other=0.0)
-        own = (n[None, :] < size) & (c[:, None] < eights) & (c[:, None] < room)
-        place = c[:, None] * b_step + n[None, :] if ACROSS else n[None, :] * b_step + c[:, None]
-        right = tl.load(b_slot + place, mask=own, other=0.0)
-        part = tl.where(c[None, :] < columns, part, 0.0)
-        total = _dot(part, tl.where(c[:, None] < columns, right, 0.0), total, WIDE)
+        part = _part(v_lines, p < end, c, sums)
+        right = _right(b_slot, b_step, n, size, c, sums, room, ACROSS)
+        total = _dot(part, right, total, WIDE)
     token = tl.load(tokens + p, mask=p < end, other=0).to(tl.int64)
     out = y + token[:, None] * y_row + (left + n[None, :]).to(tl.int64) * y_column
     own = (p[:, None] < end) & (n[None, :] < size)
     dtype: tl.constexpr = y.dtype.element_ty
-    added = total.to(dtype).to(tl.float32)
     found = tl.load(out, mask=own, other=0.0).to(tl.float32)
+    if ONES:  # noqa: SIM102 - decides what is compiled; the other, what runs
+        if sums < columns:
+            factor = tl.zeros((TOKENS, OUT), tl.float32)
+            for first in range(sums // COLUMNS * COLUMNS, columns, COLUMNS):
+                c = first + tl.arange(0, COLUMNS)
+                part = _part(v_lines, p < end, c, columns)
+                part = tl.where(c[None, :] >= sums, part, 0.0)
+                right = _right(b_slot, b_step, n, size, c, columns, room, ACROSS)
+                right = tl.where(c[:, None] >= sums, right, 0.0)
+                factor = _dot(part, right, factor, WIDE)
+            total += found * factor
+    added = total.to(dtype).to(tl.float32)
     tl.store(out, (found + added).to(dtype), mask=own)

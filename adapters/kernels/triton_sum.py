@@ -91,7 +91,7 @@ class AdapterTables:
         self.slots = slots
         self.ranks = max(FEWEST, triton.next_power_of_2(ranks))
         self.most_tokens, self.most_lines = tokens, lines
-        self.total, self.gates, self.counting = 0, 0, False
+        self.total, self.gates, self.counting, self.ones = 0, 0, False, False
         self.blocks = Blocks.of(0, self.ranks)
         # From addresses of 16 bytes Triton loads faster. The lines come last, so that the copy
         # ends with the step's last line.
@@ -106,9 +106,9 @@ class AdapterTables:
         self.counts = torch.zeros(lines, self.ranks // 2, dtype=torch.int32, device=device)
 
     @property
-    def shape(self) -> tuple[int, int, bool]:
+    def shape(self) -> tuple[int, int, bool, bool]:
         """All that launches depend on, besides the layer: a graph is recorded for each."""
-        return self.total, self.gates, self.counting
+        return self.total, self.gates, self.counting, self.ones
 
     def write(self, lines: Lines, total: int, counting: bool = False) -> None:
         """Writes the tables of a step.
@@ -122,6 +122,7 @@ class AdapterTables:
         assert lines.tokens.size <= total <= self.most_tokens
         assert len(lines.lines) <= self.most_lines
         self.total, self.counting = total, counting
+        self.ones = any(line.products < line.columns for line in lines.lines)
         self.blocks = Blocks.of(total, self.ranks)
         # Few values, since each is a kernel of its own: none, MeteoRA's 28, the most there can be.
         gates = max((line.gates for line in lines.lines), default=0)
@@ -150,7 +151,7 @@ class AdapterTables:
 def _packed(line: Line, ranks: int) -> Int32:
     """A line's row of the table."""
     row = np.zeros(HEAD.value + ranks // 2 * 7, np.int32)
-    row[:2] = line.columns, line.gates
+    row[: HEAD.value] = line.columns, line.gates, line.products, line.sums
     parts = np.split(row[HEAD.value :], np.cumsum([ranks, ranks, ranks // 2, ranks // 2]))
     values = (line.weight, line.member, line.artefact, line.top_k, line.temperature)
     for part, own in zip(parts, values, strict=True):
@@ -213,6 +214,7 @@ def add_adapters(
         RANKS=ranks,
         GATES=tables.gates,
         COUNT=tables.counting,
+        ONES=tables.ones,
         num_warps=4 if tables.gates <= 32 else 8,
     )
     expand[tiles, sum(triton.cdiv(size, cut.out) for size in sizes)](
@@ -225,6 +227,7 @@ def add_adapters(
         COLUMNS=cut.columns,
         OUT=cut.out,
         ACROSS=across,
+        ONES=tables.ones,
         WIDE=wide,
         num_warps=cut.warps,
     )

@@ -44,7 +44,7 @@ class Facts(msgspec.Struct, frozen=True):
     """What loading found out about an adapter.
 
     Args:
-        kind: `lora` or `meteora`.
+        kind: `lora`, `dora`, … or `meteora` (`adapters.formats.artefact.Kind`).
         base: the model it was made for, as its own config says it; empty: it does not say.
         size_bytes: bytes of its tensors.
         warnings: what a person should know of it, though it is served.

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from adapters.errors import BadAdapter, SourceAway, StoreFull, TooLarge
 from adapters.formats import meteora, peft
+from adapters.formats.config import read_object
 from adapters.formats.inspect import read_artefact
 from adapters.sources.local import LocalFolder
 from adapters.sources.origin import (
@@ -43,7 +44,7 @@ class Fetched:
     Args:
         digest: hex SHA-256 of its files.
         folder: where they are, read-only.
-        kind: `lora` or `meteora`.
+        kind: `lora`, `dora`, … or `meteora` (`adapters.formats.artefact.Kind`).
         size_bytes: of all its files.
     """
 
@@ -135,13 +136,24 @@ class _Transfer:
         if self._optional(meteora.CONFIG):
             names = self._pack(json.loads((self._folder / meteora.CONFIG).read_bytes()))
         elif self._optional(peft.CONFIG):
-            names = [peft.WEIGHTS]
+            names = self._weights()
         else:
             either = f"a folder with {peft.CONFIG} or {meteora.CONFIG}"
             raise BadAdapter("no adapter here", field="source", allowed=either)
         for name in names:
-            self._needed(name)
+            if not (self._folder / name).is_file():
+                self._needed(name)
         return self._done
+
+    def _weights(self) -> list[str]:
+        """The other files of a PEFT adapter: one, or those of an index."""
+        if self._optional(peft.WEIGHTS) or not self._optional(peft.INDEX):
+            return [peft.WEIGHTS]
+        names = list(peft.shards(self._folder))
+        if len(names) + 2 > self._limits.max_files:
+            raise TooLarge("too many files", field=peft.INDEX,
+                           allowed=f"at most {self._limits.max_files} files")  # fmt: skip
+        return names
 
     def _pack(self, config: object) -> list[str]:
         """The other files of a MeteoRA pack; the format's own reader checks the rest later."""
@@ -199,7 +211,7 @@ class _Transfer:
             path.unlink(missing_ok=True)
             raise
         if name.endswith(".json"):
-            peft.read_config(path)
+            read_object(path)
 
     def _refuse_size(self, name: str, size: int, most: int) -> None:
         if size > most:

@@ -17,7 +17,11 @@ import torch
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.utils import get_supported_lora_modules
 from vllm.model_executor.layers.fused_moe import MoERunner
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+)
 from vllm.model_executor.utils import get_packed_modules_mapping
 
 from adapters.errors import DoesNotFit
@@ -32,6 +36,8 @@ class Slice:
         parts: as the adapter manager knows them, in the order of their output columns.
         sizes: columns of each part's output, over all ranks.
         into: columns of the input, over all ranks.
+        layer: name of the wrapped layer that it is in.
+        start: its first output in the layer's, over all ranks.
         order: [out] int64, which row of the checkpoint's weight each row of the engine's is; None
             where they lie alike.
     """
@@ -39,6 +45,8 @@ class Slice:
     parts: tuple[str, ...]
     sizes: tuple[int, ...]
     into: int
+    layer: str
+    start: int = 0
     order: torch.Tensor | None = None
 
     @property
@@ -77,6 +85,7 @@ class StreamAdapters(Slots):
                 if not any(expert.rsplit(".", 1)[-1] == name for expert in experts)
             ]
             self.packed_modules_mapping = packed_layers(model)
+            _put_weights(model)
             super()._create_lora_modules()
             modules |= {f"{stream}.{name}": layer for name, layer in self.modules.items()}
             packed |= {
@@ -94,6 +103,23 @@ class StreamAdapters(Slots):
             super()._create_merged_loras_inplace(lora_model)
 
 
+_USUAL_PARTS = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
+"""Of models without a table of their own (StableLM), whose checkpoints hold the parts."""
+
+
+def _put_weights(model: Any) -> None:
+    """Gives an empty weight to layers that have dropped theirs (int8 in the CPU build).
+
+    vLLM's wrappers look up the device of a layer's weight.
+    """
+    for module in model.modules():
+        if isinstance(module, LinearBase) and getattr(module, "weight", module) is None:
+            module.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+
+
 def packed_layers(model: Any) -> dict[str, list[str]]:
     """Last name of a packed layer → the last names of its parts in a checkpoint.
 
@@ -104,7 +130,7 @@ def packed_layers(model: Any) -> dict[str, list[str]]:
     for name, module in model.named_modules():
         if isinstance(module, QKVParallelLinear | MergedColumnParallelLinear):
             last = name.rsplit(".", 1)[-1]
-            table.setdefault(last, [last])
+            table.setdefault(last, _USUAL_PARTS.get(last, [last]))
     return table
 
 
@@ -125,9 +151,9 @@ def slices(manager: Any, stream: str) -> dict[str, Slice]:
         parts = manager.packed_modules.get(name, [name])
         sizes, into = _sizes(layer.base_layer, len(parts)), layer.base_layer.input_size
         order = _order(manager.model.get_submodule(stream), name.rsplit(".", 1)[-1])
-        for part, size in zip(parts, sizes, strict=True):
-            found[part] = Slice((part,), (size,), into)
-        found[name] = Slice(tuple(parts), tuple(sizes), into, order)
+        for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+            found[part] = Slice((part,), (size,), into, name, sum(sizes[:i]))
+        found[name] = Slice(tuple(parts), tuple(sizes), into, name, 0, order)
     return found
 
 

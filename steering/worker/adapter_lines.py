@@ -104,21 +104,23 @@ def stream_lines(
 def _line(layout: Layout, uses: tuple[AdapterUse, ...]) -> Line:
     """The line of a request; artefacts of the set that it does not use get the weight 0."""
     by_digest = {use.digest: use for use in uses}
-    gates = layout.rows - layout.columns
+    gates = layout.gates
     weight = np.zeros(layout.columns, np.float32)
     member = np.full(layout.columns, CONSTANT, np.int32)
     artefact, top_k = np.zeros(gates, np.int32), np.zeros(gates, np.int32)
     temperature = np.ones(gates, np.float32)
     for number, block in enumerate(layout.blocks):
         use = by_digest.get(block.digest)
-        columns = slice(block.start, block.stop)
-        weight[columns] = use.weight if use else 0.0
+        weight[block.columns] = use.weight if use else 0.0
         if block.gate is None:
             continue
         first, members = block.gate - layout.columns, len(block.ranks)
-        member[columns] = first + np.repeat(np.arange(members), block.ranks)
+        member[block.products] = first + np.repeat(np.arange(members), block.ranks)
+        for column, own in block.ones:
+            member[column] = first + own
         rows = slice(first, first + members)
         artefact[rows] = number
         if use:
             top_k[rows], temperature[rows] = use.top_k, use.temperature
-    return Line(weight, member, artefact, top_k, temperature)
+    kinds = layout.constants, layout.diagonals
+    return Line(weight, member, artefact, top_k, temperature, *kinds)

@@ -134,11 +134,10 @@ class Adapted:
         routes = []
         for block in layout.blocks:
             own = [u.get(block.digest) for u in use.uses]
-            columns = slice(block.start, block.stop)
             if block.gate is None:
-                per_user[:, columns] = [[u.weight if u else 0.0] for u in own]
+                per_user[:, block.columns] = [[u.weight if u else 0.0] for u in own]
             elif any(own[i] for i in np.unique(use.user)):
-                per_user[:, columns] = 1.0
+                per_user[:, block.columns] = 1.0
                 routes.append(self._route(use, block, block.gate, own))
         gate = per_user[use.user]
         return Group(
@@ -148,6 +147,8 @@ class Adapted:
             layout.rows,
             None if (gate == 1).all() else torch.from_numpy(gate).to(use.device),
             tuple(routes),
+            layout.constants,
+            layout.diagonals,
         )
 
     def _route(self, use: _Uses, block: Block, row: int, own: Sequence[AdapterUse | None]) -> Route:
@@ -162,8 +163,9 @@ class Adapted:
             counts = torch.zeros(shape, dtype=torch.int64, device=device)
             tally = Tally(torch.from_numpy(use.requests).to(device), counts)
             self.routed.append(Routed(use.stream, block.digest, counts))
+        ones = torch.tensor(block.ones, dtype=torch.int64, device=device).T if block.ones else None
         return Route(
-            slice(block.start, block.stop),
+            block.products,
             slice(row, row + len(block.ranks)),
             torch.from_numpy(member).to(device),
             torch.from_numpy(weight).to(device),
@@ -171,4 +173,5 @@ class Adapted:
             int(top_k.max()),
             torch.from_numpy(temperature).to(device),
             tally,
+            None if ones is None else (ones[0], ones[1]),
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -13,6 +11,11 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
 
+from adapters.errors import AdapterError, BadAdapter
+from adapters.formats.artefact import Part
+from adapters.formats.config import CONFIG, read_object
+from adapters.formats.peft import read_peft
+from adapters.parts import factors
 from steering.heads import HeadError, HeadFile, Kind, Layer, Place, find_head, is_head
 from steering.worker.layout import Layout
 from steering.worker.readout import Reading
@@ -168,25 +171,22 @@ def body_weights(
 
 def _adapter(folder: Path) -> dict[str, torch.Tensor]:
     """Module → what a PEFT LoRA adds to its weight, float32."""
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / CONFIG).is_file():
         return {}
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    odd = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "layer_replication")
-           if config.get(key)]  # fmt: skip
-    if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
-        raise HeadError(f"the adapter in {folder} is no plain LoRA ({', '.join(odd) or 'type'})")
-    rank = config["r"]
-    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for file in sorted(folder.glob("adapter_model*.safetensors")):
-        with safe_open(file, "pt") as stream:
-            for name in stream.keys():  # noqa: SIM118 (not a mapping)
-                module, found, part = name.removeprefix("base_model.model.").partition(".lora_")
-                if found:
-                    parts.setdefault(module, {})[part[0]] = stream.get_tensor(name).float()
-                elif not is_head(name):
-                    raise HeadError(f"{name} in {file} is neither LoRA nor head")
-    deltas = {module: scale * (two["B"] @ two["A"]) for module, two in parts.items()}
-    if any(not delta.isfinite().all() for delta in deltas.values()):
-        raise HeadError(f"the adapter in {folder} is not finite")
-    return {m: d.T if config.get("fan_in_fan_out") else d for m, d in deltas.items()}
+    try:
+        found = read_peft(folder, left_alone=lambda name: is_head(name) or is_head(f"{name}."))
+        turned = bool(read_object(folder / CONFIG).get("fan_in_fan_out"))
+        if not found.plain:
+            raise BadAdapter(f"of kind {found.kind}, not a plain LoRA; merge it with PEFT's "
+                             "merge_and_unload")  # fmt: skip
+        return {m: _delta(folder, m, part, turned) for m, part in found.parts[0].items()}
+    except AdapterError as error:
+        raise HeadError(f"the adapter in {folder}: {error}") from error
+
+
+def _delta(folder: Path, module: str, part: Part, turned: bool) -> torch.Tensor:
+    a, b = factors(folder, part)
+    delta = part.scale * (b.float() @ a.float())
+    if not delta.isfinite().all():
+        raise BadAdapter("is not finite", field=module)
+    return delta.T if turned else delta

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm import envs
 from vllm.config import CompilationMode, VllmConfig
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -49,12 +50,18 @@ def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
 
     Raises:
         ValueError: the engine would record the layers' work once and replay it, which is not
-            possible for groups that change with every step; or it would split A by its rank.
+            possible for groups that change with every step; or it would split A by its rank, or
+            run adapters beside the layers that they read.
     """
     if vllm_config.lora_config is None:
         return
     if vllm_config.lora_config.fully_sharded_loras:
         raise ValueError("adapters do not work with fully_sharded_loras")
+    if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
+        raise ValueError(
+            "adapters do not work with VLLM_LORA_ENABLE_DUAL_STREAM=1: they multiply what the base"
+            " has computed, so they cannot run beside it"
+        )
     if not current_platform.is_cpu() and not vllm_config.model_config.enforce_eager:
         raise ValueError("adapters on this platform need enforce_eager: true")
     if current_platform.is_cpu():

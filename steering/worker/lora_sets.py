@@ -15,18 +15,14 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.platforms import current_platform
 
 from adapters.errors import DoesNotFit
-from adapters.load import load_set, verify
+from adapters.load import load_set, normed, verify
 from adapters.sets import AdapterSet, Layout
-from steering.worker.adapter_layers import (
-    StreamAdapters,
-    by_checkpoint_name,
-    check_slice,
-    fit,
-    slices,
-)
+from steering.worker.adapter_layers import StreamAdapters, fit
+from steering.worker.base_layers import EngineLayers
 
 
 def arrange(manager: Any) -> None:
@@ -74,6 +70,10 @@ class _Filled:
         self._ranks[index] = 0
 
 
+_Part = tuple[str, LoRALayerWeights]
+"""A layer's name and what a set does to it."""
+
+
 def _several(parts: Any) -> list[torch.Tensor]:
     """What vLLM gives for a layer: one tensor, or one or None for each that is packed in it."""
     return [part for part in (parts if isinstance(parts, list) else [parts]) if part is not None]
@@ -103,25 +103,26 @@ class _Reading:
     """A set's layers, read bit by bit. Iterating gives all of them.
 
     Args:
-        parts: what remains to be read.
+        parts: what remains to be read; None where only some work was done.
     """
 
-    def __init__(self, parts: Iterator[tuple[str, LoRALayerWeights]]) -> None:
+    def __init__(self, parts: Iterator[_Part | None]) -> None:
         self._parts = parts
-        self._read: list[tuple[str, LoRALayerWeights]] = []
+        self._read: list[_Part] = []
 
     def read(self, seconds: float) -> bool:
-        """Reads for some time, at least one layer; whether that was the last."""
+        """Reads for some time, at least one piece; whether that was the last."""
         until = time.monotonic() + seconds
         for part in self._parts:
-            self._read.append(part)
+            if part is not None:
+                self._read.append(part)
             if time.monotonic() >= until:
                 return False
         return True
 
-    def __iter__(self) -> Iterator[tuple[str, LoRALayerWeights]]:
+    def __iter__(self) -> Iterator[_Part]:
         yield from self._read
-        yield from self._parts
+        yield from (part for part in self._parts if part is not None)
 
 
 class SetManager(LRUCacheWorkerLoRAManager):
@@ -129,10 +130,11 @@ class SetManager(LRUCacheWorkerLoRAManager):
 
     _adapter_manager: StreamAdapters
     _ahead: dict[str, _Reading]
+    _norms: dict[str, torch.Tensor]
 
     def adopt(self) -> None:
         """Prepares what this class adds to the manager that vLLM made."""
-        self._ahead = {}
+        self._ahead, self._norms = {}, {}
 
     @property
     def slots(self) -> dict[int, int]:
@@ -199,22 +201,26 @@ class SetManager(LRUCacheWorkerLoRAManager):
 
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
         found = AdapterSet.from_path(lora_request.lora_path)
-        weights = dict(self._ahead.pop(lora_request.lora_path, None) or self._parts(found))
+        reading = self._ahead.pop(lora_request.lora_path, None) or _Reading(self._parts(found))
+        weights = dict(reading)
         return _Loaded(found, lora_request.lora_int_id, weights)
 
-    def _parts(self, found: AdapterSet) -> Iterator[tuple[str, LoRALayerWeights]]:
-        """Per layer of the steered model that a set changes, its weights."""
+    def _parts(self, found: AdapterSet) -> Iterator[_Part | None]:
+        """Per layer of the steered model that a set changes, its weights; None between steps."""
         self._check(found)
         manager = self._adapter_manager
         dtype, by_columns = self.lora_config.lora_dtype, current_platform.is_cpu()
         for owner in found.owners:
-            known, model = slices(manager, owner), manager.model.get_submodule(owner)
+            layers, layout = EngineLayers(manager, owner, self._norms), found.layout(owner)
             filled: set[str] = set()
-            for module, a, b in load_set(found, owner, dtype, by_columns=by_columns):
-                layer = by_checkpoint_name(model, known, owner, module)
-                layer = check_slice(layer, owner, module, known)
-                fit(layer, owner, module, a, b)
-                for name, rows in layer.split(b):
+            for module in normed(found, owner):
+                for _ in layers.measure(module):
+                    yield None
+            for module, a, b in load_set(found, owner, dtype, layers, by_columns=by_columns):
+                part = layers.slice(module)
+                fit(part, owner, module, a, b)
+                _adjust(b, layout, layers.layer(part).base_layer, f"{owner}: {module}")
+                for name, rows in part.split(b):
                     if name in filled:
                         raise DoesNotFit("this layer is changed twice, under two names",
                                          field=f"{owner}: {module}")  # fmt: skip
@@ -233,3 +239,18 @@ class SetManager(LRUCacheWorkerLoRAManager):
             raise DoesNotFit(
                 "the set's rank", field=found.name, value=found.rank, allowed=f"≤ {limit}"
             )
+
+
+def _adjust(b: torch.Tensor, layout: Layout, layer: Any, field: str) -> None:
+    """Fits constants and diagonals to what the layer gives; changes B in place.
+
+    Raises:
+        DoesNotFit: a diagonal would not multiply the layer's bias.
+    """
+    scales = layout.diagonals and bool(b[:, layout.sums : layout.columns].any())
+    if scales and layer.skip_bias_add and layer.bias is not None:
+        why = "adapters that scale this layer's output are not served: its bias is added elsewhere"
+        raise DoesNotFit(why, field=field)
+    if layout.constants and isinstance(layer, RowParallelLinear) and layer.tp_rank > 0:
+        # The ranks' outputs are summed: one of them adds the constant.
+        b[:, layout.products : layout.sums] = 0

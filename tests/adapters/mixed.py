@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from adapters.kernels.gated import Group, Route
 from adapters.kernels.lines import CONSTANT, Line, Lines
 from adapters.kernels.reference import Float, Term, adapter_sum, routing
 
@@ -22,10 +23,14 @@ class Part:
     Args:
         ranks: of its members.
         routed: whether it has gates.
+        constants: per member, whether it has a constant; empty: none has.
+        diagonals: per member, whether it has a diagonal; empty: none has.
     """
 
     ranks: tuple[int, ...]
     routed: bool = False
+    constants: tuple[bool, ...] = ()
+    diagonals: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,41 @@ class Ask:
 Set = tuple[Part, ...]
 
 
+def products(parts: Set) -> int:
+    """P."""
+    return sum(sum(part.ranks) for part in parts)
+
+
+def constants(parts: Set) -> int:
+    """C."""
+    return sum(sum(part.constants) for part in parts)
+
+
+def diagonals(parts: Set) -> int:
+    """D."""
+    return sum(sum(part.diagonals) for part in parts)
+
+
 def columns(parts: Set) -> int:
     """R."""
-    return sum(sum(part.ranks) for part in parts)
+    return products(parts) + constants(parts) + diagonals(parts)
+
+
+def places(parts: Set) -> list[list[tuple[slice, int | None, int | None]]]:
+    """Per part and member: its products, its constant and its diagonal, in the order of a slot."""
+    product, constant = 0, products(parts)
+    diagonal = constant + constants(parts)
+    found = []
+    for part in parts:
+        own = []
+        none = (False,) * len(part.ranks)
+        kinds = part.constants or none, part.diagonals or none
+        for rank, adds, scales in zip(part.ranks, *kinds, strict=True):
+            span = slice(product, product + rank)
+            own.append((span, constant if adds else None, diagonal if scales else None))
+            product, constant, diagonal = product + rank, constant + adds, diagonal + scales
+        found.append(own)
+    return found
 
 
 def gates(parts: Set) -> int:
@@ -52,23 +89,26 @@ def gates(parts: Set) -> int:
 
 def line(parts: Set, asks: Sequence[Ask]) -> Line:
     """The line of a request."""
-    weight: list[float] = []
-    member: list[int] = []
+    weight = np.zeros(columns(parts), np.float32)
+    member = np.full(columns(parts), CONSTANT, np.int32)
     rows: list[tuple[int, int, float]] = []
-    for i, (part, ask) in enumerate(zip(parts, asks, strict=True)):
-        weight += [ask.weight] * sum(part.ranks)
-        for j, rank in enumerate(part.ranks):
-            member += [len(rows) + j if part.routed else CONSTANT] * rank
+    for i, (part, ask, own) in enumerate(zip(parts, asks, places(parts), strict=True)):
+        for j, (span, *ones) in enumerate(own):
+            for column in (*range(span.start, span.stop), *(c for c in ones if c is not None)):
+                weight[column] = ask.weight
+                member[column] = len(rows) + j if part.routed else CONSTANT
         if part.routed:
             top_k = ask.top_k if ask.weight else 0
             rows += [(i, top_k, ask.temperature)] * len(part.ranks)
     artefact, top_ks, temperatures = zip(*rows, strict=True) if rows else ((), (), ())
     return Line(
-        np.array(weight, np.float32),
-        np.array(member, np.int32),
+        weight,
+        member,
         np.array(artefact, np.int32),
         np.array(top_ks, np.int32),
         np.array(temperatures, np.float32),
+        constants(parts),
+        diagonals(parts),
     )
 
 
@@ -113,7 +153,8 @@ class Layer:
         for slot, parts in self.sets.items():
             r, g = columns(parts), gates(parts)
             for a, b, size in zip(self.a, self.b, self.sizes, strict=True):
-                a[slot, 0, :r] = torch.from_numpy(self.draw(r, self.into) / np.sqrt(self.into))
+                p = products(parts)
+                a[slot, 0, :p] = torch.from_numpy(self.draw(p, self.into) / np.sqrt(self.into))
                 a[slot, 0, r : r + g] = torch.from_numpy(self._gates(g))
                 b[slot, 0, :size, :r] = torch.from_numpy(self.draw(size, r))
 
@@ -179,17 +220,69 @@ class Layer:
         return found
 
 
+def groups(sets: dict[int, Set], lines: Lines, asks: Sequence[Sequence[Ask]]) -> list[Group]:
+    """The same tokens as groups."""
+    found = []
+    for slot, parts in sets.items():
+        users = np.flatnonzero((lines.tokens >= 0) & (lines.slots[lines.tokens] == slot))
+        if not users.size:
+            continue
+        own = [asks[number] for number in lines.tokens[users]]
+        gate = np.stack([lines.lines[number].weight for number in lines.tokens[users]])
+        routes, row = [], columns(parts)
+        for i, (part, members) in enumerate(zip(parts, places(parts), strict=True)):
+            if part.routed:
+                routes.append(_route([ask[i] for ask in own], members, row))
+                ones = routes[-1].ones
+                gate[:, routes[-1].columns] = 1.0
+                if ones is not None:
+                    gate[:, ones[0]] = 1.0
+                row += len(members)
+        counts = columns(parts), columns(parts) + gates(parts)
+        kinds = constants(parts), diagonals(parts)
+        tokens = torch.from_numpy(users)
+        found.append(Group(slot, tokens, *counts, torch.from_numpy(gate), tuple(routes), *kinds))
+    return found
+
+
+def _route(
+    asks: Sequence[Ask], members: Sequence[tuple[slice, int | None, int | None]], row: int
+) -> Route:
+    spans = [span for span, *_ in members]
+    ranks = torch.tensor([span.stop - span.start for span in spans])
+    ones = [(c, j) for j, (_, *own) in enumerate(members) for c in own if c is not None]
+    top_k = torch.tensor([ask.top_k for ask in asks])
+    return Route(
+        slice(spans[0].start, spans[-1].stop),
+        slice(row, row + len(members)),
+        torch.arange(len(members)).repeat_interleave(ranks),
+        torch.tensor([ask.weight for ask in asks]),
+        top_k,
+        int(top_k.max()),
+        torch.tensor([ask.temperature for ask in asks]),
+        None,
+        (torch.tensor(ones)[:, 0], torch.tensor(ones)[:, 1]) if ones else None,
+    )
+
+
 def _terms(parts: Set, asks: Sequence[Ask], a: Float, b: Float, x: Float) -> list[Term]:
-    terms, start, row = [], 0, columns(parts)
-    for part, ask in zip(parts, asks, strict=True):
+    terms, row = [], columns(parts)
+    for part, ask, own in zip(parts, asks, places(parts), strict=True):
         learned = np.ones(len(part.ranks))
         if part.routed:
             scores = a[row : row + len(part.ranks)] @ x
             row += len(part.ranks)
             if ask.weight:
                 learned = routing(scores[None], ask.top_k, ask.temperature)[0]
-        for rank, gate in zip(part.ranks, learned, strict=True):
-            own = slice(start, start + rank)
-            terms.append(Term(a[own], b[:, own], 1.0, np.array([gate * ask.weight])))
-            start += rank
+        for (span, constant, diagonal), gate in zip(own, learned, strict=True):
+            terms.append(
+                Term(
+                    a[span],
+                    b[:, span],
+                    1.0,
+                    np.array([gate * ask.weight]),
+                    None if diagonal is None else b[:, diagonal],
+                    None if constant is None else b[:, constant],
+                )
+            )
     return terms

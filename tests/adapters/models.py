@@ -1,6 +1,8 @@
-"""Adapted models by other people's code: PEFT for LoRA, plain hooks for MeteoRA.
+"""Adapted models by other people's code: PEFT, and plain hooks for MeteoRA and for mixes.
 
-Nothing here uses our loading or our kernels.
+A mix of adapters that are not all LoRA is, by definition, the layer's own output plus each one's
+weight times what it changes of that output when it is alone: PEFT's output less the layer's, here
+in float64. Nothing here uses our loading or our kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
+from transformers.pytorch_utils import Conv1D
 
 from tests.reference import fresh
 
@@ -43,9 +47,57 @@ def adapted(base: Path, adapters: tuple[Applied, ...]) -> Any:
     model: Any = fresh(base)
     for applied in adapters:
         if (applied.folder / "meteora.json").is_file():
-            _hook_meteora(model, applied)
-    loras = [a for a in adapters if not (a.folder / "meteora.json").is_file()]
-    return _with_peft(model, loras).eval() if loras else model
+            _hook_meteora(model, base, applied)
+    others = [a for a in adapters if not (a.folder / "meteora.json").is_file()]
+    alone = len(adapters) == 1 and adapters[0].weight == 1
+    if others and (alone or all(_is_lora(a.folder) for a in others)):
+        return _with_peft(model, others).eval()
+    for applied in others:
+        for name, change in changes(base, applied.folder).items():
+            model.get_submodule(name).register_forward_hook(_adds(change, applied.weight))
+    return model
+
+
+def _is_lora(folder: Path) -> bool:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    more = config.get("use_dora") or config.get("lora_bias") or config.get("bias") != "none"
+    return config["peft_type"] == "LORA" and not more
+
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""[..., in] inputs of a layer → [..., out], what an adapter of weight 1 adds to its output."""
+
+
+@functools.cache
+def changes(base: Path, folder: Path) -> dict[str, Change]:
+    """What a PEFT adapter adds to each layer that it changes, in float64.
+
+    Scaling the input of a layer counts as a change of its output.
+    """
+    plain = fresh(base)
+    other: Any = PeftModel.from_pretrained(fresh(base), folder).double().eval().base_model.model
+    found = {}
+    for name, layer in plain.double().eval().named_modules():
+        if isinstance(layer, torch.nn.Linear | Conv1D):
+            changed = other.get_submodule(name)
+            bias = getattr(changed, "bias", None)
+            if isinstance(changed, BaseTunerLayer) or (
+                bias is not None and not torch.equal(bias, layer.bias)
+            ):
+                found[name] = _change(changed, layer)
+    return found
+
+
+def _change(changed: Any, layer: Any) -> Change:
+    def change(x: torch.Tensor) -> torch.Tensor:
+        added: torch.Tensor = changed(x.double()) - layer(x.double())
+        return added.to(x.dtype)
+
+    return change
+
+
+def _adds(change: Change, weight: float) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
+    return lambda _, inputs, output: output + weight * change(inputs[0])
 
 
 def _with_peft(model: Any, loras: Sequence[Applied]) -> Any:
@@ -62,21 +114,25 @@ def _with_peft(model: Any, loras: Sequence[Applied]) -> Any:
     return wrapped
 
 
-def _hook_meteora(model: Any, applied: Applied) -> None:
+def _hook_meteora(model: Any, base: Path, applied: Applied) -> None:
     config = json.loads((applied.folder / "meteora.json").read_text())
     top_k = applied.top_k or config["top_k"]
     temperature = applied.temperature or config["temperature"]
     for name, module in model.named_modules():
         gate, tasks = _released(applied.folder, config, name)
         if config["layout"] == "native":
-            gate, tasks = _native(applied.folder, config, name)
+            gate, tasks = _native(base, applied.folder, config, name)
         if gate is not None:
             hook = _hook(gate, tasks, top_k, temperature, applied.weight)
             module.register_forward_hook(hook)
 
 
-Tasks = list[tuple[torch.Tensor, torch.Tensor, float] | None]
-"""Per task A, B and scale, or None where a task leaves the layer alone."""
+Tasks = list[Change | None]
+"""Per task, what it adds to a layer; None where it leaves the layer alone."""
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, scale: float) -> Change:
+    return lambda x: scale * ((x @ a.to(x.dtype).T) @ b.to(x.dtype).T)
 
 
 def _released(folder: Path, config: Any, module: str) -> tuple[torch.Tensor | None, Tasks]:
@@ -93,20 +149,25 @@ def _released(folder: Path, config: Any, module: str) -> tuple[torch.Tensor | No
     tasks: Tasks = []
     for j in range(len(config["tasks"])):
         own = slice(j * rank, (j + 1) * rank)
-        tasks.append((a[own], b[:, own], config["alpha"] / rank))
+        tasks.append(_product(a[own], b[:, own], config["alpha"] / rank))
     return tensors[f"{prefix}.moe_gate.weight"], tasks
 
 
-def _native(folder: Path, config: Any, module: str) -> tuple[torch.Tensor | None, Tasks]:
+def _native(
+    base: Path, folder: Path, config: Any, module: str
+) -> tuple[torch.Tensor | None, Tasks]:
     tasks: Tasks = []
     for task in config["tasks"]:
+        if not _is_lora(folder / task):
+            tasks.append(changes(base, folder / task).get(module))
+            continue
         own = json.loads((folder / task / "adapter_config.json").read_text())
         tensors, prefix = load_file(folder / task / "adapter_model.safetensors"), _PREFIX + module
         if f"{prefix}.lora_A.weight" not in tensors:
             tasks.append(None)
             continue
         a, b = tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"]
-        tasks.append((a, b, own["lora_alpha"] / own["r"]))
+        tasks.append(_product(a, b, own["lora_alpha"] / own["r"]))
     return load_file(folder / "gates.safetensors").get(f"{module}.moe_gate.weight"), tasks
 
 
@@ -123,9 +184,8 @@ def _hook(
         for j, task in enumerate(tasks):
             if task is None:
                 continue
-            a, b, scale = task[0].to(x.dtype), task[1].to(x.dtype), task[2]
             share = (shares * (chosen == j)).sum(-1, keepdim=True)
-            output = output + weight * share * scale * ((x @ a.T) @ b.T)
+            output = output + weight * share * task(x)
         return output
 
     return hook

@@ -57,7 +57,7 @@ def test_compiles_for_nvidia_gpus(
             {"u": "*fp32", "splits": "i32"}
             | steps
             | {"v": values, "lines": "*i32", "table": "*i32", "counts": "*i32"},
-            {"RANKS": ranks, "GATES": gates, "COUNT": gates > 0},
+            {"RANKS": ranks, "GATES": gates, "COUNT": gates > 0} | {"ONES": gates > 0},
             arch,
             8 if gates > 32 else 4,
         )
@@ -68,7 +68,7 @@ def test_compiles_for_nvidia_gpus(
             | {"room": "i32", "sizes": ("i32",) * layers}
             | tables,
             {"RANKS": ranks, "TOKENS": cut.tokens, "COLUMNS": cut.columns, "OUT": cut.out}
-            | {"ACROSS": tokens > 1, "WIDE": False},
+            | {"ACROSS": tokens > 1, "ONES": gates > 0, "WIDE": False},
             arch,
             cut.warps,
         )

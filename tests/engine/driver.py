@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ os.environ.update(
 )
 
 from adapters.formats.artefact import Artefact
-from adapters.formats.base import BaseShapes
+from adapters.formats.base import plain_shapes
 from adapters.formats.inspect import inspect
 from adapters.sets import AdapterSet
 from steering.adapters import Chosen, adapt
@@ -168,7 +168,7 @@ class Engine:
 
     def load_adapters(self, folders: Mapping[str, Path], stream: str = BASE) -> None:
         """Makes adapters known that are made for the model of `stream`."""
-        shapes = BaseShapes({}, layers=self.layers[stream])
+        shapes = replace(plain_shapes(self.folders[stream]), layers=self.layers[stream], whole=True)
         for name, folder in folders.items():
             self.adapters[name] = inspect(folder, shapes, max_rank=512)
             self.digests[name] = self.adapters[name].digest()

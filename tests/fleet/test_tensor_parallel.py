@@ -7,12 +7,21 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from tests.adapters import kinds
 from tests.fleet.asking import ADAPTED, STEERED, TOLD, ask_all
-from tests.server.adapting.expected import Oracle
+from tests.server.adapting.expected import Kind, Oracle
 from tests.server.adapting.kit import configuration, load, serving, settled, submit
 from tests.server.live import Server
 
 pytestmark = [pytest.mark.fleet, pytest.mark.engine, pytest.mark.timeout(900)]
+
+
+OTHERS = {
+    "offset": kinds.lora(lora_bias=True),
+    "scaled": kinds.ia3(["k_proj", "o_proj", "gate_proj"], []),
+    "dora": kinds.lora(use_dora=True),
+}
+"""Constants, which one rank adds where the ranks' outputs are summed; and factors of such sums."""
 
 
 def test_two_ranks_answer_as_transformers_does(
@@ -33,8 +42,18 @@ def test_two_ranks_answer_as_transformers_does(
             load(server, name, folders[name])
         submit(server, "pack", folders["pack"])
         assert "not served under tensor parallelism" in settled(server, "pack")["reason"]
-        kinds = [kind for kind in ADAPTED if "pack" not in str(kind)]
-        found = ask_all(server.url, oracle, [*STEERED, *kinds], rounds=4)
+        for i, (name, lora) in enumerate(OTHERS.items()):
+            folder = models / "adapters" / name
+            folders[name] = kinds.make(kinds.Case(name, lora), folder, models / "base", 70 + i)
+        # Norms need whole rows of weights that lie on several ranks.
+        submit(server, "dora", folders["dora"])
+        assert "not served under tensor parallelism" in settled(server, "dora")["reason"]
+        for name in ("offset", "scaled"):
+            load(server, name, folders[name])
+        adapted = [kind for kind in ADAPTED if "pack" not in str(kind)]
+        adapted += [Kind(((name, 1.0, None, None),)) for name in ("offset", "scaled")]
+        adapted.append(Kind((("offset", 0.7, None, None), ("scaled", 0.5, None, None))))
+        found = ask_all(server.url, oracle, [*STEERED, *adapted], rounds=4)
         told = server.post("/v1/completions", TOLD).json()["steering"]["choices"][0]
     assert len(told["token_details"]) == 6
     for entry in told["token_details"]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from adapters.formats.artefact import Artefact, Gate, Part
+from adapters.formats.artefact import Artefact, Gate, Part, Place
 from steering.adapters import Chosen, adapt
 from steering.errors import BadValue, NotFound, SteeringError
 from steering.plan import AdapterUse, SteeringPlan
 
-PART = Part("file", "a", "b", 0, 4, 2.0)
+PART = Part(Place("file", "a"), Place("file", "b"), 0, 4, 2.0)
 LORA = Artefact(Path("/lora"), "lora", ("adapter",), ({"q": PART},), {}, ("file",))
 PACK = Artefact(
     Path("/pack"),

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -26,6 +25,7 @@ from transformers.utils import logging
 
 from adapters.formats.artefact import Artefact
 from adapters.formats.base import base_shapes
+from adapters.parts import factors
 from adapters.training.errors import BadRecipe
 from adapters.training.low_rank import LowRank, install, write
 
@@ -89,9 +89,8 @@ def load_body(folder: Path, adapter: Artefact | None, dtype: str, device: str) -
     ).requires_grad_(False)
     for name, part in (adapter.parts[0] if adapter else {}).items():
         assert adapter is not None
-        with safe_open(adapter.folder / part.file, "pt") as file:
-            a, b = file.get_tensor(part.a).float(), file.get_tensor(part.b).float()
-        delta = part.scale * (b[:, part.start : part.stop] @ a[part.start : part.stop])
+        a, b = (tensor.float() for tensor in factors(adapter.folder, part))
+        delta = part.scale * (b @ a)
         module = _module(model, name)
         module.weight += delta if isinstance(module, nn.Linear) else delta.T  # Conv1D: [in, out]
     return model.base_model.to(device, getattr(torch, dtype)).eval()

@@ -259,9 +259,9 @@ def _check_body(settings: CriticSettings) -> Artefact | None:
     except AdapterError as error:
         error.field = f"--adapter: {error.field}"
         raise
-    if found.kind != "lora":
+    if found.kind != "lora" or not found.plain:
         raise BadRecipe(
-            "not a LoRA adapter",
+            "not a plain LoRA adapter",
             field="--adapter",
             value=found.kind,
             allowed="a folder with adapter_config.json",

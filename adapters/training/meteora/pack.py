@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from adapters.formats import meteora, peft
 from adapters.formats.artefact import Artefact
@@ -31,8 +32,8 @@ def write_pack(
     shutil.rmtree(folder, ignore_errors=True)
     for member, (task, artefact) in enumerate(zip(settings.adapters, artefacts, strict=True)):
         (folder / task).mkdir(parents=True)
-        for name in (peft.CONFIG, peft.WEIGHTS):
-            shutil.copyfile(artefact.folder / name, folder / task / name)
+        shutil.copyfile(artefact.folder / peft.CONFIG, folder / task / peft.CONFIG)
+        _copy_weights(artefact, folder / task / peft.WEIGHTS)
         if settings.adapters_rate is not None:
             _write_trained(folder / task / peft.WEIGHTS, artefact, layers, member)
     gates = {f"{n}.moe_gate.weight": layer.gate.detach().cpu() for n, layer in layers.items()}
@@ -46,11 +47,24 @@ def write_pack(
     (folder / meteora.CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
 
+def _copy_weights(artefact: Artefact, path: Path) -> None:
+    """Copies the weights; shards become one file."""
+    if peft.WEIGHTS in artefact.files:
+        shutil.copyfile(artefact.folder / peft.WEIGHTS, path)
+        return
+    tensors: dict[str, Tensor] = {}
+    for name in artefact.files:
+        if name.endswith(".safetensors"):
+            tensors |= load_file(artefact.folder / name)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def _write_trained(path: Path, artefact: Artefact, layers: dict[str, Routed], member: int) -> None:
     tensors = load_file(path)
     for module, part in artefact.parts[0].items():
         layer = layers[module]
         own = layer.owner == member
-        for name, value in ((part.a, layer.a[own]), (part.b, layer.b[:, own])):
-            tensors[name] = value.detach().to("cpu", tensors[name].dtype).contiguous()
+        assert part.a is not None and part.b is not None
+        for place, value in ((part.a, layer.a[own]), (part.b, layer.b[:, own])):
+            tensors[place.name] = value.detach().to("cpu", tensors[place.name].dtype).contiguous()
     save_file(tensors, path, metadata={"format": "pt"})

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from adapters.formats.artefact import Artefact
+from adapters.parts import factors
 from adapters.training.errors import BadRecipe
 
 
@@ -119,9 +119,7 @@ def install(
 
 def _factors(artefact: Artefact, module: str, member: int) -> Factors:
     part = artefact.parts[0][module]
-    with safe_open(artefact.folder / part.file, "pt") as file:
-        a, b = file.get_tensor(part.a), file.get_tensor(part.b)
-    return Factors(member, a[part.start : part.stop], b[:, part.start : part.stop], part.scale)
+    return Factors(member, *factors(artefact.folder, part), part.scale)
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

@@ -95,9 +95,9 @@ def _inputs(settings: Settings) -> tuple[list[Artefact], list[list[Example]]]:
         except AdapterError as error:
             error.field = f"--adapter {name}: {error.field}"
             raise
-        if found.kind != "lora":
+        if found.kind != "lora" or not found.plain:
             raise BadRecipe(
-                "not a LoRA adapter",
+                "not a plain LoRA adapter",
                 field=f"--adapter {name}",
                 value=found.kind,
                 allowed="a folder with adapter_config.json",

@@ -23,6 +23,17 @@ SETS: dict[int, Set] = {
     2: (Part((2,)), Part((1, 3, 2, 2, 1), routed=True)),
     3: (Part((2, 2, 2), routed=True), Part((4,)), Part((1,) * 7, routed=True)),
 }
+KINDS: dict[int, Set] = {
+    0: (Part((4,)),),
+    1: (Part((0,), constants=(True,)),),
+    2: (Part((0,), diagonals=(True,)), Part((17,)), Part((5,), False, (True,), (True,))),
+    3: (
+        Part((1, 0, 2, 3), True, (False, True, True, False), (True, True, False, False)),
+        Part((3,), diagonals=(True,)),
+        Part((2, 1), True, (), (True, True)),
+    ),
+}
+"""A's rows of constants and diagonals are NaN: no kernel may multiply them."""
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +110,25 @@ def test_requests_of_all_kinds_in_one_batch(
     lines, asks = step(layer, tokens, 9, bare=0.3 if tokens > 1 else 0.0)
     x = layer.draw(tokens, into)
     close(added(layer, x, lines), layer.wanted(x, lines, asks))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("tokens", "into", "sizes"), [(2, 64, (31, 130)), (33, 7, (5, 3, 3)), (140, 33, (70,))]
+)
+def test_constants_and_diagonals_beside_products(
+    tokens: int, into: int, sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    layer = Layer(into, sizes, KINDS, dtype, seed=tokens, across=into % 2 == 1)
+    lines, asks = step(layer, tokens, 12)
+    x = layer.draw(tokens, into)
+    y = added(layer, x, lines)
+    close(y, layer.wanted(x, lines, asks))
+    # What a request gets does not depend on whom it shares the batch with.
+    plain = lines.slots[np.maximum(lines.tokens, 0)] == 0
+    alone = Lines(lines.lines, lines.slots, np.where(plain, lines.tokens, -1).astype(np.int32))
+    rows = np.flatnonzero(plain & (lines.tokens >= 0))
+    assert torch.equal(added(layer, x, alone)[rows], y[rows])
 
 
 @pytest.mark.parametrize("across", [False, True])

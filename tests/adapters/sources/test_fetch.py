@@ -27,6 +27,7 @@ from adapters.sources.fetch import Fetcher
 from adapters.sources.origin import Limits
 from adapters.sources.source import Allowed, parse_source
 from adapters.sources.store import ContentStore
+from tests.adapters.kinds import shard
 from tests.adapters.registry.kit import MODULE, make_lora
 from tests.adapters.sources.servers import (
     Server,
@@ -99,6 +100,27 @@ def test_a_local_adapter_is_copied_whole_and_read_only(fetcher: Fetcher, tmp_pat
     assert found.digest == read_artefact(source).digest() == found.folder.name
     assert seen[-1] == found.size_bytes == sum(f.stat().st_size for f in found.folder.iterdir())
     assert fetcher.fetch(parse_source(str(source))) == found, "again: the same folder"
+
+
+def test_shards_are_fetched_with_their_index_from_a_folder_and_from_the_web(
+    fetcher: Fetcher, tmp_path: Path, server: Server
+) -> None:
+    source = make_lora(tmp_path / "in/a", 2.0)
+    whole = read_artefact(source)
+    shard(source)
+    local = fetcher.fetch(parse_source(str(source)))
+    assert local.digest == read_artefact(local.folder).digest() == read_artefact(source).digest()
+    assert sorted(p.name for p in local.folder.iterdir()) == sorted(
+        p.name for p in source.iterdir()
+    )
+    assert read_artefact(local.folder).parts[0].keys() == whole.parts[0].keys()
+    server.answers = folder(source, "/s")
+    assert on(fetcher, server).fetch(parse_source(f"{server.url}/s")).digest == local.digest
+    few = replace(fetcher, limits=replace(fetcher.limits, max_files=3))
+    with pytest.raises(TooLarge, match="too many files"):
+        few.fetch(parse_source(str(source)))
+    next(source.glob("*00002.safetensors")).unlink()
+    refused(fetcher, str(source), BadAdapter, "missing")
 
 
 def test_a_pack_is_fetched_with_its_tasks_from_a_folder_and_from_the_web(

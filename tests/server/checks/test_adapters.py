@@ -96,8 +96,8 @@ def test_before_an_engine_is_up_only_what_is_certain_is_refused(
 @pytest.mark.parametrize(
     ("module", "text"),
     [
-        ("lm_head", "this adapter also changes lm_head, the output layer, which is not served"),
-        ("model.embed_tokens", "this adapter also changes embed_tokens, the input embeddings"),
+        ("lm_head", "this adapter also changes lm_head"),
+        ("model.embed_tokens", "this adapter also changes .*embed_tokens"),
         ("model.layers.0.mlp.experts.3.up_proj", "changes the experts of a mixture"),
         ("model.layers.0.attn.q_proj", f"no such linear layer; allowed: .*{Q}"),
         ("nothing.like.it", "no such linear layer; allowed: q_proj"),

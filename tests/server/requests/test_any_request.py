@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from adapters.formats.artefact import TEMPERATURES, Artefact, Gate, Part
+from adapters.formats.artefact import TEMPERATURES, Artefact, Gate, Part, Place
 from server.adapting.choice import AdapterWish
 from server.errors import HttpError, response
 from server.operation.gate import strict_json
@@ -118,9 +118,10 @@ def test_a_body_has_so_many_levels_at_most(levels: int) -> None:
 
 WISHES = TypeAdapter(list[AdapterWish])
 KEYS = ("name", "weight", "top_k", "temperature", "stream")
-LORA = Artefact(Path("/l"), "lora", ("l",), ({"m": Part("f", "a", "b", 0, 4, 1.0)},), {}, ("f",))
+PLACES = (Place("f", "a"), Place("f", "b"))
+LORA = Artefact(Path("/l"), "lora", ("l",), ({"m": Part(*PLACES, 0, 4, 1.0)},), {}, ("f",))
 PACK = Artefact(
-    Path("/p"), "meteora", ("x", "y"), ({"m": Part("f", "a", "b", 0, 2, 1.0)},) * 2,
+    Path("/p"), "meteora", ("x", "y"), ({"m": Part(*PLACES, 0, 2, 1.0)},) * 2,
     {"m": Gate("g", "m")}, ("f",), 1, 1.0,
 )  # fmt: skip
 OWNERS = {"base": "base", "chat": "chat", "twin": "base"}

@@ -52,7 +52,7 @@ def test_every_name_that_leads_to_a_layer_is_known(
 
 
 def test_a_matrix_that_is_too_small_is_refused_and_not_copied_into_a_part_of_the_layer() -> None:
-    layer = Slice(("base.x",), (8,), 12)
+    layer = Slice(("base.x",), (8,), 12, layer="base.x")
     fit(layer, "base", "x", torch.zeros(2, 12), torch.zeros(8, 2))
     for a, b in ((torch.zeros(2, 11), torch.zeros(8, 2)), (torch.zeros(2, 12), torch.zeros(7, 2))):
         with pytest.raises(DoesNotFit, match=r"base: x: .*allowed: 8 out, 12 in"):

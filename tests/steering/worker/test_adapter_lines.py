@@ -33,19 +33,26 @@ def gates_of(line: Line) -> Gates:
 
 
 def expected(found: AdapterSet, owner: str, uses: dict[str, AdapterUse]) -> Gates:
-    layout = found.layout(owner)
-    gates: Gates = []
-    for block in layout.blocks:
-        use = uses.get(block.digest)
-        for j, rank in enumerate(block.ranks):
+    kinds: tuple[Gates, Gates, Gates] = [], [], []  # products, constants, diagonals
+    first = 0
+    for member in found.members:
+        if member.owner != owner:
+            continue
+        use = uses.get(member.digest)
+        count = len(member.ranks)
+        none = (0,) * count
+        for j, sizes in enumerate(
+            zip(member.ranks, member.constants or none, member.diagonals or none, strict=True)
+        ):
             learned = None
-            if block.gate is not None:
-                first = block.gate - layout.columns
-                others = [first + i for i in range(len(block.ranks)) if i != j]
+            if member.routed:
+                others = [first + i for i in range(count) if i != j]
                 k, temperature = (use.top_k, use.temperature) if use else (0, 1.0)
                 learned = k, temperature, (first + j, *others)
-            gates += [(use.weight if use else 0.0, learned)] * rank
-    return gates
+            for kind, size in zip(kinds, sizes, strict=True):
+                kind += [(use.weight if use else 0.0, learned)] * size
+        first += count if member.routed else 0
+    return [gate for kind in kinds for gate in kind]
 
 
 def test_every_token_gets_its_own_requests_gates() -> None:
@@ -69,6 +76,8 @@ def test_every_token_gets_its_own_requests_gates() -> None:
                 assert found.lines.slots[number] == SLOTS[int(sets[q])]
                 line = found.lines.lines[number]
                 assert gates_of(line) == expected(SETS[int(sets[q])], owner, own)
+                layout = SETS[int(sets[q])].layout(owner)
+                assert (line.products, line.sums) == (layout.products, layout.sums)
                 seen += 1
     assert seen > 500
 

@@ -21,10 +21,15 @@ MEMBERS = [
     Member("base", "pack", "", (1, 2, 3), True),
     Member("base", "pair", "", (2, 2), True),
     Member("chat", "a", "", (2,), False),
+    Member("base", "dora", "", (2,), False, (True,), (True,)),
+    Member("base", "kinds", "", (1, 0, 2), True, (False, True, True), (True, True, False)),
+    Member("chat", "ia3", "", (0,), False, (), (True,)),
 ]
 SETS = {
     100 + i: AdapterSet.of(MEMBERS[m] for m in chosen)
-    for i, chosen in enumerate([[0], [0, 1], [2], [1, 2, 3], [0, 4], [4]])
+    for i, chosen in enumerate(
+        [[0], [0, 1], [2], [1, 2, 3], [0, 4], [4], [0, 2, 5], [1, 3, 5, 6], [0, 7]]
+    )
 }
 SLOTS = {set_id: slot for slot, set_id in enumerate(reversed(SETS))}
 
@@ -64,18 +69,42 @@ def expected(
     found: AdapterSet, owner: str, uses: dict[str, AdapterUse], routed: set[int]
 ) -> tuple[tuple[float, ...], tuple[tuple[object, ...], ...]]:
     """What a token must get; `routed` are the first columns of the group's routes."""
-    gate: list[float] = []
+    gates: list[list[float]] = [[], [], []]  # products, constants, diagonals
     routes = []
-    for block in found.layout(owner).blocks:
-        use = uses.get(block.digest)
-        if block.gate is None:
-            gate += [use.weight if use else 0.0] * sum(block.ranks)
+    start = 0
+    for member in found.members:
+        if member.owner != owner:
             continue
-        # A routed block that nobody of the group uses is switched off by its constant.
-        gate += [1.0 if block.start in routed else 0.0] * sum(block.ranks)
-        if use:
-            routes.append((block.start, use.weight, use.top_k, use.temperature))
-    return tuple(gate), tuple(routes)
+        use = uses.get(member.digest)
+        gate = use.weight if use else 0.0
+        if member.routed:
+            # A routed block that nobody of the group uses is switched off by its constant.
+            gate = 1.0 if start in routed else 0.0
+            if use:
+                routes.append((start, use.weight, use.top_k, use.temperature))
+        sizes = sum(member.ranks), sum(member.constants), sum(member.diagonals)
+        for kind, size in zip(gates, sizes, strict=True):
+            kind += [gate] * size
+        start += sizes[0]
+    return tuple(gate for kind in gates for gate in kind), tuple(routes)
+
+
+def test_learned_gates_of_constants_and_diagonals() -> None:
+    (found,) = (s for s in SETS.values() if len(s.members) == 4 and s.members[2].digest == "kinds")
+    sets = np.array([next(i for i, s in SETS.items() if s is found)])
+    layouts = {int(sets[0]): {"base": found.layout("base")}}
+    uses = [(AdapterUse("kinds", top_k=2),)]
+    adapted = Adapted(uses, sets, SLOTS, layouts)
+    (group,) = adapted.groups("base", "base", np.zeros(3, np.int64), 3, CPU)
+    # b 3, dora 2, kinds 1 + 0 + 2 and pair 2 + 2 products; dora, kinds 1, 2 constants; then the
+    # diagonals of dora, kinds 0, 1.
+    assert (group.products, group.sums, group.columns, group.rows) == (12, 15, 18, 23)
+    (route,) = group.routes
+    assert route.columns == slice(5, 8) and route.member.tolist() == [0, 2, 2]
+    assert route.ones is not None
+    assert [part.tolist() for part in route.ones] == [[13, 14, 16, 17], [1, 2, 0, 1]]
+    assert group.gate is not None
+    assert group.gate[0].nonzero().flatten().tolist() == [5, 6, 7, 13, 14, 16, 17]
 
 
 def test_every_token_gets_its_own_requests_gates() -> None:

@@ -80,7 +80,7 @@ def test_a_head_that_is_not_finite_is_refused(tmp_path: Path, number: float) -> 
         Head(found)
 
 
-LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 6}
+LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q", "gone"]}
 
 
 def adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
@@ -135,10 +135,18 @@ def test_a_merged_weight_is_not_rounded_to_the_checkpoints_type(tmp_path: Path) 
     ("tensors", "config", "words"),
     [
         (pair("model.gone"), {}, "changes model.gone, which the model lacks"),
-        (pair("model.q"), {"use_dora": True}, "no plain LoRA .use_dora"),
-        (pair("model.q"), {"peft_type": "IA3"}, "no plain LoRA"),
+        (pair("model.q"), {"use_dora": True}, "use_dora is true, and its vector is missing"),
+        (pair("model.q"), {"peft_type": "IA3"}, "another kind of adapter"),
+        (pair("model.q"), {"init_lora_weights": "lora_ga"}, "init_lora_weights: .*conversion"),
+        (pair("model.q"), {"modules_to_save": ["lm_head"]}, "also changes lm_head"),
+        (pair("model.q"), {"target_modules": ["k"]}, "target_modules leaves out"),
+        (
+            pair("model.q") | {"base_model.model.model.q.lora_B.bias": tensor(4)},
+            {"lora_bias": True},
+            "not a plain LoRA",
+        ),
         (pair("model.q"), {"fan_in_fan_out": True}, "changes model.q.weight by"),
-        ({"base_model.model.model.q.weight": tensor(4, WIDTH)}, {}, "neither LoRA nor head"),
+        ({"base_model.model.model.q.weight": tensor(4, WIDTH)}, {}, "also changes q"),
         ({n: t * float("nan") for n, t in pair("model.q").items()}, {}, "not finite"),
     ],
 )

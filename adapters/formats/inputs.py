@@ -1,0 +1,72 @@
+"""IA3 on the inputs of feed-forward layers, moved onto the outputs of the layer before.
+
+In a gated MLP the input of `down_proj` is act(gate) ⊙ up, and a factor for each of its columns is a
+factor for each output of `up_proj`: exact for every activation and every weight. Elsewhere a
+non-linear function, or heads that share a value, stand between the two, and we refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
+
+from adapters.errors import DoesNotFit
+from adapters.formats.artefact import Artefact, Part
+
+_DOWN, _GATE, _UP, _FUSED = "down_proj", "gate_proj", "up_proj", "gate_up_proj"
+
+MLP = (_DOWN, _GATE, _UP, _FUSED)
+"""Layers of a gated MLP."""
+
+
+class Linears(Protocol):
+    """The linear layers of a base, by their names in its checkpoint."""
+
+    def linear(self, module: str) -> tuple[int, int] | None:
+        """(out, in) of a layer, None if the base has no such linear layer."""
+
+
+def moved(artefact: Artefact, base: Linears) -> Artefact:
+    """The artefact without any `inputs`.
+
+    Raises:
+        DoesNotFit: a layer's input cannot be scaled in the layer before.
+    """
+    if not any(part.inputs for parts in artefact.parts for part in parts.values()):
+        return artefact
+    return replace(artefact, parts=tuple(_moved(parts, base) for parts in artefact.parts))
+
+
+def _moved(parts: dict[str, Part], base: Linears) -> dict[str, Part]:
+    found = {m: replace(part, inputs=None) for m, part in parts.items() if part != Part()}
+    for module, part in parts.items():
+        if part.inputs is None:
+            continue
+        before = _before(module, base, parts)
+        own = found.get(before, Part())
+        found[before] = replace(own, multipliers=(*own.multipliers, part.inputs))
+    return {module: part for module, part in found.items() if part != Part()}
+
+
+def _before(module: str, base: Linears, parts: Mapping[str, Part]) -> str:
+    """The layer whose last outputs are the factors of a `down_proj`'s input.
+
+    In a fused layer the second half is `up` (Phi-3, GLM-4). An engine may know it by both names;
+    then the one that the adapter itself uses is taken, since no layer is changed under two.
+    """
+    parent, _, last = module.rpartition(".")
+    here, gate, up, fused = (base.linear(f"{parent}.{name}") for name in MLP)
+    if last == _DOWN and here is not None:
+        halves, one = gate == up == (here[1], here[0]), fused == (2 * here[1], here[0])
+        if one and (not halves or f"{parent}.{_FUSED}" in parts):
+            return f"{parent}.{_FUSED}"
+        if halves:
+            return f"{parent}.{_UP}"
+    raise DoesNotFit(
+        "this adapter scales the input of a layer (IA3's feedforward_modules), which is served for "
+        "the down_proj of gated MLPs only: elsewhere a scale does not pass through what stands "
+        "before the layer; train it on the layer's output, or merge it with PEFT's "
+        "merge_and_unload and serve the result as a base or a companion",
+        field=module,
+    )
