@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve test test-slow fuzz faults kinds families check fix bench bench-adapters bench-heads bench-speculation bench-load soak eval pictures zoo doctor clean
+.PHONY: help install install-gpu serve test test-slow fuzz faults kinds families check fix bench bench-adapters bench-heads bench-speculation bench-load soak load-soak eval pictures zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ bench-load: install ## load tests of all servers and baselines: docs/load-report
 
 soak: install ## two hours of mixed requests, answers compared, memory watched: docs/soak.md (ARGS='--minutes 10': shorter)
 	$(BIN)/python -m load_tests.soak --out docs/soak.md $(ARGS)
+
+load-soak: install ## two hours of loads that fail, retries and unloads, every answer compared: docs/load-faults.md (ARGS='--minutes 10': shorter)
+	$(BIN)/python -m load_tests.load_soak $(ARGS)
 
 eval: install ## the zoo's scores, asked from the server at HOST:PORT (starts one if none runs)
 	$(BIN)/python -m load_tests.with_server $(CONFIG) --host $(HOST) --port $(PORT) -- \

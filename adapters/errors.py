@@ -9,11 +9,13 @@
     │   ├── BadSource    a source that is not allowed, or not written as one             → 400
     │   ├── NoAdapter    no adapter of this name                                         → 404
     │   └── Conflict     the name is taken, or the state forbids it                      → 409
-    └── nobody's fault here
-        ├── SourceAway   the source does not answer; trying again may help               → 503
+    ├── the source's fault
+    │   └── SourceAway   the source does not answer; trying again may help               → 503
+    └── ServerFault      the server's fault: never held against the artefact             → 500
         ├── FilesLost    stored files are gone or changed, and cannot be had again       → 503
         ├── StoreFull    no room for the files                                           → 507
-        ├── NoRoom       no room in the engine                                           → 503
+        ├── NoRoom       no room or no memory in the engine                              → 503
+        ├── EngineAway   the engine did not answer in time, or has ended                 → 503
         └── RegistryAway Redis does not answer, or speaks another schema                 → 503
 
 Errors of the steering layer have the same shape, `Fault`.
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 import reprlib
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 _LONGEST_FIELD, _LONGEST_ALLOWED = 200, 600
 """Letters in a message: names of tensors and modules come from files of strangers."""
@@ -96,8 +98,14 @@ class Fault(Exception):
         return _sendable(text)
 
 
+Whose = Literal["adapter", "caller", "source", "server"]
+
+
 class AdapterError(Fault):
     """A fault of an artefact, a request or a place that adapters come from."""
+
+    whose: ClassVar[Whose] = "adapter"
+    """Whose fault it is. What is the source's or the server's may pass: trying again may help."""
 
 
 class BadAdapter(AdapterError):
@@ -115,30 +123,81 @@ class DoesNotFit(AdapterError):
 class BadSource(AdapterError):
     """A source that this server does not load from, or that is not written as one."""
 
+    whose = "caller"
+
 
 class NoAdapter(AdapterError):
     """No adapter of this name (or of this version) is known."""
+
+    whose = "caller"
 
 
 class Conflict(AdapterError):
     """The name is taken by other content, or the adapter's state does not allow the change."""
 
+    whose = "caller"
+
 
 class SourceAway(AdapterError):
     """The source did not answer, broke off or was too slow."""
 
+    whose = "source"
 
-class FilesLost(AdapterError):
+
+class ServerFault(AdapterError):
+    """The server failed for a reason of its own; it says nothing of the artefact."""
+
+    whose = "server"
+
+
+class FilesLost(ServerFault):
     """Files in the store were changed or are gone, and could not be fetched again."""
 
 
-class StoreFull(AdapterError):
+class StoreFull(ServerFault):
     """The store's disk is full; it holds what it held before."""
 
 
-class NoRoom(AdapterError):
-    """The engine holds as many adapters as it may, or one is larger than all of its room."""
+class NoRoom(ServerFault):
+    """The engine holds as many adapters as it may, has no memory for one more, or one is larger
+    than all of its room.
+    """
 
 
-class RegistryAway(AdapterError):
+class EngineAway(ServerFault):
+    """The engine did not answer in time, or has ended."""
+
+
+class RegistryAway(ServerFault):
     """Redis does not answer, or its registry has another schema version."""
+
+
+def passing(error: BaseException) -> bool:
+    """Whether trying again may help: what failed is not the artefact or the request."""
+    return isinstance(error, AdapterError) and error.whose in ("source", "server")
+
+
+# Between two processes: an error's class by its name, and what it says.
+
+_BY_NAME: dict[str, type[AdapterError]] = {
+    kind.__name__: kind
+    for kind in (
+        AdapterError, BadAdapter, TooLarge, DoesNotFit, BadSource, NoAdapter, Conflict,
+        SourceAway, ServerFault, FilesLost, StoreFull, NoRoom, EngineAway, RegistryAway,
+    )
+}  # fmt: skip
+
+
+def kind_of(name: str) -> type[AdapterError]:
+    """The class of this name; `AdapterError` for a name that this version does not know."""
+    return _BY_NAME.get(name, AdapterError)
+
+
+def to_wire(error: AdapterError) -> dict[str, str]:
+    """An error as plain data."""
+    return {"kind": type(error).__name__, "text": str(error)}
+
+
+def from_wire(raw: dict[str, str]) -> AdapterError:
+    """The error that `to_wire` was given; its field and value are part of its message."""
+    return kind_of(raw["kind"])(raw["text"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from adapters.errors import BadAdapter, DoesNotFit
+from adapters.errors import AdapterError, BadAdapter, DoesNotFit, FilesLost
 from adapters.formats.artefact import Artefact, Place
 from adapters.formats.inputs import moved
 from adapters.formats.inspect import read_artefact
@@ -101,6 +101,20 @@ def _fill(
         a[block.gate : block.gate + len(artefact.members)] = read(artefact.gates[module])
 
 
+def verify(member: Member) -> None:
+    """Reads all files of a set's member.
+
+    Raises:
+        FilesLost: they are not what its digest says.
+    """
+    try:
+        right = read_artefact(Path(member.folder)).digest() == member.digest
+    except (AdapterError, OSError) as error:
+        raise FilesLost(f"the files cannot be read: {error}", field=member.folder) from error
+    if not right:
+        raise FilesLost("the files have changed since they were checked", field=member.folder)
+
+
 def _finite(values: torch.Tensor) -> bool:
     """Whether no value is infinite or NaN: the extremes tell, 20 times as fast as `isfinite`."""
     return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
@@ -109,5 +123,5 @@ def _finite(values: torch.Tensor) -> bool:
 def _read(member: Member) -> Artefact:
     artefact = read_artefact(Path(member.folder))
     if member != Member.of(artefact, member.digest, member.owner):
-        raise BadAdapter("the files have changed since they were checked", field=member.folder)
+        raise FilesLost("the files have changed since they were checked", field=member.folder)
     return artefact

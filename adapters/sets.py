@@ -180,6 +180,11 @@ class AdapterSet(msgspec.Struct, frozen=True):
         """Rank indices that its slot needs; at most the server's `max_rank`."""
         return max(self.layout(owner).rows for owner in self.owners)
 
+    @property
+    def set_id(self) -> int:
+        """What the engine calls it, ≥ 2²⁰: vLLM's own ids begin at 1."""
+        return int(self.name[:15], 16) + (1 << 20)
+
     def lora_request(self) -> dict[str, str | int]:
         """Keyword arguments of vLLM's `LoRARequest` for this set.
 
@@ -189,7 +194,7 @@ class AdapterSet(msgspec.Struct, frozen=True):
         """
         return {
             "lora_name": self.name,
-            "lora_int_id": int(self.name[:15], 16) + (1 << 20),
+            "lora_int_id": self.set_id,
             "lora_path": msgspec.json.encode(self).decode(),
         }
 

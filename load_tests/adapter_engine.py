@@ -197,7 +197,7 @@ class Driven:
         """Loads a set, or reads a piece of it; whether it is loaded."""
         if ahead:
             arguments = (lora.lora_path, PIECE_S)
-            if not self._llm.collective_rpc("coxswain_read_ahead", args=arguments)[0]:
+            if not self._llm.collective_rpc("coxswain_read_ahead", args=arguments)[0]["done"]:
                 return False
         assert self._llm.llm_engine.add_lora(lora)
         return True

@@ -15,7 +15,7 @@ from adapters.thread import in_thread
 from server import serving as parts
 from server.adapting.loader import EngineLoader
 from server.adapting.service import opened
-from server.checks.adapters import targets
+from server.checks.adapters import Layers, targets
 from server.checks.diagnosis import Diagnosis
 from server.checks.doctor import snapshot
 from server.operation.rates import Rates
@@ -44,13 +44,13 @@ def readers(config: Config, diagnosis: Diagnosis) -> dict[str, Reader]:
     return found
 
 
-def adapter_loader(config: Config, loaded: Loaded) -> EngineLoader:
+def adapter_loader(config: Config, loaded: Loaded, layers: Layers) -> EngineLoader:
     """The way of adapters into the engine. Reads the models' headers: run in a thread."""
     section = config.adapters
     assert section is not None
     return EngineLoader(
         loaded.engine,
-        targets(config, loaded.diagnosis),
+        targets(config, loaded.diagnosis, layers),
         slots=section.max_loaded,
         max_rank=section.max_rank,
         max_bytes=section.max_loaded_bytes,
@@ -102,7 +102,7 @@ async def assemble(
     assert diagnosis.methods is not None
     quiet_logs()
     loaded.engine.limits = config.limits
-    await loaded.engine.bind()
+    bound = await loaded.engine.bind()
     found = await in_thread(lambda: readers(config, diagnosis))
     streams = snapshot(config)
     profiles = Profiles(
@@ -114,7 +114,7 @@ async def assemble(
     )
     adapters = None
     if config.adapters is not None:
-        loader = await in_thread(lambda: adapter_loader(config, loaded))
+        loader = await in_thread(lambda: adapter_loader(config, loaded, bound["layers"]))
         loaded.engine.residency = loader.residency
 
         def reserved() -> frozenset[str]:

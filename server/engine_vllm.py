@@ -7,9 +7,10 @@ cut off again, so that clients see the base's own prompt and usage.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from multiprocessing import resource_tracker
@@ -24,7 +25,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from adapters.errors import BadAdapter, FilesLost, NoRoom
+from adapters.errors import AdapterError, EngineAway, ServerFault, from_wire, passing
 from adapters.sets import AdapterSet
 from server.adapting.residency import Residency
 from server.engine_series import BoundedSeries
@@ -159,7 +160,9 @@ class SteeredLLM(AsyncLLM):
             async with AsyncExitStack() as stack:
                 try:
                     await stack.enter_async_context(residency.holding(wanted))
-                except (FilesLost, NoRoom) as error:
+                except AdapterError as error:
+                    if not passing(error):
+                        raise
                     # Of what vLLM does not know it makes a 500, and a traceback, in streams.
                     raise RetryableRequestError(str(error)) from error
                 await stack.enter_async_context(aclosing(outputs))
@@ -202,9 +205,14 @@ class SteeredLLM(AsyncLLM):
         """Makes the worker drop a report that nobody will fetch: the client left."""
         if self.errored:
             return
-        task = asyncio.create_task(self._forget(tag))
+        self._in_background(self._forget(tag))
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Work that goes on when whoever asked for it has gone."""
+        task = asyncio.create_task(work)
         self._tasks().add(task)
         task.add_done_callback(self._tasks().discard)
+        return task
 
     def _tasks(self) -> set[asyncio.Task[None]]:
         """Keeps background tasks from being collected while they run."""
@@ -218,29 +226,52 @@ class SteeredLLM(AsyncLLM):
             return
 
     async def load_set(self, found: AdapterSet) -> None:
-        """Loads a set of adapters into a slot; see `Residency`.
+        """Loads a set of adapters into a slot of every engine, or of none; see `Residency`.
 
         Raises:
-            BadAdapter: the worker could not.
+            BadAdapter, DoesNotFit: the worker cannot use it.
+            ServerFault: the engine could not, for a reason of its own.
         """
-        request = lora_request(found)
+        path = lora_request(found).lora_path
         try:
             # Requests run on between two pieces of reading; only the copy into the slot is left.
-            while not all(
-                done
-                for workers in await self._ask("coxswain_read_ahead", request.lora_path, READING_S)
-                for done in workers
-            ):
+            while not all(await self._adapters("coxswain_read_ahead", path, READING_S)):
                 continue
-            await self.add_lora(request)
-        except EngineDeadError:
+            await self._adapters("coxswain_load", path)
+        except BaseException:
+            # Where a load is late, this stands behind it in the engine's queue, and before all
+            # that comes later: nothing is left of it then, whether we hear of that or not.
+            with contextlib.suppress(AdapterError):
+                await asyncio.shield(self._in_background(self.unload_set(found)))
             raise
-        except Exception as error:  # a bare one, with the worker's text
-            raise BadAdapter(f"the engine could not load it: {error}") from error
 
     async def unload_set(self, found: AdapterSet) -> None:
-        """Empties the slot of a set."""
-        await self.remove_lora(lora_request(found).lora_int_id)
+        """Leaves nothing of a set in any engine.
+
+        Raises:
+            ServerFault: the engine does not say that it is so.
+        """
+        await self._adapters("coxswain_unload", lora_request(found).lora_path)
+
+    async def _adapters(self, name: str, *args: Any) -> list[Any]:
+        """One remote call to every worker of every engine, about adapters; their results.
+
+        Raises:
+            AdapterError: what the first answered that had no result.
+            EngineAway: no answer in time, or the engine has ended.
+        """
+        try:
+            answers = [one for workers in await self._ask(name, *args) for one in workers]
+        except TimeoutError as error:
+            raise EngineAway(f"the engine did not answer within {RPC_TIMEOUT_S:g} s") from error
+        except EngineDeadError as error:
+            raise EngineAway("the engine has ended") from error
+        except Exception as error:  # a bare one, with the engine's text
+            raise ServerFault(f"the engine failed: {error}") from error
+        for one in answers:
+            if "error" in one:
+                raise from_wire(one["error"])
+        return [one["done"] for one in answers]
 
     async def report(self, tag: str, drawn: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
         """What the worker measured for one prompt; the worker forgets it.
@@ -263,9 +294,14 @@ class SteeredLLM(AsyncLLM):
                for what in ("tokens", "passes")},
         }  # fmt: skip
 
-    async def bind(self) -> None:
-        """Prepares the worker; once, after the engine is up and before it serves."""
-        await self._ask("coxswain_bind")
+    async def bind(self) -> dict[str, Any]:
+        """Prepares the workers; once, after the engine is up and before it serves.
+
+        Returns:
+            What `coxswain_bind` says; all workers say the same.
+        """
+        found: dict[str, Any] = (await self._ask("coxswain_bind"))[0][0]
+        return found
 
     async def _ask(self, name: str, *args: Any) -> list[list[Any]]:
         """One remote call to every worker of every engine; the answers by engine.

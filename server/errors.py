@@ -18,10 +18,12 @@ from adapters.errors import (
     BadAdapter,
     BadSource,
     Conflict,
+    EngineAway,
     FilesLost,
     NoAdapter,
     NoRoom,
     RegistryAway,
+    ServerFault,
     SourceAway,
     StoreFull,
     TooLarge,
@@ -68,7 +70,9 @@ _ADAPTER_STATUS: tuple[tuple[type[AdapterError], int], ...] = (
     (NoRoom, 503),
     (SourceAway, 503),
     (FilesLost, 503),
+    (EngineAway, 503),
     (RegistryAway, 503),
+    (ServerFault, 500),
     (AdapterError, 422),
 )
 
@@ -136,9 +140,14 @@ def from_steering(error: SteeringError) -> HttpError:
     return HttpError(status, str(error), param=error.field)
 
 
+def status_of(kind: type[AdapterError]) -> int:
+    """The HTTP status of a class of errors of the adapter layer."""
+    return next(status for one, status in _ADAPTER_STATUS if issubclass(kind, one))
+
+
 def from_adapters(error: AdapterError) -> HttpError:
     """An error of the adapter layer as an HTTP error; `param` is the field."""
-    status = next(status for kind, status in _ADAPTER_STATUS if isinstance(error, kind))
+    status = status_of(type(error))
     retry = 5 if status == 503 else None
     return HttpError(status, str(error), param=error.field or None, retry_after_s=retry)
 

@@ -61,9 +61,9 @@ def inspect(folder: Path, base: BaseShapes, *, max_rank: int) -> Artefact:
         for module, part in parts.items():
             _check_part(part, module, headers, base)
     for module, gate in found.gates.items():
-        _, into = _linear(base, module, gate.file)
-        shape = headers[gate.file][gate.name].shape
-        _expect(gate, shape, (len(found.members), into))
+        size = _linear(base, module, gate.file)
+        if size is not None:
+            _expect(gate, headers[gate.file][gate.name].shape, (len(found.members), size[1]))
     if meteora.RELEASED in headers:
         _check_base_copy(meteora.base_copy(folder), base)
     for place in sorted(_tensors(found)):
@@ -111,7 +111,10 @@ def _check_before(found: Artefact, base: BaseShapes) -> None:
 
 def _check_part(part: Part, module: str, headers: Headers, base: BaseShapes) -> None:
     """Raises if a tensor of a part does not fit its layer."""
-    out, into = _linear(base, module, part.places[0].file)
+    size = _linear(base, module, part.places[0].file)
+    if size is None:
+        return
+    out, into = size
 
     def shape(place: Place) -> tuple[int, ...]:
         return headers[place.file][place.name].shape
@@ -124,7 +127,8 @@ def _check_part(part: Part, module: str, headers: Headers, base: BaseShapes) -> 
     for place in (part.outer, part.magnitude, part.offset, part.bias):
         if place is not None:
             _expect(place, shape(place), (out,))
-    if part.bias is not None and base.tensors.get(f"{module}.bias") != (out,):
+    known = base.layers is None or f"{module}.weight" in base.tensors
+    if part.bias is not None and known and base.tensors.get(f"{module}.bias") != (out,):
         raise DoesNotFit("the adapter changes a bias that the base's layer lacks",
                          field=f"{part.bias.file}: {part.bias.name}")  # fmt: skip
     for place in part.multipliers:
@@ -134,9 +138,10 @@ def _check_part(part: Part, module: str, headers: Headers, base: BaseShapes) -> 
             _expect(place, shape(place), (1, out))
 
 
-def _linear(base: BaseShapes, module: str, file: str) -> tuple[int, int]:
+def _linear(base: BaseShapes, module: str, file: str) -> tuple[int, int] | None:
+    """(out, in) of a layer; None: nothing is known of it yet."""
     shape = base.linear(module)
-    if shape is not None:
+    if shape is not None or not base.whole:
         return shape
     field, last = f"{file}: {module}", module.rsplit(".", 1)[-1]
     if last in TABLES:
@@ -148,7 +153,10 @@ def _linear(base: BaseShapes, module: str, file: str) -> tuple[int, int]:
             "the result as a base or a companion",
             field=field,
         )
-    raise DoesNotFit("the base has no such linear layer", field=field)
+    why = "the base has no such linear layer"
+    if "experts" in module:
+        why = "this adapter changes the experts of a mixture, which is not served"
+    raise DoesNotFit(why, field=field, allowed=base.offers(module))
 
 
 def _expect(place: Place, shape: tuple[int, ...], want: tuple[int, ...]) -> None:
@@ -164,10 +172,13 @@ def _expect(place: Place, shape: tuple[int, ...], want: tuple[int, ...]) -> None
 def _check_base_copy(copy: dict[str, TensorInfo], base: BaseShapes) -> None:
     """The copy of the base inside a released file tells whether it was made for this base."""
     for name, info in copy.items():
-        if base.tensors.get(name, info.shape if name == "lm_head.weight" else None) != info.shape:
+        tied = info.shape if name == "lm_head.weight" else None
+        known = base.linear(name.removesuffix(".weight")) or base.tensors.get(name, tied)
+        # Without all of its tensors, those of which nothing is known tell nothing.
+        if known != info.shape and (known is not None or (base.layers is None and base.whole)):
             raise DoesNotFit(
                 "its copy of the base is of another model",
                 field=f"{meteora.RELEASED}: {name}",
                 value=info.shape,
-                allowed=str(base.tensors.get(name)),
+                allowed=str(known),
             )

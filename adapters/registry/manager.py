@@ -15,7 +15,6 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -24,13 +23,12 @@ from adapters.errors import (
     AdapterError,
     FilesLost,
     NoAdapter,
-    NoRoom,
     RegistryAway,
-    SourceAway,
-    StoreFull,
+    passing,
 )
 from adapters.registry.connection import Connection
 from adapters.registry.decide import Step, decide
+from adapters.registry.failure import Failure, fault_of
 from adapters.registry.feed import Feed
 from adapters.registry.fetching import Fetching, SupersededError
 from adapters.registry.loader import Loaded, Loader
@@ -45,21 +43,6 @@ logger = logging.getLogger("coxswain")
 
 _RETRY_S = 5.0
 _COLLECT_S = 600.0
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why this replica could not load what a record says is serving.
-
-    Args:
-        key: of that content; another one is tried at once.
-        reason: for a person.
-        again_s: `time.monotonic()` at which to try again anyway; None: never.
-    """
-
-    key: tuple[str, str | None]
-    reason: str
-    again_s: float | None
 
 
 class Manager:
@@ -104,13 +87,16 @@ class Manager:
 
         Raises:
             NoAdapter: nothing, or another version.
+            SourceAway, ServerFault: what the registry says answers could not be loaded here; that
+                may pass.
         """
         loaded, record = self._here.get(name), self.records.get(name)
         if loaded is None or record is None or record.state == "unloading":
             why = f"it is {record.state}" if record else "there is none"
-            why = self.failure(name) or why
-            raise NoAdapter(f"no adapter of this name is ready here: {why}", field="model",
-                            value=name)  # fmt: skip
+            failure = self.failure(name)
+            kind = type(failure) if failure is not None and passing(failure) else NoAdapter
+            raise kind(f"no adapter of this name is ready here: {failure or why}", field="model",
+                       value=name)  # fmt: skip
         if version is not None and loaded.content.version != version:
             raise NoAdapter("this version of the adapter is not loaded", field="model",
                             value=f"{name}@{version}", allowed=loaded.content.version)  # fmt: skip
@@ -126,12 +112,13 @@ class Manager:
         """Everything that answers here, by name."""
         return dict(self._here)
 
-    def failure(self, name: str) -> str | None:
+    def failure(self, name: str) -> AdapterError | None:
         """Why this replica cannot load what the registry says is ready; None: no trouble."""
         if failed := self._failed.get(name):
-            return failed.reason
+            return failed.error
         here = self._here.get(name)
-        return self._mender.lost(here.content.digest) if here else None
+        why = self._mender.lost(here.content.digest) if here else None
+        return FilesLost(why) if why else None
 
     async def mend(self, digest: str) -> None:
         """Sees to it that the files of a content that answers here are whole; see `Mender`.
@@ -286,11 +273,11 @@ class Manager:
             return
         except RegistryAway:
             raise
-        except AdapterError as error:
-            await self.registry.advance(job, "failed", reason=str(error))
         except Exception as error:
-            logger.error("adapter %s: unexpected", job.name, exc_info=error)
-            await self.registry.advance(job, "failed", reason=f"internal error: {error!r}")
+            fault = fault_of(job.name, error)
+            await self.registry.advance(
+                job, "failed", reason=str(fault), error=type(fault).__name__
+            )
 
     async def _fetch_and_load(self, job: Record) -> Loaded:
         if job.state != "pending":
@@ -322,12 +309,10 @@ class Manager:
                 folder = await self._folder(want)
                 await self._loader.load(want, folder)
         except Exception as error:
-            if not isinstance(error, AdapterError):
-                logger.error("adapter %s: unexpected", record.name, exc_info=error)
-            passing = isinstance(error, SourceAway | StoreFull | NoRoom | FilesLost)
-            again_s = time.monotonic() + _RETRY_S if passing else None
-            self._failed[record.name] = Failure(want.key, str(error), again_s)
-            logger.warning("adapter %s cannot be served here: %s", record.name, error)
+            fault = fault_of(record.name, error)
+            again_s = time.monotonic() + _RETRY_S if passing(fault) else None
+            self._failed[record.name] = Failure(want.key, fault, again_s)
+            logger.warning("adapter %s cannot be served here: %s", record.name, fault)
             return
         self._switch(Loaded(want, folder))
 
@@ -338,7 +323,7 @@ class Manager:
             return await asyncio.to_thread(self._fetcher.store.verify, want.digest)
         fetched = await self._fetching.fetch(want.source)
         if fetched.digest != want.digest:
-            raise AdapterError(
+            raise FilesLost(
                 f"its files are not here, and {want.source} has other content now (digest "
                 f"{fetched.digest[:12]}…, registered {want.digest[:12]}…)", field="source"
             )  # fmt: skip

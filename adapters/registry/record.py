@@ -47,11 +47,13 @@ class Facts(msgspec.Struct, frozen=True):
         kind: `lora`, `dora`, … or `meteora` (`adapters.formats.artefact.Kind`).
         base: the model it was made for, as its own config says it; empty: it does not say.
         size_bytes: bytes of its tensors.
+        warnings: what a person should know of it, though it is served.
     """
 
     kind: str
     base: str = ""
     size_bytes: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 class Content(msgspec.Struct, frozen=True):
@@ -91,6 +93,7 @@ class Record(msgspec.Struct, frozen=True):
         want: what was asked for last.
         state: how far that is.
         reason: why it failed; None otherwise.
+        error: the class of that, a name in `adapters.errors`; None otherwise.
         serving: what answers requests now; None: nothing.
         owner: the replica that works on it, or did.
         job: a random word per piece of work; who has another one has been superseded.
@@ -113,6 +116,7 @@ class Record(msgspec.Struct, frozen=True):
     attempts: int = 0
     pinned: bool = False
     loaded_by: str = ""
+    error: str | None = None
     progress_bytes: int = 0
     revision: int = 0
 
@@ -134,7 +138,7 @@ class Record(msgspec.Struct, frozen=True):
         """
         if state not in _FOLLOWS[self.state]:
             raise Conflict(f"{self.name!r} is {self.state} and cannot become {state}", field="name")
-        fields = {"reason": None, **changes, "state": state, "changed_s": now_s}
+        fields = {"reason": None, "error": None, **changes, "state": state, "changed_s": now_s}
         return msgspec.structs.replace(self, **fields)
 
 

@@ -63,14 +63,14 @@ class EngineLoader:
             BadAdapter: it is no adapter that can be served.
             DoesNotFit: it does not fit the model, or this server's room; or there is no such
                 stream.
-            NoRoom: everything in the engine is pinned.
+            ServerFault: the engine has no room, or failed; nothing of it is left there.
         """
         assert content.digest is not None
         target = self.targets.get(content.stream)
         if target is None:
             raise DoesNotFit("this server has no such stream", field="stream",
                              value=content.stream, allowed=", ".join(self.targets))  # fmt: skip
-        artefact, size, base = await asyncio.to_thread(_look, folder, target.shapes, self.max_rank)
+        artefact, size, bases = await asyncio.to_thread(_look, folder, target.shapes, self.max_rank)
         names = self._names.setdefault(content.key, set())
         names.add(content.name)  # an unload of the same bytes, under any name, leaves them now
         self._artefacts[content.key], self._sizes[content.digest] = artefact, size
@@ -79,10 +79,13 @@ class EngineLoader:
             await self.admit(content)
         except BaseException:
             names.discard(content.name)
-            if not self.leases.used(content.digest):  # else an unload that waits forgets it
-                self._forget(content)
-            raise
-        return Facts(artefact.kind, base, size * self._element_bytes)
+            if not self.leases.used(content.digest) and self._forget(content):
+                self.residency.drop(content.digest)  # the engine may be at it, or be done
+            raise  # if it is used, an unload that waits forgets it
+        told = {target.warning(base): None for base in bases}
+        warnings = tuple(text for text in told if text is not None)
+        base = bases[0] if bases else ""
+        return Facts(artefact.kind, base, size * self._element_bytes, warnings)
 
     async def unload(self, content: Content) -> None:
         """Gives the memory back once the requests that run on a content are done."""
@@ -150,11 +153,12 @@ async def _trust(digest: str) -> None:
     """Takes files for whole: where nobody knows better."""
 
 
-def _look(folder: Path, shapes: BaseShapes, max_rank: int) -> tuple[Artefact, int, str]:
-    """What is in a folder, its numbers, and the model that it says it was made for."""
+def _look(folder: Path, shapes: BaseShapes, max_rank: int) -> tuple[Artefact, int, list[str]]:
+    """What is in a folder, its numbers, and the models that it says it was made for."""
     artefact = inspect(folder, shapes, max_rank=max_rank)
-    base = ""
-    if CONFIG in artefact.files:
-        said = json.loads((folder / CONFIG).read_bytes()).get("base_model_name_or_path")
-        base = said if isinstance(said, str) else ""
-    return artefact, elements(artefact), base
+    bases = []
+    for file in artefact.files:
+        if Path(file).name == CONFIG:
+            said = json.loads((folder / file).read_bytes()).get("base_model_name_or_path")
+            bases += [said] if isinstance(said, str) and said else []
+    return artefact, elements(artefact), bases

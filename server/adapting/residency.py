@@ -28,7 +28,7 @@ class Slots(Protocol):
         """Loads a set into a slot.
 
         Raises:
-            BadAdapter: that cannot be done.
+            AdapterError: that cannot be done; nothing of it is left.
         """
         ...
 
@@ -127,7 +127,7 @@ class Residency:
         Raises:
             NoRoom: everything that is held is pinned.
             DoesNotFit: it is larger than all of the room.
-            BadAdapter: the engine could not load it.
+            AdapterError: the engine could not load it.
         """
         seat = await self._take(found)
         try:
@@ -150,12 +150,16 @@ class Residency:
             for seat in self._seats.values()
             if any(member.digest == digest for member in seat.found.members)
         ]:
-            for seat in seats:
-                if not seat.users:
-                    self._evict(seat)
+            self.drop(digest)
             if any(seat.users for seat in seats):
                 await self._becomes_idle()
         await asyncio.gather(*self._evictions)
+
+    def drop(self, digest: str) -> None:
+        """Evicts every set that has some content and no user, also one that is still loading."""
+        for seat in list(self._seats.values()):
+            if not seat.users and any(member.digest == digest for member in seat.found.members):
+                self._evict(seat)
 
     async def _take(self, found: AdapterSet) -> _Seat:
         """The set's seat with this user counted; it may still be loading."""
@@ -210,7 +214,7 @@ class Residency:
             with LOAD_SECONDS.time():
                 await self._engine.load_set(seat.found)
             self.loads += 1
-        except Exception:
+        except BaseException:
             if self._seats.get(seat.found.name) is seat:
                 del self._seats[seat.found.name]
             raise

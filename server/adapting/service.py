@@ -9,9 +9,9 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from adapters.errors import AdapterError, Conflict, NoAdapter
+from adapters.errors import AdapterError, Conflict, NoAdapter, kind_of
 from adapters.registry.manager import Manager
-from adapters.registry.record import Content, Record
+from adapters.registry.record import Content, Record, State
 from adapters.sets import AdapterSet
 from server.adapting.choice import AdapterWish, Picked, pick, split
 from server.adapting.loader import EngineLoader
@@ -174,21 +174,30 @@ class Adapters:
             await asyncio.sleep(LOOK_S)
 
 
+def failed(record: Record, adapters: Adapters) -> AdapterError | None:
+    """Why an adapter that `until` has waited for does not answer; None if it does."""
+    if record.reason is not None:
+        return kind_of(record.error or "")(record.reason)
+    return adapters.manager.failure(record.name)
+
+
 def described(record: Record, adapters: Adapters) -> dict[str, Any]:
     """A record as the admin API shows it."""
     manager, want = adapters.manager, record.want
     here = manager.loaded.get(record.name)
-    facts = want.facts
+    facts, failure = want.facts, manager.failure(record.name)
     return {
         "name": record.name,
         "version": want.version,
         "source": want.source,
         "stream": want.stream,
-        "state": record.state,
+        "state": _state(record, adapters),
         "reason": record.reason,
+        "fault": kind_of(record.error).whose if record.error else None,
         "digest": want.digest,
         "kind": facts.kind if facts else None,
         "base": facts.base or None if facts else None,
+        "warnings": list(facts.warnings) if facts else [],
         "size_bytes": facts.size_bytes if facts else None,
         "progress_bytes": record.progress_bytes,
         "pinned": record.pinned,
@@ -199,9 +208,23 @@ def described(record: Record, adapters: Adapters) -> dict[str, Any]:
         "here": {
             "version": here.content.version if here else None,
             "resident": adapters.loader.resident(here.content) if here else False,
-            "failure": manager.failure(record.name),
+            "failure": str(failure) if failure else None,
+            "fault": failure.whose if failure else None,
         },
     }
+
+
+def _state(record: Record, adapters: Adapters) -> State:
+    """The record's state. What this replica has loaded is ready when requests here get it, a moment
+    after the registry knows.
+    """
+    manager, want = adapters.manager, record.serving
+    here = manager.loaded.get(record.name)
+    switched = here is not None and want is not None and here.content.key == want.key
+    mine = record.owner == manager.registry.replica
+    if record.state == "ready" and mine and not switched and not manager.failure(record.name):
+        return "loading"
+    return record.state
 
 
 def _serving(content: Content | None) -> dict[str, Any] | None:
@@ -269,7 +292,7 @@ async def _preload(section: AdaptersConfig, found: Adapters) -> None:
         raise PreloadFailed(problems)
     for i, wish in enumerate(section.preload):
         record = await found.until(wish.name)
-        why = record.reason or found.manager.failure(wish.name)
+        why = failed(record, found)
         if why is not None:
             problems.append(f"adapters.preload.{i} ({wish.name}): {why}")
     if problems:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters.errors import AdapterError
-from adapters.formats.base import BaseShapes, base_shapes
+from adapters.formats.base import BaseShapes, plain_shapes
 from adapters.formats.inspect import inspect
+from adapters.formats.peft import CONFIG
 from adapters.registry.record import check_name
 from adapters.sources.source import Allowed, parse_source
 from server.checks.diagnosis import Diagnosis
@@ -25,23 +28,81 @@ class Target:
     Args:
         owner: the stream whose weights it runs: itself, or the original of a twin.
         shapes: of those weights.
+        names: what the model is called: where it was loaded from, as what it is served, and what
+            its own configuration says.
     """
 
     owner: str
     shapes: BaseShapes
+    names: tuple[str, ...] = ()
+
+    def warning(self, said: str) -> str | None:
+        """What to tell of an adapter that says which model it was made for.
+
+        Args:
+            said: its `base_model_name_or_path`; may be empty.
+        """
+        known = {_called(name) for name in self.names if _called(name)}
+        if not _called(said) or not known or _called(said) in known:
+            return None
+        return (f"made for {said}, says its {CONFIG}; here it changes {self.names[0]}, whose "
+                "layers have the same shapes")  # fmt: skip
 
 
-def targets(config: Config, diagnosis: Diagnosis) -> dict[str, Target]:
+Layers = Mapping[str, Mapping[str, tuple[int, int]]]
+"""Stream that owns its weights → module → (out, in), from an engine that is up."""
+
+
+def targets(
+    config: Config, diagnosis: Diagnosis, layers: Layers | None = None
+) -> dict[str, Target]:
     """The streams that adapters may change. Reads the headers of the models' files.
 
+    Args:
+        config: the settings.
+        diagnosis: of the models.
+        layers: what the engine can adapt; None: no engine is up, so that only those layers are
+            known whose weights are stored as they are.
+
     Raises:
-        BadAdapter: a model has no safetensors files here.
+        BadAdapter: a file is broken.
     """
     runs = {name: s for name, s in config.streams.items() if s.on is None}
     owners = {BASE: BASE} | {name: s.same_as or name for name, s in runs.items()}
-    folders = {name: fact.checkpoint.folder for name, fact in diagnosis.streams.items()}
-    shapes = {owner: base_shapes(folders[owner]) for owner in sorted(set(owners.values()))}
-    return {name: Target(owner, shapes[owner]) for name, owner in owners.items()}
+    shapes = {}
+    for owner in sorted(set(owners.values())):
+        shapes[owner] = plain_shapes(diagnosis.streams[owner].checkpoint.folder)
+        if layers is not None:
+            shapes[owner] = replace(shapes[owner], layers=_pairs(layers[owner]), whole=True)
+    names = {owner: _names(config, diagnosis, owner) for owner in shapes}
+    return {name: Target(owner, shapes[owner], names[owner]) for name, owner in owners.items()}
+
+
+def _names(config: Config, diagnosis: Diagnosis, owner: str) -> tuple[str, ...]:
+    """What a stream's model is called."""
+    source = config.model if owner == BASE else config.streams[owner].model
+    folder = diagnosis.streams[owner].checkpoint.folder
+    said = json.loads((folder / "config.json").read_bytes()).get("_name_or_path")
+    served = config.name if owner == BASE else ""
+    return tuple(
+        name for name in (source, str(folder), served, said) if isinstance(name, str) and name
+    )
+
+
+def _called(name: str) -> str:
+    """A model's own name, without where it lies: paths and organisations differ between machines.
+
+    In the hub's cache it is part of a folder further up: `models--owner--name/snapshots/<hash>`.
+    """
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
+    cached = next((part for part in parts if part.startswith("models--")), None)
+    last = cached.rsplit("--", 1)[-1] if cached else parts[-1] if parts else ""
+    return last.casefold()
+
+
+def _pairs(layers: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    """As they were before they came over the wire, where tuples become lists."""
+    return {name: (out, into) for name, (out, into) in layers.items()}
 
 
 def slot_bytes(config: Config, section: AdaptersConfig, shapes: list[BaseShapes]) -> int:

@@ -84,7 +84,14 @@ def _run(given: argparse.Namespace, client: httpx.Client) -> int:
             "unload": f"{given.name} is unloading: new requests no longer find it",
         }.get(given.verb, f"{given.name} is {'pinned' if record['pinned'] else 'not pinned'}")
     dump(record) if given.json else print(told)
+    if given.verb == "load":
+        _warn(record)
     return 0
+
+
+def _warn(record: dict[str, Any]) -> None:
+    for text in record["warnings"]:
+        print(f"{record['name']}: warning: {text}", file=sys.stderr)
 
 
 def _load(given: argparse.Namespace, client: httpx.Client) -> dict[str, Any]:
@@ -100,7 +107,7 @@ def _load(given: argparse.Namespace, client: httpx.Client) -> dict[str, Any]:
             time.sleep(POLL_S)
             record = ask(client, "GET", named("adapters", given.name))
     if record["state"] == "failed":
-        raise Failed(f"{given.name}: {record['reason']}")
+        raise Failed(f"{given.name}: {record['reason']}{_hint(record)}")
     return record
 
 
@@ -138,6 +145,12 @@ class _Watched:
         self._said = text
 
 
+def _hint(record: dict[str, Any]) -> str:
+    """What to do about a failure that is not the adapter's."""
+    passes = record["fault"] in ("server", "source")
+    return f" (the {record['fault']}'s fault, not the adapter's: try again)" if passes else ""
+
+
 def _progress(record: dict[str, Any]) -> str:
     text = f"{record['name']}@{record['version']}: {record['state']}"
     if record["state"] == "downloading" and record["progress_bytes"]:
@@ -158,7 +171,8 @@ def _list(found: dict[str, Any]) -> None:
     print(table(rows))
     for record in found["adapters"]:
         if why := record["reason"] or record["here"]["failure"]:
-            print(f"{record['name']}: {why}")
+            print(f"{record['name']}: {why}{_hint(record)}")
+        _warn(record)
     engine = found["engine"]
     print(f"{engine['taken']} of {engine['places']} places in the engine are taken, "
           f"{size(engine['bytes'])} of {size(engine['max_bytes'])}")  # fmt: skip

@@ -119,7 +119,7 @@ function adaptersCard(found, streams) {
   const rows = found.adapters.map((record) => {
     const { name } = record;
     const pin = record.pinned ? "unpin" : "pin";
-    const problem = record.reason ?? record.here.failure;
+    const problem = record.reason ?? record.here.failure ?? record.warnings[0];
     return [
       name, record.version, record.kind ?? "", record.stream,
       el("span", { className: `state ${SETTLED.includes(record.state) ? record.state : "busy"}`, title: problem ?? "" }, problem ? `${record.state}: ${problem}` : record.state),

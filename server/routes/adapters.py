@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from adapters.errors import Conflict
-from server.adapting.service import Adapters, described
-from server.errors import HttpError
+from server.adapting.service import Adapters, described, failed
+from server.errors import HttpError, from_adapters
 from server.operation.auth import admin_name
 from server.operation.gate import strict_json
 from server.routes.answers import takes
@@ -152,8 +152,10 @@ async def load_lora_adapter(raw_request: Request) -> Response:
                        replace=body.load_inplace, pin=False,
                        by=admin_name(raw_request.headers))  # fmt: skip
     record = await found.until(name)
-    if (why := record.reason or found.manager.failure(name)) is not None:
-        raise HttpError(422, why, param="lora_path")
+    if (fault := failed(record, found)) is not None:
+        error = from_adapters(fault)
+        error.param = "lora_path"
+        raise error
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from vllm.lora.lora_model import LoRAModel
-from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import get_supported_lora_modules
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.linear import (
@@ -26,6 +25,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.utils import get_packed_modules_mapping
 
 from adapters.errors import DoesNotFit
+from steering.worker.slots import Slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class Slice:
         return list(zip(self.parts, b.split(self.sizes), strict=True))
 
 
-class StreamAdapters(LRUCacheLoRAModelManager):
+class StreamAdapters(Slots):
     """vLLM's manager of LoRA slots, for a model of several streams."""
 
     model: Any
@@ -171,6 +171,67 @@ def by_checkpoint_name(
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     names = mapper.get_rename_mapper().apply_list([module]) if mapper else [module]
     return known.get(f"{stream}.{names[0]}") if names else None
+
+
+def adapted_layers(model: Any) -> dict[str, dict[str, tuple[int, int]]]:
+    """Stream that owns its weights → module → (out, in): see `checkpoint_layers`.
+
+    Args:
+        model: the steered model; without adapters none of its layers can be changed.
+    """
+    if model.lora_manager is None:
+        return {}
+    return {name: checkpoint_layers(model.lora_manager, name) for name in model.adapted_streams}
+
+
+def checkpoint_layers(manager: Any, stream: str) -> dict[str, tuple[int, int]]:
+    """Name of a module, as adapters for a stream have it → (out, in), over all ranks.
+
+    Args:
+        manager: of vLLM's slots.
+        stream: one that owns its weights.
+    """
+    known, model = slices(manager, stream), manager.model.get_submodule(stream)
+    return {
+        name: (part.out, part.into)
+        for own, part in known.items()
+        for name in _names(model, own.removeprefix(f"{stream}."))
+        if by_checkpoint_name(model, known, stream, name) is part
+    }
+
+
+def _names(model: Any, name: str) -> set[str]:
+    """What may be called this in vLLM's model: its own names, and what it renames, if anything.
+
+    A model's rules go from a checkpoint's names to vLLM's; where they can be turned round, they
+    are. Whoever asks has to see whether a name leads back.
+    """
+    found = {name}
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return found
+    for old, new in mapper.orig_to_new_suffix.items():
+        found |= {n.removesuffix(new) + old for n in found if new and n.endswith(new)}
+    for old, new in mapper.orig_to_new_prefix.items():
+        found |= {old + n.removeprefix(new) for n in found if new is not None and n.startswith(new)}
+    for old, new in mapper.orig_to_new_substr.items():
+        found |= {n.replace(new, old, 1) for n in found if new and new in n}
+    return found
+
+
+def fit(part: Slice, stream: str, module: str, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Whether an adapter's matrices have a layer's size: vLLM would copy smaller ones.
+
+    Raises:
+        DoesNotFit: one has not.
+    """
+    if (b.shape[0], a.shape[1]) != (part.out, part.into):
+        raise DoesNotFit(
+            "its shape does not fit the base",
+            field=f"{stream}: {module}",
+            value=(b.shape[0], a.shape[1]),
+            allowed=f"{part.out} out, {part.into} in",
+        )
 
 
 def _sizes(layer: Any, parts: int) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +55,12 @@ class _Uses(NamedTuple):
     device: torch.device
 
 
+@lru_cache(4096)
+def digests(layouts: tuple[Layout, ...]) -> frozenset[str]:
+    """Of the artefacts of a set."""
+    return frozenset(block.digest for layout in layouts for block in layout.blocks)
+
+
 @dataclass(frozen=True, slots=True)
 class Adapted:
     """The adapters of this step's requests.
@@ -73,6 +80,21 @@ class Adapted:
     layouts: Mapping[int, Mapping[str, Layout]]
     counting: bool = False
     routed: list[Routed] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Whether every adapter that a request uses is in the slot of its set.
+
+        Raises:
+            RuntimeError: one is not.
+        """
+        for uses, set_id in zip(self.uses, self.sets.tolist(), strict=True):
+            if not uses:
+                continue
+            if set_id not in self.slots or set_id not in self.layouts:
+                raise RuntimeError(f"a request's adapters are in no slot (set {set_id})")
+            held = digests(tuple(self.layouts[set_id].values()))
+            if missing := {use.digest for use in uses} - held:
+                raise RuntimeError(f"set {set_id} lacks adapters of its request: {missing}")
 
     def groups(
         self, stream: str, owner: str, token_requests: Int64, total: int, device: torch.device

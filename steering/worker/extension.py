@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from steering.worker.adapter_layers import adapted_layers
+from steering.worker.answers import Answer, answer
+
 
 class WorkerExtension:
     """Calls into the steered model of this worker."""
@@ -15,23 +18,38 @@ class WorkerExtension:
     model_runner: Any
 
     def coxswain_bind(self) -> dict[str, Any]:
-        """Hands the model its runner; once, after start-up and before the first request."""
-        runner = self.model_runner
-        runner.get_model().bind(runner)
-        return {"streams": list(runner.get_model().names)}
+        """Hands the model its runner; once, after start-up and before the first request.
 
-    def coxswain_read_ahead(self, path: str, seconds: float) -> bool:
-        """Reads a part of a set of adapters between two steps; whether all of it is read.
+        Returns:
+            `streams`, their names; `layers`: stream that owns its weights → module → (out, in), of
+            the layers that adapters can change.
+        """
+        model = self.model_runner.get_model()
+        model.bind(self.model_runner)
+        return {"streams": list(model.names), "layers": adapted_layers(model)}
+
+    # What loads adapters answers with what was wrong and never raises: where one of several ranks
+    # raises, vLLM leaves the others' answers unread, and the next call takes them for its own.
+
+    def coxswain_read_ahead(self, path: str, seconds: float) -> Answer:
+        """Reads a part of a set of adapters between two steps; answers whether all of it is read.
 
         Loading a set holds up every request. Called until it answers True, this leaves only the
-        copy into the slot to `add_lora`.
+        copy into the slot to `coxswain_load`.
 
         Args:
             path: of the set's LoRA request.
             seconds: about how long to read.
         """
-        done: bool = self.model_runner.lora_manager.read_ahead(path, seconds)
-        return done
+        return answer(lambda: self.model_runner.lora_manager.read_ahead(path, seconds))
+
+    def coxswain_load(self, path: str) -> Answer:
+        """Brings a set into a slot, or leaves nothing of it."""
+        return answer(lambda: self.model_runner.lora_manager.load(path))
+
+    def coxswain_unload(self, path: str) -> Answer:
+        """Leaves nothing of a set: no id, no weights, nothing that was read ahead."""
+        return answer(lambda: self.model_runner.lora_manager.unload(path))
 
     def coxswain_counters(self) -> dict[str, Any]:
         """Cumulative counts since start: steps, and per stream the passes and tokens run."""

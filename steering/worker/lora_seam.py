@@ -111,9 +111,10 @@ class LoraSeam:
         # The runner names the class itself; nothing else of it is ours to choose.
         manager.__class__ = SetManager
         manager.adopt()
-        self._manager = manager._adapter_manager
+        self._sets: SetManager = manager
         self._dtype = runner.model_config.dtype
         self._last: dict[str, tuple[Sequence[Any], Any, Added]] = {}
+        self._checked: tuple[Sequence[Any], Any] = ((), None)
         self._triton = triton_adding(runner)
 
     def adapted(self, uses: Sequence[tuple[AdapterUse, ...]], counting: bool) -> Adapted | None:
@@ -122,12 +123,21 @@ class LoraSeam:
         Args:
             uses: [Q] the requests' adapters.
             counting: whether routes are counted.
+
+        Raises:
+            RuntimeError: an adapter is not in the slot of its request's set. Ends the engine: the
+                request must not run on what is there instead.
         """
         if not any(uses):
             return None
         sets = self._runner.input_batch.request_lora_mapping[: len(uses)]
-        slots = {i: slot for slot, i in enumerate(self._manager.lora_index_to_id) if i is not None}
-        return Adapted(uses, sets, slots, self._runner.lora_manager.layouts, counting)
+        found = Adapted(uses, sets, self._sets.slots, self._sets.layouts, counting)
+        # While the same requests decode on the same slots nothing of it changes.
+        key = sets.tobytes(), tuple(found.slots.items())
+        if self._checked[0] is not uses or self._checked[1] != key:
+            found.check()
+            self._checked = uses, key
+        return found
 
     def adapting(
         self,

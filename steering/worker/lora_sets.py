@@ -13,13 +13,15 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.platforms import current_platform
 
 from adapters.errors import DoesNotFit
-from adapters.load import load_set, normed
+from adapters.load import load_set, normed, verify
 from adapters.sets import AdapterSet, Layout
+from steering.worker.adapter_layers import StreamAdapters, fit
 from steering.worker.base_layers import EngineLayers
 
 
@@ -53,9 +55,11 @@ class _Filled:
 
     def set(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Fills a slot; as vLLM's `set_lora`, which clears it first."""
-        self._set(index, lora_a, lora_b)
-        parts = lora_a if isinstance(lora_a, list) else [lora_a]
-        self._ranks[index] = max(part.shape[0] for part in parts if part is not None)
+        try:
+            self._set(index, lora_a, lora_b)
+        finally:  # also what broke off has to be cleared
+            parts = [*_several(lora_a), *(b.mT for b in _several(lora_b))]
+            self._ranks[index] = max((part.shape[0] for part in parts), default=0)
 
     def reset(self, index: int) -> None:
         """Clears a slot."""
@@ -68,6 +72,28 @@ class _Filled:
 
 _Part = tuple[str, LoRALayerWeights]
 """A layer's name and what a set does to it."""
+
+
+def _several(parts: Any) -> list[torch.Tensor]:
+    """What vLLM gives for a layer: one tensor, or one or None for each that is packed in it."""
+    return [part for part in (parts if isinstance(parts, list) else [parts]) if part is not None]
+
+
+class _Loaded(LoRAModel):
+    """A set's weights, as vLLM holds them.
+
+    Args:
+        found: the set.
+        set_id: what vLLM calls it.
+        weights: by layer.
+    """
+
+    def __init__(
+        self, found: AdapterSet, set_id: int, weights: dict[str, LoRALayerWeights]
+    ) -> None:
+        super().__init__(set_id, found.rank, weights)
+        self.layouts = {owner: found.layout(owner) for owner in found.owners}
+
 
 READINGS = 4
 """Sets that are read ahead at the same time; they hold memory until they are loaded."""
@@ -100,15 +126,29 @@ class _Reading:
 
 
 class SetManager(LRUCacheWorkerLoRAManager):
-    """vLLM's cache of adapters; what it loads is a set."""
+    """vLLM's cache of adapters; what it loads is a set, as a whole or not at all."""
 
-    layouts: dict[int, dict[str, Layout]]
+    _adapter_manager: StreamAdapters
     _ahead: dict[str, _Reading]
     _norms: dict[str, torch.Tensor]
 
     def adopt(self) -> None:
         """Prepares what this class adds to the manager that vLLM made."""
-        self.layouts, self._ahead, self._norms = {}, {}, {}
+        self._ahead, self._norms = {}, {}
+
+    @property
+    def slots(self) -> dict[int, int]:
+        """Set id → slot, of the sets that are in one."""
+        ids = self._adapter_manager.lora_index_to_id
+        return {set_id: slot for slot, set_id in enumerate(ids) if set_id is not None}
+
+    @property
+    def layouts(self) -> dict[int, dict[str, Layout]]:
+        """Set id → owner → layout."""
+        held = self._adapter_manager.list_adapters()
+        return {i: one.layouts for i, one in held.items() if isinstance(one, _Loaded)}
+
+    # What the front end asks for, between two steps.
 
     def read_ahead(self, path: str, seconds: float) -> bool:
         """Reads a part of a set, which is then loaded faster; whether all of it is read.
@@ -121,7 +161,7 @@ class SetManager(LRUCacheWorkerLoRAManager):
             BadAdapter: as `load_set`.
         """
         found = AdapterSet.from_path(path)
-        if found.lora_request()["lora_int_id"] in self.list_adapters():
+        if found.set_id in self.list_adapters():
             return True
         if path not in self._ahead:
             while len(self._ahead) >= READINGS:  # whoever asked for it has gone
@@ -133,14 +173,37 @@ class SetManager(LRUCacheWorkerLoRAManager):
             del self._ahead[path]
             raise
 
+    def load(self, path: str) -> None:
+        """Brings a set into a slot.
+
+        Raises:
+            Exception: it could not be; nothing of it is left.
+        """
+        self.add_adapter(LoRARequest(**AdapterSet.from_path(path).lora_request()))
+
+    def unload(self, path: str) -> None:
+        """Leaves nothing of a set, whatever of it there is."""
+        self._ahead.pop(path, None)
+        self.remove_adapter(AdapterSet.from_path(path).set_id)
+
+    # What vLLM asks for.
+
+    def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+        """Before a step: its sets are in slots. The server has seen to that; for who has not,
+        they are loaded here, once their files are what the sets say.
+        """
+        held = self.list_adapters()
+        for request in lora_requests:
+            if request.lora_int_id not in held:
+                for member in AdapterSet.from_path(request.lora_path).members:
+                    verify(member)
+        super()._apply_adapters(lora_requests)
+
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
         found = AdapterSet.from_path(lora_request.lora_path)
         reading = self._ahead.pop(lora_request.lora_path, None) or _Reading(self._parts(found))
         weights = dict(reading)
-        cached = self.list_adapters()
-        self.layouts = {i: layout for i, layout in self.layouts.items() if i in cached}
-        self.layouts[lora_request.lora_int_id] = {o: found.layout(o) for o in found.owners}
-        return LoRAModel(lora_request.lora_int_id, found.rank, weights)
+        return _Loaded(found, lora_request.lora_int_id, weights)
 
     def _parts(self, found: AdapterSet) -> Iterator[_Part | None]:
         """Per layer of the steered model that a set changes, its weights; None between steps."""
@@ -155,6 +218,7 @@ class SetManager(LRUCacheWorkerLoRAManager):
                     yield None
             for module, a, b in load_set(found, owner, dtype, layers, by_columns=by_columns):
                 part = layers.slice(module)
+                fit(part, owner, module, a, b)
                 _adjust(b, layout, layers.layer(part).base_layer, f"{owner}: {module}")
                 for name, rows in part.split(b):
                     if name in filled:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.errors import BadAdapter, DoesNotFit
+from adapters.errors import BadAdapter, DoesNotFit, FilesLost
 from adapters.formats.base import BaseShapes, base_shapes
 from adapters.formats.header import read_header
 from adapters.formats.inspect import inspect, read_artefact
@@ -342,7 +342,7 @@ def test_a_set_whose_files_changed_is_refused(
 ) -> None:
     found = AdapterSet.of([Member.of(read_artefact(broken["native"]), "d", "base")])
     edit(broken["native"] / "meteora.json", tasks=["task1", "task0", "task2"])
-    with pytest.raises(BadAdapter, match="changed"):
+    with pytest.raises(FilesLost, match="changed"):
         list(load_set(found, "base", torch.float32, CheckpointLayers(made["base"])))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ os.environ.update(
 )
 
 from adapters.formats.artefact import Artefact
-from adapters.formats.base import base_shapes
+from adapters.formats.base import plain_shapes
 from adapters.formats.inspect import inspect
 from adapters.sets import AdapterSet
 from steering.adapters import Chosen, adapt
@@ -98,7 +98,7 @@ class Engine:
 
     Args:
         folder: where the random models are written.
-        base: (architecture, table size).
+        base: (architecture, table size), or the folder of a checkpoint.
         streams: name → (architecture, table size), or the stream whose weights it shares.
         heads: makes streams with heads, given a folder and those of the other streams.
         speculation: which stream drafts.
@@ -108,7 +108,7 @@ class Engine:
     def __init__(
         self,
         folder: Path,
-        base: tuple[str, int],
+        base: tuple[str, int] | Path,
         streams: Mapping[str, tuple[str, int] | str],
         heads: Callable[[Path, Mapping[str, Path]], Mapping[str, Headed]] = lambda *_: {},
         speculation: Speculation | None = None,
@@ -118,7 +118,9 @@ class Engine:
 
         self.folders: dict[str, Path] = {}
         for seed, (name, source) in enumerate({BASE: base, **streams}.items()):
-            if not isinstance(source, str):
+            if isinstance(source, Path):
+                self.folders[name] = source
+            elif not isinstance(source, str):
                 architecture, table = source
                 self.folders[name] = make_model(
                     folder / name, architecture, seed=seed, vocab_size=table
@@ -158,14 +160,15 @@ class Engine:
             **{**defaults, **engine},
         )
         self.llm = LLM(**arguments)
-        self.llm.collective_rpc("coxswain_bind")
+        bound = self.llm.collective_rpc("coxswain_bind")[0]
+        self.layers: dict[str, dict[str, tuple[int, int]]] = bound["layers"]
         self._served = 0
         self.adapters: dict[str, Artefact] = {}
         self.digests: dict[str, str] = {}
 
     def load_adapters(self, folders: Mapping[str, Path], stream: str = BASE) -> None:
         """Makes adapters known that are made for the model of `stream`."""
-        shapes = base_shapes(self.folders[stream])
+        shapes = replace(plain_shapes(self.folders[stream]), layers=self.layers[stream], whole=True)
         for name, folder in folders.items():
             self.adapters[name] = inspect(folder, shapes, max_rank=512)
             self.digests[name] = self.adapters[name].digest()

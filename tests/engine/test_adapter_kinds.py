@@ -240,7 +240,7 @@ def test_sets_that_are_read_ahead_are_the_same(engine: Engine) -> None:
     _, found = engine.adapted(case)
     assert found is not None
     path, pieces = found.lora_request()["lora_path"], 1
-    while not engine.llm.collective_rpc("coxswain_read_ahead", args=(path, 0.0))[0]:
+    while not engine.llm.collective_rpc("coxswain_read_ahead", args=(path, 0.0))[0]["done"]:
         pieces += 1
     assert pieces >= 3 * len(ALL)  # at least one for each layer
     assert_exact(engine, [case], engine.run([case]))

@@ -146,7 +146,8 @@ def test_sets_that_are_read_ahead_are_the_same(adapting: Engine) -> None:
         _, found = adapting.adapted(Case([1], adapters=uses))
         assert found is not None
         path = found.lora_request()["lora_path"]
-        done: bool = adapting.llm.collective_rpc("coxswain_read_ahead", args=(path, seconds))[0]
+        answer = adapting.llm.collective_rpc("coxswain_read_ahead", args=(path, seconds))[0]
+        done: bool = answer["done"]
         return done
 
     def uses(i: int) -> tuple[Use, ...]:

@@ -49,6 +49,7 @@ class ReadingLoader:
         self.pause_s = pause_s
         self.loads = 0
         self.unloads = 0
+        self.broken: Exception | None = None
         self.held: dict[str | None, asyncio.Event] = {}
         """Digests whose requests take until the event is set."""
         self._busy: set[str] = set()
@@ -62,6 +63,8 @@ class ReadingLoader:
         self._stays.add(key)
         try:
             await asyncio.sleep(self.pause_s)
+            if self.broken is not None:
+                raise self.broken
             tensors = load_file(folder / "adapter_model.safetensors")
             a = tensors[f"base_model.model.{MODULE}.lora_A.weight"]
             if a.shape[1] != 16:
@@ -91,8 +94,10 @@ class Replica:
     def __init__(
         self, connection: Connection, root: Path, store: Path, *, remotes: tuple[str, ...] = (),
         pause_s: float = 0.0, every_s: float = 0.3, alive_s: float = 2.0,
+        broken: Exception | None = None,
     ) -> None:  # fmt: skip
         self.loader = ReadingLoader(pause_s)
+        self.loader.broken = broken
         loader: Loader = self.loader
         self.fetcher = Fetcher(ContentStore(store), Allowed((root,), remotes))
         self.manager = Manager(connection, self.fetcher, loader, every_s=every_s, alive_s=alive_s)
