@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from steering.plan import BASE
+
 ARCHITECTURE = "SteeredForCausalLM"
 BASE_ARCHITECTURES = "coxswain_base_architectures"
 """Attribute of the base's config that keeps what `ARCHITECTURE` replaces."""
@@ -138,6 +140,18 @@ def steered_engine_args(
         }
     extra = {**engine.pop("additional_config", {}), "coxswain": settings}
     return {**ours, **engine, "additional_config": extra}
+
+
+def watched(sources: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """The streams that run, base first, then the heads: bit i of `steering.worker.watch`'s flags.
+
+    Args:
+        sources: the streams beside the base, as `StreamSource` fields; None is left out.
+    """
+    streams = [name for name, source in sources.items() if "on" not in source]
+    heads = [name for kind in ("classifier", "value") for name, source in sources.items()
+             if source.get("head") == kind]  # fmt: skip
+    return (BASE, *streams, *heads)
 
 
 def end_ids(model: str, config: Any) -> set[int]:

@@ -15,6 +15,9 @@ from steering.plan import RuleKind
 
 NEVER = float("-inf")
 
+BLOCK = 2048
+"""Ids of the largest block of the Triton kernels, which read tables over the vocabulary whole."""
+
 
 class Ends(NamedTuple):
     """The ids that end a text, which differ between requests."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from steering.kernels.mix import Ends
+from steering.kernels.mix import BLOCK, Ends
 from steering.kernels.triton_finish import finish
 from steering.kernels.triton_kernels import first, tell
 from steering.kernels.triton_nucleus import WAYS, narrow
@@ -42,8 +42,7 @@ class Rule(NamedTuple):
     nuclei: bool = True
     """False promises that no row has the `NUCLEUS` rule, which saves launches."""
     ends: Ends | None = None
-    """The ids that end a text; None for none. Sets that are padded to a multiple of `LARGEST`
-    need no copy."""
+    """The ids that end a text; None for none. Sets that are padded to whole blocks need no copy."""
 
 
 class Additions(NamedTuple):
@@ -65,10 +64,6 @@ class Told(NamedTuple):
     """[R, 2] int32: the most likely id of the base, and of z; of equals the lowest."""
 
 
-LARGEST = 2048
-"""Ids of the largest block."""
-
-
 @dataclass(frozen=True)
 class Blocks:
     """How the vocabulary is cut.
@@ -85,7 +80,7 @@ class Blocks:
     @classmethod
     def of(cls, rows: int) -> Blocks:
         """For R rows."""
-        return cls(1024, 4) if rows <= 16 else cls(LARGEST, 8)
+        return cls(1024, 4) if rows <= 16 else cls(BLOCK, 8)
 
 
 def marks(size: int, unshared: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor:
@@ -110,7 +105,7 @@ def marks(size: int, unshared: Sequence[torch.Tensor | None], device: torch.devi
 
 def padded(size: int) -> int:
     """The ids of whole blocks, of any size."""
-    return -(-size // LARGEST) * LARGEST
+    return -(-size // BLOCK) * BLOCK
 
 
 def mix(
@@ -247,7 +242,7 @@ def _rules(rule: Rule | None, coef: torch.Tensor, size: int) -> tuple[object, ..
     else:
         columns = (*rule[:3], rule.critical, rule.ends.which)
         table = rule.ends.table.view(torch.uint8)
-        if table.shape[1] % LARGEST:
+        if table.shape[1] % BLOCK:
             table = torch.nn.functional.pad(table, (0, padded(size) - table.shape[1]))
     return columns, tuple(c.stride(0) for c in columns), table, table.stride(0)
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from steering.engine_args import SCRATCH
+from steering.engine_args import SCRATCH, watched
 from steering.worker import heads, lora_seam, lora_sets, overlaps
 from steering.worker import vllm_seam as seam
 from steering.worker.adapting import Adapted
@@ -32,7 +32,8 @@ from steering.worker.batches import (
     stream_batch,
 )
 from steering.worker.drafting import Drafting
-from steering.worker.layout import Layout
+from steering.worker.ends import EndSets
+from steering.worker.layout import ENDS, Layout
 from steering.worker.one_product import OneProduct, one_product
 from steering.worker.readout import Readout
 from steering.worker.reporter import Reporter
@@ -41,6 +42,7 @@ from steering.worker.speculation_seam import SpeculationSeam
 from steering.worker.streams import Streams, hidden_width
 from steering.worker.triton_readout import readout_class
 from steering.worker.values import ValueStreams, candidates_of
+from steering.worker.watch import Watch
 
 
 class SteeredForCausalLM(nn.Module):
@@ -87,7 +89,7 @@ class SteeredForCausalLM(nn.Module):
         self._lora: lora_seam.LoraSeam | None = None
         self._lora_manager: Any = None
         self._adapted: Adapted | None = None
-        self._seats = SeatBook(self.names, tuple(self.heads))
+        self._seats = SeatBook(self.names, tuple(self.heads), self._readout.ends.own)
         self._active = [True] * len(self.names)
         self._special = True
         self._even = False
@@ -105,14 +107,14 @@ class SteeredForCausalLM(nn.Module):
             None if "head" in self._sources.get(name, ()) else m.compute_logits
             for name, m in zip(self.names, self._forwards, strict=True)
         ]
-        ends = settings["ends"]
         return readout_class()(
             Layout(tuple(self._widths.values()), vllm_config.model_config.dtype, candidates),
             unembed,
             overlaps.vocabularies(self.names, self._streams.original, settings["overlaps"]),
             overlaps.padded(settings["overlaps"]),
             heads.readings(self._sources, self.names, self.heads),
-            torch.tensor(ends) if ends else None,
+            EndSets(settings["ends"], vllm_config.model_config.get_vocab_size()),
+            Watch(watched(self._sources)),
         )
 
     def _build_values(self, top_k: int, vllm_config: VllmConfig) -> ValueStreams:
@@ -122,13 +124,13 @@ class SteeredForCausalLM(nn.Module):
             {index[name]: head for name, head in self._value_heads.items()},
             index,
             {i: self._readout.vocabularies[i].read_as for i in index.values()},
-            self._readout.ends,
             min(SCRATCH * top_k, most),
         )
 
     def bind(self, runner: Any) -> None:
         """Hands over the model runner, once its KV cache is there."""
         self._seam = seam.Seam(runner, self._streams.layers())
+        seam.tell_faults(runner, self._readout.watch.take)
         self._lora = lora_seam.LoraSeam(runner) if runner.lora_config else None
         if self._draft:
             model, speculative = runner.vllm_config.model_config, runner.speculative_config
@@ -189,8 +191,10 @@ class SteeredForCausalLM(nn.Module):
         """[T, H_0] when no row of this step is steered, else [T, layout.width]."""
         if self._seam is None or not self._seam.scheduled:
             return self._forward_all(input_ids, positions, inputs_embeds)
+        self._readout.watch.forget()
         self._seam.hold_generators()
         tables = self._seats.update(self._seam.request_ids(), self._seam.freight)
+        self._readout.ends.show(tables.ends)
         counting = bool(tables.tagged)
         self._adapted = self._lora.adapted(tables.adapters, counting) if self._lora else None
         self.steps += 1
@@ -203,7 +207,7 @@ class SteeredForCausalLM(nn.Module):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """[R, V] scores of the steered model, a pure function of the rows."""
         if hidden.shape[-1] == self._readout.layout.sizes[0]:
-            return self._forwards[0].compute_logits(hidden)
+            return self._readout.watch.base(self._forwards[0].compute_logits(hidden))
         if self._even and not self._reporter.waits:
             z = self._readout.in_one(hidden, self._active)
             if z is not None:
@@ -211,7 +215,7 @@ class SteeredForCausalLM(nn.Module):
         mixed = self._readout(hidden, self._active, self._special, self._even)
         if self._reporter.waits:
             choices = partial(self._readout.choices, hidden, active=self._active)
-            self._reporter.measure(mixed, hidden, choices)
+            self._reporter.measure(mixed, hidden, choices, self._readout.watch)
         return None if mixed is None else mixed.z
 
     def draft(self, rows: Int64, newest: Int64, token_ids: Int32) -> dict[int, list[int]]:
@@ -296,7 +300,10 @@ class SteeredForCausalLM(nn.Module):
                 return self._run(stream, tokens.to(input_ids.dtype), positions)
 
         scores = candidates_of(self._forwards[0].compute_logits(hidden(0)), self._readout.padded)
-        add = self._values.add(asked, scores, hidden, step, tables.offsets, run)
+        which = tables.control[[row for row, _ in asked], layout.streams + ENDS]
+        ends = self._readout.ends.of(found.to_device(which))
+        note = self._readout.watch.values
+        add = self._values.add(asked, scores, hidden, step, tables.offsets, run, ends, note)
         layout.write_additions(out, last, add.ids, add.added)
 
     def _control(self, tables: Tables, step: Step) -> npt.NDArray[np.float32]:

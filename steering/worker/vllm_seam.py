@@ -6,7 +6,7 @@ of `steering.worker` does not change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -72,11 +72,15 @@ class Seam:
         ids: list[str] = self._runner.input_batch.req_ids
         return ids
 
-    def freight(self, request_id: str) -> tuple[Freight | None, int]:
-        """(what a request carries, its prompt length in tokens without an earlier reply)."""
+    def freight(self, request_id: str) -> tuple[Freight | None, int, set[int]]:
+        """(what a request carries, its prompt length in tokens without an earlier reply, ids that
+        end its text).
+        """
         request = self._runner.requests[request_id]
-        freight = unpack(request.sampling_params.extra_args)
-        return freight, request.num_prompt_tokens - (freight.reply if freight else 0)
+        params = request.sampling_params
+        freight = unpack(params.extra_args)
+        stops = {*(params.stop_token_ids or ()), *params.all_stop_token_ids}
+        return freight, request.num_prompt_tokens - (freight.reply if freight else 0), stops
 
     def step(self) -> Step:
         """What vLLM scheduled in this step."""
@@ -242,6 +246,26 @@ class Seam:
     def to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         """A host array on the model's device."""
         return torch.from_numpy(array).to(self._runner.device, non_blocking=True)
+
+
+def tell_faults(runner: Any, take: Callable[[], dict[int, int]]) -> None:
+    """Sends what a step's rows are flagged with to the scheduler, beside the drawn tokens.
+
+    vLLM has a place for the number of NaNs in a request's scores; the flag (see
+    `steering.worker.watch`) goes there, to `SteeredScheduler`.
+
+    Args:
+        runner: the worker's model runner.
+        take: number of a request of the step → its flag; called when the tokens are on the host.
+    """
+    keep = runner._bookkeeping_sync
+
+    def with_flags(*args: Any, **options: Any) -> Any:
+        kept = keep(*args, **options)
+        ids = runner.input_batch.req_ids
+        return ({ids[i]: flag for i, flag in take().items() if i < len(ids)}, *kept[1:])
+
+    runner._bookkeeping_sync = with_flags
 
 
 def choice_of(request_id: str) -> str:
