@@ -33,6 +33,7 @@ from server.operation.counting import counted
 from server.requests import best_of_n
 from server.requests.boarding import Boarding, Ride, board, limit_tokens
 from server.requests.echo import echoed
+from server.requests.ended import sound
 from server.requests.steered import Report, Steered
 from server.settings.operating import LimitsConfig
 from server.trail import Trail, trail
@@ -138,7 +139,7 @@ class SteeredLLM(AsyncLLM):
     def submit(self, ride: Ride) -> AsyncGenerator[RequestOutput, None]:
         """Runs a request that has boarded; closing the generator aborts it."""
         outputs = super().generate(ride.prompt, ride.params, ride.request_id, **ride.options)
-        return echoed(outputs, ride.params)
+        return sound(echoed(outputs, ride.params))
 
     def _holding(
         self, outputs: AsyncGenerator[RequestOutput, None], steered: Steered

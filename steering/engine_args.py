@@ -103,6 +103,9 @@ def steered_engine_args(
         one_product: sets of streams whose unembeddings are laid beside the base's, on CPUs, so
             that a linear sum of just these is one product. Takes a copy of each table.
         engine: any other engine argument; they win over our defaults.
+
+    Raises:
+        ValueError: one that cannot be served.
     """
     from vllm.transformers_utils.config import get_config
 
@@ -138,8 +141,33 @@ def steered_engine_args(
             "model": DRAFTER,
             "num_speculative_tokens": speculation.tokens,
         }
+    ours["structured_outputs_config"] = _structured(engine.pop("structured_outputs_config", {}))
     extra = {**engine.pop("additional_config", {}), "coxswain": settings}
     return {**ours, **engine, "additional_config": extra}
+
+
+GRAMMARS = "xgrammar"
+"""The backend of grammars, if none is named."""
+
+UNDECIDED = (
+    "the engine would keep the backend that the first request with a grammar happens to need; "
+    "name one, e.g. xgrammar"
+)
+"""Why `structured_outputs_config.backend: auto` is refused."""
+
+
+def _structured(config: Any) -> Any:
+    """VLLM's `structured_outputs_config` with a backend that is the same for all requests.
+
+    Raises:
+        ValueError: it leaves that open.
+    """
+    if isinstance(config, Mapping):
+        config = {"backend": GRAMMARS, **config}
+    backend = config["backend"] if isinstance(config, dict) else config.backend
+    if backend == "auto":
+        raise ValueError(f"structured_outputs_config.backend: refused (got 'auto'): {UNDECIDED}")
+    return config
 
 
 def watched(sources: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:

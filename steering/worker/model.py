@@ -130,7 +130,7 @@ class SteeredForCausalLM(nn.Module):
     def bind(self, runner: Any) -> None:
         """Hands over the model runner, once its KV cache is there."""
         self._seam = seam.Seam(runner, self._streams.layers())
-        seam.tell_faults(runner, self._readout.watch.take)
+        seam.tell_faults(runner, self._readout.watch)
         self._lora = lora_seam.LoraSeam(runner) if runner.lora_config else None
         if self._draft:
             model, speculative = runner.vllm_config.model_config, runner.speculative_config

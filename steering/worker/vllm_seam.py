@@ -6,7 +6,7 @@ of `steering.worker` does not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from steering.wire import Freight, unpack
 from steering.worker.batches import Candidates, Step, StreamBatch
 from steering.worker.values import broadcast, gather
+from steering.worker.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -248,24 +249,32 @@ class Seam:
         return torch.from_numpy(array).to(self._runner.device, non_blocking=True)
 
 
-def tell_faults(runner: Any, take: Callable[[], dict[int, int]]) -> None:
+def tell_faults(runner: Any, watch: Watch) -> None:
     """Sends what a step's rows are flagged with to the scheduler, beside the drawn tokens.
 
-    vLLM has a place for the number of NaNs in a request's scores; the flag (see
-    `steering.worker.watch`) goes there, to `SteeredScheduler`.
+    vLLM has a place for the number of NaNs in a request's scores; the flag goes there, to
+    `SteeredScheduler`. The sampler is made to show what constraints left of each row.
 
     Args:
         runner: the worker's model runner.
-        take: number of a request of the step → its flag; called when the tokens are on the host.
+        watch: has the flags.
     """
-    keep = runner._bookkeeping_sync
+    keep, constrain = runner._bookkeeping_sync, runner.sampler.apply_logits_processors
+
+    def constrained(logits: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        left: torch.Tensor = constrain(logits, *args, **options)
+        if left.shape[0] == runner.input_batch.num_reqs:
+            watch.left(left)
+        return left
 
     def with_flags(*args: Any, **options: Any) -> Any:
         kept = keep(*args, **options)
         ids = runner.input_batch.req_ids
-        return ({ids[i]: flag for i, flag in take().items() if i < len(ids)}, *kept[1:])
+        flags = {ids[i]: flag for i, flag in watch.take().items() if i < len(ids)}
+        return (flags, *kept[1:])
 
     runner._bookkeeping_sync = with_flags
+    runner.sampler.apply_logits_processors = constrained
 
 
 def choice_of(request_id: str) -> str:

@@ -21,6 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+NOTHING_LEFT = 1 << 62
+"""The flag of a request whose constraints leave no id; no stream's bit."""
+
 Suspects = Callable[[int], int]
 """Row → the bits of the streams at fault, where a flag says only that one of several is."""
 
@@ -120,6 +123,13 @@ class Watch:
         self.begin(len(requests), numbers.device)
         self.numbers(i, numbers)
         self.end(torch.from_numpy(requests + 1).to(numbers.device, torch.float32))
+
+    def left(self, scores: torch.Tensor) -> None:
+        """Looks at [Q, V] what the requests' constraints have left, one row per request."""
+        self.begin(len(scores), scores.device)
+        assert self._flags is not None
+        self._flags |= (scores.amax(-1) == -math.inf).long() * NOTHING_LEFT
+        self.end(None)
 
     def told(self, head: str, number: float, request: int) -> None:
         """Looks at a number that is on the host already."""
