@@ -130,7 +130,6 @@ class SteeredForCausalLM(nn.Module):
     def bind(self, runner: Any) -> None:
         """Hands over the model runner, once its KV cache is there."""
         self._seam = seam.Seam(runner, self._streams.layers())
-        seam.tell_faults(runner, self._readout.watch)
         self._lora = lora_seam.LoraSeam(runner) if runner.lora_config else None
         if self._draft:
             model, speculative = runner.vllm_config.model_config, runner.speculative_config
@@ -144,6 +143,7 @@ class SteeredForCausalLM(nn.Module):
         self._readout = replace(self._readout, one_product=self._one_product(runner))
         for stream in self._values.heads:
             self._seam.add_scratch(stream, self._values.chunk)
+        seam.tell_faults(runner, self._readout.watch)
 
     def _one_product(self, runner: Any) -> OneProduct | None:
         """Not for tables that are split over ranks; side by side where that was measured."""
@@ -221,6 +221,8 @@ class SteeredForCausalLM(nn.Module):
     def draft(self, rows: Int64, newest: Int64, token_ids: Int32) -> dict[int, list[int]]:
         """Drafts what may follow the step that was run last; see `Drafting`."""
         assert self._seam is not None and self._drafting is not None
+        sound = ~np.isin(rows, [*self._readout.watch.at_fault])
+        rows, newest, token_ids = rows[sound], newest[sound], token_ids[sound]
         tables = self._seats.update(self._seam.request_ids(), self._seam.freight)
         found = self._drafting(tables, rows, newest, token_ids)
         for row, seat in tables.tagged:

@@ -53,7 +53,14 @@ class SteeredScheduler(Scheduler):
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Takes a step's tokens in; a flagged request ends with an error in their place."""
-        self._flags = model_runner_output.num_nans_in_logits or {}
+        flags = model_runner_output.num_nans_in_logits or {}
+        # One that is still in its prompt ends when it draws.
+        self._flags = {i: f for i, f in self._flags.items() if i in self.requests} | flags
+        for request_id, flag in flags.items():
+            if named(flag, self._watched) and request_id in self.requests:
+                # The worker has cleaned these blocks: they hold no longer what their hash says.
+                ids = self.kv_cache_manager.get_block_ids(request_id)
+                self.kv_cache_manager.evict_blocks({block for group in ids for block in group})
         refused = {
             i: broken.of_grammar(self.requests[i].structured_output_request.grammar)
             for i in self.grammar_compile_error_reqs

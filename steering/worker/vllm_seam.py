@@ -270,11 +270,37 @@ def tell_faults(runner: Any, watch: Watch) -> None:
     def with_flags(*args: Any, **options: Any) -> Any:
         kept = keep(*args, **options)
         ids = runner.input_batch.req_ids
-        flags = {ids[i]: flag for i, flag in watch.take().items() if i < len(ids)}
-        return (flags, *kept[1:])
+        flags = {i: flag for i, flag in watch.take().items() if i < len(ids)}
+        for row in watch.at_fault:
+            _clean(runner, row)
+        return ({ids[i]: flag for i, flag in flags.items()}, *kept[1:])
 
     runner._bookkeeping_sync = with_flags
     runner.sampler.apply_logits_processors = constrained
+
+
+def _clean(runner: Any, row: int) -> None:
+    """Puts zeros where a request's blocks hold no numbers.
+
+    The blocks go to others next, and attention kernels multiply what they may not see by 0: of NaN
+    that makes NaN, also far behind a request's last token.
+
+    Args:
+        runner: the worker's model runner.
+        row: of the request in the step.
+    """
+    blocks = runner.kv_cache_config.num_blocks
+    layers = runner.vllm_config.compilation_config.static_forward_context.values()
+    caches = {c.data_ptr(): c for layer in layers if isinstance(c := layer.kv_cache, torch.Tensor)}
+    table = runner.input_batch.block_table[0]
+    own = torch.from_numpy(table.block_table.np[row, : table.num_blocks_per_row[row]].astype(int))
+    for cache in caches.values():
+        if not cache.is_floating_point() or cache.itemsize < 2:
+            continue
+        if cache.device.type == "cpu" and cache.shape[0] >= blocks:
+            cache[own] = cache[own].nan_to_num(0.0, 0.0, 0.0)
+        else:  # backends lay blocks out as they like
+            cache.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def choice_of(request_id: str) -> str:

@@ -51,10 +51,13 @@ class Watch:
     _rows: torch.Tensor | None = None
     _notes: list[_Note] = field(default_factory=list)
     _known: dict[int, int] = field(default_factory=dict)
+    at_fault: frozenset[int] = frozenset()
+    """Requests of the step whose streams or heads were found at fault by `take`."""
 
     def forget(self) -> None:
         """A new step."""
         self._flags, self._notes, self._known = None, [], {}
+        self.at_fault = frozenset()
 
     def begin(self, rows: int, device: torch.device) -> None:
         """R rows follow."""
@@ -154,6 +157,7 @@ class Watch:
                 if request >= 0:
                     found[request] = found.get(request, 0) | flag
         self.forget()
+        self.at_fault = frozenset(i for i, flag in found.items() if flag & ~NOTHING_LEFT)
         return found
 
 
