@@ -30,7 +30,7 @@ from server.adapting.residency import Residency
 from server.engine_series import BoundedSeries
 from server.operation import metrics
 from server.operation.counting import counted
-from server.requests import best_of_n
+from server.requests import best_of_n, probing
 from server.requests.boarding import Boarding, Ride, board, limit_tokens
 from server.requests.echo import echoed
 from server.requests.ended import sound
@@ -263,8 +263,26 @@ class SteeredLLM(AsyncLLM):
         }  # fmt: skip
 
     async def bind(self) -> None:
-        """Prepares the worker; once, after the engine is up and before it serves."""
+        """Prepares the worker and tries every stream and head; once, before the engine serves.
+
+        Raises:
+            GenerationError: a stream or head gives no numbers.
+        """
         await self._ask("coxswain_bind")
+        settings = self.vllm_config.additional_config["coxswain"]
+        await self._try(probing.plan(settings["streams"]))
+
+    async def _try(self, plan: SteeringPlan) -> None:
+        """Draws one token."""
+        params = SamplingParams(
+            temperature=0, max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        ids = probing.prompt(self.model_config.get_vocab_size())
+        prompt, boarding = board({"prompt_token_ids": ids, "type": "token"}, params, plan, "probe")
+        async with aclosing(self.submit(Ride(prompt, params, boarding.tag, {}))) as outputs:
+            async for _ in outputs:
+                pass
+        await self.report(boarding.tag, {})
 
     async def _ask(self, name: str, *args: Any) -> list[list[Any]]:
         """One remote call to every worker of every engine; the answers by engine.

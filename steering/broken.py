@@ -19,10 +19,11 @@ _GRAMMAR = "The grammar cannot be used: "
 
 def of_streams(names: Sequence[str]) -> str:
     """Streams and heads that give no numbers."""
-    which = " or ".join(map(repr, names))
+    which = f"The stream {names[0]!r}"
+    if len(names) > 1:
+        which = f"Of the streams {', '.join(map(repr, names))} at least one"
     return (
-        f"The stream {which} {NO_NUMBERS}: its checkpoint is damaged, or its numbers overflow in "
-        "this dtype."
+        f"{which} {NO_NUMBERS}: its checkpoint is damaged, or its numbers overflow in this dtype."
     )
 
 

@@ -292,8 +292,9 @@ def _clean(runner: Any, row: int) -> None:
     blocks = runner.kv_cache_config.num_blocks
     layers = runner.vllm_config.compilation_config.static_forward_context.values()
     caches = {c.data_ptr(): c for layer in layers if isinstance(c := layer.kv_cache, torch.Tensor)}
-    table = runner.input_batch.block_table[0]
-    own = torch.from_numpy(table.block_table.np[row, : table.num_blocks_per_row[row]].astype(int))
+    tables = [runner.input_batch.block_table[g] for g in range(len(runner.attn_groups))]
+    rows = [t.block_table.np[row, : t.num_blocks_per_row[row]] for t in tables]
+    own = torch.from_numpy(np.unique(np.concatenate(rows)).astype(np.int64))
     for cache in caches.values():
         if not cache.is_floating_point() or cache.itemsize < 2:
             continue
