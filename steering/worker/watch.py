@@ -5,7 +5,8 @@ that means nothing, with status 200. Here a flag per row goes with the row's req
 drawn tokens are fetched, and the scheduler ends the request with an error that names the stream.
 
 The flag is taken from the largest score, which is NaN where any is: one pass over what the
-unembedding has just written, less than a hundredth of its time, and nothing waits for the device.
+unembedding has just written, a few hundredths of its time at most, and nothing waits for the
+device.
 A score of −∞ is no fault: models rule ids out so.
 
 Lives in the worker. Letters: R rows, V a vocabulary; bit i of a flag stands for `names[i]`.

@@ -13,7 +13,12 @@ from steering.worker.layout import EXTRA, Layout
 def test_coefficients_survive_bit_for_bit(dtype: torch.dtype) -> None:
     layout = Layout((7, 3, 5), dtype)
     values = np.random.default_rng(0).normal(size=(4, 3 + EXTRA)).astype(np.float32)
-    extra = [[0.0, 1, 0.25, 0, 0], [1, 0, 1e-7, 0, 3], [3, 2, 1, 2, 0], [0, 0, 0, 0, 9]]
+    extra: list[list[float]] = [
+        [0.0, 1, 0.25, 0, 0],
+        [1, 0, 1e-7, 0, 3],
+        [3, 2, 1, 2, 0],
+        [0, 0, 0, 0, 9],
+    ]
     values[:, 3:] = np.array([[*own, row % 3, row + 1] for row, own in enumerate(extra)])
     out = torch.full((6, layout.width), float("nan"), dtype=dtype)
     out[:, sum(layout.sizes) :] = 0
