@@ -291,7 +291,8 @@ def _clean(runner: Any, row: int) -> None:
     """
     blocks = runner.kv_cache_config.num_blocks
     layers = runner.vllm_config.compilation_config.static_forward_context.values()
-    caches = {c.data_ptr(): c for layer in layers if isinstance(c := layer.kv_cache, torch.Tensor)}
+    found = (getattr(layer, "kv_cache", None) for layer in layers)
+    caches = {c.data_ptr(): c for c in found if isinstance(c, torch.Tensor)}
     tables = [runner.input_batch.block_table[g] for g in range(len(runner.attn_groups))]
     rows = [t.block_table.np[row, : t.num_blocks_per_row[row]] for t in tables]
     own = torch.from_numpy(np.unique(np.concatenate(rows)).astype(np.int64))
