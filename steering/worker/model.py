@@ -26,14 +26,13 @@ from steering.worker.batches import (
     Candidates,
     Int32,
     Int64,
-    OwnTokens,
     Step,
     StreamBatch,
     stream_batch,
 )
 from steering.worker.drafting import Drafting
 from steering.worker.ends import EndSets
-from steering.worker.layout import ENDS, Layout
+from steering.worker.layout import Layout
 from steering.worker.one_product import OneProduct, one_product
 from steering.worker.readout import Readout
 from steering.worker.reporter import Reporter
@@ -91,8 +90,7 @@ class SteeredForCausalLM(nn.Module):
         self._adapted: Adapted | None = None
         self._seats = SeatBook(self.names, tuple(self.heads), self._readout.ends.own)
         self._active = [True] * len(self.names)
-        self._special = True
-        self._even = False
+        self._special, self._even = True, False
         readings = dict(zip(built, heads.readings(self._sources, self.names, built), strict=True))
         self._reporter = Reporter(self.names, self._readout.layout, readings)
         self.reports = self._reporter.book
@@ -103,10 +101,9 @@ class SteeredForCausalLM(nn.Module):
 
     def _build_readout(self, settings: dict[str, Any], vllm_config: VllmConfig) -> Readout:
         candidates = settings["top_k"] if self._value_heads else 0
-        unembed = [
-            None if "head" in self._sources.get(name, ()) else m.compute_logits
-            for name, m in zip(self.names, self._forwards, strict=True)
-        ]
+        bodies = {name for name, source in self._sources.items() if "head" in source}
+        pairs = zip(self.names, self._forwards, strict=True)
+        unembed = [None if n in bodies else m.compute_logits for n, m in pairs]
         return readout_class()(
             Layout(tuple(self._widths.values()), vllm_config.model_config.dtype, candidates),
             unembed,
@@ -302,10 +299,9 @@ class SteeredForCausalLM(nn.Module):
                 return self._run(stream, tokens.to(input_ids.dtype), positions)
 
         scores = candidates_of(self._forwards[0].compute_logits(hidden(0)), self._readout.padded)
-        which = tables.control[[row for row, _ in asked], layout.streams + ENDS]
-        ends = self._readout.ends.of(found.to_device(which))
-        note = self._readout.watch.values
-        add = self._values.add(asked, scores, hidden, step, tables.offsets, run, ends, note)
+        ends = self._readout.ends.of(found.to_device(tables.ends_of([row for row, _ in asked])))
+        note, offsets = self._readout.watch.values, tables.offsets
+        add = self._values.add(asked, scores, hidden, step, offsets, run, ends, note)
         layout.write_additions(out, last, add.ids, add.added)
 
     def _control(self, tables: Tables, step: Step) -> npt.NDArray[np.float32]:
@@ -335,7 +331,7 @@ class SteeredForCausalLM(nn.Module):
         assert self._seam is not None
         read_as = self._readout.vocabularies[i].read_as
         with self._seam.stream_context(i, None), self._adapting(i, None, positions):
-            hidden = self._run(i, _read_as(input_ids, read_as), positions)
+            hidden = self._run(i, overlaps.read_as(input_ids, read_as), positions)
         out[:, self._readout.layout.columns(i)] = hidden
         self._count(i, tokens)
 
@@ -345,9 +341,9 @@ class SteeredForCausalLM(nn.Module):
         """Runs stream i on the tokens of a batch, into its columns of their rows of `out`."""
         assert self._seam is not None
         tokens = self._seam.to_device(batch.tokens)
-        token_ids = _read_as(input_ids[tokens], self._readout.vocabularies[i].read_as)
+        token_ids = overlaps.read_as(input_ids[tokens], self._readout.vocabularies[i].read_as)
         for own in batch.own:
-            _put(token_ids, own)
+            overlaps.put(token_ids, own)
         positions = self._seam.to_device(batch.positions)
         with self._seam.stream_context(i, batch), self._adapting(i, batch, positions):
             hidden = self._run(i, token_ids, positions)
@@ -360,7 +356,7 @@ class SteeredForCausalLM(nn.Module):
         """[n, size] scores of the draft stream behind n requests; see `drafting.Score`."""
         assert self._seam is not None
         i, positions = self._draft, self._seam.to_device(batch.positions)
-        ids = _read_as(token_ids.to(torch.int32), self._readout.vocabularies[i].read_as)
+        ids = overlaps.read_as(token_ids.int(), self._readout.vocabularies[i].read_as)
         with self._seam.between_steps(i, batch), self._adapting(i, batch, positions):
             hidden = self._run(i, ids, positions)
         self._count(i, batch.rows.size)
@@ -401,14 +397,3 @@ class SteeredForCausalLM(nn.Module):
     def _count(self, i: int, tokens: int) -> None:
         self.passes[self.names[i]] += 1
         self.tokens[self.names[i]] += tokens
-
-
-def _read_as(token_ids: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
-    """The stream's ids for the base's. Compiled code checks no dtypes: it must stay the same."""
-    return token_ids if table is None else table[token_ids].to(token_ids.dtype)
-
-
-def _put(token_ids: torch.Tensor, own: OwnTokens) -> None:
-    """Replaces the request's tokens by those of the stream's own prompt."""
-    ids = torch.from_numpy(own.token_ids).to(token_ids)
-    token_ids[own.start : own.start + ids.numel()] = ids

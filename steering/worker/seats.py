@@ -157,6 +157,10 @@ class Tables:
     even: bool
     ends: tuple[Own, ...]
 
+    def ends_of(self, rows: Sequence[int]) -> npt.NDArray[np.float32]:
+        """[n] which of `ends` some rows have."""
+        return self.control[list(rows), self.uses.shape[1] + ENDS]
+
 
 def tables(seats: Sequence[Seat], streams: int) -> Tables:
     """Stacks seats into tables."""
