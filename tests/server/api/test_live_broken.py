@@ -72,12 +72,15 @@ def structured(server: Server, what: dict[str, Any]) -> httpx.Response:
 
 
 def tool(server: Server) -> httpx.Response:
+    # A random model would fill its room with the white space that the grammar of tools allows.
+    spaces = server.post("/tokenize", {"model": "big", "prompt": " \t\n\r"}).json()["tokens"]
     return server.post(
         "/v1/chat/completions",
         {
             "model": "big-chat",
             "temperature": 0,
-            "max_tokens": 60,
+            "max_tokens": 100,
+            "logit_bias": {str(token): -100 for token in spaces},
             "messages": [{"role": "user", "content": "hi"}],
             "tool_choice": "required",
             "tools": [TOOL],
