@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from server import errors
@@ -55,7 +57,7 @@ def test_the_backend_of_grammars_is_named(tmp_path_factory: pytest.TempPathFacto
     base = str(make_model(tmp_path_factory.mktemp("m") / "base", "llama", seed=1))
     streams = {"twin": StreamSource(same_as="base")}
 
-    def asked(**engine: object) -> object:
+    def asked(**engine: Any) -> Any:
         return steered_engine_args(base, streams, **engine)["structured_outputs_config"]
 
     assert asked() == {"backend": "xgrammar"}
