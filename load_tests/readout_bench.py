@@ -32,6 +32,7 @@ import torch
 
 from load_tests.adapter_kernel_bench import Timer
 from steering.plan import CRITICAL_KINDS, RuleKind
+from steering.worker.ends import EndSets
 from steering.worker.layout import Layout
 from steering.worker.readout import Reading, Readout, Vocabulary
 
@@ -95,11 +96,11 @@ class Work:
             for _ in range(case.streams)
         ]
         self.logits = [table[:, : case.size] for table in tables]
-        ends = torch.tensor(ENDS, device=device)
+        ends = EndSets(ENDS, case.size)
         layout = Layout((HIDDEN,) * case.streams, torch.float32)
         coef = [1.0, *(0.7 * (-1) ** i for i in range(case.streams - 1))]
         k = case.streams - 1 if case.rule in CRITICAL_KINDS else 0
-        control = [*coef, float(case.rule), k, PARAMS.get(case.rule, 0.0), 0.0, 0.0]
+        control = [*coef, float(case.rule), k, PARAMS.get(case.rule, 0.0), *[0.0] * 4]
         self.hidden = torch.zeros(case.rows, layout.width, device=device)
         layout.write_control(self.hidden, np.tile(np.array(control, np.float32), (case.rows, 1)))
         odds = torch.ones(case.rows, device=device)
@@ -119,7 +120,8 @@ class Work:
         self.marks = None
         if case.rule is not RuleKind.SUM:
             self.rule = Rule(read.kind, read.stream, read.param, critical, nuclei)
-            self.marks = marks(case.size, [None] * case.streams, ends, device)
+            self.rule = self.rule._replace(ends=ends.of(read.ends))
+            self.marks = marks(case.size, [None] * case.streams, device)
 
     def triton(self) -> torch.Tensor:
         """The scores by the kernels."""

@@ -31,9 +31,10 @@ from server.adapting.residency import Residency
 from server.engine_series import BoundedSeries
 from server.operation import metrics
 from server.operation.counting import counted
-from server.requests import best_of_n
+from server.requests import best_of_n, probing
 from server.requests.boarding import Boarding, Ride, board, limit_tokens, refuse_lag
 from server.requests.echo import echoed
+from server.requests.ended import sound
 from server.requests.steered import Report, Steered
 from server.settings.operating import LimitsConfig
 from server.trail import Trail, trail
@@ -141,7 +142,7 @@ class SteeredLLM(AsyncLLM):
     def submit(self, ride: Ride) -> AsyncGenerator[RequestOutput, None]:
         """Runs a request that has boarded; closing the generator aborts it."""
         outputs = super().generate(ride.prompt, ride.params, ride.request_id, **ride.options)
-        return echoed(outputs, ride.params)
+        return sound(echoed(outputs, ride.params))
 
     def _holding(
         self, outputs: AsyncGenerator[RequestOutput, None], steered: Steered
@@ -295,13 +296,30 @@ class SteeredLLM(AsyncLLM):
         }  # fmt: skip
 
     async def bind(self) -> dict[str, Any]:
-        """Prepares the workers; once, after the engine is up and before it serves.
+        """Prepares the workers and tries every stream and head; once, before the engine serves.
 
         Returns:
             What `coxswain_bind` says; all workers say the same.
+
+        Raises:
+            GenerationError: a stream or head gives no numbers.
         """
         found: dict[str, Any] = (await self._ask("coxswain_bind"))[0][0]
+        settings = self.vllm_config.additional_config["coxswain"]
+        await self._try(probing.plan(settings["streams"]))
         return found
+
+    async def _try(self, plan: SteeringPlan) -> None:
+        """Draws one token."""
+        params = SamplingParams(
+            temperature=0, max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        ids = probing.prompt(self.model_config.get_vocab_size())
+        prompt, boarding = board({"prompt_token_ids": ids, "type": "token"}, params, plan, "probe")
+        async with aclosing(self.submit(Ride(prompt, params, boarding.tag, {}))) as outputs:
+            async for _ in outputs:
+                pass
+        await self.report(boarding.tag, {})
 
     async def _ask(self, name: str, *args: Any) -> list[list[Any]]:
         """One remote call to every worker of every engine; the answers by engine.

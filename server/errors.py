@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -178,6 +180,19 @@ def from_vllm(error: dict[str, Any]) -> HttpError:
     retry = 5 if status == 503 else None
     message = _APPENDED.sub("", message)
     return HttpError(status, message, param=param, code=code, retry_after_s=retry)
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Around what makes an answer of the engine's: here no error is the caller's fault.
+
+    Raises:
+        RuntimeError: for the errors that elsewhere stand for a bad value of the caller's.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
+        raise RuntimeError("the answer cannot be told") from error
 
 
 def event(error: HttpError) -> str:

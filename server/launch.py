@@ -171,6 +171,8 @@ class Run:
             self.engine = loaded.engine
             self.life.reason = "starting the engine"
             progress.stage(self.life.reason)
+            from vllm.exceptions import GenerationError
+
             from server.adapting.service import PreloadFailed
             from server.assemble import announce, assemble
 
@@ -184,6 +186,8 @@ class Run:
                 )
             except PreloadFailed as error:
                 raise StartFailed(error.problems) from error
+            except GenerationError as error:
+                raise StartFailed([str(error)]) from error
             except AdapterError as error:
                 raise StartFailed([f"registry: {error}"]) from error
             seconds = progress.seconds

@@ -10,6 +10,7 @@ from typing import Any
 from steering.errors import DoesNotFit, SteeringError
 from steering.families import beside_hybrid, is_hybrid, stream_architecture
 from steering.language import LanguagePart, language_architecture
+from steering.plan import BASE
 
 ARCHITECTURE = "SteeredForCausalLM"
 HYBRID = "SteeredHybridForCausalLM"
@@ -111,6 +112,7 @@ def steered_engine_args(
 
     Raises:
         DoesNotFit: a checkpoint cannot be a stream.
+        ValueError: one that cannot be served.
     """
     from vllm.transformers_utils.config import get_config
 
@@ -167,6 +169,7 @@ def steered_engine_args(
             "model": DRAFTER,
             "num_speculative_tokens": speculation.tokens,
         }
+    ours["structured_outputs_config"] = _structured(engine.pop("structured_outputs_config", {}))
     extra = {**engine.pop("additional_config", {}), "coxswain": settings}
     return {**ours, **engine, "additional_config": extra}
 
@@ -177,6 +180,42 @@ def _architecture(field: str, config: Any, *, base: bool, body: bool = False) ->
         return stream_architecture(config, base=base, body=body)
     except SteeringError as error:
         raise type(error)(error.message, field=field, allowed=error.allowed) from error
+
+
+GRAMMARS = "xgrammar"
+"""The backend of grammars, if none is named."""
+
+UNDECIDED = (
+    "the engine would keep the backend that the first request with a grammar happens to need; "
+    "name one, e.g. xgrammar"
+)
+"""Why `structured_outputs_config.backend: auto` is refused."""
+
+
+def _structured(config: Any) -> Any:
+    """VLLM's `structured_outputs_config` with a backend that is the same for all requests.
+
+    Raises:
+        ValueError: it leaves that open.
+    """
+    if isinstance(config, Mapping):
+        config = {"backend": GRAMMARS, **config}
+    backend = config["backend"] if isinstance(config, dict) else config.backend
+    if backend == "auto":
+        raise ValueError(f"structured_outputs_config.backend: refused (got 'auto'): {UNDECIDED}")
+    return config
+
+
+def watched(sources: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """The streams that run, base first, then the heads: bit i of `steering.worker.watch`'s flags.
+
+    Args:
+        sources: the streams beside the base, as `StreamSource` fields; None is left out.
+    """
+    streams = [name for name, source in sources.items() if "on" not in source]
+    heads = [name for kind in ("classifier", "value") for name, source in sources.items()
+             if source.get("head") == kind]  # fmt: skip
+    return (BASE, *streams, *heads)
 
 
 def end_ids(model: str, config: Any) -> set[int]:

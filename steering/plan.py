@@ -23,8 +23,9 @@ class RuleKind(IntEnum):
     """`z = Σ_i c_i s_i`."""
 
     PLAUSIBLE = 1
-    """`SUM`, then −∞ where `p_k(v) < param · max p_k`, k = `Rule.stream` (contrastive decoding,
-    arXiv 2210.15097, eq. 2)."""
+    """`SUM`, with ids set back, below all others, where `p_k(v) < param · max p_k`,
+    k = `Rule.stream` (contrastive decoding, arXiv 2210.15097, eq. 2, which has −∞ there).
+    `steering.kernels.reference` says how far."""
 
     NUCLEUS = 2
     """`z = c_k s_k + Σ_{i≠k} c_i m log p_i`, with m = 1 inside the top-p nucleus of stream

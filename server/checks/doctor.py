@@ -21,6 +21,7 @@ from server.checks.one_product import one_product_problems
 from server.checks.speculation import speculation_problems
 from server.checks.templates import check_profile_templates, check_template
 from server.settings.config import RESERVED_ENGINE, Config
+from steering.engine_args import UNDECIDED
 from steering.errors import SteeringError
 from steering.families import beside_hybrid, is_hybrid, stream_architecture
 from steering.method import Snapshot
@@ -44,6 +45,7 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("enable_dbo", bool, "overlapped half-batches would split rows from their coefficients"),
     ("enable_prompt_embeds", bool, "streams read token ids; embeddings fit one model only"),
     ("async_scheduling", bool, "reports read tokens that lag under it"),
+    ("structured_outputs_config", lambda v: v.get("backend") == "auto", UNDECIDED),
     ("load_format", lambda v: v in ("pt", "npcache"),
      "pickles can run code when they are loaded; safetensors only"),
 )  # fmt: skip
@@ -130,7 +132,7 @@ def engine_problems(engine: Mapping[str, Any]) -> list[str]:
             try:
                 if refused(engine[name]):
                     found.append(f"engine.{name}: refused (got {engine[name]!r}): {why}")
-            except TypeError:
+            except (TypeError, AttributeError):
                 found.append(f"engine.{name}: not a usable value (got {engine[name]!r})")
     return found
 

@@ -11,6 +11,7 @@ from typing import Any
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
+from steering.bans import with_bans
 from steering.errors import BadValue
 from steering.plan import SteeringPlan
 from steering.prompts import align
@@ -131,6 +132,7 @@ def board(
     ids, pad = align(base_ids, plan)
     freight = Freight(plan, pad, tag, len(reply))
     params.extra_args = {**(params.extra_args or {}), **pack(freight)}
+    params.logit_bias = with_bans(params.logit_bias, plan)
     prompt = {**prompt, "prompt_token_ids": [*ids, *reply]}
     if key := plan.cache_key(pad):
         prompt["cache_salt"] = salted(prompt.get("cache_salt"), key)

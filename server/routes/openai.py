@@ -18,6 +18,7 @@ from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeResponse,
 )
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+from vllm.exceptions import VLLMError
 from vllm.renderers.chat_utils import has_non_text_content
 
 from server import errors
@@ -127,6 +128,14 @@ def _need_template(request: Any, parts: Serving) -> None:
         )
 
 
+def _need_parser(request: Any, parts: Serving) -> None:
+    """Refuses tools that nothing would call; vLLM does so for chat, not for the Responses API."""
+    if request.tools and request.tool_choice != "none" and not parts.config.chat.tool_call_parser:
+        raise HttpError(400, "tools: this server's configuration names no "
+                        "`chat.tool_call_parser`, so no tool would be called; leave tools out or "
+                        'ask for tool_choice "none"', param="tools")  # fmt: skip
+
+
 def _plain(result: Any) -> Any:
     """VLLM's answer, or its error raised as ours."""
     if isinstance(result, ErrorResponse):
@@ -153,10 +162,11 @@ async def _answer(
         if steered is not None and steered.reporting:
             events = sse.with_report(events, lambda: _report(steered, parts))
         return StreamingResponse(events, media_type="text/event-stream")
-    content = result.model_dump()
-    if (report := _report(steered, parts)) is not None:
-        content["steering"] = report
-    return JSONResponse(content)
+    with errors.answering():
+        content = result.model_dump()
+        if (report := _report(steered, parts)) is not None:
+            content["steering"] = report
+        return JSONResponse(content)
 
 
 @router.post(
@@ -191,16 +201,18 @@ async def responses(request: SteeredResponsesRequest, raw_request: Request) -> R
     """The Responses API (nothing is stored), steered like chat."""
     steered = await _steer(request, raw_request, responses_traits)
     parts = serving(raw_request)
+    _need_parser(request, parts)
     result = _plain(await parts.responses.create_responses(request, raw_request))
     if isinstance(result, AsyncGenerator):
         return StreamingResponse(
             _response_events(result, lambda: _report(steered, parts)),
             media_type="text/event-stream",
         )
-    content = result.model_dump(mode="json", by_alias=True)
-    if (report := _report(steered, parts)) is not None:
-        content["steering"] = report
-    return JSONResponse(content)
+    with errors.answering():
+        content = result.model_dump(mode="json", by_alias=True)
+        if (report := _report(steered, parts)) is not None:
+            content["steering"] = report
+        return JSONResponse(content)
 
 
 async def _response_events(
@@ -217,14 +229,16 @@ async def _response_events(
     except Exception as error:  # the status is out: what remains is an event
         logger.debug("a stream of the Responses API broke", exc_info=error)
         told = {"type": "error", "code": "server_error", "param": None,
-                "message": "The engine could not finish this request."}  # fmt: skip
+                "message": str(error) if isinstance(error, VLLMError)
+                else "The engine could not finish this request."}  # fmt: skip
         yield f"event: error\ndata: {json.dumps(told)}\n\n"
 
 
 @router.get("/v1/models", responses=answers(ModelList))
 async def models(raw_request: Request) -> Response:
     """The base, the profiles and the adapters that the key may use."""
-    return JSONResponse((await _models(raw_request)).model_dump())
+    with errors.answering():
+        return JSONResponse((await _models(raw_request)).model_dump())
 
 
 async def _models(raw_request: Request) -> ModelList:
@@ -253,7 +267,9 @@ async def _tokens(
     if asked.profile is not None and isinstance(request, TokenizeMessages):
         request._template = parts.profiles[asked.profile].chat_template
     _need_template(request, parts)
-    return JSONResponse(_plain(await call(request, raw)).model_dump())
+    result = _plain(await call(request, raw))
+    with errors.answering():
+        return JSONResponse(result.model_dump())
 
 
 @router.post("/tokenize", dependencies=_JSON, responses=answers(TokenizeResponse))

@@ -6,6 +6,7 @@ Letters: R rows, V the base's vocabulary, S streams (base first).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,22 @@ from steering.kernels.reference import SET_BACK
 from steering.plan import RuleKind
 
 NEVER = float("-inf")
+
+BLOCK = 2048
+"""Ids of the largest block of the Triton kernels, which read tables over the vocabulary whole."""
+
+
+class Ends(NamedTuple):
+    """The ids that end a text, which differ between requests."""
+
+    table: torch.Tensor
+    """[n, ≥ V] bool: n sets of ids."""
+    which: torch.Tensor
+    """[R] float32, the set of each row."""
+
+    def of(self, rows: torch.Tensor, size: int) -> torch.Tensor:
+        """[r, size] bool: the sets of some rows."""
+        return self.table[self.which[rows].long().clamp(0, len(self.table) - 1), :size]
 
 
 def mix(
@@ -23,7 +40,7 @@ def mix(
     param: torch.Tensor,
     lacking: bool = True,
     critical: torch.Tensor | None = None,
-    ends: torch.Tensor | None = None,
+    ends: Ends | None = None,
 ) -> torch.Tensor:
     """`z` for R rows.
 
@@ -37,10 +54,10 @@ def mix(
         param: [R] float32, α, p or the threshold.
         lacking: False promises that no stream lacks an id that the base has, which saves work.
         critical: [R] float32 log-odds of the rows' heads; None if no row has a `CRITICAL` rule.
-        ends: [E] int64, ids that end a text; None for none. Fewer than V.
+        ends: the ids that end a text; None for none. Of a row, fewer than V.
 
     Returns:
-        [R, V] float32 scores; −∞ where a rule forbids an id.
+        [R, V] float32 scores; finite, but where the definition has no score for an id.
     """
     if critical is not None:
         assert kind is not None
@@ -100,8 +117,8 @@ def _no_delta(
             lacks |= (s == NEVER) & (coef[:, i : i + 1] != 0)
         c = raw[:, i : i + 1]
         offset += torch.where(c == 0, 0.0, c * s.logsumexp(-1, keepdim=True))
-    own = (base.log_softmax(-1) + offset).masked_fill(coef[:, :1] <= 0, NEVER)
-    return torch.where(lacks, own, z)
+    back = (coef[:, :1] <= 0) * SET_BACK
+    return torch.where(lacks, base.log_softmax(-1) + offset - back, z)
 
 
 def weighted_sum(logits: Sequence[torch.Tensor | None], coef: torch.Tensor) -> torch.Tensor:
@@ -137,10 +154,12 @@ def _plausible(
     stream: torch.Tensor,
     alpha: torch.Tensor,
 ) -> torch.Tensor:
-    """−∞ where p_k(v) < α max p_k; on logits, so that no normaliser is needed."""
+    """Below all others where p_k(v) < α max p_k; on logits, so that no normaliser is needed."""
     s = _of_stream(logits, stream)
     floor = s.max(-1, keepdim=True).values + alpha.log()[:, None]
-    return z.masked_fill(s < floor, NEVER)
+    least = z.masked_fill(z == NEVER, torch.inf).amin(-1, keepdim=True)
+    back = SET_BACK + z.amax(-1, keepdim=True) - least
+    return torch.where(s < floor, z - back, z)
 
 
 def _nucleus(
@@ -190,16 +209,19 @@ def _critical(
     kind: torch.Tensor,
     param: torch.Tensor,
     critical: torch.Tensor,
-    ends: torch.Tensor | None,
+    ends: Ends | None,
 ) -> None:
     """Replaces the critical rows of `z`, and mixes those of the soft rule."""
     hard = (kind == float(RuleKind.CRITICAL)) & (critical.sigmoid() > param)
     rows = torch.nonzero(hard)[:, 0]
     if rows.numel():
-        z[rows] = _only_best(_rows_of_stream(logits, rows, stream), ends)
+        ending = None if ends is None else ends.of(rows, z.shape[1])
+        z[rows] = _only_best(z[rows], _rows_of_stream(logits, rows, stream), ending)
     rows = torch.nonzero(kind == float(RuleKind.CRITICAL_MIX))[:, 0]
     if rows.numel():
-        z[rows] = _blend(z[rows], _rows_of_stream(logits, rows, stream), critical[rows], ends)
+        ending = None if ends is None else ends.of(rows, z.shape[1])
+        s = _rows_of_stream(logits, rows, stream)
+        z[rows] = _blend(z[rows], s, critical[rows], ending)
 
 
 def _rows_of_stream(
@@ -208,26 +230,29 @@ def _rows_of_stream(
     return _of_stream([None if s is None else s[rows] for s in logits], stream[rows].long())
 
 
-def _only_best(s: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
-    """Log p_k(· | not E), `SET_BACK` lower but at its maximum; log p_k twice as much lower on E."""
-    own = s if ends is None else s.index_fill(-1, ends, NEVER)
-    own = own.log_softmax(-1)
+def _only_best(z: torch.Tensor, s: torch.Tensor, ending: torch.Tensor | None) -> torch.Tensor:
+    """A + log p_k(· | not E), `SET_BACK` lower but at its maximum; twice as much lower on E, and
+    the sum thrice as much lower where k lacks the id.
+    """
+    scale = z.logsumexp(-1, keepdim=True)
+    own = s if ending is None else s.masked_fill(ending, NEVER)
+    own = own.log_softmax(-1) + scale
     best = own.argmax(-1, keepdim=True)
     found = (own - SET_BACK).scatter(-1, best, own.gather(-1, best))
-    if ends is None:
-        return found
-    return found.index_copy(-1, ends, s.log_softmax(-1)[:, ends] - 2 * SET_BACK)
+    if ending is not None:
+        found = torch.where(ending, s.log_softmax(-1) + scale - 2 * SET_BACK, found)
+    return torch.where(s == NEVER, z - 3 * SET_BACK, found)
 
 
 def _blend(
-    z: torch.Tensor, s: torch.Tensor, log_odds: torch.Tensor, ends: torch.Tensor | None
+    z: torch.Tensor, s: torch.Tensor, log_odds: torch.Tensor, ending: torch.Tensor | None
 ) -> torch.Tensor:
-    """`log((1 − q) p_a + q (1 − p_a(E)) p_k(· | not E))`, and log p_a on E."""
-    aligned, odds = z.log_softmax(-1), log_odds[:, None]
-    own = s if ends is None else s.index_fill(-1, ends, NEVER)
-    own = own.log_softmax(-1)
-    if ends is not None:
-        own = own + aligned.index_fill(-1, ends, NEVER).logsumexp(-1, keepdim=True)
+    """`A + log((1 − q) p_a + q (1 − p_a(E)) p_k(· | not E))`, and the sum on E."""
+    odds = log_odds[:, None]
+    own, others = s, z
+    if ending is not None:
+        own, others = s.masked_fill(ending, NEVER), z.masked_fill(ending, NEVER)
+    own = own.log_softmax(-1) + others.logsumexp(-1, keepdim=True)
     log = torch.nn.functional.logsigmoid
-    mixed = torch.logaddexp(log(-odds) + aligned, log(odds) + own)
-    return mixed if ends is None else mixed.index_copy(-1, ends, aligned[:, ends])
+    mixed = torch.logaddexp(log(-odds) + z, log(odds) + own)
+    return mixed if ending is None else torch.where(ending, z, mixed)

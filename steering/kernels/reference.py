@@ -17,10 +17,12 @@ Scores = npt.NDArray[np.float64]
 """[V] float64."""
 
 
-SET_BACK = 64.0
-"""Nats. By how much ids lose to the one that a critical token must be: e^−64 has no weight beside
-1 in float32, up to temperature 2 and with any vocabulary. It is finite so that what stands behind
-the read-out (a grammar, a bias of −100) can still ban the one id and leaves something to draw."""
+SET_BACK = 256.0
+"""Nats. By how much ids lose that a rule sets back: ones that are not plausible, or not the one
+that a critical token must be. More than the 200 by which two biases (`logit_bias`, ±100) can move
+two ids against each other; and at temperature 2 it leaves e^−128, no weight in float32 beside 1
+with any vocabulary. It is finite: what stands behind the read-out (a grammar, `bad_words`, …) may
+forbid every other id, and must find something to draw, in an order that means something."""
 
 
 def mix_reference(
@@ -33,22 +35,31 @@ def mix_reference(
     is one that the stream lacks: it gets no delta, which means the base's log-probability beside
     the normalised sum of the others. Streams' raw scores have offsets of their own, so they are
     normalised over what they share before the two are compared. Where the base is not in the sum,
-    or negatively, such an id is −∞. The `CRITICAL` rules do this to the sum without stream k.
+    or negatively, such an id is set back: `SET_BACK` lower than that. The `CRITICAL` rules do all
+    this to the sum without stream k.
 
-    A critical token's scores are log p_k(v | v ∉ E), `SET_BACK` lower at every id but the most
-    likely one (of equals the lowest), and log p_k − 2 `SET_BACK` on E, the ids that end a text.
+    `PLAUSIBLE` sets implausible ids back by `SET_BACK` more than the scores of the sum differ
+    (the largest less the least finite one), which keeps their order and puts each of them
+    `SET_BACK` below every plausible one.
+
+    Every row of a `CRITICAL` request has the scale of its aligned sum z_a, with A = log Σ exp z_a:
+    penalties, which depend on the sign of a score, must not see another scale where a token is
+    critical. A critical token's scores are A + log p_k(v | v ∉ E), `SET_BACK` lower at every id but
+    the most likely one (of equals the lowest); A + log p_k − 2 `SET_BACK` on E, the ids that end a
+    text; and z_a − 3 `SET_BACK` where stream k lacks the id.
 
     Args:
         recipe: weights and rule. Its `best` chooses among replies, not tokens: `best_reply`.
         logits: stream name → [V] raw scores, finite or −∞, for each weighted stream and the
             rule's; at least one is finite. Of a classifier head, the log-odds come first.
-        ends: ids that end a text.
+        ends: ids that end a text: the base's, and the request's own stop ids.
 
     A value stream's array holds the value after each id; ids that end the text count as any other
     here (`value_offsets` has the rules).
 
     Returns:
-        [V] float64 scores, finite or −∞.
+        [V] float64 scores; −∞ only where the base's is (or, without the base in the sum, every
+        stream's).
 
     Raises:
         KeyError: `logits` lacks a stream that the recipe uses.
@@ -77,14 +88,14 @@ def mix_reference(
     lacking = np.zeros(size, np.bool_)
     for stream in set(weights) - {BASE}:
         lacking |= np.isneginf(logits[stream])
-    if weights.get(BASE, 0.0) > 0:
+    if lacking.any():
         offset = sum(c * _log_mass(logits[stream]) for stream, c in raw.items())
-        z[lacking] = (log_softmax(logits[BASE]) + offset)[lacking]
-    else:
-        z[lacking] = -np.inf
+        back = 0.0 if weights.get(BASE, 0.0) > 0 else SET_BACK
+        z[lacking] = (log_softmax(logits[BASE]) + offset - back)[lacking]
     if rule.kind is RuleKind.PLAUSIBLE:
         judge = logits[rule.stream]
-        z[judge < judge.max() + np.log(rule.param)] = -np.inf
+        scores = z[np.isfinite(z)]
+        z[judge < judge.max() + np.log(rule.param)] -= SET_BACK + scores.max() - scores.min()
     return z
 
 
@@ -124,21 +135,25 @@ def _critical(recipe: Recipe, logits: Mapping[str, Scores], ends: Collection[int
     aligned = {s: c for s, c in recipe.weights.items() if s != rule.stream}
     z = mix_reference(Recipe(aligned), logits)
     log_odds = float(logits[rule.head][0])
-    q = 1 / (1 + math.exp(-log_odds))
+    q = math.exp(_log_sigmoid(log_odds))
     own = log_softmax(logits[rule.stream])
     ending = np.isin(np.arange(own.size), list(ends))
+    scale = _log_mass(z)
+    others = own - _log_mass(own[~ending]) + scale
     if rule.kind is RuleKind.CRITICAL:
         if q <= rule.param:
             return z
-        others = own - _log_mass(own[~ending])
         best = np.where(ending, -np.inf, others).argmax()
-        kept = np.where(np.arange(own.size) == best, others, others - SET_BACK)
-        return np.where(ending, own - 2 * SET_BACK, kept)
-    ours = log_softmax(z)
-    with np.errstate(divide="ignore"):
-        rest = _log_mass(ours[~ending]) - _log_mass(own[~ending])
-        mixed = np.logaddexp(np.log(1 - q) + ours, np.log(q) + own + rest)
-    return np.where(ending, ours, mixed)
+        found = np.where(np.arange(own.size) == best, others, others - SET_BACK)
+        found = np.where(ending, own + scale - 2 * SET_BACK, found)
+        return np.where(np.isneginf(own), z - 3 * SET_BACK, found)
+    rest = _log_mass(z[~ending]) - scale
+    mixed = np.logaddexp(_log_sigmoid(-log_odds) + z, _log_sigmoid(log_odds) + others + rest)
+    return np.where(ending, z, mixed)
+
+
+def _log_sigmoid(x: float) -> float:
+    return -float(np.logaddexp(0.0, -x))
 
 
 def log_softmax(scores: Scores) -> Scores:

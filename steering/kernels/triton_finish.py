@@ -16,9 +16,13 @@ from steering.kernels.triton_nucleus import end_of_nucleus, inside_nucleus
 from steering.kernels.triton_parts import (
     BEST,
     BEST_ID,
+    DEEP,
     ENDS,
+    HIGH,
     LACKS,
+    LACKS_DEEP,
     LACKS_ENDS,
+    LACKS_HIGH,
     LINES,
     NEVER,
     NUCLEUS,
@@ -28,6 +32,7 @@ from steering.kernels.triton_parts import (
     SUM,
     SUM_ENDS,
     TOP,
+    ending_of,
     is_critical,
     key_of,
     line_of,
@@ -42,6 +47,17 @@ from steering.kernels.triton_parts import (
 )
 
 SET_BACK = tl.constexpr(reference.SET_BACK)
+
+
+@triton.jit
+def set_back_by(lines, no_delta, blocks, LACKING: tl.constexpr, BLOCKS: tl.constexpr):
+    """How much lower implausible ids are: by `SET_BACK` more than the scores of the sum differ."""
+    high = tl.max(line_of(lines, HIGH, blocks, BLOCKS), 0)
+    deep = tl.max(line_of(lines, DEEP, blocks, BLOCKS), 0)
+    if LACKING:
+        high = tl.maximum(high, tl.max(line_of(lines, LACKS_HIGH, blocks, BLOCKS), 0) + no_delta)
+        deep = tl.maximum(deep, tl.max(line_of(lines, LACKS_DEEP, blocks, BLOCKS), 0) - no_delta)
+    return SET_BACK + high + deep
 
 
 @triton.jit
@@ -60,26 +76,26 @@ def critical_scores(
 ):
     """A block of a row whose token is critical, or may be: `scores` is the sum without k."""
     others = total_mass(lines, OTHERS, blocks, BLOCKS)
+    ours = total_mass(lines, SUM, blocks, BLOCKS)
+    ours_ends = total_mass(lines, SUM_ENDS, blocks, BLOCKS)
+    if LACKING:
+        ours = log_add(ours, total_mass(lines, LACKS, blocks, BLOCKS) + no_delta)
+        lacks_ends = total_mass(lines, LACKS_ENDS, blocks, BLOCKS)
+        ours_ends = log_add(ours_ends, lacks_ends + no_delta)
     if hard:
         n = tl.arange(0, BLOCKS)
         best_block = tl.argmax(line_of(lines, BEST, blocks, BLOCKS), 0)
         best_ids = line_of(lines, BEST_ID, blocks, BLOCKS)
         best = tl.sum(tl.where(n == best_block, best_ids, 0.0), 0).to(tl.int32)
+        scale = log_add(ours, ours_ends)
         both = log_add(others, total_mass(lines, ENDS, blocks, BLOCKS))
         behind = tl.where(v == best, 0.0, SET_BACK)
-        scores = chosen - tl.where(ending, both + 2 * SET_BACK, others + behind)
+        only = chosen + (scale - tl.where(ending, both + 2 * SET_BACK, others + behind))
+        scores = tl.where(chosen == NEVER, scores - 3 * SET_BACK, only)
     else:
-        ours = total_mass(lines, SUM, blocks, BLOCKS)
-        ours_ends = total_mass(lines, SUM_ENDS, blocks, BLOCKS)
-        if LACKING:
-            ours = log_add(ours, total_mass(lines, LACKS, blocks, BLOCKS) + no_delta)
-            lacks_ends = total_mass(lines, LACKS_ENDS, blocks, BLOCKS)
-            ours_ends = log_add(ours_ends, lacks_ends + no_delta)
-        both = log_add(ours, ours_ends)
-        aligned = scores - both
-        theirs = chosen - others + (ours - both)
-        mixed = log_add(log_sigmoid(-odds) + aligned, log_sigmoid(odds) + theirs)
-        scores = tl.where(ending, aligned, mixed)
+        theirs = chosen + (ours - others)
+        mixed = log_add(log_sigmoid(-odds) + scores, log_sigmoid(odds) + theirs)
+        scores = tl.where(ending, scores, mixed)
     return scores
 
 
@@ -132,28 +148,32 @@ def finish(
     for i in tl.static_range(STREAMS):
         if (PRESENT >> i) & 1:
             c = weight_of(coef, r, kind, k, i, HEADS)
-            if (c != 0) & (nucleus | (~hard & LACKING)):
+            if (c != 0) & (nucleus | LACKING):
                 mass = total_mass(lines, i, blocks, BLOCKS)
                 apart = nucleus & (k != i)
                 offset += tl.where(apart, 0.0, c * mass)
                 normal += tl.where(apart, c * mass, 0.0)
-                if i == 0:
-                    base_mass = mass
-    no_delta = tl.where(weight_of(coef, r, kind, k, 0, HEADS) > 0, offset - base_mass, NEVER)
-    whole, floor, cut = ~hard, tl.full((), NEVER, tl.float32), tl.full((), 0, tl.int64)
+    if LACKING:
+        base_mass = total_mass(lines, 0, blocks, BLOCKS)
+    back = tl.where(weight_of(coef, r, kind, k, 0, HEADS) > 0, 0.0, SET_BACK)
+    no_delta = offset - base_mass - back
+    whole, floor, cut = kind == kind, tl.full((), NEVER, tl.float32), tl.full((), 0, tl.int64)
     above, ties, own_mass = floor, floor, floor
+    implausible = tl.full((), 0, tl.float32)
     filtered = nucleus & (param < 1)
     if RULES:
         top = tl.load(rest + TOP * blocks + b)
         if plausible:
             floor = tl.max(line_of(rest, TOP, blocks, BLOCKS), 0) + tl.log(param)
-            whole = ~(top < floor)
+            implausible = set_back_by(rest, no_delta, blocks, LACKING, BLOCKS)
         if filtered:
             cut, above, ties = end_of_nucleus(counts, bounds, turns, r, b, blocks, param, BLOCKS)
             own_mass = total_mass(lines, k, blocks, BLOCKS)
             whole = opened | (key_of(top, SHIFT) >= cut)
     base = kind == NEVER
-    if REPORTS:
+    if LACKING:
+        base = kind == kind
+    elif REPORTS:
         base = tl.load(asks[0] + r * asks[1]) != 0
     v = b * BLOCK + tl.arange(0, BLOCK)
     mark = marks_of(source, v, MARKED)
@@ -186,10 +206,10 @@ def finish(
     scores = tl.where(own_never | (inside & never), NEVER, scores)
     if LACKING:
         scores = tl.where(lacking, plain + no_delta, scores)
-    scores = tl.where(chosen < floor, NEVER, scores)
+    scores = tl.where(chosen < floor, scores - implausible, scores)
     if HEADS:  # noqa: SIM102
         if hard | soft:
-            ending = ((mark >> STREAMS) & 1) > 0
+            ending = ending_of(rules, r, v)
             scores = critical_scores(
                 rest, hard, odds, scores, chosen, ending, v, no_delta, blocks, LACKING, BLOCKS
             )

@@ -38,9 +38,13 @@ import triton.language as tl
 from steering.kernels.triton_parts import (
     BEST,
     BEST_ID,
+    DEEP,
     ENDS,
+    HIGH,
     LACKS,
+    LACKS_DEEP,
     LACKS_ENDS,
+    LACKS_HIGH,
     LINES,
     NEVER,
     NUCLEUS,
@@ -50,6 +54,7 @@ from steering.kernels.triton_parts import (
     SUM,
     SUM_ENDS,
     TOP,
+    ending_of,
     is_critical,
     is_steered,
     line_of,
@@ -89,7 +94,8 @@ def first(
     Arguments that go together are tuples, made in `triton_mix`: `source` = (logits, steps, widths,
     rooms, places, marks), S tensors [n_i, widths] with rows `steps` apart and `rooms` readable
     numbers, of which row r is number `places` [R, S] int32, and for marks see `marks_of`; `rules` =
-    (kind, k, parameter, log-odds) and their rows' distances; `coef`, `more` (ids and what is added
+    (kind, k, parameter, log-odds, set of ends) and their rows' distances, then the sets [n, ≥ B
+    BLOCK] uint8 and their distance; `coef`, `more` (ids and what is added
     to them) and `asks`, float32, each with its rows' distance; `out` = (z, its rows' distance,
     numbers in a row that may be written, told).
     """
@@ -100,11 +106,10 @@ def first(
     steered = is_steered(coef, kind, more, r, STREAMS, CANDIDATES, PLACES)
     hard, soft = is_critical(kind, param, odds, HEADS)
     ruled = (kind == PLAUSIBLE) | (kind == NUCLEUS) | hard | soft
-    whole = ~hard
-    if not LACKING:
-        whole = ~(hard | (kind == PLAUSIBLE))
     base = kind == NEVER
-    if REPORTS:
+    if LACKING:  # what an id gets that a stream lacks is the base's to say
+        base = kind == kind
+    elif REPORTS:
         base = tl.load(asks[0] + r * asks[1]) != 0
     lines = found + tl.cast(r, tl.int64) * (STREAMS + LINES) * blocks + b
     total, _own, never, _own_never, lacking, raw, plain, chosen = streams_of(
@@ -115,7 +120,7 @@ def first(
         k,
         r,
         v,
-        whole,
+        kind == kind,
         ruled,
         base,
         steered,
@@ -135,20 +140,25 @@ def first(
     opened = tl.max(lacking.to(tl.int32), 0)
     if LACKING:
         tl.store(lines + OPEN * blocks, opened.to(tl.float32))
-    if RULES:  # noqa: SIM102 - decides what is compiled; the other, what runs
+    summed = tl.where(never | lacking | ~token, NEVER, total)
+    lacks = tl.where(lacking, plain, NEVER)
+    if RULES:
         if ruled:
             tl.store(lines + TOP * blocks, tl.max(chosen, 0))
-    if HEADS:  # noqa: SIM102
+        if kind == PLAUSIBLE:
+            tl.store(lines + HIGH * blocks, tl.max(summed, 0))
+            tl.store(lines + DEEP * blocks, tl.max(tl.where(summed > NEVER, -summed, NEVER), 0))
+            tl.store(lines + LACKS_HIGH * blocks, tl.max(lacks, 0))
+            tl.store(lines + LACKS_DEEP * blocks, tl.max(tl.where(lacks > NEVER, -lacks, NEVER), 0))
+    if HEADS:  # noqa: SIM102 - decides what is compiled; the other, what runs
         if hard | soft:
-            ending = ((mark >> STREAMS) & 1) > 0
+            ending = ending_of(rules, r, v)
             outside = tl.where(ending, NEVER, chosen)
             best, best_id = tl.max(outside, 0, return_indices=True)
             tl.store(lines + OTHERS * blocks, log_mass(outside))
             tl.store(lines + ENDS * blocks, log_mass(tl.where(ending, chosen, NEVER)))
             tl.store(lines + BEST * blocks, best)
             tl.store(lines + BEST_ID * blocks, (b * BLOCK + best_id).to(tl.float32))
-            summed = tl.where(never | lacking | ~token, NEVER, total)
-            lacks = tl.where(lacking, plain, NEVER)
             tl.store(lines + SUM * blocks, log_mass(tl.where(ending, NEVER, summed)))
             tl.store(lines + SUM_ENDS * blocks, log_mass(tl.where(ending, summed, NEVER)))
             tl.store(lines + LACKS * blocks, log_mass(tl.where(ending, NEVER, lacks)))

@@ -6,7 +6,7 @@ otherwise do around it in further passes. Nothing here waits for the device.
 Held to the definition through Triton's interpreter on the CPU, and compiled for NVIDIA GPUs in the
 tests; block sizes are chosen by reasoning, not by measurement (`load_tests/readout_bench`).
 
-Letters: R rows, V the base's vocabulary, S streams (base first), E ids that end a text.
+Letters: R rows, V the base's vocabulary, S streams (base first).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from steering.kernels.mix import BLOCK, Ends
 from steering.kernels.triton_finish import finish
 from steering.kernels.triton_kernels import first, tell
 from steering.kernels.triton_nucleus import WAYS, narrow
@@ -40,6 +41,8 @@ class Rule(NamedTuple):
     """None if no row has a `CRITICAL` rule."""
     nuclei: bool = True
     """False promises that no row has the `NUCLEUS` rule, which saves launches."""
+    ends: Ends | None = None
+    """The ids that end a text; None for none. Sets that are padded to whole blocks need no copy."""
 
 
 class Additions(NamedTuple):
@@ -61,10 +64,6 @@ class Told(NamedTuple):
     """[R, 2] int32: the most likely id of the base, and of z; of equals the lowest."""
 
 
-LARGEST = 2048
-"""Ids of the largest block."""
-
-
 @dataclass(frozen=True)
 class Blocks:
     """How the vocabulary is cut.
@@ -81,34 +80,32 @@ class Blocks:
     @classmethod
     def of(cls, rows: int) -> Blocks:
         """For R rows."""
-        return cls(1024, 4) if rows <= 16 else cls(LARGEST, 8)
+        return cls(1024, 4) if rows <= 16 else cls(BLOCK, 8)
 
 
-def marks(
-    size: int,
-    unshared: Sequence[torch.Tensor | None],
-    ends: torch.Tensor | None,
-    device: torch.device,
-) -> torch.Tensor:
-    """Which ids a stream does not have, and which end a text: one number per id.
+def marks(size: int, unshared: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor:
+    """Which ids a stream does not have: one number per id.
 
     Bit i: stream i does not have the token; for the base: the id is no token, and never drawn from
-    a steered row. Bit S: the id ends a text. Padded to whole blocks.
+    a steered row. Padded to whole blocks.
 
     Args:
         size: V.
         unshared: per stream, base first, int64 ids below V, or None.
-        ends: [E] int64 ids, or None.
         device: of the answer.
     """
-    sets = [*unshared, ends]
-    dtype = torch.uint8 if len(sets) <= 8 else torch.int32
-    assert len(sets) <= 31
-    found = torch.zeros(-(-size // LARGEST) * LARGEST, dtype=dtype, device=device)
-    for i, ids in enumerate(sets):
+    dtype = torch.uint8 if len(unshared) <= 8 else torch.int32
+    assert len(unshared) <= 31
+    found = torch.zeros(padded(size), dtype=dtype, device=device)
+    for i, ids in enumerate(unshared):
         if ids is not None:
             found[ids] |= 1 << i
     return found
+
+
+def padded(size: int) -> int:
+    """The ids of whole blocks, of any size."""
+    return -(-size // BLOCK) * BLOCK
 
 
 def mix(
@@ -119,16 +116,14 @@ def mix(
     param: torch.Tensor,
     lacking: bool = True,
     critical: torch.Tensor | None = None,
-    ends: torch.Tensor | None = None,
+    ends: Ends | None = None,
 ) -> torch.Tensor:
     """`z` for R rows, [R, V] float32; arguments as of `steering.kernels.mix.mix`.
 
     `logits` may also be bfloat16 or float16.
     """
-    rule = None if kind is None else Rule(kind, stream, param, critical)
-    size = next(s.shape[1] for s in logits if s is not None)
-    table = None if ends is None else marks(size, [None] * len(logits), ends, ends.device)
-    z, _ = read_out(logits, coef, rule, lacking, table)
+    rule = None if kind is None else Rule(kind, stream, param, critical, ends=ends)
+    z, _ = read_out(logits, coef, rule, lacking)
     return z
 
 
@@ -154,8 +149,7 @@ def read_out(
         coef: [R, S] float32 coefficients; where 0 the stream's row is not read.
         rule: None when every row is a plain sum.
         lacking: False promises that no stream lacks an id that the base has, which saves work.
-        marked: what `marks` made of the vocabularies; None if all streams have all ids and none
-            ends a text.
+        marked: what `marks` made of the vocabularies; None if all streams have all ids.
         places: [R, S] int32, contiguous: which row of its stream's scores a row has, if its
             coefficient is not 0; None: the same row in all. The base's is not read.
         additions: what is added to the scores, before the report; None for nothing.
@@ -184,8 +178,7 @@ def read_out(
         coef if places is None else places,
         coef if marked is None else marked,
     )
-    columns = (coef,) * 4 if rule is None else (*rule[:3], coef if rule[3] is None else rule[3])
-    rules = (columns, tuple(c.stride(0) for c in columns))
+    rules = _rules(rule, coef, size)
     more = additions or Additions(coef, coef)
     assert _adjacent(coef) and _adjacent(more.ids) and _adjacent(more.added)
     assert more.ids.stride(0) == more.added.stride(0)
@@ -236,6 +229,22 @@ def read_out(
     )
     tell[(rows,)](asking, told, *said, blocks, BLOCKS=triton.next_power_of_2(blocks))
     return z[:, :size], said
+
+
+def _rules(rule: Rule | None, coef: torch.Tensor, size: int) -> tuple[object, ...]:
+    """What the kernels take of the rules; anything for what no row has."""
+    if rule is None or rule.critical is None:
+        columns = (coef,) * 5 if rule is None else (*rule[:3], coef, coef)
+        return columns, tuple(c.stride(0) for c in columns), coef, 0
+    if rule.ends is None:
+        columns = (*rule[:3], rule.critical, torch.zeros_like(rule.critical))
+        table = torch.zeros(1, padded(size), dtype=torch.uint8, device=coef.device)
+    else:
+        columns = (*rule[:3], rule.critical, rule.ends.which)
+        table = rule.ends.table.view(torch.uint8)
+        if table.shape[1] % BLOCK:
+            table = torch.nn.functional.pad(table, (0, padded(size) - table.shape[1]))
+    return columns, tuple(c.stride(0) for c in columns), table, table.stride(0)
 
 
 def _adjacent(table: torch.Tensor) -> bool:

@@ -29,7 +29,11 @@ LACKS, LACKS_ENDS = tl.constexpr(7), tl.constexpr(8)
 """The same of the base over the other ids."""
 OPEN = tl.constexpr(9)
 """1 where `first` left the block to `finish`, whatever the rule."""
-LINES = tl.constexpr(10)
+HIGH, DEEP = tl.constexpr(10), tl.constexpr(11)
+"""The largest score of the sum, and of its negative, over ids that no stream of it lacks."""
+LACKS_HIGH, LACKS_DEEP = tl.constexpr(12), tl.constexpr(13)
+"""The same of the base over the other ids."""
+LINES = tl.constexpr(14)
 
 
 @triton.jit
@@ -87,7 +91,7 @@ def rule_of(rules, r, RULES: tl.constexpr, HEADS: tl.constexpr):
     """(kind, k, parameter, log-odds) of a row; a plain sum where no row has a rule."""
     kind, k = tl.full((), 0, tl.float32), tl.full((), 0, tl.int32)
     param, odds = tl.full((), 0, tl.float32), tl.full((), 0, tl.float32)
-    columns, apart = rules
+    columns, apart, _ends, _apart = rules
     if RULES:
         kind = tl.load(columns[0] + r * apart[0])
         k = tl.load(columns[1] + r * apart[1]).to(tl.int32)
@@ -95,6 +99,14 @@ def rule_of(rules, r, RULES: tl.constexpr, HEADS: tl.constexpr):
     if HEADS:
         odds = tl.load(columns[3] + r * apart[3])
     return kind, k, param, odds
+
+
+@triton.jit
+def ending_of(rules, r, v):
+    """Which of the ids v end a text, in a row whose rule asks."""
+    columns, apart, ends, step = rules
+    which = tl.load(columns[4] + r * apart[4]).to(tl.int64)
+    return tl.load(ends + which * step + v).to(tl.int32) > 0
 
 
 @triton.jit
@@ -157,7 +169,7 @@ def spread(flag, v):
 
 @triton.jit
 def marks_of(source, v, MARKED: tl.constexpr):
-    """The marks of some ids: bit i, stream i has no such token; bit S, it ends a text."""
+    """The marks of some ids: bit i, stream i has no such token."""
     mark = tl.zeros_like(v)
     if MARKED:
         mark = tl.load(source[5] + v).to(tl.int32)
@@ -197,7 +209,7 @@ def streams_of(
     """Reads the block of each stream once.
 
     The streams of the sum are read if `whole`, stream k if `alone`, the base if `base`. With
-    `NOTE`, rows that are `noting` write the streams' log Σ exp into `lines`.
+    `NOTE`, rows that are `noting` write the log Σ exp of what is read into `lines`.
 
     Returns the sum, a nucleus row's without c_k s_k; c_k s_k of that; where each of the two is
     −inf; which ids a stream of the sum lacks; the base's scores, as they are and without its
@@ -238,7 +250,7 @@ def streams_of(
             own_never = own_never | (alike & ~known)
             never = never | (other & ~known)
             if NOTE:  # noqa: SIM102 - decides what is compiled; the other, what runs
-                if (summed & noting) | apart:
+                if (wanted & noting) | apart:
                     tl.store(lines + i * blocks, log_mass(s))
     return total, own, never, own_never, lacking, raw, plain, chosen
 

@@ -4,7 +4,10 @@ Li, Holtzman, Fried, Liang, Eisner, Hashimoto, Zettlemoyer, Lewis, "Contrastive 
 2023, arXiv 2210.15097 (the plausibility constraint, eq. 2), with the strength a of O'Brien and
 Lewis, "Contrastive Decoding Improves Reasoning in Large Language Models", arXiv 2309.09117:
 
-    s = (1 + a) log p_base − a log p_amateur    where p_base ≥ plausibility · max p_base, else −∞
+    s = (1 + a) log p_base − a log p_amateur    where p_base ≥ plausibility · max p_base
+
+The paper gives other ids −∞. Here they are set back, below all of these by more than a bias can
+lift: where a grammar or another constraint forbids all plausible ids, the best other id is drawn.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, field_validator
 
+from steering.kernels.reference import SET_BACK
 from steering.method import (
     Fraction,
     Logits,
@@ -40,7 +44,7 @@ class ContrastiveConfig(MethodConfig):
     plausibility: Fraction = Field(
         0.1,
         description="Ids less probable to the base than this share, in (0, 1], of its most "
-        "probable id are ruled out.",
+        "probable id are set back, below all others.",
     )
 
     @field_validator("amateur")
@@ -76,4 +80,6 @@ class Contrastive(Method[ContrastiveConfig]):
         contrast = expert + config.strength * (expert - amateur)
         probability = np.exp(expert)
         plausible = probability >= config.plausibility * probability.max()
-        return np.where(plausible, contrast, -np.inf)
+        finite = contrast[np.isfinite(contrast)]
+        back = SET_BACK + finite.max() - finite.min()
+        return np.where(plausible, contrast, contrast - back)

@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
+from steering.kernels.reference import SET_BACK
 from steering.method import (
     Logits,
     Method,
@@ -92,5 +93,5 @@ class CriticalTokens(Method[CriticalTokensConfig]):
         if critical <= config.threshold:
             return aligned
         # What stands behind the read-out may ban the id; then the next ones come up.
-        only: Logits = pretrained - 64.0 * (np.arange(pretrained.size) != pretrained.argmax())
+        only: Logits = pretrained - SET_BACK * (np.arange(pretrained.size) != pretrained.argmax())
         return only

@@ -170,7 +170,8 @@ class MethodConformance:
         )
 
     def _logits(self, recipe: Recipe) -> Iterator[dict[str, Logits]]:
-        """Random logits; then with ids that are −∞ in every stream that counts (not all ids).
+        """Random logits; then with ids (not all) that are −∞ in the base and every stream that
+        counts.
 
         What an id gets that only some streams lack is not a method's to say.
         """
@@ -180,7 +181,7 @@ class MethodConformance:
             yield logits
             forbidden = random.random(size) < 0.1
             forbidden[random.integers(size)] = False
-            counted = {name for name, weight in recipe.weights.items() if weight != 0}
+            counted = {BASE, *(name for name, weight in recipe.weights.items() if weight != 0)}
             yield {
                 name: np.where(forbidden & (name in counted), -np.inf, scores)
                 for name, scores in logits.items()

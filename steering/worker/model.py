@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from steering.engine_args import SCRATCH
+from steering.engine_args import SCRATCH, watched
 from steering.worker import heads, lora_seam, lora_sets, overlaps
 from steering.worker import vllm_seam as seam
 from steering.worker.adapting import Adapted
@@ -26,12 +26,12 @@ from steering.worker.batches import (
     Candidates,
     Int32,
     Int64,
-    OwnTokens,
     Step,
     StreamBatch,
     stream_batch,
 )
 from steering.worker.drafting import Drafting
+from steering.worker.ends import EndSets
 from steering.worker.layout import Layout
 from steering.worker.one_product import OneProduct, one_product
 from steering.worker.readout import Readout
@@ -41,6 +41,7 @@ from steering.worker.speculation_seam import SpeculationSeam
 from steering.worker.streams import Streams, hidden_width
 from steering.worker.triton_readout import readout_class
 from steering.worker.values import ValueStreams, candidates_of
+from steering.worker.watch import Watch
 
 
 class SteeredForCausalLM(nn.Module):
@@ -88,10 +89,10 @@ class SteeredForCausalLM(nn.Module):
         self._lora: lora_seam.LoraSeam | None = None
         self._lora_manager: Any = None
         self._adapted: Adapted | None = None
-        self._seats = SeatBook(self.names, tuple(self.heads), self.is_hybrid)
+        own = self._readout.ends.own
+        self._seats = SeatBook(self.names, tuple(self.heads), own, self.is_hybrid)
         self._active = [True] * len(self.names)
-        self._special = True
-        self._even = False
+        self._special, self._even = True, False
         readings = dict(zip(built, heads.readings(self._sources, self.names, built), strict=True))
         self._reporter = Reporter(self.names, self._readout.layout, readings)
         self.reports = self._reporter.book
@@ -102,18 +103,17 @@ class SteeredForCausalLM(nn.Module):
 
     def _build_readout(self, settings: dict[str, Any], vllm_config: VllmConfig) -> Readout:
         candidates = settings["top_k"] if self._value_heads else 0
-        unembed = [
-            None if "head" in self._sources.get(name, ()) else m.compute_logits
-            for name, m in zip(self.names, self._forwards, strict=True)
-        ]
-        ends = settings["ends"]
+        bodies = {name for name, source in self._sources.items() if "head" in source}
+        pairs = zip(self.names, self._forwards, strict=True)
+        unembed = [None if n in bodies else m.compute_logits for n, m in pairs]
         return readout_class()(
             Layout(tuple(self._widths.values()), vllm_config.model_config.dtype, candidates),
             unembed,
             overlaps.vocabularies(self.names, self._streams.original, settings["overlaps"]),
             overlaps.padded(settings["overlaps"]),
             heads.readings(self._sources, self.names, self.heads),
-            torch.tensor(ends) if ends else None,
+            EndSets(settings["ends"], vllm_config.model_config.get_vocab_size()),
+            Watch(watched(self._sources)),
         )
 
     def _build_values(self, top_k: int, vllm_config: VllmConfig) -> ValueStreams:
@@ -123,7 +123,6 @@ class SteeredForCausalLM(nn.Module):
             {index[name]: head for name, head in self._value_heads.items()},
             index,
             {i: self._readout.vocabularies[i].read_as for i in index.values()},
-            self._readout.ends,
             min(SCRATCH * top_k, most),
         )
 
@@ -143,6 +142,7 @@ class SteeredForCausalLM(nn.Module):
         self._readout = replace(self._readout, one_product=self._one_product(runner))
         for stream in self._values.heads:
             self._seam.add_scratch(stream, self._values.chunk)
+        seam.tell_faults(runner, self._readout.watch)
 
     def _one_product(self, runner: Any) -> OneProduct | None:
         """Not for tables that are split over ranks; side by side where that was measured."""
@@ -190,8 +190,10 @@ class SteeredForCausalLM(nn.Module):
         """[T, H_0] when no row of this step is steered, else [T, layout.width]."""
         if self._seam is None or not self._seam.scheduled:
             return self._forward_all(input_ids, positions, inputs_embeds)
+        self._readout.watch.forget()
         self._seam.hold_generators()
         tables = self._seats.update(self._seam.request_ids(), self._seam.freight)
+        self._readout.ends.show(tables.ends)
         counting = bool(tables.tagged)
         self._adapted = self._lora.adapted(tables.adapters, counting) if self._lora else None
         self.steps += 1
@@ -204,7 +206,7 @@ class SteeredForCausalLM(nn.Module):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """[R, V] scores of the steered model, a pure function of the rows."""
         if hidden.shape[-1] == self._readout.layout.sizes[0]:
-            return self._forwards[0].compute_logits(hidden)
+            return self._readout.watch.base(self._forwards[0].compute_logits(hidden))
         if self._even and not self._reporter.waits:
             z = self._readout.in_one(hidden, self._active)
             if z is not None:
@@ -212,12 +214,14 @@ class SteeredForCausalLM(nn.Module):
         mixed = self._readout(hidden, self._active, self._special, self._even)
         if self._reporter.waits:
             choices = partial(self._readout.choices, hidden, active=self._active)
-            self._reporter.measure(mixed, hidden, choices)
+            self._reporter.measure(mixed, hidden, choices, self._readout.watch)
         return None if mixed is None else mixed.z
 
     def draft(self, rows: Int64, newest: Int64, token_ids: Int32) -> dict[int, list[int]]:
         """Drafts what may follow the step that was run last; see `Drafting`."""
         assert self._seam is not None and self._drafting is not None
+        sound = ~np.isin(rows, [*self._readout.watch.at_fault])
+        rows, newest, token_ids = rows[sound], newest[sound], token_ids[sound]
         tables = self._seats.update(self._seam.request_ids(), self._seam.freight)
         found = self._drafting(tables, rows, newest, token_ids)
         for row, seat in tables.tagged:
@@ -297,7 +301,9 @@ class SteeredForCausalLM(nn.Module):
                 return self._run(stream, tokens.to(input_ids.dtype), positions)
 
         scores = candidates_of(self._forwards[0].compute_logits(hidden(0)), self._readout.padded)
-        add = self._values.add(asked, scores, hidden, step, tables.offsets, run)
+        ends = self._readout.ends.of(found.to_device(tables.ends_of([row for row, _ in asked])))
+        note, offsets = self._readout.watch.values, tables.offsets
+        add = self._values.add(asked, scores, hidden, step, offsets, run, ends, note)
         layout.write_additions(out, last, add.ids, add.added)
 
     def _control(self, tables: Tables, step: Step) -> npt.NDArray[np.float32]:
@@ -327,7 +333,7 @@ class SteeredForCausalLM(nn.Module):
         assert self._seam is not None
         read_as = self._readout.vocabularies[i].read_as
         with self._seam.stream_context(i, None), self._adapting(i, None, positions):
-            hidden = self._run(i, _read_as(input_ids, read_as), positions)
+            hidden = self._run(i, overlaps.read_as(input_ids, read_as), positions)
         out[:, self._readout.layout.columns(i)] = hidden
         self._count(i, tokens)
 
@@ -337,9 +343,9 @@ class SteeredForCausalLM(nn.Module):
         """Runs stream i on the tokens of a batch, into its columns of their rows of `out`."""
         assert self._seam is not None
         tokens = self._seam.to_device(batch.tokens)
-        token_ids = _read_as(input_ids[tokens], self._readout.vocabularies[i].read_as)
+        token_ids = overlaps.read_as(input_ids[tokens], self._readout.vocabularies[i].read_as)
         for own in batch.own:
-            _put(token_ids, own)
+            overlaps.put(token_ids, own)
         positions = self._seam.to_device(batch.positions)
         with self._seam.stream_context(i, batch), self._adapting(i, batch, positions):
             hidden = self._run(i, token_ids, positions)
@@ -352,7 +358,7 @@ class SteeredForCausalLM(nn.Module):
         """[n, size] scores of the draft stream behind n requests; see `drafting.Score`."""
         assert self._seam is not None
         i, positions = self._draft, self._seam.to_device(batch.positions)
-        ids = _read_as(token_ids.to(torch.int32), self._readout.vocabularies[i].read_as)
+        ids = overlaps.read_as(token_ids.int(), self._readout.vocabularies[i].read_as)
         with self._seam.between_steps(i, batch), self._adapting(i, batch, positions):
             hidden = self._run(i, ids, positions)
         self._count(i, batch.rows.size)
@@ -393,14 +399,3 @@ class SteeredForCausalLM(nn.Module):
     def _count(self, i: int, tokens: int) -> None:
         self.passes[self.names[i]] += 1
         self.tokens[self.names[i]] += tokens
-
-
-def _read_as(token_ids: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
-    """The stream's ids for the base's. Compiled code checks no dtypes: it must stay the same."""
-    return token_ids if table is None else table[token_ids].to(token_ids.dtype)
-
-
-def _put(token_ids: torch.Tensor, own: OwnTokens) -> None:
-    """Replaces the request's tokens by those of the stream's own prompt."""
-    ids = torch.from_numpy(own.token_ids).to(token_ids)
-    token_ids[own.start : own.start + ids.numel()] = ids

@@ -6,14 +6,17 @@ Lives in the worker, called from `compute_logits`, before grammar mask, penaltie
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from steering.kernels.mix import NEVER, mix
 from steering.plan import CRITICAL_KINDS
+from steering.worker.ends import EndSets
 from steering.worker.layout import Control, Layout
+from steering.worker.watch import Watch
 
 if TYPE_CHECKING:  # it imports vLLM, which the arithmetic here does not need
     from steering.worker.one_product import OneProduct
@@ -72,7 +75,8 @@ class Readout:
         vocabularies: per stream, base first (the base's is empty).
         padded: [P] int64 ids of the base's table that are no token: never sampled when steered.
         heads: classifier heads.
-        ends: [E] int64 ids that end a text; None for none.
+        ends: ids that end a text.
+        watch: told of every stream's scores.
         one_product: for rows that all sum the same streams; None if there is none.
     """
 
@@ -81,7 +85,8 @@ class Readout:
     vocabularies: Sequence[Vocabulary]
     padded: torch.Tensor | None
     heads: Sequence[Reading] = ()
-    ends: torch.Tensor | None = None
+    ends: EndSets = field(default_factory=lambda: EndSets((), 0))
+    watch: Watch = field(default_factory=lambda: Watch(()))
     one_product: OneProduct | None = None
 
     def __call__(
@@ -107,7 +112,11 @@ class Readout:
                 if active[i]:  # the gather inside is collective: every rank takes part
                     self._unembed(i, hidden[:, self.layout.columns(i)].contiguous())
             return None
-        return self._mixed(base, hidden, control, active, special, even)
+        self.watch.begin(len(base), base.device)
+        self.watch.scores(0, base)
+        mixed = self._mixed(base, hidden, control, active, special, even)
+        self.watch.end(control.request)
+        return mixed
 
     def in_one(self, hidden: torch.Tensor, active: Sequence[bool]) -> torch.Tensor | None:
         """[R, V] float32 scores by one product; None where these streams have none.
@@ -121,10 +130,26 @@ class Readout:
         z = self.one_product(hidden, active)
         if z is None:
             return None
+        self.watch.begin(len(z), z.device)
+        largest = z.amax(-1)
+        for i, ran in enumerate(active):
+            if ran:
+                self.watch.numbers(i, largest)
+        self.watch.end(self.layout.read_control(hidden).request, partial(self._at_fault, hidden))
         z = z.float()
         if self.padded is not None:
             z[:, self.padded] = NEVER
         return z
+
+    def _at_fault(self, hidden: torch.Tensor, row: int) -> int:
+        """The bits of the streams whose own scores on a row are no numbers: they are made anew."""
+        coef, found = self.layout.read_coef(hidden)[row].tolist(), 0
+        for i, c in enumerate(coef):
+            if c:
+                own = self._unembed(i, hidden[row : row + 1, self.layout.columns(i)].contiguous())
+                assert own is not None
+                found |= int(not own.amax().isfinite()) << i
+        return found
 
     def _mixed(
         self,
@@ -147,6 +172,7 @@ class Readout:
             return Mixed(base, base, control)
         z = base.clone()
         critical = self._log_odds(hidden, control) if special and self.heads else None
+        self.watch.only(rows)
         z[rows] = self._mix_rows(
             base[rows],
             hidden[rows],
@@ -233,6 +259,7 @@ class Readout:
             rows = torch.nonzero(reads & (control.head == h))[:, 0]
             if rows.numel():
                 found[rows] = reading.head(hidden[rows, self.layout.columns(reading.stream)])
+                self.watch.numbers(self.layout.streams + h, found[rows], rows)
         return found
 
     def _plain_sum(
@@ -287,7 +314,7 @@ class Readout:
             control.param,
             self._lacking(active),
             critical,
-            self.ends,
+            self.ends.of(control.ends),
         )
         if self.padded is not None:
             z[:, self.padded] = NEVER
@@ -315,11 +342,13 @@ class Readout:
         if even:
             own = self._unembed(i, part.contiguous())
             assert own is not None
+            self.watch.scores(i, own)
             return None, own
         rows = torch.nonzero(coef[:, i])[:, 0]
         everywhere = rows.numel() == hidden.shape[0]
         own = self._unembed(i, part.contiguous() if everywhere else part[rows])
         assert own is not None
+        self.watch.scores(i, own, None if everywhere else rows)
         return None if everywhere else rows, own
 
 

@@ -22,6 +22,7 @@ from steering.worker.layout import REPORT, Layout
 from steering.worker.readout import Mixed, Reading
 from steering.worker.report import Marked, ReportBook
 from steering.worker.seats import Tables
+from steering.worker.watch import Watch
 
 Choices = Callable[..., dict[int, dict[int, tuple[int, float]]]]
 """`Readout.choices` of the step's hidden states and streams, but for `rows` and `size`."""
@@ -84,15 +85,19 @@ class Reporter:
                     tally = self.book.tally(seat.tag, seam.choice_of(ids[row]))
                     tally.route(stream, digest, counts[row].tolist())
 
-    def measure(self, mixed: Mixed | None, hidden: torch.Tensor, choices: Choices) -> None:
+    def measure(
+        self, mixed: Mixed | None, hidden: torch.Tensor, choices: Choices, watch: Watch
+    ) -> None:
         """Measures the marked rows; on ranks that hold no logits it only takes part.
 
         Args:
             mixed: R rows of scores; None on ranks that hold none.
             hidden: [R, width] what they were made of.
             choices: tells what the streams by themselves would have chosen.
+            watch: told of every head's number.
         """
-        marks = enumerate(self.layout.read_control(hidden).report.tolist())
+        control = self.layout.read_control(hidden)
+        marks, requests = enumerate(control.report.tolist()), control.request.tolist()
         rows = {row: self._marked[int(mark) - 1] for row, mark in marks if mark}
         detailed = [row for row, marked in rows.items() if marked.tokens]
         size = 0 if mixed is None else mixed.base.shape[-1]
@@ -101,6 +106,9 @@ class Reporter:
             return
         asked = {row: marked.heads for row, marked in rows.items()}
         told = heads.read(self.readings, self.layout, hidden, asked)
+        for row, said in told.items():
+            for name, number in said["heads"].items():
+                watch.told(name, number, int(requests[row]) - 1)
         for row, marked in rows.items():
             steered, plain = (s[row].float().log_softmax(-1) for s in (mixed.z, mixed.base))
             more = _critical_of(mixed, row) | told.get(row, {})

@@ -12,21 +12,34 @@ Runs in the engine core.
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
+from steering import broken
+from steering.engine_args import watched
 from steering.wire import unpack
+from steering.worker.watch import named
+
+logger = logging.getLogger(__name__)
 
 
 class SteeredScheduler(Scheduler):
-    """vLLM's scheduler; only lagging requests' block hashes differ, and the room for drafts."""
+    """vLLM's scheduler; only lagging requests' block hashes differ, and the room for drafts.
+
+    And requests end whose streams gave no numbers: see `steering.worker.watch`.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         # The draft stream writes its KV behind the step's tokens. vLLM leaves room for that only
         # where the drafter is one of its own models.
         self.num_lookahead_tokens = self.num_spec_tokens
+        self._watched = watched(self.vllm_config.additional_config["coxswain"]["streams"])
+        self._flags: dict[str, int] = {}
+        _refuse_empty(self.structured_output_manager)
 
     def add_request(self, request: Any) -> None:
         """Queues a request, its block hashes made private beyond what it may share."""
@@ -37,6 +50,65 @@ class SteeredScheduler(Scheduler):
             if shared is not None:
                 _make_private(request, shared // self.hash_block_size)
         super().add_request(request)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Takes a step's tokens in; a flagged request ends with an error in their place."""
+        flags = model_runner_output.num_nans_in_logits or {}
+        # One that is still in its prompt ends when it draws.
+        self._flags = {i: f for i, f in self._flags.items() if i in self.requests} | flags
+        for request_id, flag in flags.items():
+            if named(flag, self._watched) and request_id in self.requests:
+                # The worker has cleaned these blocks: they hold no longer what their hash says.
+                ids = self.kv_cache_manager.get_block_ids(request_id)
+                self.kv_cache_manager.evict_blocks({block for group in ids for block in group})
+        refused = {
+            i: broken.of_grammar(self.requests[i].structured_output_request.grammar)
+            for i in self.grammar_compile_error_reqs
+            if i in self.requests
+        }
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for output in (o for of in outputs.values() for o in of.outputs) if refused else ():
+            output.stop_reason = refused.get(output.request_id, output.stop_reason)
+        return outputs
+
+    def _update_request_with_output(
+        self, request: Any, new_token_ids: list[int], **options: Any
+    ) -> tuple[list[int], bool]:
+        flag = self._flags.get(request.request_id)
+        if not flag:
+            found: tuple[list[int], bool] = super()._update_request_with_output(
+                request, new_token_ids, **options
+            )
+            return found
+        names = named(flag, self._watched)
+        reason = broken.of_streams(names) if names else broken.NOTHING_LEFT
+        request.status, request.resumable = RequestStatus.FINISHED_ERROR, False
+        request.stop_reason = reason
+        if names:
+            logger.error("Request %s ended: %s", request.request_id, reason)
+        return [], True
+
+
+def _refuse_empty(manager: Any) -> None:
+    """Makes a grammar without any text an error like one that cannot be compiled.
+
+    The backends compile such grammars (`{"$ref": "#"}`); then no token is allowed, one is drawn all
+    the same, and the request ends with an error that says nothing.
+
+    Args:
+        manager: vLLM's manager of grammars.
+    """
+    create = manager._create_grammar
+
+    def created(request: Any) -> Any:
+        grammar = create(request)
+        mask = manager.backend.allocate_token_bitmask(1)
+        grammar.fill_bitmask(mask, 0)
+        if not mask.any():
+            raise ValueError(broken.NO_TEXT)
+        return grammar
+
+    manager._create_grammar = created
 
 
 def _make_private(request: Any, keep: int) -> None:

@@ -10,7 +10,7 @@ Letters: Q requests of this step, S streams (base first).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,16 @@ import numpy.typing as npt
 from steering.plan import BASE, CRITICAL_KINDS, AdapterUse, RuleKind, Values
 from steering.wire import Freight
 from steering.worker.batches import Bool, Int32, OwnPrompts
-from steering.worker.layout import EXTRA, RULE_HEAD, RULE_KIND, RULE_PARAM, RULE_STREAM
+from steering.worker.ends import Own
+from steering.worker.layout import (
+    ENDS,
+    EXTRA,
+    REQUEST,
+    RULE_HEAD,
+    RULE_KIND,
+    RULE_PARAM,
+    RULE_STREAM,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +36,7 @@ class Seat:
     """One request's plan, ready for the tables.
 
     Args:
-        control: [S + EXTRA] float32, the row's control columns (report left 0).
+        control: [S + EXTRA] float32, the row's control columns (report, ends and request left 0).
         uses: [S] which streams run.
         offsets: [S] by how many tokens each stream's prompt is shorter than the request's.
         prompts: per stream its own prompt, or None.
@@ -36,6 +45,7 @@ class Seat:
         adapters: the request's adapters.
         values: what value streams add, or None.
         heads: heads that the report tells.
+        ends: ids that end its text beside the base's, if its rule or values ask.
     """
 
     control: npt.NDArray[np.float32]
@@ -47,10 +57,15 @@ class Seat:
     adapters: tuple[AdapterUse, ...] = ()
     values: Values | None = None
     heads: tuple[str, ...] = ()
+    ends: Own = ()
 
 
 def seat(
-    freight: Freight | None, prompt_len: int, streams: Sequence[str], heads: Sequence[str] = ()
+    freight: Freight | None,
+    prompt_len: int,
+    streams: Sequence[str],
+    heads: Sequence[str] = (),
+    ends: Own = (),
 ) -> Seat:
     """The seat of a request.
 
@@ -60,6 +75,7 @@ def seat(
             reply.
         streams: names of the streams that run, base first.
         heads: names of the classifier heads.
+        ends: ids that end its text beside the base's.
 
     Raises:
         KeyError, ValueError: the plan names a stream or a head that this model lacks (the front
@@ -92,6 +108,7 @@ def seat(
             prompts[index[name]] = np.asarray(token_ids, np.int32)
             offsets[index[name]] = prompt_len - len(token_ids)
     tokens = plan.report == "tokens"
+    asks = plan.rule.kind in CRITICAL_KINDS or plan.values is not None
     return Seat(
         control,
         uses,
@@ -102,6 +119,7 @@ def seat(
         plan.adapters,
         plan.values,
         plan.heads,
+        ends if asks else (),
     )
 
 
@@ -122,6 +140,7 @@ class Tables:
         whole: [S] streams that run exactly what vLLM scheduled: every row, from its first token.
         like: [S] the first stream that runs the same tokens at the same positions.
         even: whether every row sums the same streams, the base and more.
+        ends: the sets of ids that end a text, beside the base's; the first is empty.
     """
 
     control: npt.NDArray[np.float32]
@@ -136,6 +155,11 @@ class Tables:
     whole: tuple[bool, ...]
     like: tuple[int, ...]
     even: bool
+    ends: tuple[Own, ...]
+
+    def ends_of(self, rows: Sequence[int]) -> npt.NDArray[np.float32]:
+        """[n] which of `ends` some rows have."""
+        return self.control[list(rows), self.uses.shape[1] + ENDS]
 
 
 def tables(seats: Sequence[Seat], streams: int, always: bool = False) -> Tables:
@@ -158,6 +182,9 @@ def tables(seats: Sequence[Seat], streams: int, always: bool = False) -> Tables:
     plain = np.zeros(streams + EXTRA, np.float32)
     plain[0] = 1.0
     steered = bool((control != plain).any() or offsets.any() or tagged or valued)
+    sets: dict[Own, int] = {(): 0}
+    control[:, streams + ENDS] = [sets.setdefault(s.ends, len(sets)) for s in seats]
+    control[:, streams + REQUEST] = np.arange(len(seats)) + 1
     prompts = tuple(OwnPrompts.of([s.prompts[i] for s in seats]) for i in range(streams))
     adapters = [s.adapters for s in seats]
     own = np.array([p is not None for p in prompts])
@@ -180,6 +207,7 @@ def tables(seats: Sequence[Seat], streams: int, always: bool = False) -> Tables:
         tuple(whole.tolist()),
         _like(uses, offsets, own),
         not special and _even(control[:, :streams], uses),
+        tuple(sets),
     )
 
 
@@ -197,8 +225,8 @@ def _even(coef: npt.NDArray[np.float32], uses: Bool) -> bool:
     return bool(((coef != 0) == uses[0]).all() and uses[0, 0] and uses[0, 1:].any())
 
 
-SeatLoader = Callable[[str], tuple[Freight | None, int]]
-"""Request id → (its freight, its prompt length in tokens)."""
+SeatLoader = Callable[[str], tuple[Freight | None, int, Iterable[int]]]
+"""Request id → (its freight, its prompt length in tokens, its own stop ids)."""
 
 
 @dataclass
@@ -208,11 +236,13 @@ class SeatBook:
     Args:
         streams: names of the streams that run, base first.
         heads: names of the classifier heads.
+        own: what stop ids add to those at which the base ends a text.
         always: see `tables`.
     """
 
     streams: tuple[str, ...]
     heads: tuple[str, ...] = ()
+    own: Callable[[Iterable[int]], Own] = tuple
     always: bool = False
     _seats: dict[str, Seat] = field(default_factory=dict)
     _ids: list[str] = field(default_factory=list)
@@ -223,13 +253,14 @@ class SeatBook:
 
         Args:
             ids: request ids, in batch order.
-            load: gives a request's (freight, prompt length) when it is new to the batch.
+            load: tells of a request when it is new to the batch.
         """
         if self._tables is not None and ids == self._ids:
             return self._tables
-        self._seats = {
-            i: self._seats.get(i) or seat(*load(i), self.streams, self.heads) for i in ids
-        }
+        self._seats = {i: self._seats.get(i) or self._seat(*load(i)) for i in ids}
         self._ids = list(ids)
         self._tables = tables([self._seats[i] for i in ids], len(self.streams), self.always)
         return self._tables
+
+    def _seat(self, freight: Freight | None, prompt_len: int, stops: Iterable[int]) -> Seat:
+        return seat(freight, prompt_len, self.streams, self.heads, self.own(stops))

@@ -86,12 +86,15 @@ class Draws:
         """
         scores = self._restrict(scores, before)
         best = scores.argmax(-1)
+        # Where the stream lacks all that is allowed, or gives no numbers, its draft is any id, for
+        # certain: the target rejects it, and draws as if nothing had been drafted.
+        certain = self.certain | ~scores.amax(-1).isfinite()
         if self.certain.all():
             return best, None
         scores = apply_top_k_top_p(scores.div_(self._temperature), self._top_k, self._top_p)
         chances = scores.softmax(-1)
-        chances[self.certain] = 0
-        chances[self.certain, best[self.certain]] = 1
+        chances[certain] = 0
+        chances[certain, best[certain]] = 1
         return random_sample(chances.clone(), self._generators), chances
 
     def _restrict(self, scores: torch.Tensor, before: Sequence[torch.Tensor]) -> torch.Tensor:

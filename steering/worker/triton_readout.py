@@ -61,7 +61,10 @@ class TritonReadout(Readout):
         if any(s is not None and s.dtype != base.dtype for s in logits):
             logits = [None if s is None else s.float() for s in logits]
         critical = self._log_odds(hidden, control) if special and self.heads else None
-        rule = Rule(control.kind, control.stream, control.param, critical) if special else None
+        rule = None
+        if special:
+            ends = self.ends.of(control.ends)
+            rule = Rule(control.kind, control.stream, control.param, critical, ends=ends)
         more = Additions(control.ids, control.added) if special and self.layout.candidates else None
         z, _ = read_out(
             logits,
@@ -79,9 +82,9 @@ class TritonReadout(Readout):
         from steering.kernels.triton_mix import marks
 
         unshared = [self.padded, *(v.unshared for v in self.vocabularies[1:])]
-        if self.ends is None and all(ids is None for ids in unshared):
+        if all(ids is None for ids in unshared):
             return None
         key = base.shape[1], base.device
         if key not in self._marks:
-            self._marks[key] = marks(base.shape[1], unshared, self.ends, base.device)
+            self._marks[key] = marks(base.shape[1], unshared, base.device)
         return self._marks[key]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from steering.kernels.mix import NEVER
+from steering.kernels.mix import NEVER, Ends
 from steering.kernels.values import value_offsets
 from steering.plan import Values
 from steering.worker.batches import Candidates, Int32, Int64, Step
@@ -25,6 +25,9 @@ Asked = tuple[int, Values]
 
 Run = Callable[[int, torch.Tensor, Candidates], torch.Tensor]
 """(stream, [m] token ids, where they run) → [m, H] hidden states."""
+
+Note = Callable[[int, torch.Tensor, Int64], None]
+"""(stream, [m] numbers, [m] rows of the step): a number that is NaN or infinite is a fault."""
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """[m, H] hidden states → [m] float32."""
@@ -51,14 +54,12 @@ class ValueStreams:
         heads: stream index → its value head.
         index: stream name → index.
         read_as: stream index → [V] int64, the stream's id for each of the base's, or None.
-        ends: [E] int64 ids that end a text, or None.
         chunk: candidates that run at once: as many as there are scratch blocks.
     """
 
     heads: dict[int, Head]
     index: dict[str, int]
     read_as: dict[int, torch.Tensor | None]
-    ends: torch.Tensor | None
     chunk: int
 
     def add(
@@ -69,6 +70,8 @@ class ValueStreams:
         step: Step,
         offsets: Int32,
         run: Run,
+        ends: Ends | None,
+        note: Note,
     ) -> Additions:
         """The additions of the rows that draw a token in this step.
 
@@ -79,12 +82,17 @@ class ValueStreams:
             step: what vLLM scheduled.
             offsets: [Q, S] by how many tokens streams' prompts are shorter.
             run: runs candidates through a stream.
+            ends: of the n rows, the ids that end a text; None for none.
+            note: gets what each stream said after the candidates.
         """
         device = scores.device
         k = torch.tensor([values.top_k for _, values in asked], device=device)
         ids = scores.topk(min(int(k.max()), scores.shape[-1])).indices
         valid = torch.arange(ids.shape[1], device=device) < k[:, None]
-        ending = torch.zeros_like(valid) if self.ends is None else torch.isin(ids, self.ends)
+        ending = torch.zeros_like(valid)
+        if ends is not None:
+            ending = ends.of(torch.arange(len(asked), device=device), scores.shape[-1])
+            ending = ending.gather(1, ids)
         rules = [values.ends for _, values in asked]
         from_prefix = torch.tensor([rule == "prefix" for rule in rules], device=device)
         left_out = torch.tensor([rule == "zero" for rule in rules], device=device)
@@ -95,11 +103,13 @@ class ValueStreams:
             if not chosen:
                 continue
             rows = np.array([asked[j][0] for j in chosen])
-            ends = (step.computed + step.lengths - offsets[:, stream])[rows]
-            after = self._after(stream, head, rows, ends, ids[chosen], valid[chosen], run)
+            lengths = (step.computed + step.lengths - offsets[:, stream])[rows]
+            after = self._after(stream, head, rows, lengths, ids[chosen], valid[chosen], run)
+            prefix = head(hidden(stream)[chosen])
+            note(stream, after.sum(-1) + prefix, rows)
             found = value_offsets(
                 after,
-                head(hidden(stream)[chosen]),
+                prefix,
                 valid[chosen],
                 ending[chosen],
                 from_prefix[chosen],
@@ -113,7 +123,7 @@ class ValueStreams:
         stream: int,
         head: Head,
         rows: Int64,
-        ends: Int32,
+        lengths: Int32,
         ids: torch.Tensor,
         valid: torch.Tensor,
         run: Run,
@@ -124,7 +134,7 @@ class ValueStreams:
             stream: which value stream.
             head: its head.
             rows: [n] rows of the step.
-            ends: [n] length of the stream's prefix: the candidates' position.
+            lengths: [n] of the stream's prefix: the candidates' position.
             ids: [n, K] candidates.
             valid: [n, K] which there are.
             run: runs them.
@@ -138,7 +148,7 @@ class ValueStreams:
         parts = []
         for start in range(0, len(owner), self.chunk):
             part = slice(start, start + self.chunk)
-            batch = Candidates.of(rows[owner[part]], ends[owner[part]])
+            batch = Candidates.of(rows[owner[part]], lengths[owner[part]])
             parts.append(head(run(stream, tokens[part], batch)))
         found = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
         found[valid] = torch.cat(parts)

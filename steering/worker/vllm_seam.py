@@ -26,6 +26,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from steering.wire import Freight, unpack
 from steering.worker.batches import Candidates, Step, StreamBatch
 from steering.worker.values import broadcast, gather
+from steering.worker.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,15 @@ class Seam:
         ids: list[str] = self._runner.input_batch.req_ids
         return ids
 
-    def freight(self, request_id: str) -> tuple[Freight | None, int]:
-        """(what a request carries, its prompt length in tokens without an earlier reply)."""
+    def freight(self, request_id: str) -> tuple[Freight | None, int, set[int]]:
+        """(what a request carries, its prompt length in tokens without an earlier reply, ids that
+        end its text).
+        """
         request = self._runner.requests[request_id]
-        freight = unpack(request.sampling_params.extra_args)
-        return freight, request.num_prompt_tokens - (freight.reply if freight else 0)
+        params = request.sampling_params
+        freight = unpack(params.extra_args)
+        stops = {*(params.stop_token_ids or ()), *params.all_stop_token_ids}
+        return freight, request.num_prompt_tokens - (freight.reply if freight else 0), stops
 
     def step(self) -> Step:
         """What vLLM scheduled in this step."""
@@ -242,6 +247,62 @@ class Seam:
     def to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         """A host array on the model's device."""
         return torch.from_numpy(array).to(self._runner.device, non_blocking=True)
+
+
+def tell_faults(runner: Any, watch: Watch) -> None:
+    """Sends what a step's rows are flagged with to the scheduler, beside the drawn tokens.
+
+    vLLM has a place for the number of NaNs in a request's scores; the flag goes there, to
+    `SteeredScheduler`. The sampler is made to show what constraints left of each row.
+
+    Args:
+        runner: the worker's model runner.
+        watch: has the flags.
+    """
+    keep, constrain = runner._bookkeeping_sync, runner.sampler.apply_logits_processors
+
+    def constrained(logits: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        left: torch.Tensor = constrain(logits, *args, **options)
+        if left.shape[0] == runner.input_batch.num_reqs:
+            watch.left(left)
+        return left
+
+    def with_flags(*args: Any, **options: Any) -> Any:
+        kept = keep(*args, **options)
+        ids = runner.input_batch.req_ids
+        flags = {i: flag for i, flag in watch.take().items() if i < len(ids)}
+        for row in watch.at_fault:
+            _clean(runner, row)
+        return ({ids[i]: flag for i, flag in flags.items()}, *kept[1:])
+
+    runner._bookkeeping_sync = with_flags
+    runner.sampler.apply_logits_processors = constrained
+
+
+def _clean(runner: Any, row: int) -> None:
+    """Puts zeros where a request's blocks hold no numbers.
+
+    The blocks go to others next, and attention kernels multiply what they may not see by 0: of NaN
+    that makes NaN, also far behind a request's last token.
+
+    Args:
+        runner: the worker's model runner.
+        row: of the request in the step.
+    """
+    blocks = runner.kv_cache_config.num_blocks
+    layers = runner.vllm_config.compilation_config.static_forward_context.values()
+    found = (getattr(layer, "kv_cache", None) for layer in layers)
+    caches = {c.data_ptr(): c for c in found if isinstance(c, torch.Tensor)}
+    tables = [runner.input_batch.block_table[g] for g in range(len(runner.attn_groups))]
+    rows = [t.block_table.np[row, : t.num_blocks_per_row[row]] for t in tables]
+    own = torch.from_numpy(np.unique(np.concatenate(rows)).astype(np.int64))
+    for cache in caches.values():
+        if not cache.is_floating_point() or cache.itemsize < 2:
+            continue
+        if cache.device.type == "cpu" and cache.shape[0] >= blocks:
+            cache[own] = cache[own].nan_to_num(0.0, 0.0, 0.0)
+        else:  # backends lay blocks out as they like
+            cache.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def choice_of(request_id: str) -> str:

@@ -23,6 +23,7 @@ from adapters.formats.base import plain_shapes
 from adapters.formats.inspect import inspect
 from adapters.sets import AdapterSet
 from steering.adapters import Chosen, adapt
+from steering.bans import with_bans
 from steering.engine_args import Speculation, StreamSource, steered_engine_args
 from steering.kernels.reference import mix_reference
 from steering.method import Limits, Snapshot
@@ -226,6 +227,7 @@ class Engine:
             ids, key = [*ids, *case.reply], plan.cache_key(pad)
             freight = Freight(plan, pad, tag if plan.report != "off" else "", len(case.reply))
             params["extra_args"] = pack(freight)
+            params["logit_bias"] = with_bans(params.get("logit_bias"), plan)
         prompt = TokensPrompt(prompt_token_ids=ids, cache_salt=salt + key or None)
         self.llm.llm_engine.add_request(tag, prompt, SamplingParams(**params), lora_request=lora)
         return tag

@@ -11,11 +11,11 @@ import pytest
 from adapters.formats.base import base_shapes, plain_shapes
 from adapters.formats.inspect import inspect
 from steering.engine_args import adapter_engine_args
+from tests.adapters.four_bits import quantise
 from tests.adapters.make import make_lora
 from tests.engine.driver import Case, Engine, Use, logprobs
 from tests.engine.test_exactness import prompt
 from tests.models import make_model
-from tests.adapters.four_bits import quantise
 
 pytestmark = pytest.mark.engine
 

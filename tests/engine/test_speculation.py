@@ -271,3 +271,18 @@ def test_penalties_act_on_the_steered_scores(drafting: Engine) -> None:
 
     want = [s.token for s in drafting.reference(case, choose=penalise)]
     assert tokens(drafting.run([case])[0]) == want
+
+
+def test_constraints_hold_where_they_forbid_what_is_plausible_and_what_is_drafted(
+    drafting: Engine,
+) -> None:
+    rng = random.Random(50)
+    spec = {"method": "contrastive", "amateur": "chat", "plausibility": 1.0}
+    allowed = sorted(rng.sample(range(10, VOCAB_SIZE), 3))
+    params = {"allowed_token_ids": allowed}
+    cases = [Case(prompt(rng, 5, 40), spec, max_tokens=9, params=params) for _ in range(3)]
+    before = accepted(drafting)
+    for case, output in zip(cases, drafting.run(cases), strict=True):
+        steps = drafting.reference(case, choose=lambda z: allowed[int(z[allowed].argmax())])
+        assert tokens(output) == [s.token for s in steps]
+    assert accepted(drafting)[0] > before[0]

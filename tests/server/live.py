@@ -74,7 +74,7 @@ def document(**changes: Any) -> dict[str, Any]:
             "enforce_eager": True,
             "max_num_seqs": 16,
             # A random model would fill its room with the white space that JSON allows.
-            "structured_outputs_config": {"disable_any_whitespace": True, "backend": "xgrammar"},
+            "structured_outputs_config": {"disable_any_whitespace": True},
         },
         **changes,
     }

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steering.kernels.reference import best_reply, log_softmax, mix_reference, nucleus
+from steering.kernels.reference import SET_BACK, best_reply, log_softmax, mix_reference, nucleus
 from steering.plan import Recipe, Rule, RuleKind
 
 NEVER = -math.inf
@@ -74,14 +74,19 @@ def test_a_lacking_id_keeps_the_bases_probability_in_every_rule() -> None:
     expected = log(0.9 * 0.5**0.5, 0.1, 0.2)
     assert log_softmax(z) == pytest.approx(log_softmax(expected))
     z = mix_reference(Recipe(weights, Rule(RuleKind.PLAUSIBLE, "base", 0.5)), logits)
-    assert np.isfinite(z).tolist() == [True, True, False]
+    plain = mix_reference(Recipe(weights), logits)
+    assert z[:2] == pytest.approx(plain[:2])
+    assert z[2] == pytest.approx(plain[2] - SET_BACK - np.ptp(plain))
 
 
 @pytest.mark.parametrize("weight", [0.0, -0.5])
-def test_without_the_base_nothing_is_known_of_a_lacking_id(weight: float) -> None:
-    logits = {"base": log(0.5, 0.3, 0.2), "chat": log(0.9, 0.1, 0.0)}
+def test_without_the_base_a_lacking_id_is_set_back(weight: float) -> None:
+    logits = {"base": log(0.5, 0.3, 0.15, 0.05) + 7, "chat": log(0.9, 0.1, 0.0, 0.0) - 2}
     z = mix_reference(Recipe({"base": weight, "chat": 1.0}), logits)
-    assert np.isfinite(z).tolist() == [True, True, False]
+    # The constants of the streams' own scores cancel: raw sums have them, and these ids too.
+    raw = weight * 7 - 2
+    assert z[:2] == pytest.approx(weight * log(0.5, 0.3) + log(0.9, 0.1) + raw)
+    assert z[2:] == pytest.approx(log(0.15, 0.05) + raw - SET_BACK)
 
 
 def test_a_stream_with_coefficient_zero_is_not_in_the_sum() -> None:
@@ -91,10 +96,64 @@ def test_a_stream_with_coefficient_zero_is_not_in_the_sum() -> None:
 
 def test_plausible_keeps_ids_at_the_threshold_and_above() -> None:
     logits = {"base": log(0.5, 0.3, 0.15, 0.05)}
-    z = mix_reference(Recipe({"base": 1.0}, Rule(RuleKind.PLAUSIBLE, "base", 0.29)), logits)
-    assert np.isfinite(z).tolist() == [True, True, True, False]
-    z = mix_reference(Recipe({"base": 1.0}, Rule(RuleKind.PLAUSIBLE, "base", 1.0)), logits)
-    assert np.isfinite(z).tolist() == [True, False, False, False]
+    for share, plausible in ((0.29, 3), (1.0, 1)):
+        z = mix_reference(Recipe({"base": 1.0}, Rule(RuleKind.PLAUSIBLE, "base", share)), logits)
+        back = [0.0] * plausible + [SET_BACK + math.log(10)] * (4 - plausible)
+        assert z == pytest.approx(logits["base"] - back)
+
+
+@given(
+    st.lists(st.tuples(st.floats(-40, 40), st.floats(-40, 40)), min_size=2, max_size=30),
+    st.floats(0, 10),
+    st.floats(0.01, 1),
+)
+def test_no_two_biases_lift_an_implausible_id_over_a_plausible_one(
+    scores: list[tuple[float, float]], strength: float, share: float
+) -> None:
+    base, amateur = (np.array(column) for column in zip(*scores, strict=True))
+    logits, weights = {"base": base, "plain": amateur}, {"base": 1 + strength, "plain": -strength}
+    z = mix_reference(Recipe(weights, Rule(RuleKind.PLAUSIBLE, "base", share)), logits)
+    plausible = base >= base.max() + math.log(share)
+    assert np.isfinite(z).all()
+    if not plausible.all():
+        assert z[~plausible].max() + 100 < z[plausible].min() - 100
+    # Among the others, and among these, the order is the sum's.
+    plain = mix_reference(Recipe(weights), logits)
+    for some in (plausible, ~plausible):
+        assert np.diff(z[some]) == pytest.approx(np.diff(plain[some]), abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 50_000, 300_000])
+def test_what_is_set_back_has_no_weight_at_temperature_two(size: int) -> None:
+    z = np.full(size, -SET_BACK)
+    z[0] = 0.0
+    assert np.exp(log_softmax(z / 2))[1:].sum() < 1e-38  # below the least normal float32
+
+
+@pytest.mark.parametrize("kind", [RuleKind.CRITICAL, RuleKind.CRITICAL_MIX])
+def test_a_critical_row_has_the_scale_of_its_aligned_sum(kind: RuleKind) -> None:
+    """Penalties depend on a score's sign, so no row of a request may have another constant."""
+    aligned, pretrained = log(0.5, 0.3, 0.2) + 11, log(0.2, 0.1, 0.7) - 30
+    logits = {"base": aligned, "twin": pretrained}
+    weights, rule = {"base": 1.0, "twin": 1.0}, Rule(kind, "twin", 0.5, "critic")
+    sums = [
+        mix_reference(Recipe(weights, rule), logits | {"critic": np.array([odds])}, [0])
+        for odds in (-800.0, -2.0, 2.0, 800.0)
+    ]
+    assert sums[0] == pytest.approx(aligned)
+    for z in sums:
+        assert z.max() == pytest.approx(11, abs=2)
+        assert np.isfinite(z).all()
+
+
+@pytest.mark.parametrize("odds", [-800.0, -2.0, 2.0, 800.0])
+@pytest.mark.parametrize("kind", [RuleKind.CRITICAL, RuleKind.CRITICAL_MIX])
+def test_a_critical_row_has_a_score_for_ids_that_its_stream_lacks(
+    kind: RuleKind, odds: float
+) -> None:
+    logits = {"base": log(0.5, 0.3, 0.2), "twin": log(0.9, 0.1, 0.0), "critic": np.array([odds])}
+    weights, rule = {"base": 1.0, "twin": 1.0}, Rule(kind, "twin", 0.5, "critic")
+    assert np.isfinite(mix_reference(Recipe(weights, rule), logits)).all()
 
 
 def test_nucleus_masks_the_delta_and_keeps_the_ids() -> None:

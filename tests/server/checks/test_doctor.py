@@ -78,6 +78,10 @@ def test_the_command_prints_the_reasons_and_exits_1(
         ({"engine": {"enable_prompt_embeds": True}}, "engine.enable_prompt_embeds: refused"),
         ({"engine": {"load_format": "pt"}}, "engine.load_format: refused"),
         ({"chat": {"tool_call_parser": "nope"}}, "chat.tool_call_parser: no such parser"),
+        (
+            {"engine": {"structured_outputs_config": {"backend": "auto"}}},
+            "engine.structured_outputs_config: refused",
+        ),
         ({"chat": {"template": "{% for"}}, "chat.template: not a chat template: unexpected"),
         ({"chat": {"reasoning_parser": "nope"}}, "chat.reasoning_parser: no such parser"),
         ({"engine": {"pipeline_parallel_size": "x"}}, "engine.pipeline_parallel_size: not a"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from steering.kernels.mix import Ends
 from steering.kernels.reference import Scores, log_softmax, mix_reference
 from steering.plan import BASE, CRITICAL_KINDS, Recipe, Rule, RuleKind
 
@@ -30,7 +31,7 @@ class Batch:
         stream: [R] number of the rule's stream.
         param: [R] its parameter.
         odds: [R] log-odds of the head.
-        ends: ids that end a text.
+        ends: sets of ids that end a text; row r has set r modulo their number.
     """
 
     scores: list[Scores]
@@ -39,7 +40,7 @@ class Batch:
     stream: list[int]
     param: list[float]
     odds: Scores
-    ends: list[int]
+    ends: list[list[int]]
 
     @classmethod
     def draw(
@@ -86,7 +87,7 @@ class Batch:
             stream,
             [float(np.float32(rng.choice(PARAMS))) for _ in range(rows)],
             rng.normal(scale=3.0, size=rows),
-            [] if size == 1 else sorted({0, size // 2, size - 1}),
+            [[]] if size == 1 else [[], [0, size // 2, size - 1][: size - 1], [size // 3]],
         )
 
     def recipe(self, row: int) -> Recipe:
@@ -98,7 +99,18 @@ class Batch:
     def wanted(self, row: int) -> Scores:
         """[V] what the definition says."""
         logits = {name(i): own[row] for i, own in enumerate(self.scores)}
-        return mix_reference(self.recipe(row), logits | {HEAD: self.odds[row : row + 1]}, self.ends)
+        ends = self.ends[row % len(self.ends)]
+        return mix_reference(self.recipe(row), logits | {HEAD: self.odds[row : row + 1]}, ends)
+
+    def ending(self) -> Ends | None:
+        """The sets as the kernels have them; None if nothing ends a text."""
+        if not any(self.ends):
+            return None
+        table = torch.zeros(len(self.ends), self.scores[0].shape[1], dtype=torch.bool)
+        for one, ids in zip(table, self.ends, strict=True):
+            one[ids] = True
+        rows = range(len(self.coef))
+        return Ends(table, torch.tensor([float(row % len(table)) for row in rows]))
 
     def logits(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """The scores, NaN on rows that do not use the stream; rows lie in a wider table."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from steering.kernels.mix import mix
+from steering.kernels.mix import Ends, mix
 from steering.kernels.reference import mix_reference
 from steering.plan import BASE, Recipe, Rule, RuleKind
 
@@ -48,6 +48,8 @@ def test_every_row_agrees_with_the_definition(size: int, hostile: bool) -> None:
     # Not contiguous, as slices of a wider buffer are not.
     strided = [torch.cat([t, t], 1)[:, : t.shape[1]] for t in tensors]
     ends = [] if size == 1 else [0, size // 2]
+    table = torch.zeros(1, size, dtype=torch.bool)
+    table[0, ends] = True
     log_odds = rng.normal(scale=3.0, size=rows)
     found = mix(
         strided,
@@ -56,7 +58,7 @@ def test_every_row_agrees_with_the_definition(size: int, hostile: bool) -> None:
         torch.tensor([float(STREAMS.index(r.rule.stream)) for r in recipes]),
         torch.tensor([r.rule.param for r in recipes]),
         critical=torch.tensor(log_odds, dtype=torch.float32),
-        ends=torch.tensor(ends) if ends else None,
+        ends=Ends(table, torch.zeros(rows)) if ends else None,
     )
     for row, asked in enumerate(recipes):
         heads = {HEAD: log_odds[row : row + 1]}
@@ -81,13 +83,14 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     kind = torch.tensor([0.0, 1, 2, 3, 4, 3])
     stream = torch.tensor([0.0, 0, 1, 2, 1, 0])
     param = torch.full((6,), 0.5)
-    odds, ends = torch.tensor([0.0, 0, 0, 2, 1, -2]), torch.tensor([7])
+    odds, table = torch.tensor([0.0, 0, 0, 2, 1, -2]), torch.arange(101)[None] == 7
+    ends = Ends(table, torch.zeros(6))
     together = mix(logits, coef, kind, stream, param, critical=odds, ends=ends)
     for row in range(6):
         one = slice(row, row + 1)
         alone = mix(
             [s[one] for s in logits], coef[one], kind[one], stream[one], param[one],
-            critical=odds[one], ends=ends,
+            critical=odds[one], ends=Ends(table, torch.zeros(1)),
         )  # fmt: skip
         assert torch.equal(alone[0], together[row])
 
@@ -102,7 +105,7 @@ def test_a_critical_token_is_no_end_however_likely_that_is() -> None:
         one,
         half,
         critical=one,
-        ends=torch.tensor([0]),
+        ends=Ends(torch.tensor([[True, False, False, False]]), torch.zeros(1)),
     )
     assert found.softmax(-1)[0].tolist() == pytest.approx([0, 0, 1, 0], abs=1e-25)
     assert found[0, 1:].argsort(descending=True).tolist() == [1, 2, 0]

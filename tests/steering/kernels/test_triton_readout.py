@@ -48,7 +48,7 @@ def test_compiles_for_nvidia_gpus(
     sizes = ("i32",) * STREAMS
     source = ((values,) * STREAMS, sizes, sizes, sizes, "*i32", "*u8")
     read: dict[str, Any] = {"source": source}
-    rules: dict[str, Any] = {"rules": (("*fp32",) * 4, ("i32",) * 4)}
+    rules: dict[str, Any] = {"rules": (("*fp32",) * 5, ("i32",) * 5, "*u8", "i32")}
     row: dict[str, Any] = {"coef": ("*fp32", "i32")} | rules
     row |= {"more": ("*fp32", "*fp32", "i32"), "asks": ("*fp32", "i32")}
     row |= {"out": ("*fp32", "i32", "i32", "*fp32"), "found": "*fp32"}

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from steering.plan import Rule, RuleKind, SteeringPlan
+from steering.plan import Rule, RuleKind, SteeringPlan, Values
 from steering.wire import Freight, pack, unpack
-from steering.worker.layout import EXTRA, RULE_KIND, RULE_PARAM, RULE_STREAM
+from steering.worker.ends import EndSets
+from steering.worker.layout import ENDS, EXTRA, REQUEST, RULE_KIND, RULE_PARAM, RULE_STREAM
 from steering.worker.seats import SeatBook, seat, tables
 
 STREAMS = ("base", "chat", "plain")
@@ -68,11 +70,11 @@ def test_the_rule_is_seated() -> None:
 def test_tables_follow_the_batch(seed: int) -> None:
     rng = random.Random(seed)
     book = SeatBook(STREAMS)
-    requests: dict[str, tuple[Freight | None, int]] = {}
+    requests: dict[str, tuple[Freight | None, int, tuple[int, ...]]] = {}
     batch: list[str] = []
     for step in range(60):
         if rng.random() < 0.4:
-            requests[f"r{step}"] = (freight(rng), rng.randint(5, 9))
+            requests[f"r{step}"] = (freight(rng), rng.randint(5, 9), ())
             batch.append(f"r{step}")
         if batch and rng.random() < 0.3:
             batch.remove(rng.choice(batch))
@@ -81,8 +83,10 @@ def test_tables_follow_the_batch(seed: int) -> None:
         if not batch:
             continue
         found = book.update(list(batch), requests.__getitem__)
-        want = [seat(*requests[i], STREAMS) for i in batch]
-        assert np.array_equal(found.control, np.stack([s.control for s in want]))
+        want = [seat(*requests[i][:2], STREAMS) for i in batch]
+        numbered = np.stack([s.control for s in want])
+        numbered[:, len(STREAMS) + REQUEST] = np.arange(len(batch)) + 1
+        assert np.array_equal(found.control, numbered)
         assert np.array_equal(found.uses, np.stack([s.uses for s in want]))
         assert np.array_equal(found.offsets, np.stack([s.offsets for s in want]))
         for i in range(len(STREAMS)):
@@ -113,13 +117,13 @@ def test_tables_follow_the_batch(seed: int) -> None:
 
 def test_an_unchanged_batch_is_not_read_again() -> None:
     book = SeatBook(STREAMS)
-    first = book.update(["a"], lambda _: (None, 3))
+    first = book.update(["a"], lambda _: (None, 3, ()))
 
-    def unreachable(_: str) -> tuple[Freight | None, int]:
+    def unreachable(_: str) -> tuple[Freight | None, int, tuple[int, ...]]:
         raise AssertionError("read again")
 
     assert book.update(["a"], unreachable) is first
-    assert book.update(["b", "a"], lambda _: (None, 3)) is not first
+    assert book.update(["b", "a"], lambda _: (None, 3, ())) is not first
 
 
 def test_streams_at_other_offsets_are_not_alike_and_a_sum_without_the_base_is_not_even() -> None:
@@ -130,3 +134,35 @@ def test_streams_at_other_offsets_are_not_alike_and_a_sum_without_the_base_is_no
     assert not found.even
     apart = replace(one, offsets=np.array([0, 0, 2], np.int32))
     assert tables([one, apart], len(STREAMS)).like == (0, 1, 2)
+
+
+def test_requests_whose_rule_asks_have_their_own_stop_ids() -> None:
+    sum_ = (("base", 1.0), ("chat", 1.0))
+    critical = SteeringPlan("m", sum_, Rule(RuleKind.CRITICAL, "chat", 0.5, "critic"))
+    valued = SteeringPlan("m", sum_, values=Values((("plain", 1.0),), 5))
+    sets = EndSets([2, 3], 100)
+    requests = {
+        "critical": (Freight(critical), 5, [9, 3, 7, 400]),
+        "valued": (Freight(valued), 5, [7, 9]),
+        "other": (Freight(valued), 5, [2]),
+        "summed": (Freight(SteeringPlan("m", sum_)), 5, [11]),
+        "plain": (None, 5, [12]),
+    }
+    found = SeatBook(STREAMS, ("critic",), sets.own).update([*requests], requests.__getitem__)
+    assert found.ends == ((), (7, 9))
+    which = found.control[:, len(STREAMS) + ENDS]
+    assert which.tolist() == [1, 1, 0, 0, 0]
+    sets.show(found.ends)
+    ends = sets.of(torch.from_numpy(which))
+    assert ends is not None
+    told = [row.nonzero()[:, 0].tolist() for row in ends.of(torch.arange(5), 100)]
+    assert told == [[2, 3, 7, 9], [2, 3, 7, 9], [2, 3], [2, 3], [2, 3]]
+
+
+def test_nothing_ends_a_text_unless_somebody_says_so() -> None:
+    sets = EndSets((), 100)
+    assert sets.of(torch.zeros(2)) is None
+    sets.show([(), (4,)])
+    ends = sets.of(torch.tensor([0.0, 1.0]))
+    assert ends is not None
+    assert ends.of(torch.tensor([0, 1]), 100).nonzero().tolist() == [[1, 4]]

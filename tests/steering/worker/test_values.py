@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from steering.kernels.mix import Ends
 from steering.kernels.reference import value_offsets
 from steering.plan import Values
 from steering.worker.batches import Candidates, Step
@@ -17,6 +18,7 @@ from steering.worker.readout import Readout, Vocabulary
 from steering.worker.values import ValueStreams, broadcast, candidates_of, gather
 
 SIZE, END = 40, 3
+OWN = 5
 INDEX = {"good": 1, "kind": 2}
 
 
@@ -29,7 +31,6 @@ class World:
             heads={1: lambda h: h[:, 0], 2: lambda h: h[:, 0]},
             index=INDEX,
             read_as={1: None, 2: (torch.arange(SIZE) + 7) % SIZE},
-            ends=torch.tensor([END]),
             chunk=chunk,
         )
 
@@ -56,10 +57,21 @@ def test_each_row_gets_its_own_candidates_values_and_rules(chunk: int) -> None:
     ]
     scores = torch.randn(4, SIZE, generator=torch.Generator().manual_seed(1))
     scores[0, END] = scores[1, END] = 99.0
+    scores[1, OWN] = scores[0, OWN] = 98.0
     step = Step(np.array([0, 5, 6, 7, 8, 9], np.int32), np.array([0, 9, 20, 30, 40], np.int32))
     offsets = np.zeros((5, 3), np.int32)
     offsets[2, 2] = 4
-    found = world.streams.add(asked, scores, world.hidden, step, offsets, world.run)
+    table = torch.zeros(2, SIZE, dtype=torch.bool)
+    table[:, END] = table[1, OWN] = True
+    ends = Ends(table, torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    noted: list[tuple[int, list[int]]] = []
+
+    def note(stream: int, numbers: torch.Tensor, rows: Any) -> None:
+        assert numbers.isfinite().all() and len(numbers) == len(rows)
+        noted.append((stream, rows.tolist()))
+
+    found = world.streams.add(asked, scores, world.hidden, step, offsets, world.run, ends, note)
+    assert noted == [(1, [0, 2]), (2, [2, 3, 4])]
     for j, (row, values) in enumerate(asked):
         best = scores[j].argsort(descending=True)[: values.top_k]
         assert found.ids[j, : values.top_k].tolist() == best.tolist()
@@ -70,7 +82,7 @@ def test_each_row_gets_its_own_candidates_values_and_rules(chunk: int) -> None:
             read = [(int(t) + 7) % SIZE if s == 2 else int(t) for t in best]
             after = np.array([world.value(s, row, end, t) for t in read])
             prefix = float(world.hidden(s)[j, 0])
-            ending = best.numpy() == END
+            ending = np.isin(best.numpy(), [END, OWN] if j % 2 else [END])
             want += beta * value_offsets(after, prefix, ending, values.ends)
         assert found.added[j, : values.top_k].numpy() == pytest.approx(want, abs=1e-5)
         assert not found.added[j, values.top_k :].any()

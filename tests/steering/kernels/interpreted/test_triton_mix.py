@@ -64,7 +64,7 @@ def test_every_row_agrees_with_the_definition(
     if way is torch_mix.mix:
         logits = [s.float() for s in logits]
     coef, kind, stream, param, odds = batch.control()
-    ends = torch.tensor(batch.ends) if batch.ends else None
+    ends = batch.ending()
     found = way(logits, coef, kind, stream, param, critical=odds, ends=ends)
     for row in range(rows):
         close(found[row], batch.wanted(row), batch.recipe(row))
@@ -111,13 +111,15 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     batch = Batch.draw(rng, 10, 3, 2100, BFLOAT16, hostile=True)
     logits = batch.logits(BFLOAT16)
     coef, kind, stream, param, odds = batch.control()
-    ends = torch.tensor(batch.ends)
+    ends = batch.ending()
+    assert ends is not None
     together = triton_mix.mix(logits, coef, kind, stream, param, critical=odds, ends=ends)
     for row in range(10):
         own = slice(row, row + 1)
         rule = (kind[own], stream[own], param[own])
+        mine = ends._replace(which=ends.which[own])
         alone = triton_mix.mix(
-            [s[own] for s in logits], coef[own], *rule, critical=odds[own], ends=ends
+            [s[own] for s in logits], coef[own], *rule, critical=odds[own], ends=mine
         )
         assert torch.equal(alone[0], together[row])
 
@@ -128,7 +130,7 @@ def test_a_stream_that_no_row_uses_may_be_left_out() -> None:
     batch.stream = [2 if c else 0 for c in batch.coef[:, 2]]
     coef, kind, stream, param, odds = batch.control()
     first, _, last = batch.logits(FLOAT32)
-    ends = torch.tensor(batch.ends)
+    ends = batch.ending()
     found = triton_mix.mix([first, None, last], coef, kind, stream, param, True, odds, ends)
     for row in range(10):
         close(found[row], batch.wanted(row), batch.recipe(row))
@@ -150,7 +152,7 @@ def served(rng: np.random.Generator, rows: int, dtype: torch.dtype) -> tuple[Bat
     raw.coef[0], raw.kind[0] = [1, 0, 0], RuleKind.SUM
     raw.coef[5], raw.kind[5] = [1, 0, 0], RuleKind.SUM
     raw.coef[10], raw.kind[10] = [0, 1.5, 0], RuleKind.SUM  # reports, without the base
-    raw.ends = ENDS
+    raw.ends = [ENDS, [*ENDS, 5, 1040]]
     seen = replace(raw, scores=list(raw.scores))
     for i, lost in enumerate(UNSHARED):
         seen.scores[i] = raw.scores[i].copy()
@@ -196,9 +198,9 @@ def test_what_the_worker_asks_for_in_one(rows: int, dtype: torch.dtype) -> None:
     z, told = read_out(
         logits,
         coef,
-        Rule(kind, stream, param, odds),
+        Rule(kind, stream, param, odds, ends=raw.ending()),
         True,
-        marks(SIZE, lost, torch.tensor(ENDS), z_device := torch.device("cpu")),
+        marks(SIZE, lost, z_device := torch.device("cpu")),
         places,
         more,
         asks,
@@ -235,7 +237,7 @@ def test_plain_sums_over_one_vocabulary() -> None:
         batch.control()[0],
         None,
         False,
-        marks(SIZE, everyone, None, torch.device("cpu")),
+        marks(SIZE, everyone, torch.device("cpu")),
     )
     assert told is None and torch.equal(z[2], logits[0][2].float())
     for row in (0, 1, 3, 4, 5):

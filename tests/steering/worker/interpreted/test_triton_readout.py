@@ -10,14 +10,30 @@ import torch
 from vllm.platforms import current_platform
 
 from steering.plan import CRITICAL_KINDS, RuleKind
-from steering.worker.layout import EXTRA, RULE_HEAD, RULE_KIND, RULE_PARAM, RULE_STREAM, Layout
+from steering.worker.ends import EndSets
+from steering.worker.layout import (
+    ENDS,
+    EXTRA,
+    RULE_HEAD,
+    RULE_KIND,
+    RULE_PARAM,
+    RULE_STREAM,
+    Layout,
+)
 from steering.worker.readout import Reading, Readout, Vocabulary
 from steering.worker.triton_readout import TritonReadout, readout_class
 
 SIZE, SHORT, HIDDEN, STREAMS, CANDIDATES = 1100, 1060, 8, 3, 4
 PADDED = torch.arange(1090, SIZE)
 LACKING = torch.tensor([5, 1050, *range(SHORT, SIZE)])
-ENDS = torch.tensor([0, 1049])
+OWN = 700
+"""A stop id of the requests of odd rows."""
+
+
+def ends() -> EndSets:
+    sets = EndSets([0, 1049], SIZE)
+    sets.show([(), (OWN,)])
+    return sets
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +56,7 @@ def both(dtype: torch.dtype, lacking: bool = True) -> tuple[Readout, TritonReado
         [Vocabulary(), Vocabulary(PADDED), last],
         PADDED,
         (Reading(0, lambda h: h @ probe), Reading(2, lambda h: h @ probe)),
-        ENDS,
+        ends(),
     )
     return Readout(*parts), TritonReadout(*parts)
 
@@ -51,6 +67,7 @@ def rows_of(layout: Layout, coef: np.ndarray, ruled: bool, valued: bool) -> torc
     hidden = torch.tensor(rng.normal(size=(len(coef), layout.width)), dtype=torch.float32)
     control = np.zeros((len(coef), STREAMS + EXTRA), np.float32)
     control[:, :STREAMS] = coef
+    control[1::2, STREAMS + ENDS] = 1
     for row in range(len(coef) if ruled else 0):
         kind = RuleKind(row % len(RuleKind))
         k = int(rng.choice(np.flatnonzero(coef[row])))
@@ -112,7 +129,7 @@ def test_scores_of_other_dtypes_are_widened() -> None:
     by_torch, _ = both(torch.bfloat16)
     unembed = list(by_torch.unembed)
     unembed[1] = both(torch.float32)[0].unembed[1]
-    parts = (by_torch.layout, unembed, by_torch.vocabularies, PADDED, (), ENDS)
+    parts = (by_torch.layout, unembed, by_torch.vocabularies, PADDED, (), ends())
     hidden = rows_of(by_torch.layout, weights(5), False, False)
     want = Readout(*parts)(hidden, [True] * STREAMS, False)
     found = TritonReadout(*parts)(hidden, [True] * STREAMS, False)
