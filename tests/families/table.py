@@ -29,8 +29,15 @@ class Row:
         """As the page shows them."""
         if self.refused:
             return [name, f"refused: {self.refused}", *[""] * len(ROLES)]
-        shown = [f"{self.errors[r]:.0e}" if r in self.errors else "" for r in ROLES]
-        return [name, "exact", *shown]
+        return [name, "exact", *(_shown(self.errors.get(role)) for role in ROLES)]
+
+    def note(self, role: str, error: float) -> None:
+        """Adds an error of one role; the largest counts."""
+        self.errors[role] = max(error, self.errors.get(role, 0.0))
+
+
+def _shown(error: float | None) -> str:
+    return "" if error is None else f"{error:.0e}" if error else "0"
 
 
 def into(page: str, rows: dict[str, Row]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.engine.driver import ERRORS, Case, Engine, logprobs, tokens
+from tests.families.table import Row
 from tests.family_models import WINDOW
 from tests.models import SPECIAL, VOCAB_SIZE
 
@@ -67,14 +68,21 @@ def cases(companions: list[str]) -> list[Case]:
     return found
 
 
-def test_the_language_part_is_exact(engine: Engine) -> None:
+def test_the_language_part_is_exact(engine: Engine, rows: dict[str, Row]) -> None:
+    base = engine.folders["base"].parent.name
+    companions = {f"c{i}": name for i, name in enumerate(ENGINES[base])}
     tried = cases([name for name in engine.folders if name != "base"])
     for case, output in zip(tried, engine.run(tried), strict=True):
         steps = engine.reference(case)
         assert tokens(output) == [s.token for s in steps], case
         want = [s.logprob for s in steps]
         assert logprobs(output) == pytest.approx(want, abs=TOLERANCE), case
-        ERRORS.extend(abs(a - b) for a, b in zip(logprobs(output), want, strict=True))
+        errors = [abs(a - b) for a, b in zip(logprobs(output), want, strict=True)]
+        ERRORS.extend(errors)
+        companion = next((name for c, name in companions.items() if c in str(case.spec)), None)
+        role = "companion" if companion else "twin" if case.spec else "base"
+        row = rows.setdefault(f"{companion or base} (language part)", Row())
+        row.note(role, max(errors))
 
 
 def test_an_image_placeholder_in_a_text_is_a_token_like_others(engine: Engine) -> None:
