@@ -51,7 +51,7 @@ _KINDS: Mapping[str, str] = {
 }
 """`model_type` of a `text_config` → its architecture."""
 
-_RENAMED: tuple[tuple[str, str], ...] = (
+RENAMED: tuple[tuple[str, str], ...] = (
     ("model.language_model.", "model."),
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
@@ -166,7 +166,7 @@ def renamed(name: str) -> str | None:
     """
     if name.removeprefix("model.").startswith(_TOWERS):
         return None
-    for old, new in _RENAMED:
+    for old, new in RENAMED:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name

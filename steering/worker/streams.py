@@ -14,8 +14,9 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models.utils import WeightsMapper
 
-from steering.language import LanguagePart, language_weights
+from steering.language import RENAMED, LanguagePart, language_weights
 from steering.plan import BASE
 from steering.worker import heads, lora_seam
 from steering.worker.kv_layers import (
@@ -62,7 +63,10 @@ class Streams:
                 config = self._configs[name] = self._config(name)
                 prepare_experts(name, config)
                 lora_seam.keep_compiling(vllm_config)
-                owner.add_module(name, initialize_model(vllm_config=config, prefix=name))
+                model = initialize_model(vllm_config=config, prefix=name)
+                if self._own_names(name) is language_weights:
+                    model.hf_to_vllm_mapper = _whole_names(model)
+                owner.add_module(name, model)
                 keep_all_blocks(config, name)
         self._twins = {
             name: Twin.of(vllm_config, original, name)
@@ -119,6 +123,12 @@ class Streams:
 
 _Weights = Iterable[tuple[str, torch.Tensor]]
 _Choice = Callable[[_Weights], _Weights]
+
+
+def _whole_names(model: Any) -> WeightsMapper:
+    """A language part's renames, and those of the whole checkpoint's names, which adapters have."""
+    own = getattr(model, "hf_to_vllm_mapper", None) or WeightsMapper()
+    return WeightsMapper(orig_to_new_prefix=dict(RENAMED)) | own
 
 
 def _all(weights: _Weights) -> _Weights:

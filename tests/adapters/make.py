@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+
+from tests.reference import fresh
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
 def make_lora(
-    folder: Path, base: Path, *, seed: int, targets: Sequence[str] = ALL, **config: Any
+    folder: Path, base: Path, *, seed: int, targets: Sequence[str] | str = ALL, **config: Any
 ) -> Path:
     """A PEFT adapter whose effect is plain to see, written by PEFT.
 
@@ -29,12 +30,12 @@ def make_lora(
         folder: made if it is missing.
         base: the model that it is for.
         seed: two seeds are two unrelated adapters.
-        targets: names of the layers that it changes.
+        targets: names of the layers that it changes, or a regular expression for them.
         config: more of `LoraConfig`; rank 4 and alpha 8 unless given.
     """
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    named = targets if isinstance(targets, str) else list(targets)
     wrapped = get_peft_model(
-        model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": list(targets), **config})
+        fresh(base), LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": named, **config})
     )
     random = torch.Generator().manual_seed(seed)
     for name, parameter in wrapped.named_parameters():

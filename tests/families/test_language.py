@@ -5,11 +5,15 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engine.driver import ERRORS, Case, Engine, logprobs, tokens
+from steering.engine_args import adapter_engine_args
+from tests.adapters.make import make_lora
+from tests.engine.driver import ERRORS, Case, Engine, Use, logprobs, tokens
 from tests.families.table import Row
 from tests.family_models import WINDOW
 from tests.models import SPECIAL, VOCAB_SIZE
@@ -29,6 +33,9 @@ ENGINES: dict[str, tuple[str, ...]] = {
 }
 """Base → companions."""
 
+ADAPTED = "ministral3"
+"""The base whose engine takes adapters."""
+
 
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
@@ -36,11 +43,9 @@ def engine(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
     streams: dict[str, tuple[str, int] | str] = {
         f"c{i}": (name, VOCAB_SIZE) for i, name in enumerate(ENGINES[request.param])
     }
-    found = Engine(
-        tmp_path_factory.mktemp("vision") / request.param,
-        (request.param, VOCAB_SIZE),
-        {**streams, "twin": "base"},
-    )
+    folder = tmp_path_factory.mktemp("vision") / request.param
+    slots = adapter_engine_args(2, 8) if request.param == ADAPTED else {}
+    found = Engine(folder, (request.param, VOCAB_SIZE), {**streams, "twin": "base"}, **slots)
     yield found
     del found
     gc.collect()
@@ -94,6 +99,28 @@ def test_an_image_placeholder_in_a_text_is_a_token_like_others(engine: Engine) -
     (output,) = engine.run([case])
     assert tokens(output) == [s.token for s in steps]
     assert logprobs(output) == pytest.approx([s.logprob for s in steps], abs=TOLERANCE)
+
+
+def test_an_adapter_of_the_whole_model_changes_its_language_part(
+    engine: Engine, tmp_path: Path, rows: dict[str, Row]
+) -> None:
+    """Its layers have the names of the whole model, as PEFT writes them."""
+    if engine.folders["base"].parent.name != ADAPTED:
+        pytest.skip("one model is enough")
+    language = r".*language_model.*\.(q_proj|v_proj|o_proj|up_proj|down_proj)"
+    engine.load_adapters(
+        {"lora": make_lora(tmp_path, engine.folders["base"], seed=3, targets=language)}
+    )
+    plain, *others = (case for case in cases([]) if not case.spec)
+    tried = [replace(case, adapters=(Use("lora", 0.8),)) for case in (plain, *others)]
+    for case, output in zip(tried, engine.run(tried), strict=True):
+        steps = engine.reference(case)
+        assert tokens(output) == [s.token for s in steps]
+        want = [s.logprob for s in steps]
+        assert logprobs(output) == pytest.approx(want, abs=TOLERANCE)
+        errors = [abs(a - b) for a, b in zip(logprobs(output), want, strict=True)]
+        rows.setdefault(f"{ADAPTED} (language part)", Row()).note("adapters", max(errors))
+    assert logprobs(engine.run([plain])[0]) != pytest.approx(want, abs=100 * TOLERANCE)
 
 
 def test_no_tower_is_loaded(engine: Engine) -> None:
