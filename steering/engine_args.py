@@ -118,13 +118,13 @@ def steered_engine_args(
 
     trust = engine.get("trust_remote_code", False)
     config = get_config(model, trust)
-    architecture = _architecture("model", config, base=True)
+    architecture = _architecture("model", config, engine, base=True)
     hybrid = is_hybrid(architecture)
     for name, source in streams.items():
         if source.model is not None:
             body = source.head is not None
             own = get_config(source.model, trust)
-            _architecture(f"streams.{name}.model", own, base=False, body=body)
+            _architecture(f"streams.{name}.model", own, engine, base=False, body=body)
     settings = {
         "streams": {
             name: {k: v for k, v in asdict(source).items() if v is not None}
@@ -174,10 +174,12 @@ def steered_engine_args(
     return {**ours, **engine, "additional_config": extra}
 
 
-def _architecture(field: str, config: Any, *, base: bool, body: bool = False) -> str:
+def _architecture(
+    field: str, config: Any, engine: Mapping[str, Any], *, base: bool, body: bool = False
+) -> str:
     """What a stream is served as; `field` is where its checkpoint was named."""
     try:
-        return stream_architecture(config, base=base, body=body)
+        return stream_architecture(config, base=base, body=body, engine=engine)
     except SteeringError as error:
         raise type(error)(error.message, field=field, allowed=error.allowed) from error
 

@@ -19,13 +19,27 @@ PROVEN: Mapping[str, tuple[str, ...]] = {
 """Platform → hybrids that may be the base there: those that the tests compare."""
 
 
-def stream_architecture(config: Any, *, base: bool, body: bool = False) -> str:
+EXPERTS_ALONE = (
+    "is a mixture of experts, which runs neither with data_parallel_size > 1 nor with "
+    "enable_expert_parallel: engines that run different streams would wait for each other's "
+    "collective operations for ever"
+)
+"""Why a stream with experts is refused."""
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What configs call the number of experts."""
+
+
+def stream_architecture(
+    config: Any, *, base: bool, body: bool = False, engine: Mapping[str, Any] | None = None
+) -> str:
     """The architecture that a checkpoint is served as.
 
     Args:
         config: its `transformers` config.
         base: whether it is the base; only that may be a hybrid.
         body: only its hidden states are needed, so a classifier is served as its body.
+        engine: vLLM's engine arguments.
 
     Raises:
         DoesNotFit: it cannot be a stream; the message names the architecture and says why.
@@ -42,9 +56,21 @@ def stream_architecture(config: Any, *, base: bool, body: bool = False) -> str:
             f"{architecture} has multi-head latent attention, which is not served: on CPUs vLLM's "
             "scores differ from those of transformers, and elsewhere they were not compared"
         )
+    if why is None and _spreads(engine or {}) and _has_experts(config):
+        why = f"{architecture} {EXPERTS_ALONE}"
     if why is not None:
         raise DoesNotFit(why)
     return architecture
+
+
+def _has_experts(config: Any) -> bool:
+    text = getattr(config, "text_config", None) or config
+    return any(getattr(text, name, 0) for name in _EXPERTS)
+
+
+def _spreads(engine: Mapping[str, Any]) -> bool:
+    """Whether layers run on several engines together."""
+    return engine.get("data_parallel_size", 1) > 1 or bool(engine.get("enable_expert_parallel"))
 
 
 def _unsupported(architecture: str, base: bool) -> str | None:

@@ -170,7 +170,10 @@ def _served(config: Config, name: str, point: Checkpoint) -> None:
     trust = bool(config.engine.get("trust_remote_code", False))
     try:
         stream_architecture(
-            get_config(str(point.folder), trust), base=name not in config.streams, body=body
+            get_config(str(point.folder), trust),
+            base=name not in config.streams,
+            body=body,
+            engine=config.engine,
         )
     except SteeringError as error:
         raise Unusable(str(error)) from error

@@ -20,6 +20,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.transformers_utils.config import get_config
 
 from steering.engine_args import ARCHITECTURE, BASE_ARCHITECTURES, HYBRID
+from steering.families import EXPERTS_ALONE
 from steering.heads import body_architecture
 from steering.language import LanguagePart, language_architecture
 from steering.plan import BASE
@@ -175,11 +176,7 @@ def prepare_experts(stream: str, config: VllmConfig) -> None:
         return
     parallel = config.parallel_config
     if parallel.data_parallel_size > 1 or parallel.enable_expert_parallel:
-        raise ValueError(
-            f"stream {stream!r} is a mixture of experts, which runs neither with "
-            "data_parallel_size > 1 nor with enable_expert_parallel: engines that run different "
-            "streams would wait for each other's collective operations for ever"
-        )
+        raise ValueError(f"stream {stream!r} {EXPERTS_ALONE}")
     # Every rank of the engine comes here in the same order.
     if parallel_state._EP is None:
         world = parallel_state.get_world_group()

@@ -32,6 +32,21 @@ def test_what_cannot_be_served_is_refused_by_name(architecture: str, words: str)
         stream_architecture(config(architecture), base=True)
 
 
+@pytest.mark.parametrize("engine", [{"data_parallel_size": 2}, {"enable_expert_parallel": True}])
+@pytest.mark.parametrize("base", [True, False])
+def test_experts_do_not_run_on_several_engines(engine: dict[str, Any], base: bool) -> None:
+    experts = config("MixtralForCausalLM", num_local_experts=8)
+    with pytest.raises(DoesNotFit, match="MixtralForCausalLM is a mixture of experts"):
+        stream_architecture(experts, base=base, engine=engine)
+    assert stream_architecture(experts, base=base) == "MixtralForCausalLM"
+    assert stream_architecture(config("LlamaForCausalLM"), base=base, engine=engine)
+
+
+def test_latent_attention_is_refused() -> None:
+    with pytest.raises(DoesNotFit, match="DeepseekV3ForCausalLM has multi-head latent attention"):
+        stream_architecture(config("DeepseekV3ForCausalLM", kv_lora_rank=512), base=True)
+
+
 def test_a_hybrid_is_no_companion() -> None:
     hybrid = config("FalconH1ForCausalLM")
     with pytest.raises(DoesNotFit, match="can only be the base"):
