@@ -11,6 +11,7 @@ from steering.errors import DoesNotFit, SteeringError
 from steering.families import beside_hybrid, is_hybrid, stream_architecture
 from steering.language import LanguagePart, language_architecture
 from steering.plan import BASE
+from steering.refused import refusals
 
 ARCHITECTURE = "SteeredForCausalLM"
 HYBRID = "SteeredHybridForCausalLM"
@@ -111,11 +112,12 @@ def steered_engine_args(
         engine: any other engine argument; they win over our defaults.
 
     Raises:
-        DoesNotFit: a checkpoint cannot be a stream.
-        ValueError: one that cannot be served.
+        DoesNotFit: a checkpoint cannot be a stream, or an engine argument cannot be served.
     """
     from vllm.transformers_utils.config import get_config
 
+    for name, sentence in refusals(engine):
+        raise DoesNotFit(sentence, field=f"engine.{name}")
     trust = engine.get("trust_remote_code", False)
     config = get_config(model, trust)
     architecture = _architecture("model", config, engine, base=True)
@@ -170,6 +172,7 @@ def steered_engine_args(
             "num_speculative_tokens": speculation.tokens,
         }
     ours["structured_outputs_config"] = _structured(engine.pop("structured_outputs_config", {}))
+    ours["compilation_config"] = _without_graphs(engine.pop("compilation_config", {}))
     extra = {**engine.pop("additional_config", {}), "coxswain": settings}
     return {**ours, **engine, "additional_config": extra}
 
@@ -187,25 +190,15 @@ def _architecture(
 GRAMMARS = "xgrammar"
 """The backend of grammars, if none is named."""
 
-UNDECIDED = (
-    "the engine would keep the backend that the first request with a grammar happens to need; "
-    "name one, e.g. xgrammar"
-)
-"""Why `structured_outputs_config.backend: auto` is refused."""
-
 
 def _structured(config: Any) -> Any:
-    """VLLM's `structured_outputs_config` with a backend that is the same for all requests.
+    """VLLM's `structured_outputs_config` with a backend that is the same for all requests."""
+    return {"backend": GRAMMARS, **config} if isinstance(config, Mapping) else config
 
-    Raises:
-        ValueError: it leaves that open.
-    """
-    if isinstance(config, Mapping):
-        config = {"backend": GRAMMARS, **config}
-    backend = config["backend"] if isinstance(config, dict) else config.backend
-    if backend == "auto":
-        raise ValueError(f"structured_outputs_config.backend: refused (got 'auto'): {UNDECIDED}")
-    return config
+
+def _without_graphs(config: Any) -> Any:
+    """VLLM's `compilation_config` without captured graphs; see `steering.refused.GRAPHS`."""
+    return {"cudagraph_mode": "NONE", **config} if isinstance(config, Mapping) else config
 
 
 def watched(sources: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:

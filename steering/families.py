@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steering.errors import DoesNotFit
-from steering.heads import body_architecture
+from steering.heads import body_architecture, is_classifier
 from steering.language import language_architecture
 
 PROVEN: Mapping[str, tuple[str, ...]] = {
@@ -50,6 +50,11 @@ def stream_architecture(
     architecture = language_architecture(config) or names[0]
     if body:
         architecture = body_architecture(architecture)
+    elif is_classifier(architecture):
+        raise DoesNotFit(
+            f"{architecture} gives no token scores; a classifier is a stream with "
+            "`head: classifier`"
+        )
     why = _unsupported(architecture, base)
     if why is None and getattr(config, "kv_lora_rank", None):
         why = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +21,14 @@ from server.checks.one_product import one_product_problems
 from server.checks.speculation import speculation_problems
 from server.checks.templates import check_profile_templates, check_template
 from server.settings.config import RESERVED_ENGINE, Config
-from steering.engine_args import UNDECIDED
 from steering.errors import SteeringError
 from steering.families import beside_hybrid, is_hybrid, stream_architecture
 from steering.method import Snapshot
 from steering.plan import BASE
 from steering.plugins import Registry, discover
+from steering.refused import refusals
 from steering.resolve import check_profile
 from steering.vocabulary import Overlap, Vocabulary, load_vocabulary, overlap
-
-_REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("pipeline_parallel_size", lambda v: v > 1,
-     "the streams cannot be split over pipeline stages; use tensor_parallel_size"),
-    ("data_parallel_external_lb", bool, "run servers with a Redis in common instead"),
-    ("data_parallel_multi_port_external_lb", bool,
-     "run servers with a Redis in common instead"),
-    ("data_parallel_hybrid_lb", bool, "run servers with a Redis in common instead"),
-    ("data_parallel_rank", lambda v: v is not None, "run servers with a Redis in common instead"),
-    ("decode_context_parallel_size", lambda v: v > 1,
-     "not with several streams in one block table"),
-    ("prefill_context_parallel_size", lambda v: v > 1,
-     "not with several streams in one block table"),
-    ("enable_dbo", bool, "overlapped half-batches would split rows from their coefficients"),
-    ("enable_prompt_embeds", bool, "streams read token ids; embeddings fit one model only"),
-    ("async_scheduling", bool, "reports read tokens that lag under it"),
-    ("structured_outputs_config", lambda v: v.get("backend") == "auto", UNDECIDED),
-    ("load_format", lambda v: v in ("pt", "npcache"),
-     "pickles can run code when they are loaded; safetensors only"),
-)  # fmt: skip
 
 
 def snapshot(config: Config) -> Snapshot:
@@ -127,13 +107,7 @@ def engine_problems(engine: Mapping[str, Any]) -> list[str]:
             near = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             found.append(f"engine.{name}: vLLM has no such engine argument{hint}")
-    for name, refused, why in _REFUSED:
-        if name in engine:
-            try:
-                if refused(engine[name]):
-                    found.append(f"engine.{name}: refused (got {engine[name]!r}): {why}")
-            except (TypeError, AttributeError):
-                found.append(f"engine.{name}: not a usable value (got {engine[name]!r})")
+    found += [f"engine.{name}: {sentence}" for name, sentence in refusals(engine)]
     return found
 
 

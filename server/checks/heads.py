@@ -7,21 +7,13 @@ from pathlib import Path
 from server.checks.capacity import ranks_of
 from server.checks.diagnosis import Diagnosis, where
 from server.settings.config import Config, StreamConfig
-from steering.heads import HeadError, find_head, is_classifier
+from steering.heads import HeadError, find_head
 from steering.plan import BASE
 from steering.vocabulary import Overlap
 
 
 def check_heads(config: Config, found: Diagnosis) -> None:
-    """Each head's problem, in one line; and classifiers where language models belong."""
-    for name, fact in found.streams.items():
-        stream = config.streams.get(name)
-        architecture = fact.checkpoint.architecture
-        if (stream is None or stream.head in (None, "q")) and is_classifier(architecture):
-            found.problems.append(
-                f"{where(name)}: {architecture} gives no token scores; a classifier is a stream "
-                "with `head: classifier`"
-            )
+    """Each head's problem, in one line."""
     for name, stream in config.streams.items():
         if stream.head is not None and stream.head != "q":
             found.guard(where(name), lambda n=name, s=stream: _check(config, found, n, s))  # type: ignore[misc]

@@ -22,7 +22,9 @@ from vllm.forward_context import (
     set_forward_context,
 )
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from steering.refused import GRAPHS, graphs_of
 from steering.wire import Freight, unpack
 from steering.worker.batches import Candidates, Step, StreamBatch
 from steering.worker.values import broadcast, gather
@@ -47,6 +49,7 @@ class Seam:
     """
 
     def __init__(self, runner: Any, streams: list[dict[str, str]]) -> None:
+        _check(runner)
         self._runner = runner
         self._groups = [self._layer_groups(layers) for layers in streams]
         self._held: set[str] = set()
@@ -303,6 +306,21 @@ def _clean(runner: Any, row: int) -> None:
             cache[own] = cache[own].nan_to_num(0.0, 0.0, 0.0)
         else:  # backends lay blocks out as they like
             cache.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _check(runner: Any) -> None:
+    """Whether an engine is one that the streams can be bound to.
+
+    Raises:
+        ValueError: it would answer wrongly; the message says why.
+    """
+    if not isinstance(runner, GPUModelRunner):
+        raise ValueError(
+            f"the streams need vLLM's model runner V1, and this engine has {type(runner).__name__} "
+            f"of {type(runner).__module__}: set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    if (mode := graphs_of(runner.compilation_config)) != "NONE":
+        raise ValueError(f"compilation_config.cudagraph_mode: refused (got {mode}): {GRAPHS}")
 
 
 def choice_of(request_id: str) -> str:
