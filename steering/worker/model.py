@@ -59,10 +59,8 @@ class SteeredForCausalLM(nn.Module):
     is_non_gated_moe = False
     embedding_modules: dict[str, str] = {}
     lora_skip_prefixes: list[str] = []
-    packed_modules_mapping = {
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
+    # Each stream's model has its own (`adapter_layers`); vLLM would try to merge them into none.
+    packed_modules_mapping: dict[str, list[str]] = {"": []}
 
     base: Any
 
