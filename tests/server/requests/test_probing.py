@@ -10,6 +10,7 @@ from server import errors
 from server.requests import probing
 from steering.bans import BANNED, with_bans
 from steering.engine_args import StreamSource, steered_engine_args
+from steering.errors import DoesNotFit
 from steering.plan import Rule, RuleKind, SteeringPlan
 
 
@@ -65,5 +66,5 @@ def test_the_backend_of_grammars_is_named(tmp_path_factory: pytest.TempPathFacto
     assert asked(structured_outputs_config=config) == {"backend": "xgrammar", **config}
     other = {"backend": "guidance"}
     assert asked(structured_outputs_config=other) == other
-    with pytest.raises(ValueError, match="backend: refused"):
+    with pytest.raises(DoesNotFit, match=r"engine\.structured_outputs_config: refused"):
         asked(structured_outputs_config={"backend": "auto"})
