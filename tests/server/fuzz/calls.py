@@ -139,6 +139,8 @@ class Fuzzer:
         ]
         self._sound = bodies(self.root)
         self._sessions = threading.local()
+        # Imports its module: in several threads at once Python 3.11 may fail to parse it.
+        _ = self.schema.transport
 
     def run(self, calls: int) -> None:
         """Makes at least so many calls, a tenth of them at the edges of the schema.
