@@ -13,7 +13,7 @@ from transformers import AutoModel
 from adapters.formats.base import base_shapes
 from steering.engine_args import adapter_engine_args
 from tests.adapters.make import make_lora
-from tests.engine.driver import Case, Engine, Use, logprobs, tokens
+from tests.engine.driver import ERRORS, Case, Engine, Use, logprobs, tokens
 from tests.family_models import FAMILIES as _CONFIGS
 from tests.family_models import WINDOW
 from tests.models import ARCHITECTURES, SPECIAL, VOCAB_SIZE
@@ -121,10 +121,16 @@ def errors(engine: Engine, seed: int) -> dict[str, float]:
     found = dict.fromkeys(ROLES, 0.0)
     outputs = engine.run([case for _, case in tried])
     for (role, case), output in zip(tried, outputs, strict=True):
-        steps = engine.reference(case)
-        worst = float("inf")
-        if tokens(output) == [s.token for s in steps]:
-            pairs = zip(logprobs(output), steps, strict=True)
-            worst = max(abs(got - step.logprob) for got, step in pairs)
-        found[role] = max(found[role], worst)
+        found[role] = max(found[role], error(engine, case, output))
     return found
+
+
+def error(engine: Engine, case: Case, output: Any) -> float:
+    """The largest error of a case's log-probabilities, nats; infinite where a token differs."""
+    steps = engine.reference(case)
+    if tokens(output) != [s.token for s in steps]:
+        return float("inf")
+    pairs = zip(logprobs(output), steps, strict=True)
+    found = [abs(got - step.logprob) for got, step in pairs]
+    ERRORS.extend(found)
+    return max(found)

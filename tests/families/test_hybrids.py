@@ -13,15 +13,13 @@ from vllm.platforms import current_platform
 
 from steering.engine_args import Speculation, StreamSource, steered_engine_args
 from steering.errors import DoesNotFit
-from tests.engine.driver import ERRORS, Case, Engine, logprobs, tokens
+from tests.engine.driver import Case, Engine
+from tests.families.matrix import TOLERANCE, error
 from tests.families.table import Row
 from tests.hybrid_models import HYBRIDS
 from tests.models import SPECIAL, VOCAB_SIZE, make_model
 
 pytestmark = pytest.mark.engine
-
-TOLERANCE = 1e-4
-"""Nats, float32."""
 
 
 @pytest.fixture(scope="module", params=HYBRIDS)
@@ -67,13 +65,9 @@ def test_a_hybrid_base_is_exact(engine: Engine, rows: dict[str, Row], request: A
     row = rows.setdefault(f"{request.node.callspec.params['engine']} (hybrid)", Row())
     tried = cases()
     for case, output in zip(tried, engine.run(tried), strict=True):
-        steps = engine.reference(case)
-        assert tokens(output) == [s.token for s in steps], case
-        want = [s.logprob for s in steps]
-        assert logprobs(output) == pytest.approx(want, abs=TOLERANCE), case
-        errors = [abs(a - b) for a, b in zip(logprobs(output), want, strict=True)]
-        ERRORS.extend(errors)
-        row.note("base", max(errors))
+        worst = error(engine, case, output)
+        assert worst < TOLERANCE, case
+        row.note("base", worst)
 
 
 @pytest.fixture(scope="module")
