@@ -78,11 +78,11 @@ class Driven:
 
     def _mix(self, streams: list[str]) -> Any:
         from steering.plan import SteeringPlan
-        from steering.wire import Freight, pack
+        from steering.wire import SteeringPayload, pack
 
         signs = itertools.cycle((1.0, -1.0))
         weights = (("base", 1.0), *zip(streams, signs, strict=False))
-        return pack(Freight(SteeringPlan("mix", weights)))
+        return pack(SteeringPayload(SteeringPlan("mix", weights)))
 
     def _set_request(self, _: int, __: str, folder: Path) -> tuple[Any, Any]:
         from vllm.lora.request import LoRARequest
@@ -91,13 +91,13 @@ class Driven:
         from load_tests.adapter_files import shapes
         from steering.adapters import Chosen, adapt
         from steering.plan import SteeringPlan
-        from steering.wire import Freight, pack
+        from steering.wire import SteeringPayload, pack
 
         artefact = inspect(folder, shapes(), max_rank=512)
         chosen = Chosen(artefact, artefact.digest())
         plan, adapters = adapt(SteeringPlan("base"), [chosen], {"base": "base"})
         assert adapters is not None
-        return LoRARequest(**adapters.lora_request()), pack(Freight(plan))
+        return LoRARequest(**adapters.lora_request()), pack(SteeringPayload(plan))
 
     def _peft_request(self, i: int, name: str, folder: Path) -> tuple[Any, Any]:
         from vllm.lora.request import LoRARequest
@@ -141,13 +141,13 @@ class Driven:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        lora, freight = self._uses[name] if name else (None, None)
+        lora, payload = self._uses[name] if name else (None, None)
         params = SamplingParams(
             temperature=0.0,
             max_tokens=drawn,
             ignore_eos=True,
             detokenize=False,
-            extra_args=freight,
+            extra_args=payload,
         )
         self._served += 1
         ids = [5 + (7919 * self._served + 31 * row + 17 * i) % 30_000 for i in range(prompt)]

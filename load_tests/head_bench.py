@@ -64,23 +64,23 @@ def values(folder: Path) -> dict[str, float]:
 
     from steering.engine_args import StreamSource, steered_engine_args
     from steering.plan import SteeringPlan, Values
-    from steering.wire import Freight, pack
+    from steering.wire import SteeringPayload, pack
 
     streams = {"value": StreamSource(str(folder / "value"), head="value")}
     llm = LLM(**steered_engine_args(str(folder / "base"), streams, **args))
     llm.collective_rpc("coxswain_bind")
     worker: Any = llm.llm_engine.model_executor
-    model = worker.driver_worker.worker.model_runner.get_model()
-    together = model._values
+    step = worker.driver_worker.worker.model_runner.get_model()._step
+    together = step.values
     found = {}
     for n in ROWS:
         for k in CANDIDATES:
             plan = SteeringPlan("value_augmented", values=Values((("value", 2.0),), k))
-            freight = pack(Freight(replace(plan, bodies=("value",))))
-            found[f"{n}/{k}"] = step_ms(llm, n, n, freight)
-            model._values = replace(together, chunk=n)
-            found[f"{n}/{k} passes"] = step_ms(llm, n, n, freight)
-            model._values = together
+            payload = pack(SteeringPayload(replace(plan, bodies=("value",))))
+            found[f"{n}/{k}"] = step_ms(llm, n, n, payload)
+            step.values = replace(together, chunk=n)
+            found[f"{n}/{k} passes"] = step_ms(llm, n, n, payload)
+            step.values = together
     return found
 
 
@@ -91,7 +91,7 @@ def critical(folder: Path) -> dict[str, float]:
 
     from steering.engine_args import StreamSource, steered_engine_args
     from steering.plan import Rule, RuleKind, SteeringPlan
-    from steering.wire import Freight, pack
+    from steering.wire import SteeringPayload, pack
 
     streams = {
         "pretrained": StreamSource(str(folder / "base")),
@@ -101,8 +101,8 @@ def critical(folder: Path) -> dict[str, float]:
     llm.collective_rpc("coxswain_bind")
     rule = Rule(RuleKind.CRITICAL, "pretrained", 0.5, "critic")
     weights = (("base", 1.0), ("pretrained", 1.0))
-    freight = pack(Freight(SteeringPlan("critical_tokens", weights, rule)))
-    return {f"{n}": step_ms(llm, n, n, freight) for n in ROWS}
+    payload = pack(SteeringPayload(SteeringPlan("critical_tokens", weights, rule)))
+    return {f"{n}": step_ms(llm, n, n, payload) for n in ROWS}
 
 
 def authors(folder: Path) -> dict[str, float]:

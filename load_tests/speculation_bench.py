@@ -110,10 +110,12 @@ class Driven:
         from vllm.inputs import TokensPrompt
 
         from steering.plan import SteeringPlan
-        from steering.wire import Freight, pack
+        from steering.wire import SteeringPayload, pack
 
         weights = (("base", 1.0), ("chat", STRENGTH), ("plain", -STRENGTH))
-        extra = pack(Freight(SteeringPlan("proxy_tuning", weights))) if self._steered else None
+        extra = (
+            pack(SteeringPayload(SteeringPlan("proxy_tuning", weights))) if self._steered else None
+        )
         engine, found, decoded, seconds = self._llm.llm_engine, [], 0, 0.0
         for ids in prompts:
             params = SamplingParams(

@@ -77,14 +77,14 @@ def start(
     return llm
 
 
-def step_ms(llm: Any, rows: int, steered: int, freight: dict[str, Any]) -> float:
+def step_ms(llm: Any, rows: int, steered: int, payload: dict[str, Any]) -> float:
     """Median milliseconds of a decode step.
 
     Args:
         llm: the engine.
         rows: requests that decode.
-        steered: how many of them carry `freight`, the first ones.
-        freight: what they carry.
+        steered: how many of them carry `payload`, the first ones.
+        payload: what they carry.
     """
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
@@ -95,7 +95,7 @@ def step_ms(llm: Any, rows: int, steered: int, freight: dict[str, Any]) -> float
             max_tokens=WARM_STEPS + STEPS,
             ignore_eos=True,
             detokenize=False,
-            extra_args=freight if row < steered else None,
+            extra_args=payload if row < steered else None,
         )
         prompt = TokensPrompt(prompt_token_ids=[5 + row % 7 + i for i in range(PROMPT_TOKENS)])
         llm.llm_engine.add_request(str(row), prompt, params)

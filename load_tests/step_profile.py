@@ -95,21 +95,22 @@ def watch_model(clock: Clock, model: Any) -> None:
         clock.patch(model, "forward", "forward: base")
         clock.patch(model, "compute_logits", "unembed: base")
         return
-    from steering.worker import layout, one_product, readout, seats
+    from steering.worker import contexts, layout, one_product, readout, request_state, step, v1
     from steering.worker import model as steered
-    from steering.worker import vllm_seam as seam
 
     for i, name in enumerate(model.names):
         label = name if name == "base" else "companions"
         model._forwards[i] = _Timed(clock, model._forwards[i], label)
         model._readout.unembed[i] = clock.wrap(f"unembed: {label}", model._readout.unembed[i])
-    clock.patch(seats.SeatBook, "update", "ours: seats")
-    clock.patch(steered, "stream_batch", "ours: stream batches")
-    clock.patch(seam.Seam, "_build", "ours: stream batches")
+    clock.patch(v1.V1View, "schedule", "ours: request states")
+    clock.patch(request_state.RequestStates, "apply", "ours: request states")
+    clock.patch(steered, "plan_step", "ours: stream batches")
+    clock.patch(step, "stage", "ours: stream batches")
+    clock.patch(contexts.StreamContexts, "_build", "ours: stream batches")
     clock.patch(layout.Layout, "write_control", "ours: control")
     clock.patch(readout.Readout, "__call__", "ours: mixing")
     clock.patch(readout.Readout, "in_one", "ours: mixing")
-    clock.patch(steered.SteeredForCausalLM, "_forward_steered", "ours: rest of forward")
+    clock.patch(step.Step, "steered", "ours: rest of forward")
     one: Any = model._readout.one_product
     if one is not None:
         base = clock.wrap("unembed: base", one.base)
@@ -141,11 +142,11 @@ def profile(job: dict[str, Any]) -> dict[str, dict[str, float]]:
     """
     engine = step_bench.engine_args()
     from steering.plan import SteeringPlan
-    from steering.wire import Freight, pack
+    from steering.wire import SteeringPayload, pack
 
     llm = step_bench.start(job["model"], job["streams"], engine, job["one_product"])
     weights = {"base": 1.0} | {name: 1.0 - 2 * (i % 2) for i, name in enumerate(job["streams"])}
-    freight = pack(Freight(SteeringPlan("mix", tuple(weights.items()))))
+    payload = pack(SteeringPayload(SteeringPlan("mix", tuple(weights.items()))))
     clock = Clock()
     watch_vllm(clock)
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
@@ -155,7 +156,7 @@ def profile(job: dict[str, Any]) -> dict[str, dict[str, float]]:
     for rows in job["rows"]:
         clock.steps = []
         steered = (rows + 1) // 2 if job["partly"] else rows
-        total = step_bench.step_ms(llm, rows, steered if job["streams"] else 0, freight)
+        total = step_bench.step_ms(llm, rows, steered if job["streams"] else 0, payload)
         found[str(rows)] = {"whole step": total} | clock.medians(step_bench.WARM_STEPS)
     return found
 

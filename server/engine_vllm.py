@@ -278,7 +278,7 @@ class SteeredLLM(AsyncLLM):
         """What the worker measured for one prompt; the worker forgets it.
 
         Args:
-            tag: from the prompt's freight.
+            tag: from the prompt's payload.
             drawn: choice index (as text) → all its tokens.
         """
         engines = await self._ask("coxswain_report", tag, drawn)

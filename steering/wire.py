@@ -12,7 +12,7 @@ KEY = "coxswain"
 """The key in `SamplingParams.extra_args`."""
 
 
-class Freight(msgspec.Struct, frozen=True):
+class SteeringPayload(msgspec.Struct, frozen=True):
     """What travels with one vLLM request.
 
     Args:
@@ -42,15 +42,15 @@ class Freight(msgspec.Struct, frozen=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Freight)
+_decoder = msgspec.msgpack.Decoder(SteeringPayload)
 
 
-def pack(freight: Freight) -> dict[str, Any]:
+def pack(payload: SteeringPayload) -> dict[str, Any]:
     """The entry to merge into `extra_args`."""
-    return {KEY: _encoder.encode(freight)}
+    return {KEY: _encoder.encode(payload)}
 
 
-def unpack(extra_args: dict[str, Any] | None) -> Freight | None:
-    """The freight of a request, or None for a request that carries none."""
+def unpack(extra_args: dict[str, Any] | None) -> SteeringPayload | None:
+    """The payload of a request, or None for a request that carries none."""
     data = (extra_args or {}).get(KEY)
     return None if data is None else _decoder.decode(data)

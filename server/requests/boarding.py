@@ -15,7 +15,7 @@ from steering.bans import with_bans
 from steering.errors import BadValue
 from steering.plan import SteeringPlan
 from steering.prompts import align
-from steering.wire import Freight, pack
+from steering.wire import SteeringPayload, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +130,8 @@ def board(
     """
     base_ids = prompt_ids(prompt)
     ids, pad = align(base_ids, plan)
-    freight = Freight(plan, pad, tag, len(reply))
-    params.extra_args = {**(params.extra_args or {}), **pack(freight)}
+    payload = SteeringPayload(plan, pad, tag, len(reply))
+    params.extra_args = {**(params.extra_args or {}), **pack(payload)}
     params.logit_bias = with_bans(params.logit_bias, plan)
     prompt = {**prompt, "prompt_token_ids": [*ids, *reply]}
     if key := plan.cache_key(pad):

@@ -27,7 +27,7 @@ from steering.kernels.reference import mix_reference
 from steering.method import Limits, Logits, Method, MethodConfig, Snapshot
 from steering.plan import BASE, Recipe
 from steering.resolve import Resolved, parse, resolve
-from steering.wire import Freight, pack, unpack
+from steering.wire import SteeringPayload, pack, unpack
 
 Spec = Mapping[str, Any]
 
@@ -102,9 +102,9 @@ class MethodConformance:
             plan, again = self._resolve(spec).plan, self._resolve(copy.deepcopy(spec)).plan
             assert plan == again
             assert hash(plan) == hash(again)
-            freight = unpack(pack(Freight(plan)))
-            assert freight is not None
-            assert freight.plan == plan
+            payload = unpack(pack(SteeringPayload(plan)))
+            assert payload is not None
+            assert payload.plan == plan
 
     def test_resolve_is_pure(self) -> None:
         """The same recipe whatever was resolved before, also by another instance."""

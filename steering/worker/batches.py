@@ -11,7 +11,7 @@ Letters: Q requests of this step, T tokens of this step, B blocks per request.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Self
 
@@ -22,23 +22,36 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
+NONE: Int64 = np.empty(0, np.int64)
+
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One engine step as vLLM scheduled it.
+class Schedule:
+    """One engine step as vLLM scheduled it, on the host.
 
     Args:
+        request_ids: [Q] in the step's order.
         starts: [Q + 1] where each request's tokens start in the step's token array.
         computed: [Q] tokens computed before this step.
+        draws: [Q] whether the step draws a token for the request: not inside a chunked prompt.
+        drafts: [Q] how many drafts the step verifies: the last tokens of the request.
     """
 
+    request_ids: Sequence[str]
     starts: Int32
     computed: Int32
+    draws: Bool
+    drafts: Int32
 
     @property
     def lengths(self) -> Int32:
         """[Q] tokens that each request runs in this step."""
         return self.starts[1:] - self.starts[:-1]
+
+    @property
+    def tokens(self) -> int:
+        """T, tokens of the step."""
+        return int(self.starts[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +78,6 @@ class OwnPrompts:
 
 
 @dataclass(frozen=True, slots=True)
-class OwnTokens:
-    """Tokens of a stream's own prompt that replace the request's in a stream batch.
-
-    Args:
-        start: first place in the batch's token array.
-        token_ids: [n] int32.
-    """
-
-    start: int
-    token_ids: Int32
-
-
-@dataclass(frozen=True, slots=True)
 class StreamBatch:
     """What one stream runs in one step, n rows and T_i tokens.
 
@@ -88,7 +88,8 @@ class StreamBatch:
         token_rows: [T_i] index into `rows` of each token.
         starts: [n + 1] where each row's tokens start.
         lengths: [n] KV length of each row after this step.
-        own: prompt tokens to put in place of the request's.
+        own_at: [k] indices into the batch's tokens that are of the stream's own prompts.
+        own_ids: [k] their ids.
     """
 
     rows: Int64
@@ -97,7 +98,8 @@ class StreamBatch:
     token_rows: Int64
     starts: Int32
     lengths: Int32
-    own: tuple[OwnTokens, ...]
+    own_at: Int64 = field(default_factory=lambda: NONE)
+    own_ids: Int64 = field(default_factory=lambda: NONE)
 
     @classmethod
     def of(cls, rows: Int64, ends: Int32) -> Self:
@@ -115,26 +117,7 @@ class StreamBatch:
             token_rows=each,
             starts=np.arange(rows.size + 1, dtype=np.int32),
             lengths=(ends + 1).astype(np.int32),
-            own=(),
         )
-
-    def table(self, block_table: Int32, _block_size: int, _scratch: int) -> Int32:
-        """[n, B] the rows' block ids.
-
-        Args:
-            block_table: [Q, B] block ids of the step's requests.
-        """
-        return block_table[self.rows]
-
-    def slots(self, table: Int32, block_size: int) -> Int64:
-        """[T_i] KV slots.
-
-        Args:
-            table: [n, B] block ids, from `table`.
-            block_size: tokens per block.
-        """
-        blocks = table[self.token_rows, self.positions // block_size]
-        return blocks.astype(np.int64) * block_size + self.positions % block_size
 
 
 class Candidates(StreamBatch):
@@ -145,37 +128,34 @@ class Candidates(StreamBatch):
 
     __slots__ = ()
 
-    def table(self, block_table: Int32, block_size: int, scratch: int) -> Int32:
-        """[n, B] the rows' block ids, the last one of row i being `scratch` + i."""
-        found = block_table[self.rows].copy()
-        found[self.token_rows, self.positions // block_size] = scratch + self.token_rows
-        return found
-
-    def begun(self, block_table: Int32, block_size: int) -> list[tuple[slice, int]]:
-        """(rows, block) of the rows whose last block holds tokens of the prefix already.
+    def begun(self, block_size: int) -> list[tuple[slice, int, int]]:
+        """(rows, request, block of the request) of the rows whose last block has begun already.
 
         Rows that stand together and extend the same request are one entry.
         """
-        blocks = block_table[self.rows, self.positions // block_size]
-        blocks = np.where(self.positions % block_size, blocks, -1)
-        borders = np.flatnonzero(np.diff(blocks, prepend=-2, append=-2))
+        borders = np.flatnonzero(np.diff(self.rows, prepend=-1, append=-1))
         runs = [slice(int(a), int(b)) for a, b in pairwise(borders)]
-        return [(run, int(blocks[run.start])) for run in runs if blocks[run.start] >= 0]
+        ends = [int(self.positions[run.start]) for run in runs]
+        return [
+            (run, int(self.rows[run.start]), end // block_size)
+            for run, end in zip(runs, ends, strict=True)
+            if end % block_size
+        ]
 
 
 def stream_batch(
-    step: Step, uses: Bool, offsets: Int32, prompts: OwnPrompts | None
+    schedule: Schedule, uses: Bool, offsets: Int32, prompts: OwnPrompts | None
 ) -> StreamBatch | None:
     """The batch of one stream, or None when it has nothing to run.
 
     Args:
-        step: what vLLM scheduled.
+        schedule: what vLLM scheduled.
         uses: [Q] whether the request uses the stream.
         offsets: [Q] d ≥ 0: by how many tokens the stream's prompt is shorter.
         prompts: the stream's own prompts; None if it reads every request's.
     """
-    ends = step.computed + step.lengths
-    first = np.maximum(step.computed, offsets)
+    ends = schedule.computed + schedule.lengths
+    first = np.maximum(schedule.computed, offsets)
     counts = np.where(uses, ends - first, 0)
     rows = np.flatnonzero(counts > 0)
     if not rows.size:
@@ -186,7 +166,8 @@ def stream_batch(
     token_rows = np.repeat(np.arange(rows.size), counts)
     within = np.arange(starts[-1]) - starts[token_rows]
     position0 = (first - offsets)[rows]
-    token0 = (step.starts[:-1] + first - step.computed)[rows]
+    token0 = (schedule.starts[:-1] + first - schedule.computed)[rows]
+    own_at, own_ids = _own_tokens(rows, starts, position0, prompts) if prompts else (NONE, NONE)
     return StreamBatch(
         rows=rows,
         tokens=token0[token_rows] + within,
@@ -194,17 +175,20 @@ def stream_batch(
         token_rows=token_rows,
         starts=starts,
         lengths=(ends - offsets)[rows].astype(np.int32),
-        own=_own_tokens(rows, starts, position0, prompts) if prompts else (),
+        own_at=own_at,
+        own_ids=own_ids,
     )
 
 
 def _own_tokens(
     rows: Int64, starts: Int32, position0: Int32, prompts: OwnPrompts
-) -> tuple[OwnTokens, ...]:
+) -> tuple[Int64, Int64]:
     _, k, which = np.intersect1d(rows, prompts.rows, assume_unique=True, return_indices=True)
     unread = position0[k] < prompts.sizes[which]
-    found = []
+    at, ids = [NONE], [NONE]
     for j, i in zip(k[unread].tolist(), which[unread].tolist(), strict=True):
         begin, count = position0[j], starts[j + 1] - starts[j]
-        found.append(OwnTokens(int(starts[j]), prompts.ids[i][begin : begin + count]))
-    return tuple(found)
+        own = prompts.ids[i][begin : begin + count]
+        at.append(np.arange(starts[j], starts[j] + own.size))
+        ids.append(own.astype(np.int64))
+    return np.concatenate(at), np.concatenate(ids)

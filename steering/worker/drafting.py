@@ -21,7 +21,7 @@ import torch
 from vllm.config import VllmConfig
 
 from steering.worker.batches import Bool, Int32, Int64, StreamBatch
-from steering.worker.seats import Tables
+from steering.worker.request_state import BatchTables
 from steering.worker.speculation_seam import SpeculationSeam
 
 Score = Callable[[torch.Tensor, StreamBatch], torch.Tensor]
@@ -73,7 +73,7 @@ class Drafting:
         self._score, self._seam = score, seam
 
     def __call__(
-        self, tables: Tables, rows: Int64, newest: Int64, token_ids: Int32
+        self, tables: BatchTables, rows: Int64, newest: Int64, token_ids: Int32
     ) -> dict[int, list[int]]:
         """Row → its K drafts, for the rows that draft.
 
@@ -103,7 +103,7 @@ class Drafting:
         self._seam.offer(rows, found, torch.stack(chances, 1) if chances else None)
         return dict(zip(rows.tolist(), found, strict=True))
 
-    def _asks(self, tables: Tables, rows: Int64, newest: Int64) -> Bool:
+    def _asks(self, tables: BatchTables, rows: Int64, newest: Int64) -> Bool:
         """Which rows draft: those that run the stream, whose KV is then there, and have room for
         all drafts. Not those whose values are evaluated at one position per step.
         """

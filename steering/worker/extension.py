@@ -53,12 +53,8 @@ class WorkerExtension:
 
     def coxswain_counters(self) -> dict[str, Any]:
         """Cumulative counts since start: steps, and per stream the passes and tokens run."""
-        model = self.model_runner.get_model()
-        return {
-            "steps": model.steps,
-            "passes": dict(model.passes),
-            "tokens": dict(model.tokens),
-        }
+        counters = self.model_runner.get_model().counters
+        return {"steps": counters.steps, "passes": counters.passes, "tokens": counters.tokens}
 
     def coxswain_report(self, tag: str, drawn: dict[str, list[int]]) -> dict[str, Any]:
         """The report of a finished request, by choice; see `report.ReportBook.take`."""

@@ -6,7 +6,7 @@ each layer is decided by `adapters.kernels.gated`. Besides the gates this cures 
 build, whose operations index the slots with −1 for tokens without an adapter, which gives them
 another request's (vLLM issue 48421).
 
-Checked on vLLM 0.32.0, Model Runner V1 (CPU build).
+Checked on vLLM 0.32.0.
 """
 
 from __future__ import annotations
@@ -99,14 +99,13 @@ class AdapterPunica(PunicaWrapperCPU):
 
 
 class LoraSeam:
-    """Reads a V1 model runner's LoRA state during a step, and runs streams with their adapters.
+    """Runs streams with the adapters of their requests.
 
     Args:
         runner: the worker's model runner, with LoRA enabled.
     """
 
     def __init__(self, runner: Any) -> None:
-        self._runner = runner
         manager = runner.lora_manager
         # The runner names the class itself; nothing else of it is ours to choose.
         manager.__class__ = SetManager
@@ -117,11 +116,14 @@ class LoraSeam:
         self._checked: tuple[Sequence[Any], Any] = ((), None)
         self._triton = triton_adding(runner)
 
-    def adapted(self, uses: Sequence[tuple[AdapterUse, ...]], counting: bool) -> Adapted | None:
+    def adapted(
+        self, uses: Sequence[tuple[AdapterUse, ...]], sets: Int64, counting: bool
+    ) -> Adapted | None:
         """The adapters of this step's requests, None if no request has any.
 
         Args:
             uses: [Q] the requests' adapters.
+            sets: [Q] the ids of their sets, 0 for none.
             counting: whether routes are counted.
 
         Raises:
@@ -130,7 +132,6 @@ class LoraSeam:
         """
         if not any(uses):
             return None
-        sets = self._runner.input_batch.request_lora_mapping[: len(uses)]
         found = Adapted(uses, sets, self._sets.slots, self._sets.layouts, counting)
         # While the same requests decode on the same slots nothing of it changes.
         key = sets.tobytes(), tuple(found.slots.items())

@@ -7,7 +7,6 @@ speculation, structured output and sampler work on it unchanged. Lives in the wo
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,27 +19,23 @@ from vllm.config import VllmConfig
 
 from steering.engine_args import SCRATCH, watched
 from steering.worker import heads, lora_seam, lora_sets, overlaps
-from steering.worker import vllm_seam as seam
-from steering.worker.adapting import Adapted
-from steering.worker.batches import (
-    Candidates,
-    Int32,
-    Int64,
-    Step,
-    StreamBatch,
-    stream_batch,
-)
+from steering.worker.batches import Int32, Int64
+from steering.worker.contexts import StreamContexts
 from steering.worker.drafting import Drafting
 from steering.worker.ends import EndSets
 from steering.worker.layout import Layout
 from steering.worker.one_product import OneProduct, one_product
 from steering.worker.readout import Readout
+from steering.worker.report import choice_of
 from steering.worker.reporter import Reporter
-from steering.worker.seats import SeatBook, Tables
+from steering.worker.request_state import RequestStates
 from steering.worker.speculation_seam import SpeculationSeam
+from steering.worker.step import Counters, Step, forward
+from steering.worker.step_plan import Classes, StepPlan, plan_step
 from steering.worker.streams import Streams, hidden_width
 from steering.worker.triton_readout import readout_class
-from steering.worker.values import ValueStreams, candidates_of
+from steering.worker.v1 import V1View
+from steering.worker.values import ValueStreams
 from steering.worker.watch import Watch
 
 
@@ -83,20 +78,17 @@ class SteeredForCausalLM(nn.Module):
         # Index of the stream that drafts, 0 without speculation.
         self._draft = self.names.index(settings["draft"] or self.names[0])
         self._drafting: Drafting | None = None
-        self._seam: seam.Seam | None = None
-        self._lora: lora_seam.LoraSeam | None = None
+        self._view: V1View | None = None
+        self._step: Step | None = None
+        self._plan: StepPlan | None = None
         self._lora_manager: Any = None
-        self._adapted: Adapted | None = None
         own = self._readout.ends.own
-        self._seats = SeatBook(self.names, tuple(self.heads), own, self.is_hybrid)
-        self._active = [True] * len(self.names)
-        self._special, self._even = True, False
+        self._states = RequestStates(self.names, tuple(self.heads), own, self.is_hybrid)
         readings = dict(zip(built, heads.readings(self._sources, self.names, built), strict=True))
         self._reporter = Reporter(self.names, self._readout.layout, readings)
         self.reports = self._reporter.book
-        self.steps = 0
-        self.passes = dict.fromkeys(self.names, 0)
-        self.tokens = dict.fromkeys(self.names, 0)
+        none = dict.fromkeys(self.names, 0)
+        self.counters = Counters(dict(none), dict(none))
         lora_seam.prepare(self, vllm_config)
 
     def _build_readout(self, settings: dict[str, Any], vllm_config: VllmConfig) -> Readout:
@@ -125,22 +117,37 @@ class SteeredForCausalLM(nn.Module):
         )
 
     def bind(self, runner: Any) -> None:
-        """Hands over the model runner, once its KV cache is there."""
-        self._seam = seam.Seam(runner, self._streams.layers())
-        self._lora = lora_seam.LoraSeam(runner) if runner.lora_config else None
+        """Takes the model runner, once its KV cache is there.
+
+        Raises:
+            ValueError: the engine would answer wrongly; the message says why.
+        """
+        view = self._view = V1View(runner, self._states)
+        layers, sizes = self._streams.layers(), view.kernel_block_sizes
+        contexts = StreamContexts(runner, sizes, layers, view.block_table)
+        for stream in self._values.heads:
+            contexts.add_scratch(stream, self._values.chunk)
+        self._readout = replace(self._readout, one_product=self._one_product(runner))
+        self._step = Step(
+            self.names,
+            self._streams.original,
+            self._forwards,
+            self._readout,
+            self._values,
+            contexts,
+            lora_seam.LoraSeam(runner) if runner.lora_config else None,
+            self.counters,
+        )
         if self._draft:
             model, speculative = runner.vllm_config.model_config, runner.speculative_config
             self._drafting = Drafting(
                 self._draft,
                 speculative.num_speculative_tokens,
                 model.max_model_len,
-                partial(self._draft_scores, size=model.get_vocab_size()),
+                partial(self._step.draft_scores, self._draft, size=model.get_vocab_size()),
                 SpeculationSeam(runner),
             )
-        self._readout = replace(self._readout, one_product=self._one_product(runner))
-        for stream in self._values.heads:
-            self._seam.add_scratch(stream, self._values.chunk)
-        seam.tell_faults(runner, self._readout.watch)
+        view.send_faults(self._readout.watch)
 
     def _one_product(self, runner: Any) -> OneProduct | None:
         """Not for tables that are split over ranks; side by side where that was measured."""
@@ -186,50 +193,51 @@ class SteeredForCausalLM(nn.Module):
         **_: Any,
     ) -> torch.Tensor:
         """[T, H_0] when no row of this step is steered, else [T, layout.width]."""
-        if self._seam is None or not self._seam.scheduled:
+        schedule = None if self._view is None else self._view.schedule()
+        if self._view is None or self._step is None or schedule is None:
+            self._plan = None
             return self._forward_all(input_ids, positions, inputs_embeds)
         self._readout.watch.forget()
-        self._seam.hold_generators()
-        tables = self._seats.update(self._seam.request_ids(), self._seam.freight)
+        tables = self._states.apply(schedule.request_ids)
         self._readout.ends.show(tables.ends)
-        counting = bool(tables.tagged)
-        self._adapted = self._lora.adapted(tables.adapters, counting) if self._lora else None
-        self.steps += 1
+        plan = self._plan = plan_step(schedule, tables)
+        self._step.begin(plan, self._view.adapter_sets(len(schedule.request_ids)))
         if not tables.steered:
-            self._count(0, positions.shape[0])
-            with self._adapting(0, None, positions):
-                return self._run(0, input_ids, positions, inputs_embeds)
-        return self._forward_steered(tables, input_ids, positions)
+            return self._step.base(input_ids, positions, inputs_embeds)
+        assert input_ids is not None
+        hidden = self._step.steered(plan, input_ids, positions, self._control(plan))
+        if tables.reported and self._step.adapted is not None:
+            self._reporter.routes(schedule.request_ids, tables, self._step.adapted.routed)
+        return hidden
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """[R, V] scores of the steered model, a pure function of the rows."""
-        if hidden.shape[-1] == self._readout.layout.sizes[0]:
-            return self._readout.watch.base(self._forwards[0].compute_logits(hidden))
-        if self._even and not self._reporter.waits:
-            z = self._readout.in_one(hidden, self._active)
+        readout = self._readout
+        if hidden.shape[-1] == readout.layout.sizes[0]:
+            return readout.watch.base(self._forwards[0].compute_logits(hidden))
+        classes = self._plan.classes if self._plan else Classes.all(readout.layout.streams)
+        if classes.uniform_sum and not self._reporter.waits:
+            z = readout.in_one(hidden, classes.active)
             if z is not None:
                 return z
-        mixed = self._readout(hidden, self._active, self._special, self._even)
+        mixed = readout(hidden, classes.active, classes.has_rules, classes.uniform_sum)
         if self._reporter.waits:
-            choices = partial(self._readout.choices, hidden, active=self._active)
-            self._reporter.measure(mixed, hidden, choices, self._readout.watch)
+            choices = partial(readout.choices, hidden, active=classes.active)
+            self._reporter.measure(mixed, hidden, choices, readout.watch)
         return None if mixed is None else mixed.z
 
     def draft(self, rows: Int64, newest: Int64, token_ids: Int32) -> dict[int, list[int]]:
         """Drafts what may follow the step that was run last; see `Drafting`."""
-        assert self._seam is not None and self._drafting is not None
+        assert self._plan is not None and self._drafting is not None
         sound = ~np.isin(rows, [*self._readout.watch.at_fault])
         rows, newest, token_ids = rows[sound], newest[sound], token_ids[sound]
-        tables = self._seats.update(self._seam.request_ids(), self._seam.freight)
-        found = self._drafting(tables, rows, newest, token_ids)
-        for row, seat in tables.tagged:
-            if row in found:
-                choice = seam.choice_of(self._seam.request_ids()[row])
-                tally = self._reporter.book.tally(seat.tag, choice)
-                tally.run([self.names[self._draft]], len(found[row]))
-        return found
-
-    # --- one step -------------------------------------------------------------------------------
+        drafts = self._drafting(self._plan.tables, rows, newest, token_ids)
+        for row, state in self._plan.tables.reported:
+            if row in drafts:
+                choice = choice_of(self._plan.schedule.request_ids[row])
+                tally = self._reporter.book.tally(state.tag, choice)
+                tally.run([self.names[self._draft]], len(drafts[row]))
+        return drafts
 
     def _forward_all(
         self,
@@ -237,163 +245,26 @@ class SteeredForCausalLM(nn.Module):
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
+        """What vLLM's profiling and compilation need: every stream, on whatever is given."""
         layout = self._readout.layout
-        self._active, self._special, self._even = [True] * layout.streams, True, False
-        hidden = self._run(0, input_ids, positions, inputs_embeds)
+        hidden = forward(self._forwards[0], input_ids, positions, inputs_embeds)
         if layout.streams == 1:
             return hidden
         out = hidden.new_zeros(positions.shape[0], layout.width)
         out[:, layout.columns(0)] = hidden
         for i, name in enumerate(self.names):
             if i and self._streams.original[name] == name:
-                out[:, layout.columns(i)] = self._run(i, input_ids, positions)
+                out[:, layout.columns(i)] = forward(self._forwards[i], input_ids, positions)
         return out
 
-    def _forward_steered(
-        self, tables: Tables, input_ids: torch.Tensor | None, positions: torch.Tensor
-    ) -> torch.Tensor:
-        assert self._seam is not None and input_ids is not None
-        layout, step = self._readout.layout, self._seam.step()
-        out = torch.zeros(
-            positions.shape[0], layout.width, dtype=layout.dtype, device=positions.device
-        )
-        batches: dict[int, StreamBatch | None] = {}
-        for i in range(layout.streams):
-            like = tables.like[i]
-            if tables.whole[i]:
-                self._run_whole(i, int(step.starts[-1]), input_ids, positions, out)
-                self._active[i] = True
-                continue
-            if like not in batches:
-                uses, offsets = tables.uses[:, i], tables.offsets[:, i]
-                batches[like] = stream_batch(step, uses, offsets, tables.prompts[i])
-            batch = batches[like]
-            self._active[i] = batch is not None
-            if batch is not None:
-                self._run_batch(i, batch, input_ids, out)
-        self._special, self._even = tables.special, tables.even
-        layout.write_control(out, self._control(tables, step))
-        if tables.valued:
-            self._add_values(tables, step, input_ids, out)
-        return out
-
-    def _add_values(
-        self, tables: Tables, step: Step, input_ids: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Writes what value streams add to the rows that draw a token into `out`."""
-        found, layout = self._seam, self._readout.layout
-        assert found is not None
-        asked = [(row, values) for row, values in tables.valued if found.samples(row)]
-        if not asked:
-            return
-        last = found.to_device(np.array([int(step.starts[row + 1]) - 1 for row, _ in asked]))
-
-        def hidden(stream: int) -> torch.Tensor:
-            return out[last, layout.columns(stream)]
-
-        def run(stream: int, tokens: torch.Tensor, batch: Candidates) -> torch.Tensor:
-            found.begin_candidates(stream, batch)
-            positions = found.to_device(batch.positions)
-            with found.stream_context(stream, batch), self._adapting(stream, batch, positions):
-                self._count(stream, batch.rows.size)
-                return self._run(stream, tokens.to(input_ids.dtype), positions)
-
-        scores = candidates_of(self._forwards[0].compute_logits(hidden(0)), self._readout.padded)
-        ends = self._readout.ends.of(found.to_device(tables.ends_of([row for row, _ in asked])))
-        note, offsets = self._readout.watch.values, tables.offsets
-        add = self._values.add(asked, scores, hidden, step, offsets, run, ends, note)
-        layout.write_additions(out, last, add.ids, add.added)
-
-    def _control(self, tables: Tables, step: Step) -> npt.NDArray[np.float32]:
+    def _control(self, plan: StepPlan) -> npt.NDArray[np.float32]:
         """[T, S + EXTRA] the control of this step's tokens."""
-        if not tables.tagged:
+        tables, schedule = plan.tables, plan.schedule
+        if not tables.reported:
             self._reporter.forget()
-            if int(step.starts[-1]) == len(tables.control):
+            if schedule.tokens == len(tables.control):
                 return tables.control
-        control = np.repeat(tables.control, step.lengths, axis=0)
-        if tables.tagged:
-            assert self._seam is not None
-            if self._adapted is not None:
-                ids = self._seam.request_ids()
-                self._reporter.routes(ids, tables, self._adapted.routed)
-            self._reporter.mark(self._seam, tables, step, control)
+        control = np.repeat(tables.control, schedule.lengths, axis=0)
+        if tables.reported:
+            self._reporter.mark(self._view, tables, schedule, control)
         return control
-
-    def _run_whole(
-        self,
-        i: int,
-        tokens: int,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """Runs stream i on all the step's tokens, into its columns of `out`."""
-        assert self._seam is not None
-        read_as = self._readout.vocabularies[i].read_as
-        with self._seam.stream_context(i, None), self._adapting(i, None, positions):
-            hidden = self._run(i, overlaps.read_as(input_ids, read_as), positions)
-        out[:, self._readout.layout.columns(i)] = hidden
-        self._count(i, tokens)
-
-    def _run_batch(
-        self, i: int, batch: StreamBatch, input_ids: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Runs stream i on the tokens of a batch, into its columns of their rows of `out`."""
-        assert self._seam is not None
-        tokens = self._seam.to_device(batch.tokens)
-        token_ids = overlaps.read_as(input_ids[tokens], self._readout.vocabularies[i].read_as)
-        for own in batch.own:
-            overlaps.put(token_ids, own)
-        positions = self._seam.to_device(batch.positions)
-        with self._seam.stream_context(i, batch), self._adapting(i, batch, positions):
-            hidden = self._run(i, token_ids, positions)
-        out[tokens, self._readout.layout.columns(i)] = hidden
-        self._count(i, batch.tokens.size)
-
-    def _draft_scores(
-        self, token_ids: torch.Tensor, batch: StreamBatch, *, size: int
-    ) -> torch.Tensor:
-        """[n, size] scores of the draft stream behind n requests; see `drafting.Score`."""
-        assert self._seam is not None
-        i, positions = self._draft, self._seam.to_device(batch.positions)
-        ids = overlaps.read_as(token_ids.int(), self._readout.vocabularies[i].read_as)
-        with self._seam.between_steps(i, batch), self._adapting(i, batch, positions):
-            hidden = self._run(i, ids, positions)
-        self._count(i, batch.rows.size)
-        return self._readout.alone(i, hidden, size)
-
-    def _adapting(
-        self, i: int, batch: StreamBatch | None, positions: torch.Tensor
-    ) -> AbstractContextManager[None]:
-        """Makes stream i's layers add its requests' adapters; None is the step as scheduled."""
-        if self._adapted is None:
-            return nullcontext()
-        assert self._seam is not None and self._lora is not None
-        if batch is None:
-            lengths = self._seam.step().lengths
-            requests: Int64 = np.repeat(np.arange(lengths.size), lengths)
-        else:
-            requests = batch.rows[batch.token_rows]
-        stream = self.names[i], self._streams.original[self.names[i]]
-        total, device = positions.shape[0], positions.device
-        return self._lora.adapting(self._adapted, stream, requests, total, device)
-
-    def _run(
-        self,
-        i: int,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """[T, H_i] stream i's hidden states. By keyword: models differ in what stands between."""
-        hidden: torch.Tensor = self._forwards[i](
-            input_ids=input_ids,
-            positions=positions,
-            intermediate_tensors=None,
-            inputs_embeds=inputs_embeds,
-        )
-        return hidden
-
-    def _count(self, i: int, tokens: int) -> None:
-        self.passes[self.names[i]] += 1
-        self.tokens[self.names[i]] += tokens

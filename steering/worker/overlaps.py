@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from steering.vocabulary import Overlap
-from steering.worker.batches import OwnTokens
 from steering.worker.readout import Vocabulary
 
 
@@ -54,9 +53,3 @@ def _tensor(ids: Any) -> torch.Tensor:
 def read_as(token_ids: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
     """The stream's ids for the base's. Compiled code checks no dtypes: it must stay the same."""
     return token_ids if table is None else table[token_ids].to(token_ids.dtype)
-
-
-def put(token_ids: torch.Tensor, own: OwnTokens) -> None:
-    """Replaces the request's tokens by those of the stream's own prompt."""
-    ids = torch.from_numpy(own.token_ids).to(token_ids)
-    token_ids[own.start : own.start + ids.numel()] = ids

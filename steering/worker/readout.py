@@ -90,16 +90,20 @@ class Readout:
     one_product: OneProduct | None = None
 
     def __call__(
-        self, hidden: torch.Tensor, active: Sequence[bool], special: bool, even: bool = False
+        self,
+        hidden: torch.Tensor,
+        active: Sequence[bool],
+        has_rules: bool,
+        uniform_sum: bool = False,
     ) -> Mixed | None:
         """Scores of R rows.
 
         Args:
             hidden: [R, width] rows of the steered model's hidden states.
             active: [S] which streams ran in this step. A stream that did not is not in any sum.
-            special: whether any row of this step has a rule other than the plain sum.
-            even: whether all rows sum the same streams, the base and more. Then nobody waits for
-                the device to learn which rows use what.
+            has_rules: whether any row of this step has a rule other than the plain sum.
+            uniform_sum: whether all rows sum the same streams, the base and more. Then nobody
+                waits for the device to learn which rows use what.
 
         Returns:
             The scores with what they were made of, or None on ranks that hold no logits.
@@ -114,7 +118,7 @@ class Readout:
             return None
         self.watch.begin(len(base), base.device)
         self.watch.scores(0, base)
-        mixed = self._mixed(base, hidden, control, active, special, even)
+        mixed = self._mixed(base, hidden, control, active, has_rules, uniform_sum)
         self.watch.end(control.request)
         return mixed
 
@@ -157,28 +161,30 @@ class Readout:
         hidden: torch.Tensor,
         control: Control,
         active: Sequence[bool],
-        special: bool,
-        even: bool,
+        has_rules: bool,
+        uniform_sum: bool,
     ) -> Mixed:
         """The scores, from the base's own and what the other streams' become."""
-        if not special and not self._lacking(active):
-            return Mixed(self._plain_sum(base, hidden, control.coef, active, even), base, control)
+        if not has_rules and not self._lacking(active):
+            return Mixed(
+                self._plain_sum(base, hidden, control.coef, active, uniform_sum), base, control
+            )
         base = base.float()
         steered = _steered(control.coef)
-        if special:
+        if has_rules:
             steered |= (control.kind != 0) | _candidates(control)
         rows = torch.nonzero(steered)[:, 0]
         if not rows.numel():
             return Mixed(base, base, control)
         z = base.clone()
-        critical = self._log_odds(hidden, control) if special and self.heads else None
+        critical = self._log_odds(hidden, control) if has_rules and self.heads else None
         self.watch.only(rows)
         z[rows] = self._mix_rows(
             base[rows],
             hidden[rows],
             _take(control, rows),
             active,
-            special,
+            has_rules,
             None if critical is None else critical[rows],
         )
         if self.layout.candidates:
@@ -268,7 +274,7 @@ class Readout:
         hidden: torch.Tensor,
         coef: torch.Tensor,
         active: Sequence[bool],
-        even: bool,
+        uniform_sum: bool,
     ) -> torch.Tensor:
         """[R, V] float32 `Σ_i c_i s_i` of streams that lack no id: one pass over each's scores."""
         z = base.float()
@@ -279,7 +285,7 @@ class Readout:
         for i in range(1, self.layout.streams):
             if not active[i]:
                 continue
-            rows, own = self._own_logits(i, hidden, coef, even)
+            rows, own = self._own_logits(i, hidden, coef, uniform_sum)
             own = own[:, : z.shape[-1]]
             if rows is None:
                 # One pass, and float32 inside whatever the dtype of `own` is.
@@ -288,7 +294,7 @@ class Readout:
             else:
                 z[rows, : own.shape[-1]] += own.float() * coef[rows, i : i + 1]
         if self.padded is not None:
-            z[slice(None) if even else torch.nonzero(_steered(coef)), self.padded] = NEVER
+            z[slice(None) if uniform_sum else torch.nonzero(_steered(coef)), self.padded] = NEVER
         return z
 
     def _mix_rows(
@@ -297,7 +303,7 @@ class Readout:
         hidden: torch.Tensor,
         control: Control,
         active: Sequence[bool],
-        special: bool,
+        has_rules: bool,
         critical: torch.Tensor | None,
     ) -> torch.Tensor:
         if self.padded is not None:
@@ -305,7 +311,7 @@ class Readout:
         logits: list[torch.Tensor | None] = [base]
         for i in range(1, self.layout.streams):
             logits.append(self._stream_logits(i, base, hidden, control) if active[i] else None)
-        kind = control.kind if special else None
+        kind = control.kind if has_rules else None
         z = mix(
             logits,
             control.coef,
@@ -335,11 +341,11 @@ class Readout:
         return out
 
     def _own_logits(
-        self, i: int, hidden: torch.Tensor, coef: torch.Tensor, even: bool = False
+        self, i: int, hidden: torch.Tensor, coef: torch.Tensor, uniform_sum: bool = False
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The rows that use stream i (None: all of them), and its [n, own V] scores there."""
         part = hidden[:, self.layout.columns(i)]
-        if even:
+        if uniform_sum:
             own = self._unembed(i, part.contiguous())
             assert own is not None
             self.watch.scores(i, own)

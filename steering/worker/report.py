@@ -190,3 +190,9 @@ class ReportBook:
         for choice, tally in choices.items():
             tally.settle(drawn[choice][tally.tokens :] if choice in drawn else [None])
         return {choice: tally.wire() for choice, tally in choices.items()}
+
+
+def choice_of(request_id: str) -> str:
+    """The choice index of a request: vLLM names the children of `n > 1` '<index>_<id>'."""
+    head, found, _ = request_id.partition("_")
+    return head if found and head.isdigit() else "0"

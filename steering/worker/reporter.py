@@ -15,13 +15,12 @@ import torch
 
 from steering.plan import BASE, CRITICAL_KINDS, RuleKind
 from steering.worker import heads
-from steering.worker import vllm_seam as seam
 from steering.worker.adapting import Routed
-from steering.worker.batches import Step
+from steering.worker.batches import Schedule
 from steering.worker.layout import REPORT, Layout
 from steering.worker.readout import Mixed, Reading
-from steering.worker.report import Marked, ReportBook
-from steering.worker.seats import Tables
+from steering.worker.report import Marked, ReportBook, choice_of
+from steering.worker.request_state import BatchTables
 from steering.worker.watch import Watch
 
 Choices = Callable[..., dict[int, dict[int, tuple[int, float]]]]
@@ -45,26 +44,30 @@ class Reporter:
     _marked: list[Marked] = field(default_factory=list)
 
     def mark(
-        self, found: seam.Seam, tables: Tables, step: Step, control: npt.NDArray[np.float32]
+        self,
+        view: Any,
+        tables: BatchTables,
+        schedule: Schedule,
+        control: npt.NDArray[np.float32],
     ) -> None:
         """Marks this step's rows in `control`, and settles the tokens that were drawn before."""
         self._marked = []
-        ids = found.request_ids() if tables.tagged else []
-        for row, seat in tables.tagged:
-            choice = seam.choice_of(ids[row])
-            tally = self.book.tally(seat.tag, choice)
+        ids = schedule.request_ids
+        for row, state in tables.reported:
+            choice = choice_of(ids[row])
+            tally = self.book.tally(state.tag, choice)
             if tally.waiting:
-                tally.settle(found.drawn(row, tally.waiting[0].row.place))
-            if not found.samples(row):
+                tally.settle(view.drawn(row, tally.waiting[0].row.place))
+            if not schedule.draws[row]:
                 continue
-            tally.run(n for n, used in zip(self.names, seat.uses, strict=True) if used)
-            tally.run(name for name, _ in (seat.values.strengths if seat.values else ()))
-            drafts, last = found.drafts(row), int(step.starts[row + 1]) - 1
+            tally.run(n for n, used in zip(self.names, state.uses, strict=True) if used)
+            tally.run(name for name, _ in (state.values.strengths if state.values else ()))
+            drafts, last = int(schedule.drafts[row]), int(schedule.starts[row + 1]) - 1
             tally.drafted += drafts
-            end = int(step.computed[row] + step.lengths[row])
+            end = int(schedule.computed[row] + schedule.lengths[row])
             for back in range(drafts, -1, -1):
-                draft = found.token(row, end - back) if back else None
-                marked = Marked(seat.tag, choice, end - back, draft, seat.heads, seat.tokens)
+                draft = view.token(row, end - back) if back else None
+                marked = Marked(state.tag, choice, end - back, draft, state.heads, state.tokens)
                 self._marked.append(marked)
                 control[last - back, len(self.names) + REPORT] = len(self._marked)
 
@@ -77,12 +80,12 @@ class Reporter:
         """Whether a row of this step reports."""
         return bool(self._marked)
 
-    def routes(self, ids: Sequence[str], tables: Tables, routed: Sequence[Routed]) -> None:
+    def routes(self, ids: Sequence[str], tables: BatchTables, routed: Sequence[Routed]) -> None:
         """Counts where the tokens of a step were routed."""
         for stream, digest, counts in routed:
-            for row, seat in tables.tagged:
-                if any(u.stream == stream and u.digest == digest for u in seat.adapters):
-                    tally = self.book.tally(seat.tag, seam.choice_of(ids[row]))
+            for row, state in tables.reported:
+                if any(u.stream == stream and u.digest == digest for u in state.adapters):
+                    tally = self.book.tally(state.tag, choice_of(ids[row]))
                     tally.route(stream, digest, counts[row].tolist())
 
     def measure(

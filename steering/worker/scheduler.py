@@ -44,9 +44,9 @@ class SteeredScheduler(Scheduler):
     def add_request(self, request: Any) -> None:
         """Queues a request, its block hashes made private beyond what it may share."""
         parameters = request.sampling_params
-        freight = unpack(parameters.extra_args) if parameters is not None else None
-        if freight is not None and request._block_hasher is not None:
-            shared = freight.shared_tokens(request.num_prompt_tokens - freight.reply)
+        payload = unpack(parameters.extra_args) if parameters is not None else None
+        if payload is not None and request._block_hasher is not None:
+            shared = payload.shared_tokens(request.num_prompt_tokens - payload.reply)
             if shared is not None:
                 _make_private(request, shared // self.hash_block_size)
         super().add_request(request)

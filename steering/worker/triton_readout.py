@@ -41,8 +41,8 @@ class TritonReadout(Readout):
         hidden: torch.Tensor,
         control: Control,
         active: Sequence[bool],
-        special: bool,
-        even: bool,
+        has_rules: bool,
+        uniform_sum: bool,
     ) -> Mixed:
         from steering.kernels.triton_mix import Additions, Rule, read_out
 
@@ -53,19 +53,21 @@ class TritonReadout(Readout):
         for i in range(1, self.layout.streams):
             used, own = None, None
             if active[i]:
-                used, own = self._own_logits(i, hidden, control.coef, even)
+                used, own = self._own_logits(i, hidden, control.coef, uniform_sum)
             logits.append(own if own is not None and len(own) else None)
             if used is not None:
                 whole = False
                 places[used, i] = rows[: len(used)]
         if any(s is not None and s.dtype != base.dtype for s in logits):
             logits = [None if s is None else s.float() for s in logits]
-        critical = self._log_odds(hidden, control) if special and self.heads else None
+        critical = self._log_odds(hidden, control) if has_rules and self.heads else None
         rule = None
-        if special:
+        if has_rules:
             ends = self.ends.of(control.ends)
             rule = Rule(control.kind, control.stream, control.param, critical, ends=ends)
-        more = Additions(control.ids, control.added) if special and self.layout.candidates else None
+        more = (
+            Additions(control.ids, control.added) if has_rules and self.layout.candidates else None
+        )
         z, _ = read_out(
             logits,
             control.coef,

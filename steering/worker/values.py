@@ -18,7 +18,7 @@ import torch
 from steering.kernels.mix import NEVER, Ends
 from steering.kernels.values import value_offsets
 from steering.plan import Values
-from steering.worker.batches import Candidates, Int32, Int64, Step
+from steering.worker.batches import Candidates, Int32, Int64, Schedule
 
 Asked = tuple[int, Values]
 """(row of the step, what its plan asks for)."""
@@ -67,7 +67,7 @@ class ValueStreams:
         asked: Sequence[Asked],
         scores: torch.Tensor,
         hidden: Callable[[int], torch.Tensor],
-        step: Step,
+        schedule: Schedule,
         offsets: Int32,
         run: Run,
         ends: Ends | None,
@@ -79,7 +79,7 @@ class ValueStreams:
             asked: n rows.
             scores: [n, V] the base's raw scores there; −∞ where an id is no token.
             hidden: stream index → [n, H] its hidden states at the rows' last tokens.
-            step: what vLLM scheduled.
+            schedule: what vLLM scheduled.
             offsets: [Q, S] by how many tokens streams' prompts are shorter.
             run: runs candidates through a stream.
             ends: of the n rows, the ids that end a text; None for none.
@@ -103,7 +103,7 @@ class ValueStreams:
             if not chosen:
                 continue
             rows = np.array([asked[j][0] for j in chosen])
-            lengths = (step.computed + step.lengths - offsets[:, stream])[rows]
+            lengths = (schedule.computed + schedule.lengths - offsets[:, stream])[rows]
             after = self._after(stream, head, rows, lengths, ids[chosen], valid[chosen], run)
             prefix = head(hidden(stream)[chosen])
             note(stream, after.sum(-1) + prefix, rows)
@@ -166,12 +166,16 @@ def broadcast(cache: torch.Tensor, scratch: torch.Tensor, runs: Runs) -> None:
         scratch[rows] = cache[block]
 
 
-def gather(cache: torch.Tensor, scratch: torch.Tensor, runs: Runs) -> None:
-    """The same in one launch, which on a GPU costs less than one for each run."""
-    target = np.concatenate([np.arange(rows.start, rows.stop) for rows, _ in runs])
-    source = np.repeat([block for _, block in runs], [r.stop - r.start for r, _ in runs])
-    both = torch.from_numpy(np.stack([target, source])).to(cache.device, non_blocking=True)
-    scratch[both[0]] = cache[both[1]]
+def gather(cache: torch.Tensor, scratch: torch.Tensor, blocks: torch.Tensor) -> None:
+    """The same in one launch, which on a GPU costs less than one for each run.
+
+    Args:
+        cache: whole cache of a layer.
+        scratch: its scratch blocks.
+        blocks: [m ≤ scratch] int64 the block that each row copies. A row whose block has not begun
+            copies what it never reads.
+    """
+    scratch[: blocks.numel()] = cache[blocks]
 
 
 def candidates_of(scores: torch.Tensor, padded: torch.Tensor | None) -> torch.Tensor:

@@ -32,7 +32,7 @@ from steering.plugins import discover
 from steering.prompts import align
 from steering.resolve import resolve
 from steering.vocabulary import Overlap, load_vocabulary, overlap
-from steering.wire import Freight, pack
+from steering.wire import SteeringPayload, pack
 from tests.adapters.models import Applied
 from tests.adapters.models import adapted as adapted_model
 from tests.engine.heads import Headed
@@ -225,8 +225,10 @@ class Engine:
             plan = plan.scoring if case.reply else plan
             ids, pad = align(case.prompt, plan)
             ids, key = [*ids, *case.reply], plan.cache_key(pad)
-            freight = Freight(plan, pad, tag if plan.report != "off" else "", len(case.reply))
-            params["extra_args"] = pack(freight)
+            payload = SteeringPayload(
+                plan, pad, tag if plan.report != "off" else "", len(case.reply)
+            )
+            params["extra_args"] = pack(payload)
             params["logit_bias"] = with_bans(params.get("logit_bias"), plan)
         prompt = TokensPrompt(prompt_token_ids=ids, cache_salt=salt + key or None)
         self.llm.llm_engine.add_request(tag, prompt, SamplingParams(**params), lora_request=lora)

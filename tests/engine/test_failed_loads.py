@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -161,20 +162,16 @@ def test_a_request_never_runs_on_a_slot_that_its_set_is_not_in(one_slot: Engine)
     plan, found = one_slot.adapted(Case([1], adapters=(Use("mine"),)))
     assert plan is not None and found is not None
     runner = runner_of(one_slot.llm)
-    seam, mapping = runner.get_model()._lora, runner.input_batch.request_lora_mapping
+    adapters = runner.get_model()._step.adapters
     rpc(one_slot, "load", path(one_slot, "theirs"))
     theirs = request(one_slot, "theirs").lora_int_id
-    before = int(mapping[0])
     try:
         for there in (0, found.set_id):
-            mapping[0] = there
             with pytest.raises(RuntimeError, match="in no slot"):
-                seam.adapted([plan.adapters], False)
-        mapping[0] = theirs
+                adapters.adapted([plan.adapters], np.array([there]), False)
         with pytest.raises(RuntimeError, match="lacks adapters of its request"):
-            seam.adapted([plan.adapters], False)
+            adapters.adapted([plan.adapters], np.array([theirs]), False)
     finally:
-        mapping[0] = before
         rpc(one_slot, "unload", path(one_slot, "theirs"))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from steering.engine_args import StreamSource, steered_engine_args
 from steering.plan import BASE, SteeringPlan
-from steering.wire import Freight, pack
+from steering.wire import SteeringPayload, pack
 from tests.engine.driver import BLOCK, logprobs, tokens
 from tests.families.table import Row
 from tests.models import SPECIAL, VOCAB_SIZE, make_model
@@ -51,7 +51,7 @@ def run(engine: Any, weights: Mapping[str, float] | None = None) -> list[Found]:
     salt = None
     if weights is not None:
         plan = SteeringPlan("mix", weights=tuple(weights.items()))
-        params.extra_args, salt = pack(Freight(plan, 0, "", 0)), plan.cache_key(0)
+        params.extra_args, salt = pack(SteeringPayload(plan, 0, "", 0)), plan.cache_key(0)
     asked = [TokensPrompt(prompt_token_ids=ids, cache_salt=salt) for ids in prompts()]
     outputs = engine.generate(asked, params, use_tqdm=False)
     return [(tokens(output), logprobs(output)) for output in outputs]

@@ -15,7 +15,7 @@ from steering.plan import SteeringPlan
 from steering.plugins import discover
 from steering.resolve import Resolved, parse, resolve
 from steering.spec import Profile, read_wish
-from steering.wire import Freight, pack, unpack
+from steering.wire import SteeringPayload, pack, unpack
 from tests.specs import Spec, Streams, specs
 from tests.strange import NOT_FINITE, NUMBERS, SURROGATE, deep, replaced, spoiled, values
 
@@ -68,8 +68,8 @@ def check_plan(plan: SteeringPlan) -> None:
         assert all(0 < beta <= LIMITS.strength[1] for _, beta in plan.values.strengths)
     if plan.best is not None:
         assert 1 <= plan.best.n <= LIMITS.best_of
-    freight = Freight(plan, 3, "tag", 1)
-    assert unpack(pack(freight)) == freight
+    payload = SteeringPayload(plan, 3, "tag", 1)
+    assert unpack(pack(payload)) == payload
 
 
 def outcome(asked: object, model_profile: str | None = None) -> None:

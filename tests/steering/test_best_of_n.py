@@ -11,7 +11,7 @@ from steering.method import Limits, Snapshot
 from steering.plan import BASE, AdapterUse, Best, SteeringPlan
 from steering.plugins import discover
 from steering.resolve import Resolved, resolve
-from steering.wire import Freight
+from steering.wire import SteeringPayload
 
 SNAPSHOT = Snapshot(
     {"base": "lm", "chat": "lm", "value": "value", "probe": "classifier", "judge": "classifier"},
@@ -92,5 +92,8 @@ def test_a_token_report_tells_values_where_values_steer() -> None:
 def test_an_earlier_reply_is_no_part_of_the_prompts_that_are_compared() -> None:
     plan = SteeringPlan("x", (), prompts=(("value", (1, 2, 3)),), bodies=("value",))
     prompt, reply = 10, 5
-    assert Freight(plan, reply=reply).shared_tokens(prompt) == 3
-    assert Freight(SteeringPlan("x", (), bodies=("value",)), reply=reply).shared_tokens(10) is None
+    assert SteeringPayload(plan, reply=reply).shared_tokens(prompt) == 3
+    assert (
+        SteeringPayload(SteeringPlan("x", (), bodies=("value",)), reply=reply).shared_tokens(10)
+        is None
+    )

@@ -24,7 +24,7 @@ from steering.method import Limits, Snapshot
 from steering.plan import BARE
 from steering.plugins import discover
 from steering.spec import Profile
-from steering.wire import Freight, pack, unpack
+from steering.wire import SteeringPayload, pack, unpack
 from tests.specs import Streams, specs
 from tests.strange import deep, places, spoiled, values
 
@@ -158,7 +158,7 @@ def wished(asked: Any) -> bool:
     assert all(math.isfinite(use.weight) and use.weight for use in plan.adapters)
     # In float32, which the worker counts in, a temperature must be neither 0 nor infinite.
     assert all(TEMPERATURES[0] <= use.temperature <= TEMPERATURES[1] for use in plan.adapters)
-    assert unpack(pack(Freight(plan))) == Freight(plan)
+    assert unpack(pack(SteeringPayload(plan))) == SteeringPayload(plan)
     return True
 
 

@@ -6,8 +6,11 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
-from steering.worker.batches import Candidates, OwnPrompts, Step, stream_batch
+from steering.worker.batches import Candidates, OwnPrompts, stream_batch
+from steering.worker.staging import stage, to_device
+from tests.steering.worker.schedules import scheduled
 
 BLOCK = 4
 
@@ -52,10 +55,10 @@ def test_agrees_with_the_mirror(seed: int) -> None:
     blocks = list(range(len(rows) * 8))
     rng.shuffle(blocks)
     table = np.array(blocks, np.int32).reshape(len(rows), 8)
-    step = Step(starts, np.array([row.computed for row in rows], np.int32))
+    schedule = scheduled(starts.tolist(), [row.computed for row in rows])
 
     batch = stream_batch(
-        step,
+        schedule,
         np.array([row.uses for row in rows]),
         np.array([row.offset for row in rows], np.int32),
         OwnPrompts.of([row.prompt for row in rows]),
@@ -66,10 +69,11 @@ def test_agrees_with_the_mirror(seed: int) -> None:
         assert want == []
         return
     read = [token_ids[t] for t in batch.tokens]
-    for own in batch.own:
-        read[own.start : own.start + own.token_ids.size] = own.token_ids.tolist()
+    for at, own in zip(batch.own_at, batch.own_ids, strict=True):
+        read[at] = int(own)
     requests = batch.rows[batch.token_rows]
-    slots = batch.slots(batch.table(table, BLOCK, 0), BLOCK)
+    [staged] = stage([batch], torch.device("cpu"))
+    slots = staged.slots(staged.blocks(torch.from_numpy(table), BLOCK, 0), BLOCK).tolist()
     assert [*zip(requests, batch.tokens, read, batch.positions, slots, strict=True)] == want
     for k, r in enumerate(batch.rows):
         assert batch.starts[k + 1] - batch.starts[k] == sum(w[0] == r for w in want)
@@ -77,10 +81,10 @@ def test_agrees_with_the_mirror(seed: int) -> None:
 
 
 def test_nothing_to_run_is_none() -> None:
-    step = Step(np.array([0, 3], np.int32), np.array([2], np.int32))
+    schedule = scheduled([0, 3], [2])
     offset = np.array([9], np.int32)
-    assert stream_batch(step, np.array([False]), np.array([0], np.int32), None) is None
-    assert stream_batch(step, np.array([True]), offset, None) is None
+    assert stream_batch(schedule, np.array([False]), np.array([0], np.int32), None) is None
+    assert stream_batch(schedule, np.array([True]), offset, None) is None
 
 
 def test_candidates_read_the_prefix_and_write_to_scratch() -> None:
@@ -88,12 +92,34 @@ def test_candidates_read_the_prefix_and_write_to_scratch() -> None:
     prefixes = np.array([BLOCK - 1, BLOCK - 1, BLOCK], np.int32)
     batch = Candidates.of(np.array([0, 0, 1]), prefixes)
     assert batch.lengths.tolist() == [BLOCK, BLOCK, BLOCK + 1]
-    blocks = batch.table(table, BLOCK, scratch=100)
+    [staged] = stage([batch], torch.device("cpu"))
+    blocks = staged.blocks(torch.from_numpy(table), BLOCK, scratch=100)
     assert blocks.tolist() == [[100, 4, 5], [101, 4, 5], [7, 102, 9]]
     assert table.tolist() == [[3, 4, 5], [7, 8, 9]]
     slots = [100 * BLOCK + BLOCK - 1, 101 * BLOCK + BLOCK - 1, 102 * BLOCK]
-    assert batch.slots(blocks, BLOCK).tolist() == slots
+    assert staged.slots(blocks, BLOCK).tolist() == slots
     # The third begins a block of its own: nothing to copy.
-    assert batch.begun(table, BLOCK) == [(slice(0, 2), 3)]
+    assert batch.begun(BLOCK) == [(slice(0, 2), 0, 0)]
     apart = Candidates.of(np.array([1, 0, 1]), np.array([1, BLOCK + 1, 1], np.int32))
-    assert apart.begun(table, BLOCK) == [(slice(0, 1), 7), (slice(1, 2), 4), (slice(2, 3), 7)]
+    assert apart.begun(BLOCK) == [(slice(0, 1), 1, 0), (slice(1, 2), 0, 1), (slice(2, 3), 1, 0)]
+
+
+def test_arrays_go_to_a_device_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another device, as far as a machine without one can tell: memory that is not the host's."""
+    copies: list[torch.Tensor] = []
+
+    def copied(self: torch.Tensor, device: object, *, non_blocking: bool) -> torch.Tensor:
+        assert non_blocking
+        copies.append(self.clone())
+        return copies[-1]
+
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **more: empty(*size, **more))
+    arrays = [np.arange(3), np.arange(5, dtype=np.int32), np.empty(0, np.int64),
+              np.array([[1.5, 2.5]], np.float32)]  # fmt: skip
+    there = to_device(arrays, torch.device("meta"))
+    assert len(copies) == 1
+    for array, tensor in zip(arrays, there, strict=True):
+        assert torch.equal(tensor, torch.from_numpy(array)) and tensor.shape == array.shape
+        assert not tensor.numel() or tensor.data_ptr() % 16 == copies[0].data_ptr() % 16

@@ -92,7 +92,7 @@ def test_all_streams_side_by_side(dtype: torch.dtype, close: float) -> None:
     assert torch.equal(z.isinf(), want.isinf())
     real = want.isfinite()
     assert z[real].double().numpy() == pytest.approx(want[real].numpy(), abs=close)
-    general = mixer(hidden, [True] * 3, special=False)
+    general = mixer(hidden, [True] * 3, has_rules=False)
     assert general is not None
     assert z[real].numpy() == pytest.approx(general.z[real].numpy(), abs=close)
 

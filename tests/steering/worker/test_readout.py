@@ -43,7 +43,7 @@ COEF = torch.tensor(
 def test_rows_agree_with_the_definition_over_what_each_stream_shares() -> None:
     mixer, tables = readout()
     hidden = rows_of(COEF, mixer.layout)
-    found = mixer(hidden, [True] * 3, special=True)
+    found = mixer(hidden, [True] * 3, has_rules=True)
     assert found is not None
     z, base = found.z, found.base
     for row, coef in enumerate(COEF.tolist()):
@@ -68,7 +68,7 @@ def test_a_stream_that_did_not_run_is_not_asked() -> None:
     mixer, _ = readout()
     hidden = rows_of(COEF[:1].repeat(2, 1), mixer.layout)
     hidden[:, mixer.layout.columns(2)] = float("nan")
-    found = mixer(hidden, [True, True, False], special=False)
+    found = mixer(hidden, [True, True, False], has_rules=False)
     assert found is not None
     assert torch.isfinite(found[0]).all()
 
@@ -76,7 +76,7 @@ def test_a_stream_that_did_not_run_is_not_asked() -> None:
 def test_an_unsteered_row_has_the_bases_bits_beside_steered_ones() -> None:
     mixer, _ = readout()
     hidden = rows_of(COEF, mixer.layout)
-    found = mixer(hidden, [True] * 3, special=True)
+    found = mixer(hidden, [True] * 3, has_rules=True)
     assert found is not None
     assert torch.equal(found[0][0], found[1][0])
 
@@ -92,7 +92,7 @@ def test_plain_sums_over_one_vocabulary_take_one_pass(rows: list[int], dtype: to
     hidden[:, mixer.layout.columns(2)] = float("nan")  # did not run
     columns = [hidden[:, mixer.layout.columns(i)].contiguous() for i in range(2)]
     parts = [unembed[i](own).double() for i, own in enumerate(columns)]
-    found = mixer(hidden, [True, True, False], special=False)
+    found = mixer(hidden, [True, True, False], has_rules=False)
     assert found is not None
     z, base = found.z, found.base
     assert torch.equal(base, parts[0].to(dtype)) and z.dtype == torch.float32
@@ -104,6 +104,6 @@ def test_plain_sums_over_one_vocabulary_take_one_pass(rows: list[int], dtype: to
         want[PADDED] = float("-inf")
         torch.testing.assert_close(z[row].double(), want, atol=1e-5, rtol=1e-5)
     if rows == [1, 5]:
-        even = mixer(hidden, [True, True, False], special=False, even=True)
+        even = mixer(hidden, [True, True, False], has_rules=False, uniform_sum=True)
         assert even is not None
         assert torch.equal(even.z, z)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,11 @@ import torch
 from steering.kernels.mix import Ends
 from steering.kernels.reference import value_offsets
 from steering.plan import Values
-from steering.worker.batches import Candidates, Step
+from steering.worker.batches import Candidates
 from steering.worker.layout import EXTRA, Layout
 from steering.worker.readout import Readout, Vocabulary
 from steering.worker.values import ValueStreams, broadcast, candidates_of, gather
+from tests.steering.worker.schedules import scheduled
 
 SIZE, END = 40, 3
 OWN = 5
@@ -58,7 +58,7 @@ def test_each_row_gets_its_own_candidates_values_and_rules(chunk: int) -> None:
     scores = torch.randn(4, SIZE, generator=torch.Generator().manual_seed(1))
     scores[0, END] = scores[1, END] = 99.0
     scores[1, OWN] = scores[0, OWN] = 98.0
-    step = Step(np.array([0, 5, 6, 7, 8, 9], np.int32), np.array([0, 9, 20, 30, 40], np.int32))
+    step = scheduled([0, 5, 6, 7, 8, 9], [0, 9, 20, 30, 40])
     offsets = np.zeros((5, 3), np.int32)
     offsets[2, 2] = 4
     table = torch.zeros(2, SIZE, dtype=torch.bool)
@@ -126,13 +126,10 @@ def test_additions_ride_on_their_rows_and_land_on_their_ids(dtype: torch.dtype) 
     assert torch.equal(found.z[[0, 2]], found.base[[0, 2]].float())
 
 
-@pytest.mark.parametrize("spread", [broadcast, gather])
-def test_begun_blocks_are_copied_to_their_rows_and_nowhere_else(
-    spread: Callable[..., None],
-) -> None:
+def test_begun_blocks_are_copied_to_their_rows_and_nowhere_else() -> None:
     cache = torch.arange(12.0).view(6, 2)
-    spread(cache, cache[3:], [(slice(0, 1), 2), (slice(1, 3), 0)])
+    broadcast(cache, cache[3:], [(slice(0, 1), 2), (slice(1, 3), 0)])
     assert cache.tolist() == [[0, 1], [2, 3], [4, 5], [4, 5], [0, 1], [0, 1]]
     other = torch.arange(12.0).view(6, 2)
-    spread(other, other[3:], [(slice(2, 3), 1)])
-    assert other.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [2, 3]]
+    gather(other, other[3:], torch.tensor([2, 0]))
+    assert other.tolist() == [[0, 1], [2, 3], [4, 5], [4, 5], [0, 1], [10, 11]]

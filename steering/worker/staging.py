@@ -1,0 +1,101 @@
+"""Stream batches on the device: all arrays of a step go there in one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from steering.worker.batches import Candidates, StreamBatch
+
+_ALIGN = 16
+"""Bytes at whose multiples each array begins."""
+
+
+def to_device(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Host arrays on the model's device, by one copy that nobody waits for.
+
+    Args:
+        arrays: of any shape and dtype; not changed afterwards.
+        device: of the results.
+    """
+    if device.type == "cpu":
+        return tuple(torch.from_numpy(a) for a in arrays)
+    starts = np.cumsum([0, *(-(-a.nbytes // _ALIGN) * _ALIGN for a in arrays)]).tolist()
+    packed = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
+    host = packed.numpy()
+    for start, array in zip(starts, arrays, strict=False):
+        host[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    there = packed.to(device, non_blocking=True)
+    return tuple(
+        there[start : start + a.nbytes].view(torch.from_numpy(a[:0]).dtype).view(a.shape)
+        for start, a in zip(starts, arrays, strict=False)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StagedBatch:
+    """A stream batch, and its arrays on the device. Letters and meanings as in `StreamBatch`.
+
+    Args:
+        host: the batch.
+        rows: [n] int64.
+        tokens: [T_i] int64.
+        positions: [T_i] int64.
+        token_rows: [T_i] int64.
+        starts: [n + 1] int32.
+        lengths: [n] int32.
+        own_at: [k] int64.
+        own_ids: [k] int64.
+    """
+
+    host: StreamBatch
+    rows: torch.Tensor
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    token_rows: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    own_at: torch.Tensor
+    own_ids: torch.Tensor
+
+    def blocks(self, table: torch.Tensor, block_size: int, scratch: int) -> torch.Tensor:
+        """[n, B] int32 the rows' block ids; of candidates, the last one of row i is scratch + i.
+
+        Args:
+            table: [Q, B] int32 block ids of the step's requests.
+            block_size: tokens per block.
+            scratch: the first scratch block.
+        """
+        blocks = table[self.rows]
+        if isinstance(self.host, Candidates):
+            last = self.positions // block_size
+            blocks[self.token_rows, last] = (scratch + self.token_rows).to(blocks.dtype)
+        return blocks
+
+    def slots(self, blocks: torch.Tensor, block_size: int) -> torch.Tensor:
+        """[T_i] int64 KV slots.
+
+        Args:
+            blocks: [n, B] int32 the rows' block ids.
+            block_size: tokens per block.
+        """
+        own = blocks[self.token_rows, self.positions // block_size]
+        return own.long() * block_size + self.positions % block_size
+
+
+def stage(batches: Sequence[StreamBatch], device: torch.device) -> list[StagedBatch]:
+    """Brings stream batches to the device."""
+    arrays = [
+        array
+        for b in batches
+        for array in (
+            b.rows, b.tokens, b.positions, b.token_rows, b.starts, b.lengths, b.own_at, b.own_ids
+        )
+    ]  # fmt: skip
+    there = to_device(arrays, device)
+    return [StagedBatch(b, *there[8 * i : 8 * i + 8]) for i, b in enumerate(batches)]
