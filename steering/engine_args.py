@@ -152,8 +152,6 @@ def steered_engine_args(
         # One block table serves every stream: a stream's positions differ from the request's, so
         # blocks must not be given back by the base's sliding window.
         "disable_hybrid_kv_cache_manager": not hybrid,
-        # Reports read drawn tokens from the runner's host state, which lags under async.
-        "async_scheduling": False,
     }
     if hybrid:
         refused = beside_hybrid(
@@ -171,6 +169,8 @@ def steered_engine_args(
             "model": DRAFTER,
             "num_speculative_tokens": speculation.tokens,
         }
+        # Only vLLM's runner V1 takes a drafter of ours.
+        ours["async_scheduling"] = False
     ours["structured_outputs_config"] = _structured(engine.pop("structured_outputs_config", {}))
     ours["compilation_config"] = _without_graphs(engine.pop("compilation_config", {}))
     extra = {**engine.pop("additional_config", {}), "coxswain": settings}

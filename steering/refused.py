@@ -50,7 +50,6 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("prefill_context_parallel_size", _several, "not with several streams in one block table"),
     ("enable_dbo", bool, "overlapped half-batches would split rows from their coefficients"),
     ("enable_prompt_embeds", bool, "streams read token ids; embeddings fit one model only"),
-    ("async_scheduling", bool, "reports read tokens that lag under it"),
     ("structured_outputs_config", lambda v: _of(v, "backend") == "auto", UNDECIDED),
     ("load_format", lambda v: v in ("pt", "npcache"),
      "pickles can run code when they are loaded; safetensors only"),

@@ -77,7 +77,8 @@ def cpu_cache_bytes(config: Config, found: Diagnosis) -> int | None:
     running = config.engine.get("max_num_seqs")
     room = min(ROOM, running) if isinstance(running, int) and running > 0 else ROOM
     half = int(free - _weights(config, found)) // 2
-    return max(one, min(room * one, half)) // ranks_of(config)
+    scratch = _scratch(config, found)
+    return max(one, min(room * one + scratch, half)) // ranks_of(config)
 
 
 def _weights(config: Config, found: Diagnosis) -> int:
@@ -85,7 +86,7 @@ def _weights(config: Config, found: Diagnosis) -> int:
     dtype = str(config.engine.get("dtype", "auto"))
     owners = [f.checkpoint for f in found.streams.values() if f.owns_weights]
     total = sum(point.weight_bytes(dtype) for point in owners)
-    total += _scratch(config, found) + _joined(config, found)
+    total += _joined(config, found)
     if config.adapters is not None:
         total += slot_bytes(config, config.adapters, _shapes(owners))
     return total
@@ -105,13 +106,14 @@ def _joined(config: Config, found: Diagnosis) -> int:
 
 
 def _scratch(config: Config, found: Diagnosis) -> int:
-    """Bytes of the blocks in which value streams evaluate candidates."""
+    """Bytes of the blocks of the key-value cache in which value streams evaluate candidates."""
     from vllm.platforms import current_platform
 
+    if not any(stream.head == "value" for stream in config.streams.values()):
+        return 0
     size = config.engine.get("block_size") or (128 if current_platform.is_cpu() else 16)
-    heads = [name for name, stream in config.streams.items() if stream.head == "value"]
     tokens = SCRATCH * config.steering.max_top_k * int(size)
-    return tokens * sum(found.streams[n].kv_bytes for n in heads if n in found.streams)
+    return tokens * sum(fact.kv_bytes for fact in found.streams.values())
 
 
 def _shapes(points: list[Checkpoint]) -> list[BaseShapes]:

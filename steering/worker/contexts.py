@@ -81,6 +81,7 @@ class StreamContexts:
         kernel_block_sizes: per KV cache group, tokens per block as kernels see them.
         streams: per stream, KV layer → name under which its model asks for the layer.
         block_table: of the current step.
+        scratch: how many of the last KV blocks are for candidates.
     """
 
     def __init__(
@@ -89,13 +90,14 @@ class StreamContexts:
         kernel_block_sizes: Sequence[int],
         streams: Sequence[dict[str, str]],
         block_table: BlockTable,
+        scratch: int = 0,
     ) -> None:
         self._config: VllmConfig = runner.vllm_config
         self._runner, self._block_table = runner, block_table
         self._groups = [LayerGroup.all(runner, kernel_block_sizes, of) for of in streams]
         self._twin = [any(kv != name for kv, name in layers.items()) for layers in streams]
-        self._scratch: dict[int, int] = {}
-        self._built: tuple[StagedBatch, tuple[int, int], tuple[Any, torch.Tensor]] | None = None
+        self._scratch: int = runner.kv_cache_config.num_blocks - scratch
+        self._built: tuple[StagedBatch, int, tuple[Any, torch.Tensor]] | None = None
 
     @contextmanager
     def step(self, stream: int, batch: StagedBatch | None) -> Iterator[None]:
@@ -114,7 +116,7 @@ class StreamContexts:
         inner.no_compile_layers = dict(outer.no_compile_layers)
         for group in self._groups[stream]:
             if batch is not None:
-                metadata, slots = self._build(group, batch, self._scratch.get(stream, 0))
+                metadata, slots = self._build(group, batch)
             for kv_layer, name in group.layers:
                 if batch is None:
                     metadata = outer.attn_metadata[kv_layer]
@@ -134,88 +136,52 @@ class StreamContexts:
         """The same behind a step, where vLLM has no context; not for a twin."""
         metadata, mapping = {}, {}
         for group in self._groups[stream]:
-            built, slots = self._build(group, batch, 0)
+            built, slots = self._build(group, batch)
             for name, _ in group.layers:
                 metadata[name], mapping[name] = built, slots
         size = batch.host.tokens.size
         with set_forward_context(metadata, self._config, num_tokens=size, slot_mapping=mapping):
             yield
 
-    def add_scratch(self, stream: int, blocks: int) -> None:
-        """Gives a stream's KV layers blocks behind those that vLLM manages; before any request.
+    def begin_candidates(self, stream: int, batch: StagedBatch) -> None:
+        """Copies the begun blocks of the candidates' prefixes into their scratch blocks.
 
         Raises:
-            ValueError: the cache does not lie block by block in memory of its own, or there is
-                no memory for more of it.
+            ValueError: the cache does not lie block by block.
         """
         layers = self._config.compilation_config.static_forward_context
-        for group in self._groups[stream]:
-            for name, _ in group.layers:
-                old = layers[name].kv_cache
-                self._check_growable(name, old)
-                try:
-                    new = old.new_zeros(old.shape[0] + blocks, *old.shape[1:])
-                except RuntimeError as error:  # torch.OutOfMemoryError is one
-                    size = blocks * old[0].numel() * old.itemsize + old.nbytes
-                    raise ValueError(
-                        f"no memory for the candidates of value streams: {name} needs "
-                        f"{size:,} more bytes; lower top_k, or give vLLM's cache less "
-                        "(kv_cache_memory_bytes, gpu_memory_utilization)"
-                    ) from error
-                new[: old.shape[0]] = old
-                self._scratch[stream] = old.shape[0]
-                layers[name].kv_cache = new
-                # Else the old tensor would stay in memory.
-                caches = self._runner.kv_caches
-                for i, cache in enumerate(caches):
-                    if cache.data_ptr() == old.data_ptr():
-                        caches[i] = new
-
-    def _check_growable(self, name: str, cache: torch.Tensor) -> None:
-        blocks = self._runner.kv_cache_config.num_blocks
-        whole = cache.untyped_storage().nbytes() == cache.nbytes
-        if cache.shape[0] == 0 or cache.shape[0] % blocks or not whole or cache[0].numel() == 0:
-            raise ValueError(
-                f"value streams need a cache that lies block by block in memory of its own; {name} "
-                f"has shape {list(cache.shape)} in {cache.untyped_storage().nbytes():,} bytes that "
-                "it shares: packed caches are not served with value streams"
-            )
-
-    def begin_candidates(self, stream: int, batch: StagedBatch) -> None:
-        """Copies the begun blocks of the candidates' prefixes into their scratch blocks."""
-        layers = self._config.compilation_config.static_forward_context
-        candidates = batch.host
+        candidates, blocks = batch.host, self._runner.kv_cache_config.num_blocks
         assert isinstance(candidates, Candidates)
         for group in self._groups[stream]:
             table, size = self._block_table(group.kv_group)
             begun = candidates.begun(size)
             for name, _ in group.layers if begun else ():
                 cache = layers[name].kv_cache
-                scratch = cache[self._scratch[stream] :]
+                if cache.shape[0] != blocks:
+                    raise ValueError(
+                        f"value streams need a cache that lies block by block; {name} has shape "
+                        f"{list(cache.shape)}, and there are {blocks} blocks"
+                    )
+                scratch = cache[self._scratch :]
                 if cache.device.type == "cpu":
-                    blocks = table.numpy()
-                    broadcast(cache, scratch, [(run, int(blocks[q, b])) for run, q, b in begun])
+                    ids = table.numpy()
+                    broadcast(cache, scratch, [(run, int(ids[q, b])) for run, q, b in begun])
                 else:
                     gather(cache, scratch, table[batch.rows, batch.positions // size].long())
 
-    def _build(
-        self, group: LayerGroup, batch: StagedBatch, scratch: int
-    ) -> tuple[Any, torch.Tensor]:
+    def _build(self, group: LayerGroup, batch: StagedBatch) -> tuple[Any, torch.Tensor]:
         """(attention metadata, slots) of a batch: the same for streams that share both.
 
         The builder that built it keeps it until its stream's next batch, which is after all
         streams that share this one have run.
         """
-        key = group.shared, scratch
-        if self._built is None or self._built[0] is not batch or self._built[1] != key:
-            self._built = batch, key, self._build_new(group, batch, scratch)
+        if self._built is None or self._built[0] is not batch or self._built[1] != group.shared:
+            self._built = batch, group.shared, self._build_new(group, batch)
         return self._built[2]
 
-    def _build_new(
-        self, group: LayerGroup, batch: StagedBatch, scratch: int
-    ) -> tuple[Any, torch.Tensor]:
+    def _build_new(self, group: LayerGroup, batch: StagedBatch) -> tuple[Any, torch.Tensor]:
         table, size = self._block_table(group.kv_group)
-        blocks, host = batch.blocks(table, size, scratch), batch.host
+        blocks, host = batch.blocks(table, size, self._scratch), batch.host
         slots = batch.slots(blocks, size)
         common = CommonAttentionMetadata(
             query_start_loc=batch.starts,

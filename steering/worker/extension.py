@@ -6,6 +6,7 @@ results are plain data.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from steering.worker.adapter_layers import adapted_layers
@@ -53,8 +54,7 @@ class WorkerExtension:
 
     def coxswain_counters(self) -> dict[str, Any]:
         """Cumulative counts since start: steps, and per stream the passes and tokens run."""
-        counters = self.model_runner.get_model().counters
-        return {"steps": counters.steps, "passes": counters.passes, "tokens": counters.tokens}
+        return asdict(self.model_runner.get_model().counters)
 
     def coxswain_report(self, tag: str, drawn: dict[str, list[int]]) -> dict[str, Any]:
         """The report of a finished request, by choice; see `report.ReportBook.take`."""

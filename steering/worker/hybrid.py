@@ -22,6 +22,13 @@ class SteeredHybridForCausalLM(SteeredForCausalLM):
     has_inner_state = True
     is_hybrid = True
 
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """What Model Runner V2 keeps of this model's requests, and of the base's states."""
+        from steering.worker.v2 import SteeredHybridModelState
+
+        return SteeredHybridModelState
+
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> Any:
         """Shapes of a layer's states."""

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from steering.engine_args import SCRATCH, watched
+from steering.engine_args import watched
 from steering.worker import heads, lora_seam, lora_sets, overlaps
 from steering.worker.batches import Int32, Int64
 from steering.worker.contexts import StreamContexts
@@ -29,6 +29,8 @@ from steering.worker.readout import Readout
 from steering.worker.report import choice_of
 from steering.worker.reporter import Reporter
 from steering.worker.request_state import RequestStates
+from steering.worker.runner import RunnerView
+from steering.worker.scratch import scratch_blocks
 from steering.worker.speculation_seam import SpeculationSeam
 from steering.worker.step import Counters, Step, forward
 from steering.worker.step_plan import Classes, StepPlan, plan_step
@@ -74,16 +76,15 @@ class SteeredForCausalLM(nn.Module):
         self.heads = {n: h for n, h in built.items() if self._sources[n]["head"] == "classifier"}
         self._value_heads = {n: h for n, h in built.items() if n not in self.heads}
         self._readout = self._build_readout(settings, vllm_config)
-        self._values = self._build_values(settings["top_k"], vllm_config)
         # Index of the stream that drafts, 0 without speculation.
         self._draft = self.names.index(settings["draft"] or self.names[0])
         self._drafting: Drafting | None = None
-        self._view: V1View | None = None
+        self._view: RunnerView | None = None
         self._step: Step | None = None
         self._plan: StepPlan | None = None
         self._lora_manager: Any = None
         own = self._readout.ends.own
-        self._states = RequestStates(self.names, tuple(self.heads), own, self.is_hybrid)
+        self.states = RequestStates(self.names, tuple(self.heads), own, self.is_hybrid)
         readings = dict(zip(built, heads.readings(self._sources, self.names, built), strict=True))
         self._reporter = Reporter(self.names, self._readout.layout, readings)
         self.reports = self._reporter.book
@@ -106,14 +107,13 @@ class SteeredForCausalLM(nn.Module):
             Watch(watched(self._sources)),
         )
 
-    def _build_values(self, top_k: int, vllm_config: VllmConfig) -> ValueStreams:
+    def _build_values(self, scratch: int) -> ValueStreams:
         index = {name: self.names.index(name) for name in self._value_heads}
-        most = vllm_config.scheduler_config.max_num_batched_tokens
         return ValueStreams(
             {index[name]: head for name, head in self._value_heads.items()},
             index,
             {i: self._readout.vocabularies[i].read_as for i in index.values()},
-            min(SCRATCH * top_k, most),
+            scratch,
         )
 
     def bind(self, runner: Any) -> None:
@@ -122,18 +122,17 @@ class SteeredForCausalLM(nn.Module):
         Raises:
             ValueError: the engine would answer wrongly; the message says why.
         """
-        view = self._view = V1View(runner, self._states)
+        view = self._view = _view_of(runner, self.states)
         layers, sizes = self._streams.layers(), view.kernel_block_sizes
-        contexts = StreamContexts(runner, sizes, layers, view.block_table)
-        for stream in self._values.heads:
-            contexts.add_scratch(stream, self._values.chunk)
+        scratch = scratch_blocks(runner.vllm_config, runner.kv_cache_config)
+        contexts = StreamContexts(runner, sizes, layers, view.block_table, scratch)
         self._readout = replace(self._readout, one_product=self._one_product(runner))
         self._step = Step(
             self.names,
             self._streams.original,
             self._forwards,
             self._readout,
-            self._values,
+            self._build_values(scratch),
             contexts,
             lora_seam.LoraSeam(runner) if runner.lora_config else None,
             self.counters,
@@ -176,6 +175,13 @@ class SteeredForCausalLM(nn.Module):
         self._lora_manager = manager
         lora_sets.arrange(manager)
 
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """What Model Runner V2 keeps of this model's requests."""
+        from steering.worker.v2 import SteeredModelState
+
+        return SteeredModelState
+
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The base's input embeddings, [T, H_0]."""
         return self.base.embed_input_ids(input_ids)
@@ -198,7 +204,7 @@ class SteeredForCausalLM(nn.Module):
             self._plan = None
             return self._forward_all(input_ids, positions, inputs_embeds)
         self._readout.watch.forget()
-        tables = self._states.apply(schedule.request_ids)
+        tables = self.states.apply(schedule.request_ids)
         self._readout.ends.show(tables.ends)
         plan = self._plan = plan_step(schedule, tables)
         self._step.begin(plan, self._view.adapter_sets(len(schedule.request_ids)))
@@ -268,3 +274,12 @@ class SteeredForCausalLM(nn.Module):
         if tables.reported:
             self._reporter.mark(self._view, tables, schedule, control)
         return control
+
+
+def _view_of(runner: Any, states: RequestStates) -> RunnerView:
+    """The view of either of vLLM's runners; V2 has a model state."""
+    if not hasattr(runner, "model_state"):
+        return V1View(runner, states)
+    from steering.worker.v2 import V2View
+
+    return V2View(runner)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from steering.worker.batches import Int64, Schedule
+from steering.worker.watch import Watch
 
 Sampled = Callable[[torch.Tensor], None]
 """Called with [Q, K + 1] int64 what a step drew, on the device: −1 where it drew nothing."""
@@ -43,3 +44,20 @@ class RunnerView(ABC):
     @abstractmethod
     def adapter_sets(self, requests: int) -> Int64:
         """[Q] ids of the requests' sets of adapters, 0 for none."""
+
+    @abstractmethod
+    def send_faults(self, watch: Watch) -> None:
+        """Sends what the rows of each step are flagged with to the scheduler, beside the drawn
+        tokens.
+
+        Args:
+            watch: has the flags.
+        """
+
+    @abstractmethod
+    def token(self, row: int, index: int) -> int:
+        """Token `index` of a row's request, counted from the start of its prompt; or a draft."""
+
+    @abstractmethod
+    def drawn(self, row: int, start: int) -> list[int]:
+        """The tokens of a row's request from `start` on, without this step's drafts."""

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from dataclasses import replace
 from typing import Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from steering import broken
 from steering.engine_args import watched
 from steering.wire import unpack
+from steering.worker.scratch import scratch_blocks
 from steering.worker.watch import named
 
 logger = logging.getLogger(__name__)
@@ -29,11 +32,18 @@ logger = logging.getLogger(__name__)
 class SteeredScheduler(Scheduler):
     """vLLM's scheduler; only lagging requests' block hashes differ, and the room for drafts.
 
-    And requests end whose streams gave no numbers: see `steering.worker.watch`.
+    And requests end whose streams gave no numbers: see `steering.worker.watch`. Made with
+    asynchronous scheduling it is a `SteeredAsyncScheduler`.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __new__(cls, vllm_config: Any, *_: Any, **__: Any) -> SteeredScheduler:
+        if vllm_config.scheduler_config.async_scheduling:
+            cls = SteeredAsyncScheduler
+        return super().__new__(cls)
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, *args: Any, **options: Any) -> None:
+        kept = kv_cache_config.num_blocks - scratch_blocks(vllm_config, kv_cache_config)
+        super().__init__(vllm_config, replace(kv_cache_config, num_blocks=kept), *args, **options)
         # The draft stream writes its KV behind the step's tokens. vLLM leaves room for that only
         # where the drafter is one of its own models.
         self.num_lookahead_tokens = self.num_spec_tokens
@@ -87,6 +97,10 @@ class SteeredScheduler(Scheduler):
         if names:
             logger.error("Request %s ended: %s", request.request_id, reason)
         return [], True
+
+
+class SteeredAsyncScheduler(SteeredScheduler, AsyncScheduler):
+    """The same, on vLLM's asynchronous scheduler."""
 
 
 def _refuse_empty(manager: Any) -> None:

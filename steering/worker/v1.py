@@ -178,8 +178,13 @@ def _check(runner: Any) -> None:
     """
     if not isinstance(runner, GPUModelRunner):
         raise ValueError(
-            f"the streams need vLLM's model runner V1, and this engine has {type(runner).__name__} "
-            f"of {type(runner).__module__}: set VLLM_USE_V2_MODEL_RUNNER=0"
+            "the streams need one of vLLM's model runners, and this engine has "
+            f"{type(runner).__name__} of {type(runner).__module__}"
+        )
+    if runner.scheduler_config.async_scheduling:
+        raise ValueError(
+            "engine.async_scheduling: refused with vLLM's model runner V1, whose tokens lag behind "
+            "the step; set it to false"
         )
     if (mode := graphs_of(runner.compilation_config)) != "NONE":
         raise ValueError(f"compilation_config.cudagraph_mode: refused (got {mode}): {GRAPHS}")

@@ -43,7 +43,7 @@ def headed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         ("llama", VOCAB_SIZE + 12),
         {"chat": ("qwen2", VOCAB_SIZE), "plain": ("gpt2", VOCAB_SIZE), "twin": "base"},
         make_heads,
-        num_gpu_blocks_override=28,
+        num_gpu_blocks_override=56,  # half of them are for candidates
     )
     yield found
     del found
@@ -246,9 +246,10 @@ def test_nothing_of_a_candidate_remains(headed: Engine) -> None:
 
     runner = headed.llm.llm_engine.model_executor.driver_worker.worker.model_runner
     layers = runner.vllm_config.compilation_config.static_forward_context
-    blocks = headed.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    scheduler: Any = headed.llm.llm_engine.engine_core.engine_core.scheduler
+    blocks = scheduler.kv_cache_config.num_blocks
     caches = {n: a.kv_cache for n, a in layers.items() if n.startswith(("value.", "kind."))}
-    assert caches and all(cache.shape[0] > blocks for cache in caches.values())
+    assert caches and all(len(cache) == 56 for cache in caches.values()) and blocks == 28
     changed: list[bool] = []
 
     def watched(self: ValueStreams, *args: Any) -> Any:

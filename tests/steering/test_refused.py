@@ -22,7 +22,6 @@ BAD: dict[str, Any] = {
     "prefill_context_parallel_size": 2,
     "enable_dbo": True,
     "enable_prompt_embeds": True,
-    "async_scheduling": True,
     "structured_outputs_config": {"backend": "auto"},
     "load_format": "pt",
     "compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"},
