@@ -117,7 +117,7 @@ class Capture:
     def begin(self) -> None:
         """Starts to watch this thread's operations."""
         self._from_numpy = torch.from_numpy
-        torch.from_numpy = self._noted_from_numpy
+        torch.from_numpy = self._noted_from_numpy  # type: ignore[assignment]
         for mode in self._modes:
             mode.__enter__()
 

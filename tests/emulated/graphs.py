@@ -1,4 +1,4 @@
-"""CUDA graphs on a CPU: records torch operations and interpreted Triton launches, replays just them.
+"""CUDA graphs on a CPU: torch operations and interpreted Triton launches, recorded and replayed.
 
 A graph freezes what a CUDA graph freezes: no Python runs at a replay, numbers that were passed to
 kernels keep their values, the grid keeps its size, tensors keep their memory. What a capture does
@@ -147,7 +147,7 @@ class CUDAGraph:
         self._constants.add(tensor.untyped_storage()._cdata)
 
     def _note(self, tree: Any, *, own: bool) -> Any:
-        """Arguments with aliases for their tensors: who else holds the memory can then be counted."""
+        """Puts aliases in the place of tensors: other holders of their memory can be counted."""
 
         def alias(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
@@ -201,7 +201,7 @@ class CUDAGraph:
         """Whether anybody but graphs holds a storage."""
         # torch keeps one for Python, once a storage was asked for.
         ours = 1 + sum(graph._recorded[key] for graph in CUDAGraph._all)
-        return torch._C._storage_Use_Count(key) > ours  # type: ignore[attr-defined]
+        return torch._C._storage_Use_Count(key) > ours
 
 
 def _poison(tensor: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
-"""What plain vLLM answers, without streams: `python -m tests.emulated.plain FOLDER` prints it as JSON.
+"""Answers of plain vLLM, without streams.
 
-Run in an ordinary process that is V1's answer; called in an emulated one it is V2's.
+`python -m tests.emulated.plain FOLDER`, run in an ordinary process, prints V1's as JSON; `answers`,
+called in an emulated process, gives V2's.
 """
 
 from __future__ import annotations
