@@ -15,14 +15,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def interpret(path: str) -> None:
-    """Runs the tests of one file; fails with their output.
+def interpret(*arguments: str) -> str:
+    """Runs tests; fails with their output.
 
     Args:
-        path: from the repository's root.
+        arguments: for pytest; paths from the repository's root.
+
+    Returns:
+        What pytest printed.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", path]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     # 5 is "no tests ran", which would be no success either.
     assert run.returncode == 0, f"pytest gave {run.returncode}\n{run.stdout}\n{run.stderr}"
+    return run.stdout
