@@ -40,8 +40,8 @@ def environment(config: Config) -> list[str]:
         What a person should know about it.
     """
     notes = []
-    if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") == "0":
-        notes.append("model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)")
+    if runner := os.environ.get("VLLM_USE_V2_MODEL_RUNNER"):
+        notes.append(f"model runner V{'2' if runner == '1' else '1'} (VLLM_USE_V2_MODEL_RUNNER)")
     quiet = {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",

@@ -13,10 +13,11 @@ import numpy as np
 
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_USE_V2_MODEL_RUNNER="0",
     VLLM_LOGGING_LEVEL="ERROR",
     VLLM_NO_USAGE_STATS="1",
 )
+# `tests/emulated` drives the same engine on Model Runner V2.
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 
 from adapters.formats.artefact import Artefact
 from adapters.formats.base import plain_shapes
