@@ -24,6 +24,9 @@ import msgspec
 
 from adapters.formats.artefact import Artefact
 
+IDS = range(1 << 20, 1 << 31)
+"""What engines call sets: vLLM's own ids begin at 1, and its Model Runner V2 keeps ids in int32."""
+
 
 class Member(msgspec.Struct, frozen=True, order=True):
     """One artefact of a set.
@@ -182,8 +185,11 @@ class AdapterSet(msgspec.Struct, frozen=True):
 
     @property
     def set_id(self) -> int:
-        """What the engine calls it, ≥ 2²⁰: vLLM's own ids begin at 1."""
-        return int(self.name[:15], 16) + (1 << 20)
+        """What an engine calls it while it holds it, one of `IDS`; kept nowhere else.
+
+        So few bits are not unique: who holds sets holds no two of the same id at a time.
+        """
+        return IDS[int(self.name, 16) % len(IDS)]
 
     def lora_request(self) -> dict[str, str | int]:
         """Keyword arguments of vLLM's `LoRARequest` for this set.

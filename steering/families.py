@@ -26,7 +26,7 @@ EXPERTS_ALONE = (
 )
 """Why a stream with experts is refused."""
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configs call the number of experts."""
 
 
@@ -70,7 +70,7 @@ def stream_architecture(
 
 def _has_experts(config: Any) -> bool:
     text = getattr(config, "text_config", None) or config
-    return any(getattr(text, name, 0) for name in _EXPERTS)
+    return any(getattr(text, name, 0) for name in EXPERTS)
 
 
 def _spreads(engine: Mapping[str, Any]) -> bool:

@@ -17,6 +17,12 @@ GRAPHS = (
 )
 """Why captured graphs are refused."""
 
+CONNECTOR = "a connector would save a twin's keys and values under the base's names"
+"""Why KV connectors, LMCache's and vLLM's own offloading among them, are refused."""
+
+SLEEP = "heads are not restored when the engine wakes up"
+"""Why sleep mode, of any level, is refused."""
+
 _REPLICAS = "run servers with a Redis in common instead"
 
 
@@ -54,9 +60,9 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("load_format", lambda v: v in ("pt", "npcache"),
      "pickles can run code when they are loaded; safetensors only"),
     ("compilation_config", lambda v: graphs_of(v) != "NONE", GRAPHS),
-    ("kv_transfer_config", _given,
-     "a connector would save a twin's keys and values under the base's names"),
-    ("enable_sleep_mode", bool, "heads are not restored when the engine wakes up"),
+    ("kv_transfer_config", _given, CONNECTOR),
+    ("kv_offloading_size", _given, CONNECTOR),
+    ("enable_sleep_mode", bool, SLEEP),
 )  # fmt: skip
 """(engine argument, whether a value is refused, why)."""
 
@@ -76,3 +82,23 @@ def refusals(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
             except TypeError:
                 found.append((name, f"not a usable value (got {engine[name]!r})"))
     return found
+
+
+def refused_config(vllm_config: Any) -> list[str]:
+    """A sentence for each setting of a finished configuration that cannot be served.
+
+    What vLLM was given need not be what it made of it: platforms, hooks and other settings change
+    it on the way.
+
+    Args:
+        vllm_config: vLLM's `VllmConfig`.
+    """
+    mode = graphs_of(vllm_config.compilation_config)
+    connector = _of(vllm_config.kv_transfer_config, "kv_connector")
+    sleeps = bool(vllm_config.model_config.enable_sleep_mode)
+    found = (
+        ("compilation_config.cudagraph_mode", mode, mode != "NONE", GRAPHS),
+        ("kv_transfer_config.kv_connector", connector, connector is not None, CONNECTOR),
+        ("enable_sleep_mode", sleeps, sleeps, SLEEP),
+    )
+    return [f"{name}: refused (got {value}): {why}" for name, value, is_, why in found if is_]

@@ -20,6 +20,9 @@ from server.operation.metrics import EVICT_SECONDS, LOAD_SECONDS
 
 logger = logging.getLogger("coxswain")
 
+_PINNED = "the adapters that are pinned leave no room"
+_SAME_ID = "the engine gives these adapters the id of others that are pinned; unpin those"
+
 
 class Slots(Protocol):
     """What of the engine is needed here."""
@@ -116,9 +119,11 @@ class Residency:
             return
         size = self._bytes_of(found)
         self.check(size, "adapters")
-        pinned = [seat.size for seat in self._seats.values() if self._pinned(seat.found)]
-        if len(pinned) >= self.slots or sum(pinned) + size > self.max_bytes:
-            raise NoRoom("the adapters that are pinned leave no room", field="adapters")
+        pinned = [seat for seat in self._seats.values() if self._pinned(seat.found)]
+        if any(seat.found.set_id == found.set_id for seat in pinned):
+            raise NoRoom(_SAME_ID, field="adapters")
+        if len(pinned) >= self.slots or sum(s.size for s in pinned) + size > self.max_bytes:
+            raise NoRoom(_PINNED, field="adapters")
 
     @asynccontextmanager
     async def holding(self, found: AdapterSet) -> AsyncIterator[None]:
@@ -169,23 +174,24 @@ class Residency:
                 seat = self._seats.get(found.name)
                 if seat is None:
                     size = self._bytes_of(found)
-                    await self._make_room(size)
+                    await self._make_room(found, size)
                     seat = self._open(found, size)
         seat.users += 1
         self._seats.move_to_end(found.name)
         return seat
 
-    async def _make_room(self, size: int) -> None:
+    async def _make_room(self, found: AdapterSet, size: int) -> None:
         """Evicts the least recently used until there is room; behind the door.
 
         If all are in use, the oldest takes no new users: constant traffic on those that are held
         must not keep others out for ever.
         """
         self.check(size, "adapters")
-        while len(self._seats) >= self.slots or self.bytes + size > self.max_bytes:
-            unpinned = [s for s in self._seats.values() if not self._pinned(s.found)]
+        while in_the_way := self._in_the_way(found, size):
+            unpinned = [seat for seat in in_the_way if not self._pinned(seat.found)]
             if not unpinned:
-                raise NoRoom("the adapters that are pinned leave no room", field="adapters")
+                same_id = in_the_way[0].found.set_id == found.set_id
+                raise NoRoom(_SAME_ID if same_id else _PINNED, field="adapters")
             idle = next((seat for seat in unpinned if not seat.users), None)
             if idle is not None:
                 self._evict(idle)
@@ -195,6 +201,18 @@ class Residency:
                 await self._becomes_idle()
             finally:
                 unpinned[0].leaving = False
+
+    def _in_the_way(self, found: AdapterSet, size: int) -> list[_Seat]:
+        """Seats of which one must go first, the least recently used before the others.
+
+        The engine knows sets by their ids, so the one that has this set's id must go. Else all
+        are in the way if the engine is full, and none if not.
+        """
+        seats = list(self._seats.values())
+        if same_id := [seat for seat in seats if seat.found.set_id == found.set_id]:
+            return same_id
+        full = len(seats) >= self.slots or self.bytes + size > self.max_bytes
+        return seats if full else []
 
     async def _becomes_idle(self) -> None:
         self._idle.clear()

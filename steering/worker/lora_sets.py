@@ -92,6 +92,7 @@ class _Loaded(LoRAModel):
         self, found: AdapterSet, set_id: int, weights: dict[str, LoRALayerWeights]
     ) -> None:
         super().__init__(set_id, found.rank, weights)
+        self.name = found.name
         self.layouts = {owner: found.layout(owner) for owner in found.owners}
 
 
@@ -159,9 +160,10 @@ class SetManager(LRUCacheWorkerLoRAManager):
 
         Raises:
             BadAdapter: as `load_set`.
+            DoesNotFit: another set with its id is loaded.
         """
         found = AdapterSet.from_path(path)
-        if found.set_id in self.list_adapters():
+        if self._holds(found.set_id, found.name):
             return True
         if path not in self._ahead:
             while len(self._ahead) >= READINGS:  # whoever asked for it has gone
@@ -179,12 +181,34 @@ class SetManager(LRUCacheWorkerLoRAManager):
         Raises:
             Exception: it could not be; nothing of it is left.
         """
-        self.add_adapter(LoRARequest(**AdapterSet.from_path(path).lora_request()))
+        found = AdapterSet.from_path(path)
+        self._holds(found.set_id, found.name)
+        self.add_adapter(LoRARequest(**found.lora_request()))
 
     def unload(self, path: str) -> None:
         """Leaves nothing of a set, whatever of it there is."""
         self._ahead.pop(path, None)
-        self.remove_adapter(AdapterSet.from_path(path).set_id)
+        found = AdapterSet.from_path(path)
+        if self._name(found.set_id) == found.name:
+            self.remove_adapter(found.set_id)
+
+    def _name(self, set_id: int) -> str | None:
+        """The set that is loaded under an id; None if none is."""
+        return getattr(self._adapter_manager.list_adapters().get(set_id), "name", None)
+
+    def _holds(self, set_id: int, name: str) -> bool:
+        """Whether a set is loaded.
+
+        Raises:
+            DoesNotFit: another one is loaded under its id.
+        """
+        held = self._name(set_id)
+        if held not in (None, name):
+            raise DoesNotFit(
+                "another set of adapters is loaded under its id", field=name, value=set_id,
+                allowed=f"once set {held} is unloaded",
+            )  # fmt: skip
+        return held is not None
 
     # What vLLM asks for.
 
@@ -198,6 +222,8 @@ class SetManager(LRUCacheWorkerLoRAManager):
                 for member in AdapterSet.from_path(request.lora_path).members:
                     verify(member)
         super()._apply_adapters(lora_requests)
+        for request in lora_requests:  # vLLM goes by the id alone
+            self._holds(request.lora_int_id, request.lora_name)
 
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
         found = AdapterSet.from_path(lora_request.lora_path)

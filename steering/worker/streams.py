@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
@@ -63,7 +64,9 @@ class Streams:
                 config = self._configs[name] = self._config(name)
                 prepare_experts(name, config)
                 lora_seam.keep_compiling(vllm_config)
-                model = initialize_model(vllm_config=config, prefix=name)
+                # Else the cache of compiled code would give one stream another's.
+                with set_model_tag(f"stream.{name}"):
+                    model = initialize_model(vllm_config=config, prefix=name)
                 if self._own_names(name) is language_weights:
                     model.hf_to_vllm_mapper = _whole_names(model)
                 owner.add_module(name, model)

@@ -13,7 +13,7 @@ import torch
 from vllm.forward_context import get_forward_context
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from steering.refused import GRAPHS, graphs_of
+from steering.refused import refused_config
 from steering.wire import unpack
 from steering.worker.batches import Int64, Schedule
 from steering.worker.request_state import RequestStates
@@ -186,5 +186,5 @@ def _check(runner: Any) -> None:
             "engine.async_scheduling: refused with vLLM's model runner V1, whose tokens lag behind "
             "the step; set it to false"
         )
-    if (mode := graphs_of(runner.compilation_config)) != "NONE":
-        raise ValueError(f"compilation_config.cudagraph_mode: refused (got {mode}): {GRAPHS}")
+    if refused := refused_config(runner.vllm_config):
+        raise ValueError("; ".join(refused))

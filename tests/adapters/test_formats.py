@@ -358,3 +358,12 @@ def test_values_that_the_engines_dtype_cannot_hold_are_refused(
     edit(broken["lora"] / "adapter_config.json", lora_alpha=1e300)
     with pytest.raises(BadAdapter, match="too large for float32"):
         list(load_set(AdapterSet.of([member]), "base", torch.float32, layers))
+
+
+def test_ids_of_sets_fit_int32_and_are_not_vllms_own() -> None:
+    """Model Runner V2 keeps them in int32; vLLM's own begin at 1."""
+    sets = [AdapterSet.of([Member("base", str(i), "/nowhere", (4,), False)]) for i in range(2000)]
+    ids = [found.set_id for found in sets]
+    assert min(ids) >= 1 << 20 and max(ids) <= torch.iinfo(torch.int32).max
+    assert all(found.lora_request()["lora_int_id"] == found.set_id for found in sets)
+    assert len(set(ids)) > 1990 and max(ids) > 1 << 30  # all bits are used

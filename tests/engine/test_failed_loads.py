@@ -175,6 +175,32 @@ def test_a_request_never_runs_on_a_slot_that_its_set_is_not_in(one_slot: Engine)
         rpc(one_slot, "unload", path(one_slot, "theirs"))
 
 
+def test_two_sets_of_one_id_are_never_taken_for_each_other(
+    one_slot: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server never asks for both at a time; this is what would happen."""
+    monkeypatch.setattr("adapters.sets.IDS", range(1 << 20, (1 << 20) + 1))
+    manager, mine, theirs = (
+        manager_of(one_slot.llm),
+        path(one_slot, "mine"),
+        request(one_slot, "theirs"),
+    )
+    assert rpc(one_slot, "load", theirs.lora_path) == {"done": None}
+    for call in (("read_ahead", mine, 0.0), ("load", mine)):
+        answer = rpc(one_slot, *call)
+        assert "another set of adapters is loaded under its id" in answer["error"]["text"]
+    assert rpc(one_slot, "unload", mine) == {"done": None}
+    with pytest.raises(DoesNotFit, match=f"once set {theirs.lora_name} is unloaded"):
+        manager._apply_adapters({request(one_slot, "mine")})
+    answers(one_slot, "theirs", 6)
+    assert rpc(one_slot, "unload", theirs.lora_path) == {"done": None}
+    with pytest.raises(DoesNotFit, match="another set"):  # none is loaded, and one step wants both
+        manager._apply_adapters({request(one_slot, "mine"), theirs})
+    for one in (mine, theirs.lora_path):
+        rpc(one_slot, "unload", one)
+    nothing_is_left(one_slot, manager)
+
+
 def test_a_step_loads_no_files_that_are_not_what_the_set_says(
     one_slot: Engine, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from scipy import stats
 from steering.method import Logits
 from tests.engine.driver import BLOCK, Case, Engine, logprobs, tokens
 from tests.engine.test_exactness import TOLERANCE, assert_exact, prompt
+from tests.injected import runner_of
 from tests.models import VOCAB_SIZE, make_tokenizer
 
 pytestmark = pytest.mark.engine
@@ -63,6 +64,17 @@ def test_preempted_requests_resume_with_the_same_answers(tight: Engine) -> None:
     for case, output, tag in zip(cases, outputs, tight.tags, strict=True):
         if case.spec is not None:
             assert tight.report(tag, output)["0"]["tokens"] == case.max_tokens
+
+
+def test_every_stream_has_a_place_of_its_own_for_its_compiled_code(tight: Engine) -> None:
+    """With one tag for all, vLLM takes what it compiled for one stream as another's."""
+    if not tight.compiled:
+        pytest.skip("needs g++")
+    model = runner_of(tight.llm).get_model()
+    found = {}
+    for name, stream in model.adapted_streams.items():
+        (found[name],) = {m._compile_tag for m in stream.modules() if hasattr(m, "_compile_tag")}
+    assert found == {name: f"stream.{name}" for name in ("base", "chat", "plain")}
 
 
 def test_padded_ids_are_never_drawn(tight: Engine) -> None:

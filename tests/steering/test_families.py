@@ -6,10 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import PretrainedConfig
+from vllm.config.model import ModelArchConfigConvertorBase
 
 from steering.errors import DoesNotFit
-from steering.families import beside_hybrid, is_hybrid, stream_architecture
+from steering.families import EXPERTS, beside_hybrid, is_hybrid, stream_architecture
 from steering.language import LanguagePart, original_prefixes, renamed
+from steering.worker.stream_config import prepare_experts
 
 
 def config(architecture: str, **more: Any) -> Any:
@@ -32,14 +35,42 @@ def test_what_cannot_be_served_is_refused_by_name(architecture: str, words: str)
         stream_architecture(config(architecture), base=True)
 
 
-@pytest.mark.parametrize("engine", [{"data_parallel_size": 2}, {"enable_expert_parallel": True}])
+SPREAD: list[dict[str, Any]] = [{"data_parallel_size": 2}, {"enable_expert_parallel": True}]
+
+
+@pytest.mark.parametrize("engine", SPREAD)
 @pytest.mark.parametrize("base", [True, False])
-def test_experts_do_not_run_on_several_engines(engine: dict[str, Any], base: bool) -> None:
-    experts = config("MixtralForCausalLM", num_local_experts=8)
+@pytest.mark.parametrize("body", [True, False])
+@pytest.mark.parametrize("count", EXPERTS)
+def test_experts_do_not_run_on_several_engines(
+    engine: dict[str, Any], base: bool, body: bool, count: str
+) -> None:
+    experts = config("MixtralForCausalLM", **{count: 8})
     with pytest.raises(DoesNotFit, match="MixtralForCausalLM is a mixture of experts"):
-        stream_architecture(experts, base=base, engine=engine)
-    assert stream_architecture(experts, base=base) == "MixtralForCausalLM"
+        stream_architecture(experts, base=base, body=body, engine=engine)
+    assert stream_architecture(experts, base=base, body=body) == "MixtralForCausalLM"
     assert stream_architecture(config("LlamaForCausalLM"), base=base, engine=engine)
+
+
+@pytest.mark.parametrize("count", EXPERTS)
+def test_experts_are_counted_as_vllm_counts_them(count: str) -> None:
+    """Else a stream would be one in the worker only, where ranks wait for each other."""
+    found = ModelArchConfigConvertorBase(*2 * [PretrainedConfig(**{count: 8})])
+    assert found.get_num_experts() == 8
+
+
+@pytest.mark.parametrize("spread", SPREAD)
+def test_the_worker_refuses_experts_too(spread: dict[str, Any]) -> None:
+    """What no front end has looked at, of the base and of companions."""
+    parallel = {"data_parallel_size": 1, "enable_expert_parallel": False, **spread}
+    found: Any = SimpleNamespace(
+        model_config=SimpleNamespace(is_moe=True), parallel_config=SimpleNamespace(**parallel)
+    )
+    for stream in ("base", "chat"):
+        with pytest.raises(ValueError, match=f"stream '{stream}' is a mixture of experts"):
+            prepare_experts(stream, found)
+    found.model_config.is_moe = False
+    prepare_experts("chat", found)
 
 
 def test_latent_attention_is_refused() -> None:

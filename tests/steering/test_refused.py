@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from steering.engine_args import steered_engine_args
 from steering.errors import DoesNotFit
-from steering.refused import REFUSED, refusals
+from steering.refused import REFUSED, refusals, refused_config
+from steering.worker.v1 import _check
 from tests.models import make_model
 
 BAD: dict[str, Any] = {
@@ -26,6 +30,7 @@ BAD: dict[str, Any] = {
     "load_format": "pt",
     "compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"},
     "kv_transfer_config": {"kv_connector": "X"},
+    "kv_offloading_size": 4.0,
     "enable_sleep_mode": True,
 }
 
@@ -63,3 +68,49 @@ def test_graphs_are_off_beside_other_settings(model: str) -> None:
 def test_a_value_of_another_type_is_told() -> None:
     ((name, sentence),) = refusals({"pipeline_parallel_size": "two"})
     assert name == "pipeline_parallel_size" and sentence == "not a usable value (got 'two')"
+
+
+def bound(graphs: str = "NONE", transfer: Any = None, sleeps: bool = False) -> Any:
+    """What is looked at of a `VllmConfig`."""
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name=graphs)),
+        kv_transfer_config=transfer,
+        model_config=SimpleNamespace(enable_sleep_mode=sleeps),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"graphs": "FULL"}, "compilation_config.cudagraph_mode: refused (got FULL): "),
+        ({"sleeps": True}, "enable_sleep_mode: refused (got True): heads are not restored"),
+        (
+            {"transfer": SimpleNamespace(kv_connector="LMCacheMPConnector")},
+            "kv_transfer_config.kv_connector: refused (got LMCacheMPConnector): a connector would",
+        ),
+    ],
+)
+def test_what_an_engine_came_to_is_refused_when_the_streams_are_bound(
+    changes: dict[str, Any], words: str
+) -> None:
+    """However it came: vLLM's platforms and other settings change what was asked for."""
+    runner = object.__new__(GPUModelRunner)
+    runner.vllm_config = bound()
+    _check(runner)
+    runner.vllm_config = bound(**changes)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        _check(runner)
+
+
+def test_offloading_of_keys_and_values_is_a_connector(model: str) -> None:
+    """VLLM makes it one, so that it is seen at binding where no front end has looked."""
+    config = AsyncEngineArgs(model=model, kv_offloading_size=0.5).create_engine_config()
+    (sentence,) = refused_config(config)
+    assert sentence.startswith("kv_transfer_config.kv_connector: refused (got ")
+    assert refused_config(AsyncEngineArgs(model=model).create_engine_config()) == []
+
+
+def test_a_runner_without_a_seam_is_refused() -> None:
+    """The environment may choose vLLM's other one."""
+    with pytest.raises(ValueError, match=r"V1, and this engine has SimpleNamespace.*RUNNER=0"):
+        _check(SimpleNamespace())

@@ -217,3 +217,48 @@ async def test_a_lease_keeps_a_content() -> None:
         await leases.free("c")
     await free
     await leases.free("b")
+
+
+@pytest.fixture
+def one_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives every set the same id."""
+    monkeypatch.setattr("adapters.sets.IDS", range(1 << 20, (1 << 20) + 1))
+    assert lora("a").set_id == lora("b").set_id and lora("a").name != lora("b").name
+
+
+@pytest.mark.usefixtures("one_id")
+async def test_sets_of_one_id_are_never_held_together() -> None:
+    case = Case(slots=4)
+    await case.use("a", "b", "a")
+    await settle()
+    assert case.engine.log == ["+a", "-a", "+b", "-b", "+a"]
+    assert [found.members[0].digest for found in case.residency.held] == ["a"]
+
+
+@pytest.mark.usefixtures("one_id")
+async def test_a_set_waits_until_the_one_with_its_id_is_done() -> None:
+    case, done = Case(slots=4), asyncio.Event()
+
+    async def hold() -> None:
+        async with case.using("a"):
+            await done.wait()
+
+    first, second = asyncio.create_task(hold()), asyncio.create_task(case.use("b"))
+    await settle()
+    assert case.engine.held == {"a"} and not second.done()
+    done.set()
+    await asyncio.gather(first, second)
+    assert case.engine.log == ["+a", "-a", "+b"]
+
+
+@pytest.mark.usefixtures("one_id")
+async def test_a_set_with_the_id_of_a_pinned_one_is_refused_before_a_response_begins() -> None:
+    case = Case(slots=4)
+    await case.use("a")
+    case.pinned.add("a")
+    with pytest.raises(NoRoom, match="adapters: the engine gives these adapters the id of others"):
+        case.residency.check_room(lora("b"))
+    with pytest.raises(NoRoom, match="id of others that are pinned"):
+        await case.use("b")
+    case.residency.check_room(lora("a"))
+    assert case.engine.log == ["+a"]
