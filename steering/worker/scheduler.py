@@ -49,6 +49,9 @@ class SteeredScheduler(Scheduler):
         self.num_lookahead_tokens = self.num_spec_tokens
         self._watched = watched(self.vllm_config.additional_config["coxswain"]["streams"])
         self._flags: dict[str, int] = {}
+        # Blocks that hold no numbers, until nobody uses them; and those to clean in the next step.
+        self._unclean: set[int] = set()
+        self._to_zero: list[int] = []
         _refuse_empty(self.structured_output_manager)
 
     def add_request(self, request: Any) -> None:
@@ -61,16 +64,32 @@ class SteeredScheduler(Scheduler):
                 _make_private(request, shared // self.hash_block_size)
         super().add_request(request)
 
+    def schedule(self, *args: Any, **options: Any) -> Any:
+        """Schedules a step. Blocks that held no numbers are zeroed in it before others get them:
+        attention kernels multiply what they may not see by 0, and of NaN that makes NaN.
+        """
+        if self._unclean:
+            blocks = self.kv_cache_manager.block_pool.blocks
+            self._to_zero = [i for i in self._unclean if blocks[i].ref_cnt == 0]
+            self._unclean.difference_update(self._to_zero)
+        return super().schedule(*args, **options)
+
+    def _get_new_block_ids_to_zero(self) -> list[int] | None:
+        new, self._to_zero = self._to_zero, []
+        return [*(super()._get_new_block_ids_to_zero() or ()), *new] or None
+
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Takes a step's tokens in; a flagged request ends with an error in their place."""
-        flags = model_runner_output.num_nans_in_logits or {}
+        flags = {i: f for i, f in (model_runner_output.num_nans_in_logits or {}).items() if f}
         # One that is still in its prompt ends when it draws.
         self._flags = {i: f for i, f in self._flags.items() if i in self.requests} | flags
         for request_id, flag in flags.items():
             if named(flag, self._watched) and request_id in self.requests:
-                # The worker has cleaned these blocks: they hold no longer what their hash says.
-                ids = self.kv_cache_manager.get_block_ids(request_id)
-                self.kv_cache_manager.evict_blocks({block for group in ids for block in group})
+                # What these blocks hold is no longer what their hash says.
+                ids = {i for g in self.kv_cache_manager.get_block_ids(request_id) for i in g}
+                self.kv_cache_manager.evict_blocks(ids)
+                if self.use_v2_model_runner:  # V1's view cleans them at once
+                    self._unclean |= ids
         refused = {
             i: broken.of_grammar(self.requests[i].structured_output_request.grammar)
             for i in self.grammar_compile_error_reqs
