@@ -169,8 +169,6 @@ def steered_engine_args(
             "model": DRAFTER,
             "num_speculative_tokens": speculation.tokens,
         }
-        # Only vLLM's runner V1 takes a drafter of ours.
-        ours["async_scheduling"] = False
     ours["structured_outputs_config"] = _structured(engine.pop("structured_outputs_config", {}))
     ours["compilation_config"] = _without_graphs(engine.pop("compilation_config", {}))
     extra = {**engine.pop("additional_config", {}), "coxswain": settings}

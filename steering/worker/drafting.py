@@ -23,8 +23,9 @@ from vllm.config import VllmConfig
 from steering.worker.batches import Bool, Int32, Int64, StreamBatch
 from steering.worker.request_state import BatchTables
 from steering.worker.speculation_seam import SpeculationSeam
+from steering.worker.staging import StagedBatch, stage
 
-Score = Callable[[torch.Tensor, StreamBatch], torch.Tensor]
+Score = Callable[[torch.Tensor, StagedBatch], torch.Tensor]
 """Runs the draft stream: ([n] token ids of the base, a batch of n one-token rows) → [n, V] float32
 scores over the base's vocabulary, −∞ on ids that it must not draft. It may be changed in place."""
 
@@ -94,7 +95,8 @@ class Drafting:
         drafts: list[torch.Tensor] = []
         chances: list[torch.Tensor] = []
         for k in range(self._tokens):
-            scores = self._score(ids, StreamBatch.of(rows, (ends + k).astype(np.int32)))
+            [batch] = stage([StreamBatch.of(rows, (ends + k).astype(np.int32))], ids.device)
+            scores = self._score(ids, batch)
             ids, chance = draws(scores, drafts)
             drafts.append(ids)
             if chance is not None:

@@ -15,10 +15,12 @@ def register() -> None:
     """Registers the model class by name; vLLM calls this in every process it starts."""
     from vllm import ModelRegistry
 
+    from steering.worker import speculator_hook
     from steering.worker.stream_config import register_hooks
 
     end_with_parent()
     register_hooks()
+    speculator_hook.install()
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, "steering.worker.model:SteeredForCausalLM")
         ModelRegistry.register_model(HYBRID, "steering.worker.hybrid:SteeredHybridForCausalLM")

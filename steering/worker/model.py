@@ -138,15 +138,29 @@ class SteeredForCausalLM(nn.Module):
             self.counters,
         )
         if self._draft:
-            model, speculative = runner.vllm_config.model_config, runner.speculative_config
-            self._drafting = Drafting(
-                self._draft,
-                speculative.num_speculative_tokens,
-                model.max_model_len,
-                partial(self._step.draft_scores, self._draft, size=model.get_vocab_size()),
-                SpeculationSeam(runner),
-            )
+            self._begin_drafting(runner, view)
         view.send_faults(self._readout.watch)
+
+    def _begin_drafting(self, runner: Any, view: RunnerView) -> None:
+        assert self._step is not None
+        model, tokens = runner.vllm_config.model_config, runner.vllm_config.num_speculative_tokens
+        score = partial(self._step.draft_scores, self._draft, size=model.get_vocab_size())
+        if isinstance(view, V1View):
+            seam = SpeculationSeam(runner)
+            self._drafting = Drafting(self._draft, tokens, model.max_model_len, score, seam)
+        else:
+            from steering.worker.v2 import V2View
+            from steering.worker.v2_drafting import DeviceDrafting
+
+            assert isinstance(view, V2View)
+            drafting = DeviceDrafting(self._draft, tokens, model.max_model_len, score)
+            view.draft_with(lambda *newest: drafting(self._ran, *newest))
+
+    @property
+    def _ran(self) -> StepPlan:
+        """The plan of the step that was run last."""
+        assert self._plan is not None
+        return self._plan
 
     def _one_product(self, runner: Any) -> OneProduct | None:
         """Not for tables that are split over ranks; side by side where that was measured."""
@@ -234,13 +248,14 @@ class SteeredForCausalLM(nn.Module):
 
     def draft(self, rows: Int64, newest: Int64, token_ids: Int32) -> dict[int, list[int]]:
         """Drafts what may follow the step that was run last; see `Drafting`."""
-        assert self._plan is not None and self._drafting is not None
+        assert self._drafting is not None
+        plan = self._ran
         sound = ~np.isin(rows, [*self._readout.watch.at_fault])
         rows, newest, token_ids = rows[sound], newest[sound], token_ids[sound]
-        drafts = self._drafting(self._plan.tables, rows, newest, token_ids)
-        for row, state in self._plan.tables.reported:
+        drafts = self._drafting(plan.tables, rows, newest, token_ids)
+        for row, state in plan.tables.reported:
             if row in drafts:
-                choice = choice_of(self._plan.schedule.request_ids[row])
+                choice = choice_of(plan.schedule.request_ids[row])
                 tally = self._reporter.book.tally(state.tag, choice)
                 tally.run([self.names[self._draft]], len(drafts[row]))
         return drafts

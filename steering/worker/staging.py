@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,14 @@ class StagedBatch:
     lengths: torch.Tensor
     own_at: torch.Tensor
     own_ids: torch.Tensor
+
+    def at(self, positions: torch.Tensor) -> StagedBatch:
+        """The same one-token rows at positions that only the device knows; the host's are bounds.
+
+        Args:
+            positions: [n] int64, at most the host's.
+        """
+        return replace(self, positions=positions, lengths=(positions + 1).int())
 
     def blocks(self, table: torch.Tensor, block_size: int, scratch: int) -> torch.Tensor:
         """[n, B] int32 the rows' block ids; of candidates, the last one of row i is scratch + i.

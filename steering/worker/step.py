@@ -127,16 +127,17 @@ class Step:
             self._add_values(plan, input_ids, out)
         return out
 
-    def draft_scores(self, i: int, token_ids: torch.Tensor, batch: StreamBatch, size: int) -> Any:
+    def draft_scores(
+        self, i: int, token_ids: torch.Tensor, batch: StagedBatch, size: int
+    ) -> torch.Tensor:
         """[n, size] scores of the draft stream behind n requests; see `drafting.Score`."""
-        [staged] = stage([batch], token_ids.device)
         ids = read_as(token_ids.int(), self.readout.vocabularies[i].read_as)
         with (
-            self.contexts.between_steps(i, staged),
-            self._adapting(i, batch, staged.positions),
+            self.contexts.between_steps(i, batch),
+            self._adapting(i, batch.host, batch.positions),
         ):
-            hidden = forward(self.models[i], ids, staged.positions)
-        self.counters.count(self.names[i], batch.rows.size)
+            hidden = forward(self.models[i], ids, batch.positions)
+        self.counters.count(self.names[i], batch.host.rows.size)
         return self.readout.alone(i, hidden, size)
 
     def _run_full(

@@ -5,7 +5,7 @@ Checked on vLLM 0.32.0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from steering.wire import unpack
 from steering.worker.batches import Int64, Schedule
 from steering.worker.request_state import RequestStates
 from steering.worker.runner import RunnerView
+from steering.worker.v2_drafting import StreamSpeculator
 from steering.worker.watch import Watch
 
 
@@ -118,6 +119,10 @@ class V2View(RunnerView):
         sets: Int64 = self.runner.lora_state.lora_ids[self._rows].astype(np.int64)
         return sets
 
+    def draft_with(self, draft: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        """Drafts after each step; see `StreamSpeculator.draft`."""
+        self.runner.speculator.draft = draft
+
     def send_faults(self, watch: Watch) -> None:
         """See `RunnerView`."""
 
@@ -145,8 +150,10 @@ def _check(runner: GPUModelRunner) -> None:
         )
     if (mode := graphs_of(runner.compilation_config)) != "NONE":
         raise ValueError(f"compilation_config.cudagraph_mode: refused (got {mode}): {GRAPHS}")
-    if runner.speculative_config is not None:
+    if runner.speculative_config is not None and not isinstance(
+        runner.speculator, StreamSpeculator
+    ):
         raise ValueError(
-            "steering.speculation: vLLM's model runner V2 takes no drafter of ours; "
-            "set VLLM_USE_V2_MODEL_RUNNER=0"
+            "steering.speculation: this engine's speculator is "
+            f"{type(runner.speculator).__name__}; the plugin was not loaded before the runner"
         )

@@ -10,6 +10,8 @@ import steering.worker
 ALLOWED = {
     "v1": "the view of Model Runner V1",
     "v2": "the view of Model Runner V2",
+    "speculator_hook": "makes Model Runner V2 build our speculator",
+    "v2_drafting": "the speculator of Model Runner V2",
     "kv_layers": "completes a cache group of unequal layers",
 }
 
