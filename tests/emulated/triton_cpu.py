@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 
@@ -29,6 +30,7 @@ def install() -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     _register_backend()
     _patch_interpreter()
+    _save_time()
 
 
 def _register_backend() -> None:
@@ -77,9 +79,7 @@ class _Index(int):
 
 
 def _patch_interpreter() -> None:
-    """Three differences between interpreted and compiled kernels that vLLM's kernels meet, and
-    one cost.
-    """
+    """Three differences between interpreted and compiled kernels that vLLM's kernels meet."""
     from triton.runtime import interpreter
 
     patch_core = interpreter._patch_lang_core
@@ -103,11 +103,37 @@ def _patch_interpreter() -> None:
         return store(self, pointers, value, mask, *rest)
 
     interpreter.InterpreterBuilder.create_masked_store = with_flags
+    # Checks for overflow, which compiled kernels leave out too unless they are debugged.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
 
-    # The interpreter copies every argument's whole storage to the host and back. Here all
-    # arguments are on the host: the copies would be of each KV cache onto itself, per launch.
+
+def _save_time() -> None:
+    """Leaves out what the interpreter does per launch and need not do here."""
+    from triton.runtime import interpreter
+
+    # It copies every argument's whole storage to the host and back. Here all arguments are on the
+    # host: each KV cache would be copied onto itself.
     def as_they_are(_: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         return args, kwargs
 
     interpreter.GridExecutor._init_args_hst = as_they_are
     interpreter.GridExecutor._restore_args_dev = lambda *_: None
+
+    # It replaces Triton's language by its own, per launch and per call of a device function, and
+    # puts it back. Nothing is compiled in this process: once is enough.
+    patch_language = interpreter._patch_lang
+    replaced: set[int] = set()
+
+    def once(fn: Any) -> Any:
+        languages = {
+            id(value)
+            for value in fn.__globals__.values()
+            if value is interpreter.tl or value is interpreter.tl.core
+        }
+        if not languages <= replaced:
+            patch_language(fn)
+            replaced.update(languages)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = once
