@@ -21,8 +21,10 @@ PLATFORMS = ("cpu", "cuda")
 
 def become_cuda() -> None:
     """Makes vLLM take this machine for one with eight H200."""
+    from vllm.config import vllm as vllm_config
     from vllm.platforms import current_platform
 
+    vllm_config.HAS_TRITON = True  # a GPU's build has it, and chooses its runner by it
     # What vLLM's module of this platform imports, and nobody calls here.
     sys.modules.setdefault("vllm._C_stable_libtorch", types.ModuleType("_C_stable_libtorch"))
     from vllm.platforms.cuda import NonNvmlCudaPlatform
