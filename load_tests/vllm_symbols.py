@@ -15,11 +15,13 @@ import json
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from load_tests.vllm_uses import Uses, find_uses
+from steering.versions import DIFFERENCES
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,7 +62,8 @@ class Package:
         A module's node is its whole tree.
         """
         module, _, name = symbol.partition(":")
-        tree = self._tree(module)
+        ours = module.split(".")[0] == "vllm"  # a folder may have other packages too
+        tree = self._tree(module) if ours else None
         if tree is None or depth > 8:
             return None
         nodes = list(ast.walk(tree))
@@ -71,21 +74,27 @@ class Package:
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 if any(isinstance(t, ast.Name) and t.id == name for t in targets):
                     return module, node
-        for node in nodes:
-            if isinstance(node, ast.ImportFrom) and (node.level or node.module):
-                for alias in node.names:
-                    if (alias.asname or alias.name) == name:
-                        return self.find(f"{self._absolute(module, node)}:{alias.name}", depth + 1)
-            if isinstance(node, ast.Dict):  # names that a module imports when they are asked for
-                for key, value in zip(node.keys, node.values, strict=True):
-                    if isinstance(key, ast.Constant) and key.value == name:
-                        place = getattr(value, "value", None)
-                        if isinstance(place, str) and place.startswith("."):
-                            return self.find(
-                                module + (place if ":" in place else place + ":" + name), depth + 1
-                            )
+        for other in self._elsewhere(module, nodes, name):
+            if (found := self.find(other, depth + 1)) is not None:
+                return found
         inner = self._tree(f"{module}.{name}")
         return None if inner is None else (f"{module}.{name}", inner)
+
+    def _elsewhere(self, module: str, nodes: list[ast.AST], name: str) -> Iterator[str]:
+        """Symbols that a module's name may stand for."""
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    if name == (alias.asname or alias.name):
+                        yield f"{self._absolute(module, node)}:{alias.name}"
+                    elif alias.name == "*":
+                        yield f"{self._absolute(module, node)}:{name}"
+            elif isinstance(node, ast.Dict):  # names that are imported when they are asked for
+                for key, value in zip(node.keys, node.values, strict=True):
+                    place = getattr(value, "value", None)
+                    asked = isinstance(key, ast.Constant) and key.value == name
+                    if asked and isinstance(place, str) and place.startswith("."):
+                        yield module + (place if ":" in place else f"{place}:{name}")
 
     def _absolute(self, module: str, node: ast.ImportFrom) -> str:
         if not node.level:
@@ -216,13 +225,69 @@ def snapshot(folder: Path, uses: Uses, version: str) -> dict[str, Any]:
     return {"version": version, "symbols": {s: e for s, e in described.items() if e is not None}}
 
 
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """What changed between two snapshots: 'module:name' or 'module:name.member' → how.
+
+    Args:
+        old: the earlier one.
+        new: the later one.
+    """
+    before, after = _flat(old), _flat(new)
+    found = {}
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) == after.get(name):
+            continue
+        if name not in after or name not in before:
+            found[name] = "gone" if name not in after else "new"
+            continue
+        a, b = before[name], after[name]
+        if not isinstance(a, list) or not isinstance(b, list):
+            found[name] = f"{a or 'an attribute'} became {b or 'an attribute'}"
+            continue
+        parts = [f"+ `{x}`" for x in b if x not in a] + [f"− `{x}`" for x in a if x not in b]
+        found[name] = ", ".join(parts) or "the order of arguments"
+    return found
+
+
+def _flat(found: dict[str, Any]) -> dict[str, list[str] | str | None]:
+    """Symbols and their members, each with its arguments."""
+    flat: dict[str, list[str] | str | None] = {}
+    for symbol, entry in found["symbols"].items():
+        flat[symbol] = entry.get("args", entry["kind"])
+        flat |= {f"{symbol}.{m}": args for m, args in entry.get("members", {}).items()}
+    return flat
+
+
+def versions_page(offered: list[dict[str, Any]], reasons: dict[str, str]) -> str:
+    """The table of docs/vllm-versions.md.
+
+    Args:
+        offered: snapshots, the earliest first.
+        reasons: `steering.versions.DIFFERENCES`.
+    """
+    first, last = offered[0], offered[-1]
+    changed, count = differences(first, last), len(first["symbols"])
+    versions = f"{last['version']} against {first['version']}"
+    lines = [f"| of {count} symbols | {versions} | why the streams stay right |", "|---|---|---|"]
+    for name, how in changed.items():
+        module, _, symbol = name.partition(":")
+        lines.append(f"| `{symbol}` of `{module}` | {how} | {reasons.get(name, '')} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: list[str]) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="a wheel, or a folder with the package vllm")
+    parser.add_argument(
+        "source", type=Path, help="a wheel, a folder with the package vllm, or one with snapshots"
+    )
     parser.add_argument("--version", help="of a folder; a wheel's is in its name")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="where the snapshot goes; else: the page's table")
     asked = parser.parse_args(argv)
+    if asked.out is None:
+        files = sorted(asked.source.glob("*.json"))
+        print(versions_page([json.loads(f.read_text("utf-8")) for f in files], dict(DIFFERENCES)))
+        return
     with tempfile.TemporaryDirectory() as unpacked:
         folder, version = asked.source, asked.version
         if folder.suffix == ".whl":

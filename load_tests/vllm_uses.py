@@ -39,7 +39,19 @@ OBJECTS_OF_V2 = OBJECTS | {
     "req_states": "vllm.v1.worker.gpu.states:RequestState",
     "block_tables": "vllm.v1.worker.gpu.block_table:BlockTables",
 }
-"""The same in the view of Model Runner V2."""
+"""The same in what belongs to Model Runner V2: `steering/worker/v2*.py`."""
+
+INSTANCES = {
+    "vllm.platforms:current_platform": "vllm.platforms.interface:Platform",
+    "vllm:ModelRegistry": "vllm.model_executor.models.registry:_ModelRegistry",
+}
+"""Objects that are imported, and their classes."""
+
+_COMMON = {*dir(object), "__dict__", *dir(dict)} - {"__init__"}
+"""What every object or mapping has."""
+
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True, order=True)
@@ -123,7 +135,7 @@ class _File:
     def __init__(self, name: str, tree: ast.Module, found: Uses) -> None:
         self.name, self.tree, self.found = name, tree, found
         self.names: dict[str, str] = {}
-        self.objects = OBJECTS_OF_V2 if name.endswith("worker/v2.py") else OBJECTS
+        self.objects = OBJECTS_OF_V2 if Path(name).stem.startswith("v2") else OBJECTS
 
     def read(self) -> None:
         """Notes everything."""
@@ -136,7 +148,7 @@ class _File:
         for node in ast.walk(self.tree):
             where = f"{self.name}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Attribute) and (symbol := self._object(node.value)):
-                self.found.members.setdefault((symbol, node.attr), where)
+                self._member(symbol, node.attr, where)
             elif isinstance(node, ast.Call):
                 self._call(node, where)
             elif isinstance(node, ast.ClassDef):
@@ -146,10 +158,14 @@ class _File:
         self.names[name] = symbol
         self.found.symbols.setdefault(symbol, self.name)
 
+    def _member(self, symbol: str, name: str, where: str) -> None:
+        if name not in _COMMON:
+            self.found.members.setdefault((symbol, name), where)
+
     def _object(self, node: ast.expr) -> str | None:
         """The symbol, or the class of the object, that an expression is; None if it is ours."""
         if isinstance(node, ast.Name) and node.id in self.names:
-            return self.names[node.id]
+            return INSTANCES.get(self.names[node.id], self.names[node.id])
         name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")
         return self.objects.get(name.removeprefix("_"))
 
@@ -158,7 +174,8 @@ class _File:
         if isinstance(target, ast.Attribute):
             target, member = target.value, target.attr
         symbol = self._object(target)
-        if symbol is None or (not member and not isinstance(target, ast.Name)):
+        imported = isinstance(target, ast.Name) and target.id in self.names
+        if symbol is None or member in _COMMON or not (member or imported):
             return
         unpacked = any(isinstance(a, ast.Starred) for a in node.args)
         count = -1 if unpacked else len(node.args)
@@ -175,16 +192,16 @@ class _File:
                 if not isinstance(part, ast.Attribute) or not _is_self(part.value):
                     continue
                 if part.attr not in own or _is_super(part.value):
-                    self.found.members.setdefault((symbol, part.attr), where)
+                    self._member(symbol, part.attr, where)
             for method in node.body:
-                if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef):
+                if isinstance(method, _Function) and not method.name.startswith("__"):
                     self.found.overrides.append(_override(self.name, symbol, method))
 
 
 def _own_names(node: ast.ClassDef) -> Iterator[str]:
     """What a class defines, in its body or through `self`."""
     for part in ast.walk(node):
-        if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(part, _Function):
             yield part.name
         elif isinstance(part, ast.Name | ast.Attribute) and isinstance(part.ctx, ast.Store):
             yield part.id if isinstance(part, ast.Name) else part.attr
