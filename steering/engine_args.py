@@ -71,6 +71,13 @@ def slot_rank(max_rank: int) -> int:
     return next(size for size in _RANKS if size >= max_rank)
 
 
+def adapters_run_eagerly() -> bool:
+    """Whether engines with adapters run nothing compiled on this platform: on all but CPUs."""
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu()
+
+
 def adapter_engine_args(max_sets: int, max_rank: int) -> dict[str, Any]:
     """More engine arguments, for a server that adapts.
 
@@ -79,7 +86,10 @@ def adapter_engine_args(max_sets: int, max_rank: int) -> dict[str, Any]:
             layer of every stream, used or not.
         max_rank: rank indices of a set (`adapters.sets.AdapterSet.rank`), 1 to 512.
     """
+    # Elsewhere what is compiled around adapted layers was not compared.
+    eager = {"enforce_eager": True} if adapters_run_eagerly() else {}
     return {
+        **eager,
         "enable_lora": True,
         "max_loras": max_sets,
         # The front end holds no more sets in the engine than there are slots.

@@ -9,12 +9,19 @@ import signal
 import threading
 
 from steering.engine_args import ARCHITECTURE, HYBRID
+from steering.versions import check_version
 
 
 def register() -> None:
-    """Registers the model class by name; vLLM calls this in every process it starts."""
-    from vllm import ModelRegistry
+    """Registers the model class by name; vLLM calls this in every process it starts.
 
+    Raises:
+        DoesNotFit: this version of vLLM was not compared.
+    """
+    from vllm import ModelRegistry
+    from vllm.version import __version__
+
+    check_version(__version__)
     from steering.worker import speculator_hook
     from steering.worker.stream_config import register_hooks
 

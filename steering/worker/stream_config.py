@@ -111,6 +111,8 @@ def companion_config(
     own_parts |= {
         "model_config": model_config,
         "quant_config": quantisation(stream, vllm_config, model_config),
+        # Its place for code that vLLM compiles ahead: names of layers may be part of that.
+        "additional_config": {**vllm_config.additional_config, "coxswain_stream": stream},
     }
     own_parts["cache_config"].sliding_window = _window_of_all_layers(model_config)
     return _within(vllm_config, replace(vllm_config, **own_parts))

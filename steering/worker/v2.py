@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
-from steering.refused import GRAPHS, graphs_of
+from steering.refused import refused_config
 from steering.wire import unpack
 from steering.worker.batches import Int64, Schedule
 from steering.worker.request_state import RequestStates
@@ -148,8 +148,8 @@ def _check(runner: GPUModelRunner) -> None:
             f"the streams need a model state of their own, and this engine has "
             f"{type(runner.model_state).__name__} of {type(runner.model_state).__module__}"
         )
-    if (mode := graphs_of(runner.compilation_config)) != "NONE":
-        raise ValueError(f"compilation_config.cudagraph_mode: refused (got {mode}): {GRAPHS}")
+    if refused := refused_config(runner.vllm_config):
+        raise ValueError("; ".join(refused))
     if runner.speculative_config is not None and not isinstance(
         runner.speculator, StreamSpeculator
     ):

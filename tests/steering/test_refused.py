@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from steering.engine_args import steered_engine_args
 from steering.errors import DoesNotFit
 from steering.refused import REFUSED, refusals, refused_config
-from steering.worker.v1 import _check
+from steering.worker import v1, v2
 from tests.models import make_model
 
 BAD: dict[str, Any] = {
@@ -79,6 +79,20 @@ def bound(graphs: str = "NONE", transfer: Any = None, sleeps: bool = False) -> A
     )
 
 
+def v1_runner(config: Any) -> Any:
+    """An engine's runner as far as it is checked."""
+    runner = object.__new__(GPUModelRunner)
+    runner.vllm_config, runner.scheduler_config = config, SimpleNamespace(async_scheduling=False)
+    return runner
+
+
+def v2_runner(config: Any) -> Any:
+    """The same of Model Runner V2."""
+    state = object.__new__(v2.SteeredModelState)
+    return SimpleNamespace(model_state=state, vllm_config=config, speculative_config=None)
+
+
+@pytest.mark.parametrize("view", [(v1._check, v1_runner), (v2._check, v2_runner)])
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -91,15 +105,13 @@ def bound(graphs: str = "NONE", transfer: Any = None, sleeps: bool = False) -> A
     ],
 )
 def test_what_an_engine_came_to_is_refused_when_the_streams_are_bound(
-    changes: dict[str, Any], words: str
+    changes: dict[str, Any], words: str, view: Any
 ) -> None:
     """However it came: vLLM's platforms and other settings change what was asked for."""
-    runner = object.__new__(GPUModelRunner)
-    runner.vllm_config = bound()
-    _check(runner)
-    runner.vllm_config = bound(**changes)
+    check, runner = view
+    check(runner(bound()))
     with pytest.raises(ValueError, match=re.escape(words)):
-        _check(runner)
+        check(runner(bound(**changes)))
 
 
 def test_offloading_of_keys_and_values_is_a_connector(model: str) -> None:
@@ -110,7 +122,8 @@ def test_offloading_of_keys_and_values_is_a_connector(model: str) -> None:
     assert refused_config(AsyncEngineArgs(model=model).create_engine_config()) == []
 
 
-def test_a_runner_without_a_seam_is_refused() -> None:
-    """The environment may choose vLLM's other one."""
-    with pytest.raises(ValueError, match=r"V1, and this engine has SimpleNamespace.*RUNNER=0"):
-        _check(SimpleNamespace())
+def test_a_runner_without_a_view_is_refused() -> None:
+    with pytest.raises(ValueError, match="this engine has SimpleNamespace of types"):
+        v1._check(SimpleNamespace())
+    with pytest.raises(ValueError, match="this engine has SimpleNamespace of types"):
+        v2._check(SimpleNamespace(model_state=SimpleNamespace()))

@@ -15,8 +15,10 @@ from adapters.errors import DoesNotFit
 from adapters.formats.base import BaseShapes, base_shapes, plain_shapes
 from adapters.formats.inspect import inspect
 from adapters.formats.peft import CONFIG, WEIGHTS
-from server.checks.adapters import Target, slot_bytes, targets
+from server.checks.adapters import Target, adapter_problems, slot_bytes, targets
+from server.checks.diagnosis import Diagnosis
 from server.settings.file import parse
+from steering.engine_args import adapter_engine_args
 from tests.adapters.make import make_lora
 
 Folders = dict[str, Path]
@@ -46,6 +48,25 @@ def test_every_place_takes_both_sides_of_every_linear_layer() -> None:
         assert config.adapters is not None
         # 60 rank indices take a slot of 64.
         assert slot_bytes(config, config.adapters, [shapes, shapes]) == 2 * 13 * 64 * 3 * item
+
+
+@pytest.mark.parametrize("away", ["server.checks.adapters", "steering.engine_args"])
+def test_engines_with_adapters_run_eagerly_but_on_cpus(
+    away: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lines(**engine: bool) -> list[str]:
+        config = parse({"model": "o/m", "adapters": {}, "engine": engine}, Path("/"), {})
+        assert config.adapters is not None
+        return adapter_problems(config, config.adapters, Diagnosis())
+
+    assert lines(enforce_eager=False) == [] and "enforce_eager" not in adapter_engine_args(2, 8)
+    monkeypatch.setattr(f"{away}.adapters_run_eagerly", lambda: True)
+    assert lines() == lines(enforce_eager=True) == []
+    if away == "steering.engine_args":
+        assert adapter_engine_args(2, 8)["enforce_eager"] is True
+    else:
+        (line,) = lines(enforce_eager=False)
+        assert line.startswith("engine.enforce_eager: refused (got False): ")
 
 
 KNOWN = ("./zoo/models/big", "/home/x/zoo/models/big", "served", "Org/Big-7B")
