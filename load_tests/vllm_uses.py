@@ -172,7 +172,7 @@ class _File:
     def _call(self, node: ast.Call, where: str) -> None:
         target, member = node.func, ""
         if isinstance(target, ast.Attribute):
-            target, member = target.value, target.attr
+            member, target = target.attr, target.value
         symbol = self._object(target)
         imported = isinstance(target, ast.Name) and target.id in self.names
         if symbol is None or member in _COMMON or not (member or imported):
