@@ -181,9 +181,9 @@ def _members(node: ast.ClassDef) -> dict[str, list[str] | None]:
     """What a class has: methods with their arguments, and attributes; not its bases'."""
     found: dict[str, list[str] | None] = {}
     for part in ast.walk(node):
-        stored = isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store)
-        if stored and getattr(part.value, "id", "") in ("self", "cls"):
-            found.setdefault(part.attr, None)
+        match part:
+            case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
+                found.setdefault(name, None)
     for part in node.body:
         if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
             found[part.target.id] = None

@@ -166,13 +166,13 @@ class _File:
         """The symbol, or the class of the object, that an expression is; None if it is ours."""
         if isinstance(node, ast.Name) and node.id in self.names:
             return INSTANCES.get(self.names[node.id], self.names[node.id])
-        name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")
+        name = str(getattr(node, "id", getattr(node, "attr", "")))
         return self.objects.get(name.removeprefix("_"))
 
     def _call(self, node: ast.Call, where: str) -> None:
         target, member = node.func, ""
         if isinstance(target, ast.Attribute):
-            target, member = target.value, target.attr
+            member, target = target.attr, target.value
         symbol = self._object(target)
         imported = isinstance(target, ast.Name) and target.id in self.names
         if symbol is None or member in _COMMON or not (member or imported):
@@ -204,7 +204,7 @@ def _own_names(node: ast.ClassDef) -> Iterator[str]:
         if isinstance(part, _Function):
             yield part.name
         elif isinstance(part, ast.Name | ast.Attribute) and isinstance(part.ctx, ast.Store):
-            yield part.id if isinstance(part, ast.Name) else part.attr
+            yield str(getattr(part, "id", getattr(part, "attr", "")))
 
 
 def _is_super(node: ast.expr) -> bool:
