@@ -33,8 +33,8 @@ serve: install ## the server with the demo zoo on HOST:PORT (CONFIG=..., ARGS='.
 test: check ## everything: formatting, lint, types, layering, all tests (ARGS='...' goes to pytest)
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: $(RAY) ## two ranks, two replicas behind a load balancer, Ray Serve: really run (minutes)
-	$(BIN)/python -m pytest -m fleet $(ARGS)
+test-slow: $(RAY) ## two ranks, two replicas behind a load balancer, Ray Serve, all engine tests on V2 (minutes)
+	$(BIN)/python -m pytest -m 'fleet or emulated' $(ARGS)
 
 fuzz: install ## 5,000 calls made from /openapi.json to each API of a real server (minutes)
 	COXSWAIN_FUZZ=$${COXSWAIN_FUZZ:-5000} $(BIN)/python -m pytest tests/server/fuzz -s $(ARGS)

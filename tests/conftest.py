@@ -1,4 +1,4 @@
-"""What tests of several folders share: one server with the zoo, and a browser."""
+"""What tests of several folders share: one server with the zoo, a browser, what is left out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ from tests.browser import chromium
 # On a busy machine a single example may take long.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests of `make test-slow` unless `-m` names them, whatever else it says."""
+    left = {mark for mark in ("fleet", "emulated") if mark not in config.option.markexpr}
+    found = [item for item in items if any(item.get_closest_marker(mark) for mark in left)]
+    if found:
+        items[:] = [item for item in items if item not in found]
+        config.hook.pytest_deselected(items=found)
 
 
 @pytest.fixture(scope="session")

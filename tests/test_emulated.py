@@ -1,8 +1,13 @@
-"""Model Runner V2 and CUDA graphs, emulated: runs `tests/emulated` in a process of its own."""
+"""Model Runner V2 and CUDA graphs, emulated: runs tests in processes that are prepared for it.
+
+`tests/emulated` has tests of the emulation and of what only it can show. The engine suite runs on
+V2 as it is: its core here, all of it by `make test-slow`.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import pytest
 
@@ -10,7 +15,7 @@ from tests.interpreted import interpret
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None, reason="Triton has no build for this machine"
     ),
@@ -19,10 +24,40 @@ pytestmark = [
 PLUGIN = ("-p", "tests.emulated.plugin")
 """Prepares the process, before anything imports Triton or vLLM."""
 
+CORE = {
+    "tests/engine/test_exactness.py": "test_",
+    "tests/engine/test_adapters.py": (
+        "test_all_kinds or test_base_rows or test_prefixes_are_shared or test_reports"
+    ),
+    "tests/engine/test_heads.py": (
+        "beside_all_other_methods or border_of_a_block or reports_say_which or nothing_of_a_"
+    ),
+    "tests/engine/test_under_pressure.py": (
+        "preempted or padded_ids or penalties or structured_output or a_seed_survives"
+    ),
+}
+"""File → which of its tests. The draws of a whole distribution take minutes in the interpreter."""
 
-def test_emulated(capsys: pytest.CaptureFixture[str]) -> None:
-    printed = interpret(*PLUGIN, "tests/emulated")
+
+def test_the_emulation(capsys: pytest.CaptureFixture[str]) -> None:
+    show(capsys, interpret(*PLUGIN, "tests/emulated"))
+
+
+def test_the_core_of_the_engine_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    names = " or ".join(
+        f"({file.rpartition('/')[2]} and ({which}))" for file, which in CORE.items()
+    )
+    show(capsys, interpret(*PLUGIN, *CORE, "-k", names))
+
+
+@pytest.mark.emulated
+def test_the_engine_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    show(capsys, interpret(*PLUGIN, "tests/engine"))
+
+
+def show(capsys: pytest.CaptureFixture[str], printed: str) -> None:
+    """Prints how many tests passed, and their largest error."""
     with capsys.disabled():
         for line in printed.splitlines():
-            if "largest error" in line or " passed in " in line:
-                print(f"\nemulated: {line}")
+            if "largest error" in line or re.match(r"\d+ passed", line):
+                print(f"\non V2: {line}", end="")

@@ -23,6 +23,25 @@ ATTENTION = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
 
 
 @contextmanager
+def scheduling(*, asynchronous: bool) -> Iterator[None]:
+    """Engines made inside schedule a step before or after the last one's tokens are known.
+
+    vLLM's platform for CPUs switches asynchronous scheduling off.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    on_cpus = platform.check_and_update_config
+
+    def check(_: Any, config: Any) -> None:
+        on_cpus(config)
+        config.scheduler_config.async_scheduling = asynchronous
+
+    with patch.object(platform, "check_and_update_config", classmethod(check)):
+        yield
+
+
+@contextmanager
 def like_cuda(
     mode: str = "NONE", sizes: Sequence[int] = (1, 2, 4), *, asynchronous: bool = False
 ) -> Iterator[None]:
@@ -31,7 +50,7 @@ def like_cuda(
     Args:
         mode: a name of vLLM's `CUDAGraphMode`.
         sizes: padded numbers of rows that graphs are captured for.
-        asynchronous: whether scheduling is.
+        asynchronous: whether the next step is scheduled before the last one's tokens are known.
     """
     import vllm.compilation.breakable_cudagraph as breakable
     import vllm.v1.worker.cpu_worker as worker
@@ -42,11 +61,9 @@ def like_cuda(
     from vllm.v1.worker.worker_base import CompilationTimes
 
     platform = type(current_platform)
-    on_cpus = platform.check_and_update_config
 
     def check(_: Any, config: Any) -> None:
-        on_cpus(config)
-        config.scheduler_config.async_scheduling = asynchronous
+        as_scheduled(config)
         compilation = config.compilation_config
         compilation.cudagraph_mode = CUDAGraphMode[mode]
         compilation.mode = CompilationMode.NONE
@@ -69,6 +86,8 @@ def like_cuda(
 
     with ExitStack() as stack:
         stack.enter_context(graphs.emulated())
+        stack.enter_context(scheduling(asynchronous=asynchronous))
+        as_scheduled = platform.check_and_update_config
         for owner, name, value in (
             (platform, "check_and_update_config", classmethod(check)),
             (platform, "get_attn_backend_cls", classmethod(lambda *_, **__: ATTENTION)),

@@ -10,15 +10,6 @@ from tests.server.adapting.expected import Oracle, make_adapters
 from tests.server.live import make_models
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves these tests out unless `-m` names them, whatever else it says."""
-    if "fleet" in config.option.markexpr:
-        return
-    found = [item for item in items if item.get_closest_marker("fleet")]
-    items[:] = [item for item in items if item not in found]
-    config.hook.pytest_deselected(items=found)
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `base`, `chat` and `plain`."""
