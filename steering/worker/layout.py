@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-RULE_KIND, RULE_STREAM, RULE_PARAM, RULE_HEAD, REPORT, ENDS, REQUEST = range(7)
-EXTRA = 7
-"""Control columns behind the S coefficients: rule kind, its stream, parameter and head, report
-row, set of ids that end a text, request."""
+RULE_KIND, RULE_STREAM, RULE_PARAM, RULE_HEAD, ENDS = range(5)
+EXTRA = 5
+"""Control columns behind the S coefficients: rule kind, its stream, parameter and head, set of ids
+that end a text."""
 
 
 class Control(NamedTuple):
@@ -35,12 +35,8 @@ class Control(NamedTuple):
     """[R] the rule's parameter."""
     head: torch.Tensor
     """[R] index of the head that the rule reads; any number if it reads none."""
-    report: torch.Tensor
-    """[R] 1 + index of the report this row belongs to, 0 for none."""
     ends: torch.Tensor
     """[R] which of the step's sets of ids ends the row's text."""
-    request: torch.Tensor
-    """[R] 1 + number of the row's request in the step."""
     ids: torch.Tensor
     """[R, K] candidate ids; 0 where there is none."""
     added: torch.Tensor
@@ -133,9 +129,7 @@ class Layout:
             stream,
             extra[:, RULE_PARAM],
             extra[:, RULE_HEAD],
-            extra[:, REPORT],
             extra[:, ENDS],
-            extra[:, REQUEST],
             flat[:, end : end + k],
             flat[:, end + k :],
         )

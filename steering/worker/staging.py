@@ -37,6 +37,33 @@ def to_device(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> tuple
     )
 
 
+class HostCopy:
+    """A tensor on its way to the host, which nobody waits for until it is read.
+
+    Args:
+        tensor: not changed afterwards.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._done = tensor, None
+        if tensor.device.type == "cuda":
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor = pinned.copy_(tensor, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    @property
+    def ready(self) -> bool:
+        """Whether `read` would not wait."""
+        return self._done is None or self._done.query()
+
+    def read(self) -> torch.Tensor:
+        """The tensor on the host."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._tensor.cpu()
+
+
 @dataclass(frozen=True, slots=True)
 class StagedBatch:
     """A stream batch, and its arrays on the device. Letters and meanings as in `StreamBatch`.
