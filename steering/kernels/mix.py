@@ -19,6 +19,10 @@ BLOCK = 2048
 """Ids of the largest block of the Triton kernels, which read tables over the vocabulary whole."""
 
 
+FEW_ROWS = 16
+"""Rows up to which the kernels' blocks are smaller: few rows would give few programs."""
+
+
 class Ends(NamedTuple):
     """The ids that end a text, which differ between requests."""
 
@@ -53,9 +57,7 @@ def measure(z: torch.Tensor, base: torch.Tensor) -> Measures:
     steered = z - mass[:, None]
     probability = steered.exp()
     gap = torch.where(probability > 0, steered - (base - base_mass[:, None]), 0.0)
-    return Measures(
-        (probability * gap).sum(-1), mass, base_mass, z.argmax(-1), base.argmax(-1)
-    )
+    return Measures((probability * gap).sum(-1), mass, base_mass, z.argmax(-1), base.argmax(-1))
 
 
 def rows_where(mask: torch.Tensor) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from steering.kernels.mix import BLOCK, Ends, Measures
+from steering.kernels.mix import BLOCK, FEW_ROWS, Ends, Measures
 from steering.kernels.triton_finish import finish
 from steering.kernels.triton_kernels import compare, first
 from steering.kernels.triton_nucleus import WAYS, narrow
@@ -74,7 +74,7 @@ class Blocks:
     @classmethod
     def of(cls, rows: int) -> Blocks:
         """For R rows."""
-        return cls(1024, 4) if rows <= 16 else cls(BLOCK, 8)
+        return cls(1024, 4) if rows <= FEW_ROWS else cls(BLOCK, 8)
 
 
 def marks(size: int, unshared: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor:
@@ -208,11 +208,12 @@ def read_out(
     first[grid](source, *row, size, **static, **own)
     if rule is not None or lacking:
         bits = KEY_BITS[base.dtype]
-        turns = -(-bits // 4) if rule is not None and rule.nuclei else 0
-        bounds = torch.empty(turns, rows, 4, dtype=torch.int32, device=device)
-        counts = torch.empty(min(turns, 2), rows, 2 * WAYS.value, blocks, device=device)
+        turns = -(-bits // 4)
+        launched = turns if rule is not None and rule.nuclei else 0
+        bounds = torch.empty(launched, rows, 4, dtype=torch.int32, device=device)
+        counts = torch.empty(min(launched, 2), rows, 2 * WAYS.value, blocks, device=device)
         static |= {"SHIFT": 32 - bits, "BLOCKS": triton.next_power_of_2(blocks)}
-        for turn in range(turns):
+        for turn in range(launched):
             ends = {"FIRST": turn == 0, "LAST": turn == turns - 1}
             narrow[grid](source, rules, found, bounds, counts, turn, size, **static, **ends)
         finish[grid](source, *row, bounds, counts, turns, size, **static, **own)

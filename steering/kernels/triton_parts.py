@@ -180,7 +180,9 @@ def marks_of(source, v, MARKED: tl.constexpr):
 def scores_of(source, step, width, room, r, v, wanted):
     """Raw scores of one row, float32; −inf beyond the stream's width, anything if not `wanted`."""
     # Whole sixteens are loaded, 16 bytes at a time, and what lies behind the width thrown away.
-    s = tl.load(source + tl.cast(r, tl.int64) * step + v, mask=(v < room) & spread(wanted, v), other=0.0)
+    s = tl.load(
+        source + tl.cast(r, tl.int64) * step + v, mask=(v < room) & spread(wanted, v), other=0.0
+    )
     return tl.where(v < width, s.to(tl.float32), NEVER)
 
 

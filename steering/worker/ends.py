@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from steering.kernels.mix import BLOCK, Ends
+from steering.worker.staging import to_device
 
 Own = tuple[int, ...]
 """Stop ids of a request that the base does not end a text with, in order."""
@@ -50,5 +51,5 @@ class EndSets:
             table = torch.zeros(len(self._shown), -(-self._size // BLOCK) * BLOCK, dtype=torch.bool)
             for line, own in zip(table, self._shown, strict=True):
                 line[[*(i for i in self._base if i < self._size), *own]] = True
-            self._table = table.to(which.device)
+            (self._table,) = to_device([table.numpy()], which.device)
         return Ends(self._table, which)

@@ -138,7 +138,7 @@ class Step:
         ):
             hidden = forward(self.models[i], ids, batch.positions)
         self.counters.count(self.names[i], batch.host.rows.size)
-        return self.readout.alone(i, hidden, size)
+        return self.readout.draft_scores(i, hidden, size)
 
     def _run_full(
         self,
@@ -189,7 +189,7 @@ class Step:
                 return forward(self.models[stream], ids, staged.positions)
 
         scores = candidates_of(self.models[0].compute_logits(hidden(0)), self.readout.padded)
-        ends, note = self.readout.ends.of(which), self.readout.watch.values
+        ends, note = self.readout.ends.of(which), self.readout.watch.requests
         offsets = tables.offsets
         add = self.values.add(plan.valued, scores, hidden, schedule, offsets, run, ends, note)
         layout.write_additions(out, last, add.ids, add.added)
