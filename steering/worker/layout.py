@@ -12,8 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 RULE_KIND, RULE_STREAM, RULE_PARAM, RULE_HEAD, ENDS = range(5)
@@ -77,17 +75,16 @@ class Layout:
         start = sum(self.sizes[:stream])
         return slice(start, start + self.sizes[stream])
 
-    def write_control(self, out: torch.Tensor, control: npt.NDArray[np.float32]) -> None:
+    def write_control(self, out: torch.Tensor, control: torch.Tensor) -> None:
         """Writes control rows into the first rows of `out`.
 
         Args:
             out: [T, width] of `dtype`, changed in place; its other control columns must be 0.
-            control: [t ≤ T, S + EXTRA] float32.
+            control: [t ≤ T, S + EXTRA] float32, on the same device.
         """
-        bits = torch.from_numpy(np.ascontiguousarray(control)).view(self.dtype)
+        bits = control.view(self.dtype)
         start = sum(self.sizes)
-        part = out[: bits.shape[0], start : start + bits.shape[1]]
-        part.copy_(bits, non_blocking=True)
+        out[: bits.shape[0], start : start + bits.shape[1]] = bits
 
     def write_additions(
         self, out: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, added: torch.Tensor

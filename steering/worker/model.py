@@ -27,14 +27,14 @@ from steering.worker.layout import Layout
 from steering.worker.one_product import OneProduct, one_product
 from steering.worker.readout import Readout
 from steering.worker.report import choice_of
-from steering.worker.reporter import Reporter, StagedReport, StepReport, stage_rows
+from steering.worker.reporter import Reporter
 from steering.worker.request_state import RequestStates
-from steering.worker.rows import DrawRows
 from steering.worker.runner import RunnerView
+from steering.worker.scoring import Scoring
 from steering.worker.scratch import scratch_blocks
 from steering.worker.speculation_seam import SpeculationSeam
 from steering.worker.step import Counters, Step, forward
-from steering.worker.step_plan import Classes, StepPlan, plan_step
+from steering.worker.step_plan import StepPlan, plan_step
 from steering.worker.streams import Streams, hidden_width
 from steering.worker.triton_readout import TritonReadout, readout_class
 from steering.worker.v1 import V1View
@@ -83,13 +83,13 @@ class SteeredForCausalLM(nn.Module):
         self._view: RunnerView | None = None
         self._step: Step | None = None
         self._plan: StepPlan | None = None
-        self._drawing: DrawRows | None = None
         self._lora_manager: Any = None
         own = self._readout.ends.own
         self.states = RequestStates(self.names, tuple(self.heads), own, self.is_hybrid)
         readings = dict(zip(built, heads.readings(self._sources, self.names, built), strict=True))
         layout, watch = self._readout.layout, self._readout.watch
         self.reporter = Reporter(self.names, layout, readings, watch)
+        self._scoring = Scoring(self._readout, self.reporter)
         none = dict.fromkeys(self.names, 0)
         self.counters = Counters(dict(none), dict(none))
         lora_seam.prepare(self, vllm_config)
@@ -129,6 +129,7 @@ class SteeredForCausalLM(nn.Module):
         scratch = scratch_blocks(runner.vllm_config, runner.kv_cache_config)
         contexts = StreamContexts(runner, sizes, layers, view.block_table, scratch)
         self._readout = replace(self._readout, one_product=self._one_product(runner))
+        self._scoring.readout = self._readout
         self._step = Step(
             self.names,
             self._streams.original,
@@ -219,13 +220,12 @@ class SteeredForCausalLM(nn.Module):
         """[T, H_0] when no row of this step is steered, else [T, layout.width]."""
         schedule = None if self._view is None else self._view.schedule()
         if self._view is None or self._step is None or schedule is None:
-            self._plan = self._drawing = None
+            self._plan = None
+            self._scoring.begin(None)
             return self._forward_all(input_ids, positions, inputs_embeds)
-        self._readout.watch.begin_step(len(schedule.request_ids))
         tables = self.states.apply(schedule.request_ids)
-        self._readout.ends.show(tables.ends)
         plan = self._plan = plan_step(schedule, tables)
-        self._drawing = DrawRows.of(schedule)
+        self._scoring.begin(plan)
         self._step.begin(plan, self._view.adapter_sets(len(schedule.request_ids)))
         if not tables.steered:
             return self._step.base(input_ids, positions, inputs_embeds)
@@ -236,41 +236,8 @@ class SteeredForCausalLM(nn.Module):
         return hidden
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """[R, V] scores of the steered model, a pure function of the rows.
-
-        The first call after a step has the rows that draw; later ones are of prompts.
-        """
-        drawing, self._drawing = self._drawing, None
-        if drawing is None or self._plan is None:
-            return self._scores(hidden, None)
-        watch, readout = self._readout.watch, self._readout
-        scored = [unembed is not None for unembed in readout.unembed]
-        report = StepReport.of(self._plan, drawing, scored)
-        table, staged = stage_rows(drawing, report, hidden.device)
-        watch.begin_rows(hidden.shape[0], hidden.device)
-        z = self._scores(hidden, staged)
-        watch.end_rows(table)
-        return z
-
-    def _scores(self, hidden: torch.Tensor, report: StagedReport | None) -> torch.Tensor | None:
-        readout = self._readout
-        if hidden.shape[-1] == readout.layout.sizes[0]:
-            scores: torch.Tensor | None = self._forwards[0].compute_logits(hidden)
-            if scores is not None:
-                readout.watch.scores(0, scores)
-            return scores
-        unknown = Classes.all(readout.layout.streams, len(readout.heads))
-        classes = self._plan.classes if self._plan else unknown
-        if classes.uniform_sum and report is None:
-            z = readout.in_one(hidden, classes.active)
-            if z is not None:
-                return z
-        mixed = readout(hidden, classes, None if report is None else report.rows)
-        if mixed is None:
-            return None
-        if report is not None:
-            self.reporter.measure(report, mixed, hidden, readout)
-        return mixed.z
+        """[R, V] scores of the steered model, a pure function of the rows."""
+        return self._scoring(hidden)
 
     def draft(self, rows: Int64, newest: Int64, token_ids: Int32) -> dict[int, list[int]]:
         """Drafts what may follow the step that was run last; see `Drafting`."""

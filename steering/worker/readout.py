@@ -136,6 +136,13 @@ class Readout:
         critical = self._log_odds(hidden, control, classes) if classes.heads else None
         return self._mixed(Mixed(base, base, streams, critical), control, classes, reported)
 
+    def base(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """[R, V] the base's scores of a step in which it runs alone, from its [R, H_0]."""
+        scores = self._unembed(0, hidden)
+        if scores is not None:
+            self.watch.scores(0, scores)
+        return scores
+
     def in_one(self, hidden: torch.Tensor, active: Sequence[bool]) -> torch.Tensor | None:
         """[R, V] float32 scores by one product; None where these streams have none.
 

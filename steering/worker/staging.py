@@ -125,12 +125,26 @@ class StagedBatch:
 
 def stage(batches: Sequence[StreamBatch], device: torch.device) -> list[StagedBatch]:
     """Brings stream batches to the device."""
-    arrays = [
+    return _staged(batches, to_device(_arrays(batches), device))
+
+
+def stage_step(
+    batches: Sequence[StreamBatch], control: npt.NDArray[np.float32], device: torch.device
+) -> tuple[list[StagedBatch], torch.Tensor]:
+    """Brings the stream batches of a step to the device, and its control."""
+    *there, last = to_device([*_arrays(batches), control], device)
+    return _staged(batches, there), last
+
+
+def _arrays(batches: Sequence[StreamBatch]) -> list[npt.NDArray[Any]]:
+    return [
         array
         for b in batches
         for array in (
             b.rows, b.tokens, b.positions, b.token_rows, b.starts, b.lengths, b.own_at, b.own_ids
         )
     ]  # fmt: skip
-    there = to_device(arrays, device)
+
+
+def _staged(batches: Sequence[StreamBatch], there: Sequence[torch.Tensor]) -> list[StagedBatch]:
     return [StagedBatch(b, *there[8 * i : 8 * i + 8]) for i, b in enumerate(batches)]

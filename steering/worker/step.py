@@ -20,7 +20,7 @@ from steering.worker.contexts import StreamContexts
 from steering.worker.lora_seam import LoraSeam
 from steering.worker.overlaps import read_as
 from steering.worker.readout import Readout
-from steering.worker.staging import StagedBatch, stage, to_device
+from steering.worker.staging import StagedBatch, stage, stage_step, to_device
 from steering.worker.step_plan import StepPlan
 from steering.worker.values import ValueStreams, candidates_of
 
@@ -116,13 +116,14 @@ class Step:
         layout, device = self.readout.layout, positions.device
         out = torch.zeros(positions.shape[0], layout.width, dtype=layout.dtype, device=device)
         distinct = plan.distinct
-        staged = dict(zip(map(id, distinct), stage(distinct, device), strict=True))
+        batches, there = stage_step(distinct, control, device)
+        staged = dict(zip(map(id, distinct), batches, strict=True))
         for i, batch in enumerate(plan.batches):
             if batch is not None:
                 self._run_batch(i, staged[id(batch)], input_ids, out)
             elif plan.classes.active[i]:
                 self._run_full(i, plan.schedule.tokens, input_ids, positions, out)
-        layout.write_control(out, control)
+        layout.write_control(out, there)
         if plan.valued:
             self._add_values(plan, input_ids, out)
         return out
