@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from load_tests.adapter_kernel_bench import Timer
@@ -103,7 +102,8 @@ class Work:
         k = case.streams - 1 if case.rule in CRITICAL_KINDS else 0
         control = [*coef, float(case.rule), k, PARAMS.get(case.rule, 0.0), 0.0, 0.0]
         self.hidden = torch.zeros(case.rows, layout.width, device=device)
-        layout.write_control(self.hidden, np.tile(np.array(control, np.float32), (case.rows, 1)))
+        row = torch.tensor(control, dtype=torch.float32, device=device)
+        layout.write_control(self.hidden, row.repeat(case.rows, 1))
         odds = torch.ones(case.rows, device=device)
         self.readout = Readout(
             layout,

@@ -129,8 +129,9 @@ class Readout:
                     self._unembed(i, hidden[:, self.layout.columns(i)].contiguous())
             return None
         self.watch.scores(0, base)
+        uses = control.coef != 0
         streams = [
-            self._scores(i, hidden, control.coef) if i and ran[i] else None
+            self._scores(i, hidden, uses[:, i]) if i and ran[i] else None
             for i in range(self.layout.streams)
         ]
         critical = self._log_odds(hidden, control, classes) if classes.heads else None
@@ -245,15 +246,15 @@ class Readout:
         assert unembed is not None
         return unembed(hidden)
 
-    def _scores(self, i: int, hidden: torch.Tensor, coef: torch.Tensor) -> Scores:
-        """What stream i has of its own, on the rows that sum it or on all."""
-        part, uses = hidden[:, self.layout.columns(i)], coef[:, i] != 0
-        rows = self._rows_where(uses)
+    def _scores(self, i: int, hidden: torch.Tensor, uses: torch.Tensor) -> Scores:
+        """What stream i has of its own, on the rows that sum it ([R] bool) or on all."""
+        part, rows = hidden[:, self.layout.columns(i)], self._rows_where(uses)
+        counted = uses if rows is None else None
         if rows is not None and rows.numel() == hidden.shape[0]:
-            rows = uses = None
+            rows = None
         own = self._unembed(i, part.contiguous() if rows is None else part[rows])
         assert own is not None
-        self.watch.scores(i, own, rows, uses if rows is None else None)
+        self.watch.scores(i, own, rows, counted)
         return Scores(rows, own)
 
     def _log_odds(self, hidden: torch.Tensor, control: Control, classes: Classes) -> torch.Tensor:

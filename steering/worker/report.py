@@ -81,7 +81,7 @@ class Tally:
             # All tokens of a step are drafts but the last, which was drawn behind them.
             accepted += max(min(drawn - 1, left), 0)
             entries += step.entries[:left]
-        heads = next((e["heads"] for e in reversed(entries) if "heads" in e), {})
+        heads: dict[str, float] = next((e["heads"] for e in reversed(entries) if "heads" in e), {})
         return {
             "tokens": len(entries),
             "kl_sum": sum(e["kl"] for e in entries),

@@ -126,10 +126,11 @@ class StagedReport:
     @classmethod
     def of(cls, host: StepReport, arrays: Sequence[torch.Tensor]) -> StagedReport:
         """From the arrays of `StepReport.arrays` on the device."""
-        names, some = [*host.heads, *host.choices], arrays[6:]
-        by_name = dict(zip(names, some, strict=True))
-        heads = {name: by_name[name] for name in host.heads}
-        return cls(host, *arrays[:6], heads, {i: by_name[i] for i in host.choices})
+        rows, requests, nth, detail, detail_rows, critical, *some = arrays
+        of_head, of_stream = some[: len(host.heads)], some[len(host.heads) :]
+        heads = dict(zip(host.heads, of_head, strict=True))
+        choices = dict(zip(host.choices, of_stream, strict=True))
+        return cls(host, rows, requests, nth, detail, detail_rows, critical, heads, choices)
 
 
 def stage_rows(
@@ -222,10 +223,11 @@ class Reporter:
             best = readout.alone(i, mixed, rows).log_softmax(-1).max(-1)
             columns["choices", self.names[i], "id"] = host.choices[i], best.indices
             columns["choices", self.names[i], "logprob"] = host.choices[i], best.values
-        scores = tuple(s[report.detail_rows].float() for s in (mixed.z, mixed.base))
-        masses = tuple(m[report.detail] for m in (measures.mass, measures.base_mass))
+        some, rows = report.detail, report.detail_rows
+        scores = mixed.z[rows], mixed.base[rows].float()
+        masses = measures.mass[some], measures.base_mass[some]
         if host.detail.size:
-            best_of_base = measures.base_choice[report.detail]
+            best_of_base = measures.base_choice[some]
             columns["choices", BASE, "logprob"] = (
                 host.detail,
                 _log_probability(scores[1], masses[1], best_of_base),

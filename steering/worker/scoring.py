@@ -52,7 +52,7 @@ class Scoring:
         scored = [unembed is not None for unembed in self.readout.unembed]
         report = StepReport.of(self._plan, drawing, scored)
         table, staged = stage_rows(drawing, report, hidden.device)
-        watch.begin_rows(hidden.shape[0], hidden.device)
+        watch.begin_rows(hidden.shape[0])
         z = self._scores(hidden, staged)
         watch.end_rows(table)
         return z

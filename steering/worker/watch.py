@@ -46,6 +46,7 @@ class Watch:
     suspects: Suspects | None = None
     """Finds the streams at fault on a host that may wait, if this step's flags name several."""
     _requests: int = 0
+    _count: int = 0
     _rows: torch.Tensor | None = None
     _table: torch.Tensor | None = None
     _sent: HostCopy | None = field(default=None, repr=False)
@@ -53,7 +54,8 @@ class Watch:
     def begin_step(self, requests: int) -> None:
         """A new step of Q requests."""
         self._requests = requests
-        self.flags = self.suspects = self._rows = self._table = self._sent = None
+        self._count, self.flags = 0, None
+        self.suspects = self._rows = self._table = self._sent = None
         self.at_fault = frozenset()
 
     def requests(self, i: int, numbers: torch.Tensor, requests: torch.Tensor | None = None) -> None:
@@ -64,25 +66,19 @@ class Watch:
             numbers: one for each of `requests`.
             requests: [n] int64 distinct numbers of requests of the step; None: all, in order.
         """
-        self._flag((~torch.isfinite(numbers)).long() << i, requests)
+        flags = _bad(numbers) * (1 << i)
+        self.flags = _or(self.flags, flags, requests, self._requests)
 
     def left(self, scores: torch.Tensor) -> None:
         """Looks at [Q, V] what the requests' constraints have left, one row per request."""
-        self._flag((scores.amax(-1) == -math.inf).long() * NOTHING_LEFT, None)
-
-    def _flag(self, flags: torch.Tensor, requests: torch.Tensor | None) -> None:
-        if self.flags is None:
-            self.flags = flags.new_zeros(self._requests)
-        if requests is None:
-            self.flags |= flags
-        else:
-            self.flags[requests] |= flags
+        flags = (scores.amax(-1) == -math.inf) * NOTHING_LEFT
+        self.flags = _or(self.flags, flags, None, self._requests)
 
     # --- the rows of the read-out, several of a request under speculation -----------------------
 
-    def begin_rows(self, rows: int, device: torch.device) -> None:
+    def begin_rows(self, rows: int) -> None:
         """R rows of requests follow, until `end_rows`; rows of prompts are not looked at."""
-        self._rows = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._count, self._rows = rows, None
 
     def scores(
         self,
@@ -92,7 +88,7 @@ class Watch:
         counted: torch.Tensor | None = None,
     ) -> None:
         """Looks at [n, V] raw scores of stream i; other arguments as of `numbers`."""
-        if self._rows is not None and scores.numel():
+        if self._count and scores.numel():
             self.numbers([i], scores.amax(-1), rows, counted)
 
     def numbers(
@@ -110,14 +106,11 @@ class Watch:
             rows: [n] int64, which of the R; None: all.
             counted: [n] bool, which numbers mean something; None: all.
         """
-        if self._rows is None:
+        if not self._count:
             return
-        bad = ~torch.isfinite(numbers)
-        flags = (bad if counted is None else bad & counted).long() * sum(1 << i for i in bits)
-        if rows is None:
-            self._rows |= flags
-        else:
-            self._rows[rows] |= flags
+        bad = _bad(numbers)
+        flags = (bad if counted is None else bad & counted) * sum(1 << i for i in bits)
+        self._rows = _or(self._rows, flags, rows, self._count)
 
     def end_rows(self, table: torch.Tensor | None) -> None:
         """The rows are complete.
@@ -126,10 +119,10 @@ class Watch:
             table: [Q, K + 1] int64, the rows of each request, its last one repeated if it has
                 fewer; None: row q is request q's.
         """
-        rows, self._rows, self._table = self._rows, None, table
+        rows, self._count, self._rows, self._table = self._rows, 0, None, table
         if rows is not None:
             for flags in [rows] if table is None else rows[table].unbind(1):
-                self._flag(flags, None)
+                self.flags = _or(self.flags, flags, None, self._requests)
 
     # --- on the host ----------------------------------------------------------------------------
 
@@ -154,6 +147,22 @@ class Watch:
         self.begin_step(self._requests)
         self.at_fault = frozenset(i for i, flag in faults.items() if flag & ~NOTHING_LEFT)
         return faults
+
+
+def _bad(numbers: torch.Tensor) -> torch.Tensor:
+    """Which numbers are NaN or infinite: their difference to themselves is not 0."""
+    return (numbers - numbers) != 0
+
+
+def _or(
+    flags: torch.Tensor | None, more: torch.Tensor, at: torch.Tensor | None, count: int
+) -> torch.Tensor:
+    """[count] the flags, with more at some places (None: at all)."""
+    if at is None:
+        return more if flags is None else flags | more
+    flags = more.new_zeros(count) if flags is None else flags.clone()
+    flags[at] |= more
+    return flags
 
 
 def named(flag: int, names: Sequence[str]) -> list[str]:

@@ -26,8 +26,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from steering.kernels import triton_mix
-from steering.plan import BASE, Rule, RuleKind, SteeringPlan, Values
+from steering.plan import BASE, Report, Rule, RuleKind, SteeringPlan, Values
 from steering.wire import SteeringPayload
 from steering.worker import ends as ends_module
 from steering.worker import reporter as reporter_module
@@ -108,7 +107,7 @@ class Recorder(TorchDispatchMode):
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         if self.device in devices and any(t.device.type != self.device for t in made):
             raise Refused(f"{name} copies to the host, and waits")
-        if not func.is_view and not name.startswith("aten.empty"):
+        if not func.is_view and not name.startswith(("aten.empty", "prim.")):
             self.counts["operations"] += any(t.device.type == self.device for t in given + made)
         return result
 
@@ -152,6 +151,8 @@ class Recorder(TorchDispatchMode):
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
     """Stands in for all that would need a real device."""
+    from steering.kernels import triton_mix  # not every machine has Triton
+
     with ExitStack() as stack:
         for module in (ends_module, reporter_module, values_module):
             stack.enter_context(mock.patch.object(module, "to_device", recorder.to_device))
@@ -162,7 +163,9 @@ def recording(recorder: Recorder) -> Iterator[None]:
         yield
 
 
-def step_of(plans: Sequence[SteeringPlan | None], report: str = "off", drafts: int = 0) -> StepPlan:
+def step_of(
+    plans: Sequence[SteeringPlan | None], report: Report = "off", drafts: int = 0
+) -> StepPlan:
     """A decode step of requests with these plans; the steered ones report."""
     states = []
     for i, plan in enumerate(plans):
@@ -170,8 +173,8 @@ def step_of(plans: Sequence[SteeringPlan | None], report: str = "off", drafts: i
         if plan is not None:
             tag = "" if report == "off" else f"tag{i}"
             heads = ("critic",) if report != "off" else ()
-            told = replace(plan, report=report, heads=heads, bodies=("chat",) if heads else ())
-            payload = SteeringPayload(told, 0, tag, 0)
+            reported = replace(plan, report=report, heads=heads, bodies=("chat",) if heads else ())
+            payload = SteeringPayload(reported, 0, tag, 0)
         states.append(request_state(payload, 9, NAMES, ("critic",), (7,)))
     count = len(states)
     lengths = np.full(count, 1 + drafts, np.int32)
@@ -219,13 +222,13 @@ def run(scoring: Scoring, recorder: Recorder, plan: StepPlan) -> None:
         layout.write_control(hidden, *recorder.to_device([control], hidden.device))
     if plan.valued:
         _add_values(scoring, recorder, plan, hidden)
-    index = torch.empty(rows, dtype=torch.int64, device=recorder.device)
-    z = scoring(hidden[index])
+    z = scoring(torch.empty(rows, width, dtype=layout.dtype, device=recorder.device))
     assert z is not None and z.shape == (rows, SIZE)
-    ids = torch.empty(len(plan.schedule.drafts), 1 + DRAFTS, dtype=torch.int64)
-    readout.watch.left(z[: len(ids)])
+    count = len(plan.schedule.drafts)
+    readout.watch.left(z[:count])
     readout.watch.send()
-    scoring.reporter.sampled(ids.to(recorder.device))
+    ids = torch.empty(count, 1 + DRAFTS, dtype=torch.int64, device=recorder.device)
+    scoring.reporter.sampled(ids)
     scoring(hidden[:1])  # of a prompt
 
 
@@ -241,7 +244,9 @@ def _add_values(scoring: Scoring, recorder: Recorder, plan: StepPlan, hidden: to
     def after(_stream: int, tokens: torch.Tensor, _batch: Candidates) -> torch.Tensor:
         return torch.empty(len(tokens), HIDDEN, device=recorder.device)
 
-    scores = candidates_of(readout._unembed(0, hidden[last, :HIDDEN]), readout.padded)
+    base = readout._unembed(0, hidden[last, :HIDDEN])
+    assert base is not None
+    scores = candidates_of(base, readout.padded)
     add = streams.add(
         plan.valued,
         scores,
@@ -256,7 +261,7 @@ def _add_values(scoring: Scoring, recorder: Recorder, plan: StepPlan, hidden: to
 
 
 def counted(
-    kind: type[Readout], plans: Sequence[SteeringPlan | None], report: str, drafts: int
+    kind: type[Readout], plans: Sequence[SteeringPlan | None], report: Report, drafts: int
 ) -> Counter[str]:
     """What a step does on a device, its fourth time: what is kept between steps is there.
 
@@ -274,6 +279,12 @@ def counted(
     return recorder.counts
 
 
+CASES: tuple[tuple[Report, int], ...] = (
+    ("off", 0),
+    ("summary", 0),
+    ("tokens", 0),
+    ("tokens", DRAFTS),
+)
 COLUMNS = ("unembeddings", "kernels", "operations", "copies to the device", "copies to the host")
 
 
@@ -292,7 +303,7 @@ def page() -> str:
         "|---|---|---|" + "---|" * (len(COLUMNS) + 1),
     ]
     for name, plans in PLANS.items():
-        for report, drafts in (("off", 0), ("summary", 0), ("tokens", 0), ("tokens", DRAFTS)):
+        for report, drafts in CASES:
             if (report != "off" and not any(plans)) or (
                 drafts and name in ("values", "all of these")
             ):

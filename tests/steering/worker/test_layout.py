@@ -22,7 +22,7 @@ def test_coefficients_survive_bit_for_bit(dtype: torch.dtype) -> None:
     values[:, 3:] = np.array([[*own, row % 3] for row, own in enumerate(extra)])
     out = torch.full((6, layout.width), float("nan"), dtype=dtype)
     out[:, sum(layout.sizes) :] = 0
-    layout.write_control(out, values)
+    layout.write_control(out, torch.from_numpy(values))
     control = layout.read_control(out)
     assert torch.equal(layout.read_coef(out), control.coef)
     assert torch.equal(control.coef[:4], torch.from_numpy(values[:, :3]))

@@ -63,7 +63,7 @@ def rows_of(layout: Layout, coef: np.ndarray) -> torch.Tensor:
     hidden[:, sum(layout.sizes) :] = 0
     control = np.zeros((len(coef), layout.streams + EXTRA), np.float32)
     control[:, : layout.streams] = coef
-    layout.write_control(hidden, control)
+    layout.write_control(hidden, torch.from_numpy(control))
     return hidden
 
 

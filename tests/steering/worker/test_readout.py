@@ -32,7 +32,7 @@ def rows_of(coef: torch.Tensor, layout: Layout) -> torch.Tensor:
     hidden = torch.randn(len(coef), layout.width, generator=torch.Generator().manual_seed(4))
     control = np.zeros((len(coef), layout.width - sum(layout.sizes)), np.float32)
     control[:, : coef.shape[1]] = coef.numpy()
-    layout.write_control(hidden, control)
+    layout.write_control(hidden, torch.from_numpy(control))
     return hidden
 
 

@@ -113,7 +113,7 @@ def test_additions_ride_on_their_rows_and_land_on_their_ids(dtype: torch.dtype) 
     control = np.zeros((4, 1 + EXTRA), np.float32)
     control[:, 0] = 1
     hidden[:, sum(layout.sizes) :] = 0
-    layout.write_control(hidden, control)
+    layout.write_control(hidden, torch.from_numpy(control))
     ids, added = torch.tensor([[7, 21], [0, 37]]), torch.tensor([[0.5, -1e-7], [2.0, -2.0]])
     layout.write_additions(hidden, torch.tensor([1, 3]), ids, added)
     found = readout(hidden, Classes.all(1))

@@ -10,7 +10,6 @@ import torch
 from steering.worker.watch import NOTHING_LEFT, Watch, named
 
 NAMES = ("base", "chat", "plain", "critic")
-CPU = torch.device("cpu")
 
 
 def rows(*bad: tuple[int, float], count: int = 4) -> torch.Tensor:
@@ -25,7 +24,7 @@ def step(requests: int = 4, count: int | None = None) -> Watch:
     """A watch inside the rows of a step."""
     watch = Watch(NAMES)
     watch.begin_step(requests)
-    watch.begin_rows(requests if count is None else count, CPU)
+    watch.begin_rows(requests if count is None else count)
     return watch
 
 
@@ -48,7 +47,7 @@ def test_ids_that_a_model_rules_out_are_no_fault(dtype: torch.dtype) -> None:
     watch.scores(0, rows((1, -math.inf)).to(dtype))
     watch.end_rows(None)
     assert watch.take() == {}
-    watch.begin_rows(4, CPU)
+    watch.begin_rows(4)
     watch.scores(0, torch.full((2, 9), -math.inf, dtype=dtype), torch.tensor([0, 1]))
     watch.end_rows(None)
     assert watch.take() == {0: 1, 1: 1}

@@ -78,7 +78,7 @@ def rows_of(layout: Layout, coef: np.ndarray, ruled: bool, valued: bool) -> torc
         control[row, STREAMS + RULE_PARAM] = rng.choice([0.1, 0.5, 0.93])
         control[row, STREAMS + RULE_HEAD] = rng.integers(2)
     hidden[:, sum(layout.sizes) :] = 0
-    layout.write_control(hidden, control)
+    layout.write_control(hidden, torch.from_numpy(control))
     if valued:
         some = torch.arange(0, len(coef), 4)
         ids = torch.tensor(rng.choice(np.arange(1, 1049), (len(some), CANDIDATES), replace=False))
