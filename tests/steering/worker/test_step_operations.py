@@ -1,4 +1,4 @@
-"""No step makes the host wait for a device; its kernels have few variants, compiled at the start."""
+"""No step makes the host wait for a device; the variants of its kernels are few, and made early."""
 
 from __future__ import annotations
 
