@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from load_tests.adapter_kernel_bench import Timer
@@ -35,6 +34,7 @@ from steering.plan import CRITICAL_KINDS, RuleKind
 from steering.worker.ends import EndSets
 from steering.worker.layout import Layout
 from steering.worker.readout import Reading, Readout, Vocabulary
+from steering.worker.step_plan import Classes
 
 PARAMS = {RuleKind.PLAUSIBLE: 0.1, RuleKind.NUCLEUS: 0.95, RuleKind.CRITICAL: 0.5}
 ENDS = (2, 5)
@@ -100,9 +100,10 @@ class Work:
         layout = Layout((HIDDEN,) * case.streams, torch.float32)
         coef = [1.0, *(0.7 * (-1) ** i for i in range(case.streams - 1))]
         k = case.streams - 1 if case.rule in CRITICAL_KINDS else 0
-        control = [*coef, float(case.rule), k, PARAMS.get(case.rule, 0.0), *[0.0] * 4]
+        control = [*coef, float(case.rule), k, PARAMS.get(case.rule, 0.0), 0.0, 0.0]
         self.hidden = torch.zeros(case.rows, layout.width, device=device)
-        layout.write_control(self.hidden, np.tile(np.array(control, np.float32), (case.rows, 1)))
+        row = torch.tensor(control, dtype=torch.float32, device=device)
+        layout.write_control(self.hidden, row.repeat(case.rows, 1))
         odds = torch.ones(case.rows, device=device)
         self.readout = Readout(
             layout,
@@ -116,6 +117,9 @@ class Work:
         self.coef = read.coef.contiguous()
         critical = odds if case.rule in CRITICAL_KINDS else None
         nuclei = case.rule is RuleKind.NUCLEUS
+        rules = frozenset({case.rule} - {RuleKind.SUM})
+        heads = (0,) if critical is not None else ()
+        self.classes = Classes((True,) * case.streams, rules, heads)
         self.rule = None
         self.marks = None
         if case.rule is not RuleKind.SUM:
@@ -132,10 +136,9 @@ class Work:
 
     def torch(self) -> torch.Tensor:
         """The same by the worker's torch path."""
-        special = self.case.rule is not RuleKind.SUM
-        found = self.readout(self.hidden, [True] * self.case.streams, special)
-        assert found is not None
-        return found.z
+        mixed = self.readout(self.hidden, self.classes)
+        assert mixed is not None
+        return mixed.z
 
     def check(self) -> None:
         """Raises `AssertionError` if the two paths differ by more than rounding."""

@@ -183,19 +183,19 @@ class SteeredLLM(AsyncLLM):
         noted: Trail,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Passes outputs on without the padding; fetches the report before the last one."""
-        drawn: dict[str, list[int]] = {}
+        tokens: dict[str, int] = {}
         taken = not boarding.tag
         try:
             async with aclosing(outputs):
                 async for output in outputs:
                     boarding.unpad(output)
                     for choice in output.outputs:
-                        own = drawn.setdefault(str(choice.index), [])
-                        # Of a stream's outputs each tells what is new, of others each tells all.
-                        own[len(own) if delta else 0 :] = choice.token_ids
+                        # Each output of a stream has what is new, each of others has all.
+                        before = tokens.get(str(choice.index), 0) if delta else 0
+                        tokens[str(choice.index)] = before + len(choice.token_ids)
                     if output.finished and not taken:
                         taken = True
-                        reports[index] = await self.report(boarding.tag, drawn)
+                        reports[index] = await self.report(boarding.tag, tokens)
                         metrics.measured(noted, reports[index])
                     yield output
         finally:
@@ -274,14 +274,14 @@ class SteeredLLM(AsyncLLM):
                 raise from_wire(one["error"])
         return [one["done"] for one in answers]
 
-    async def report(self, tag: str, drawn: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
+    async def report(self, tag: str, tokens: dict[str, int]) -> dict[str, dict[str, Any]]:
         """What the worker measured for one prompt; the worker forgets it.
 
         Args:
             tag: from the prompt's payload.
-            drawn: choice index (as text) → all its tokens.
+            tokens: choice index (as text) → how many tokens it has; see `ReportBook.take`.
         """
-        engines = await self._ask("coxswain_report", tag, drawn)
+        engines = await self._ask("coxswain_report", tag, tokens)
         return next((answer for workers in engines for answer in workers if answer), {})
 
     async def counters(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Letters: R rows, V the base's vocabulary, S streams (base first).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,10 @@ BLOCK = 2048
 """Ids of the largest block of the Triton kernels, which read tables over the vocabulary whole."""
 
 
+FEW_ROWS = 16
+"""Rows up to which the kernels' blocks are smaller: few rows would give few programs."""
+
+
 class Ends(NamedTuple):
     """The ids that end a text, which differ between requests."""
 
@@ -27,9 +31,41 @@ class Ends(NamedTuple):
     which: torch.Tensor
     """[R] float32, the set of each row."""
 
-    def of(self, rows: torch.Tensor, size: int) -> torch.Tensor:
+    def of(self, rows: torch.Tensor | slice, size: int) -> torch.Tensor:
         """[r, size] bool: the sets of some rows."""
         return self.table[self.which[rows].long().clamp(0, len(self.table) - 1), :size]
+
+
+class Measures(NamedTuple):
+    """What reports say of n rows, each [n]: float32, and int64 ids."""
+
+    kl: torch.Tensor
+    """KL(z ‖ base) in nats."""
+    mass: torch.Tensor
+    """Log Σ exp of z."""
+    base_mass: torch.Tensor
+    """The same of the base."""
+    choice: torch.Tensor
+    """The most likely id of z; of equals the lowest."""
+    base_choice: torch.Tensor
+    """The same of the base."""
+
+
+def measure(z: torch.Tensor, base: torch.Tensor) -> Measures:
+    """Compares [n, V] float32 scores with the base's; `reference.measure_reference` in torch."""
+    mass, base_mass = z.logsumexp(-1), base.logsumexp(-1)
+    steered = z - mass[:, None]
+    probability = steered.exp()
+    gap = torch.where(probability > 0, steered - (base - base_mass[:, None]), 0.0)
+    return Measures((probability * gap).sum(-1), mass, base_mass, z.argmax(-1), base.argmax(-1))
+
+
+def rows_where(mask: torch.Tensor) -> torch.Tensor | None:
+    """[n] int64 rows where a mask holds; None on a device that the host would have to wait for.
+
+    There a caller computes all rows and selects by the mask.
+    """
+    return torch.nonzero(mask)[:, 0] if mask.device.type == "cpu" else None
 
 
 def mix(
@@ -41,6 +77,7 @@ def mix(
     lacking: bool = True,
     critical: torch.Tensor | None = None,
     ends: Ends | None = None,
+    kinds: Collection[RuleKind] = tuple(RuleKind),
 ) -> torch.Tensor:
     """`z` for R rows.
 
@@ -55,6 +92,7 @@ def mix(
         lacking: False promises that no stream lacks an id that the base has, which saves work.
         critical: [R] float32 log-odds of the rows' heads; None if no row has a `CRITICAL` rule.
         ends: the ids that end a text; None for none. Of a row, fewer than V.
+        kinds: rules that occur among the rows, or more.
 
     Returns:
         [R, V] float32 scores; finite, but where the definition has no score for an id.
@@ -63,32 +101,72 @@ def mix(
         assert kind is not None
         coef = _without_rule_stream(coef, kind, stream)
     z = weighted_sum(logits, coef)
-    if kind is not None:
-        _on_rows(kind == float(RuleKind.NUCLEUS), _nucleus, z, logits, coef, stream, param)
+    rule = _Rows(logits, coef, stream.long(), param)
+    if kind is not None and RuleKind.NUCLEUS in kinds:
+        z = _replaced(z, kind == float(RuleKind.NUCLEUS), rule, _nucleus)
     if lacking:
         z = _no_delta(z, logits, coef, kind, stream)
-    if kind is not None:
-        _on_rows(kind == float(RuleKind.PLAUSIBLE), _plausible, z, logits, coef, stream, param)
+    if kind is not None and RuleKind.PLAUSIBLE in kinds:
+        z = _replaced(z, kind == float(RuleKind.PLAUSIBLE), rule, _plausible)
     if critical is not None:
         assert kind is not None
-        _critical(z, logits, stream, kind, param, critical, ends)
+        rule = rule._replace(odds=critical, ends=ends)
+        if RuleKind.CRITICAL in kinds:
+            hard = (kind == float(RuleKind.CRITICAL)) & (critical.sigmoid() > param)
+            z = _replaced(z, hard, rule, _only_best)
+        if RuleKind.CRITICAL_MIX in kinds:
+            z = _replaced(z, kind == float(RuleKind.CRITICAL_MIX), rule, _blend)
     return z
 
 
-def _on_rows(
-    which: torch.Tensor,
-    rule: Callable[..., torch.Tensor],
+class _Rows(NamedTuple):
+    """What the rules read of R rows."""
+
+    logits: Sequence[torch.Tensor | None]
+    coef: torch.Tensor
+    stream: torch.Tensor
+    param: torch.Tensor
+    odds: torch.Tensor | None = None
+    ends: Ends | None = None
+
+    def take(self, rows: torch.Tensor) -> _Rows:
+        """Some of the rows."""
+        return _Rows(
+            [None if s is None else s[rows] for s in self.logits],
+            self.coef[rows],
+            self.stream[rows],
+            self.param[rows],
+            None if self.odds is None else self.odds[rows],
+            None if self.ends is None else self.ends._replace(which=self.ends.which[rows]),
+        )
+
+    def ending(self, size: int) -> torch.Tensor | None:
+        """[R, size] bool: the ids that end a text; None if nothing does."""
+        return None if self.ends is None else self.ends.of(slice(None), size)
+
+    def chosen(self) -> torch.Tensor:
+        """[R, V]: each row's scores of the stream that its rule reads."""
+        present = next(s for s in self.logits if s is not None)
+        chosen = torch.zeros_like(present)
+        for i, s in enumerate(self.logits):
+            if s is not None:
+                chosen = torch.where((self.stream == i)[:, None], s, chosen)
+        return chosen
+
+
+def _replaced(
     z: torch.Tensor,
-    logits: Sequence[torch.Tensor | None],
-    coef: torch.Tensor,
-    stream: torch.Tensor,
-    param: torch.Tensor,
-) -> None:
-    """Replaces the rows of `z` that a rule is for."""
-    rows = torch.nonzero(which)[:, 0]
-    if rows.numel():
-        of_rule = [None if s is None else s[rows] for s in logits]
-        z[rows] = rule(z[rows], of_rule, coef[rows], stream[rows].long(), param[rows])
+    which: torch.Tensor,
+    rows: _Rows,
+    rule: Callable[[torch.Tensor, _Rows], torch.Tensor],
+) -> torch.Tensor:
+    """[R, V] `z` with the rows that a rule is for as the rule makes them."""
+    some = rows_where(which)
+    if some is None:
+        return torch.where(which[:, None], rule(z, rows), z)
+    if some.numel():
+        z[some] = rule(z[some], rows.take(some))
+    return z
 
 
 def _no_delta(
@@ -106,8 +184,8 @@ def _no_delta(
     assert base is not None, "the base runs in every step"
     raw = coef
     if kind is not None:
-        anchor = torch.nn.functional.one_hot(stream.long(), coef.shape[1]).to(coef.dtype)
-        raw = torch.where((kind == float(RuleKind.NUCLEUS))[:, None], coef * anchor, coef)
+        others = ~_of_rule(stream, coef.shape[1])
+        raw = coef.masked_fill((kind == float(RuleKind.NUCLEUS))[:, None] & others, 0.0)
     lacks = torch.zeros_like(z, dtype=torch.bool)
     offset = torch.zeros_like(coef[:, :1])
     for i, s in enumerate(logits):
@@ -137,45 +215,23 @@ def weighted_sum(logits: Sequence[torch.Tensor | None], coef: torch.Tensor) -> t
     return torch.where(torch.isfinite(total), total, NEVER)
 
 
-def _of_stream(logits: Sequence[torch.Tensor | None], stream: torch.Tensor) -> torch.Tensor:
-    """[R, V]: each row's scores of the stream it names."""
-    present = next(s for s in logits if s is not None)
-    chosen = torch.zeros_like(present)
-    for i, s in enumerate(logits):
-        if s is not None:
-            chosen = torch.where((stream == i)[:, None], s, chosen)
-    return chosen
-
-
-def _plausible(
-    z: torch.Tensor,
-    logits: Sequence[torch.Tensor | None],
-    _coef: torch.Tensor,
-    stream: torch.Tensor,
-    alpha: torch.Tensor,
-) -> torch.Tensor:
+def _plausible(z: torch.Tensor, rows: _Rows) -> torch.Tensor:
     """Below all others where p_k(v) < α max p_k; on logits, so that no normaliser is needed."""
-    s = _of_stream(logits, stream)
-    floor = s.max(-1, keepdim=True).values + alpha.log()[:, None]
+    s = rows.chosen()
+    floor = s.max(-1, keepdim=True).values + rows.param.log()[:, None]
     least = z.masked_fill(z == NEVER, torch.inf).amin(-1, keepdim=True)
     back = SET_BACK + z.amax(-1, keepdim=True) - least
     return torch.where(s < floor, z - back, z)
 
 
-def _nucleus(
-    _z: torch.Tensor,
-    logits: Sequence[torch.Tensor | None],
-    coef: torch.Tensor,
-    stream: torch.Tensor,
-    p: torch.Tensor,
-) -> torch.Tensor:
+def _nucleus(_z: torch.Tensor, rows: _Rows) -> torch.Tensor:
     """`c_k s_k + Σ_{i≠k} c_i m log p_i`, m = 1 inside the top-p nucleus of stream k."""
-    s = _of_stream(logits, stream)
-    inside = nucleus(s, p)
-    anchor = torch.nn.functional.one_hot(stream, coef.shape[1]).to(coef.dtype)
-    normalised = [None if x is None else x.log_softmax(-1) for x in logits]
-    delta = weighted_sum(normalised, coef * (1 - anchor))
-    own = weighted_sum(logits, coef * anchor)
+    s = rows.chosen()
+    inside = nucleus(s, rows.param)
+    anchor = _of_rule(rows.stream, rows.coef.shape[1])
+    normalised = [None if x is None else x.log_softmax(-1) for x in rows.logits]
+    delta = weighted_sum(normalised, rows.coef.masked_fill(anchor, 0.0))
+    own = weighted_sum(rows.logits, rows.coef.masked_fill(~anchor, 0.0))
     return own + torch.where(inside, delta, torch.zeros((), dtype=s.dtype, device=s.device))
 
 
@@ -198,60 +254,36 @@ def _without_rule_stream(
 ) -> torch.Tensor:
     """[R, S] the coefficients of the aligned sum: `CRITICAL` rows do not add stream k."""
     rule = ((kind == float(RuleKind.CRITICAL)) | (kind == float(RuleKind.CRITICAL_MIX)))[:, None]
-    k = torch.nn.functional.one_hot(stream.long(), coef.shape[1]).bool()
-    return coef.masked_fill(rule & k, 0.0)
+    return coef.masked_fill(rule & _of_rule(stream, coef.shape[1]), 0.0)
 
 
-def _critical(
-    z: torch.Tensor,
-    logits: Sequence[torch.Tensor | None],
-    stream: torch.Tensor,
-    kind: torch.Tensor,
-    param: torch.Tensor,
-    critical: torch.Tensor,
-    ends: Ends | None,
-) -> None:
-    """Replaces the critical rows of `z`, and mixes those of the soft rule."""
-    hard = (kind == float(RuleKind.CRITICAL)) & (critical.sigmoid() > param)
-    rows = torch.nonzero(hard)[:, 0]
-    if rows.numel():
-        ending = None if ends is None else ends.of(rows, z.shape[1])
-        z[rows] = _only_best(z[rows], _rows_of_stream(logits, rows, stream), ending)
-    rows = torch.nonzero(kind == float(RuleKind.CRITICAL_MIX))[:, 0]
-    if rows.numel():
-        ending = None if ends is None else ends.of(rows, z.shape[1])
-        s = _rows_of_stream(logits, rows, stream)
-        z[rows] = _blend(z[rows], s, critical[rows], ending)
+def _of_rule(stream: torch.Tensor, streams: int) -> torch.Tensor:
+    """[R, S] bool: whether a stream is the one that the row's rule reads."""
+    return stream[:, None] == torch.arange(streams, device=stream.device)
 
 
-def _rows_of_stream(
-    logits: Sequence[torch.Tensor | None], rows: torch.Tensor, stream: torch.Tensor
-) -> torch.Tensor:
-    return _of_stream([None if s is None else s[rows] for s in logits], stream[rows].long())
-
-
-def _only_best(z: torch.Tensor, s: torch.Tensor, ending: torch.Tensor | None) -> torch.Tensor:
+def _only_best(z: torch.Tensor, rows: _Rows) -> torch.Tensor:
     """A + log p_k(· | not E), `SET_BACK` lower but at its maximum; twice as much lower on E, and
     the sum thrice as much lower where k lacks the id.
     """
+    s, ending = rows.chosen(), rows.ending(z.shape[1])
     scale = z.logsumexp(-1, keepdim=True)
     own = s if ending is None else s.masked_fill(ending, NEVER)
     own = own.log_softmax(-1) + scale
     best = own.argmax(-1, keepdim=True)
-    found = (own - SET_BACK).scatter(-1, best, own.gather(-1, best))
+    only = (own - SET_BACK).scatter(-1, best, own.gather(-1, best))
     if ending is not None:
-        found = torch.where(ending, s.log_softmax(-1) + scale - 2 * SET_BACK, found)
-    return torch.where(s == NEVER, z - 3 * SET_BACK, found)
+        only = torch.where(ending, s.log_softmax(-1) + scale - 2 * SET_BACK, only)
+    return torch.where(s == NEVER, z - 3 * SET_BACK, only)
 
 
-def _blend(
-    z: torch.Tensor, s: torch.Tensor, log_odds: torch.Tensor, ending: torch.Tensor | None
-) -> torch.Tensor:
+def _blend(z: torch.Tensor, rows: _Rows) -> torch.Tensor:
     """`A + log((1 − q) p_a + q (1 − p_a(E)) p_k(· | not E))`, and the sum on E."""
-    odds = log_odds[:, None]
-    own, others = s, z
+    assert rows.odds is not None
+    odds, ending = rows.odds[:, None], rows.ending(z.shape[1])
+    own, others = rows.chosen(), z
     if ending is not None:
-        own, others = s.masked_fill(ending, NEVER), z.masked_fill(ending, NEVER)
+        own, others = own.masked_fill(ending, NEVER), z.masked_fill(ending, NEVER)
     own = own.log_softmax(-1) + others.logsumexp(-1, keepdim=True)
     log = torch.nn.functional.logsigmoid
     mixed = torch.logaddexp(log(-odds) + z, log(odds) + own)

@@ -130,6 +130,19 @@ def best_reply(values: Sequence[float]) -> int:
     )
 
 
+def measure_reference(z: Scores, base: Scores) -> tuple[float, int, int]:
+    """What a report says of one position: (KL(z ‖ base) in nats, most likely ids of z and base).
+
+    Args:
+        z: [V] scores of the steered model, −∞ where an id cannot be drawn.
+        base: [V] the base's own.
+    """
+    steered, plain = log_softmax(z), log_softmax(base)
+    with np.errstate(invalid="ignore"):
+        gap = np.where(np.isneginf(steered), 0.0, np.exp(steered) * (steered - plain))
+    return float(gap.sum()), int(z.argmax()), int(base.argmax())
+
+
 def _critical(recipe: Recipe, logits: Mapping[str, Scores], ends: Collection[int]) -> Scores:
     rule = recipe.rule
     aligned = {s: c for s, c in recipe.weights.items() if s != rule.stream}

@@ -105,7 +105,7 @@ def finish(
     coef,
     rules,
     more,
-    asks,
+    reported,
     out,
     found,
     bounds,
@@ -113,8 +113,6 @@ def finish(
     turns,
     size,
     STREAMS: tl.constexpr,
-    PRESENT: tl.constexpr,
-    PLACED: tl.constexpr,
     MARKED: tl.constexpr,
     RULES: tl.constexpr,
     HEADS: tl.constexpr,
@@ -146,13 +144,12 @@ def finish(
     offset, normal = tl.full((), 0, tl.float32), tl.full((), 0, tl.float32)
     base_mass = tl.full((), 0, tl.float32)
     for i in tl.static_range(STREAMS):
-        if (PRESENT >> i) & 1:
-            c = weight_of(coef, r, kind, k, i, HEADS)
-            if (c != 0) & (nucleus | LACKING):
-                mass = total_mass(lines, i, blocks, BLOCKS)
-                apart = nucleus & (k != i)
-                offset += tl.where(apart, 0.0, c * mass)
-                normal += tl.where(apart, c * mass, 0.0)
+        c = weight_of(coef, r, kind, k, i, HEADS)
+        if (c != 0) & (nucleus | LACKING):
+            mass = total_mass(lines, i, blocks, BLOCKS)
+            apart = nucleus & (k != i)
+            offset += tl.where(apart, 0.0, c * mass)
+            normal += tl.where(apart, c * mass, 0.0)
     if LACKING:
         base_mass = total_mass(lines, 0, blocks, BLOCKS)
     back = tl.where(weight_of(coef, r, kind, k, 0, HEADS) > 0, 0.0, SET_BACK)
@@ -174,7 +171,7 @@ def finish(
     if LACKING:
         base = kind == kind
     elif REPORTS:
-        base = tl.load(asks[0] + r * asks[1]) != 0
+        base = tl.load(reported + r) != 0
     v = b * BLOCK + tl.arange(0, BLOCK)
     mark = marks_of(source, v, MARKED)
     total, own, never, own_never, lacking, raw, plain, chosen = streams_of(
@@ -194,8 +191,6 @@ def finish(
         False,
         False,
         STREAMS,
-        PRESENT,
-        PLACED,
         HEADS,
     )
     inside = v >= 0
@@ -219,7 +214,7 @@ def finish(
         tl.where(token, scores, NEVER),
         raw,
         more,
-        asks,
+        reported,
         r,
         b,
         v,

@@ -5,7 +5,7 @@
     narrow  nucleus rows, several times: a bracket around the lowest score of the nucleus, each
             time 16 times narrower (`triton_nucleus`)
     finish  the rows and blocks that `first` left open (`triton_finish`)
-    tell    rows that report: KL to the base, and both most likely ids
+    compare rows that report: KL to the base, and both most likely ids
 
 A program works on one row and one block; programs meet only between launches, by tables that are
 written and added up in a fixed order. There are no atomics: the same input gives the same bits.
@@ -13,7 +13,7 @@ Launch shapes depend on rows and vocabulary alone, so launches can be recorded i
 
 Letters: R rows, V the base's vocabulary, S streams, B blocks of a row, E the ids that end a text, k
 the stream that a row's rule reads. A name in capitals is known when a kernel is compiled: STREAMS
-is S, bit i of PRESENT says whether stream i runs, BLOCKS is B up to the next power of two.
+is S, BLOCKS is B up to the next power of two.
 
 The tables hold one number per block, so that a row's total is one load and one sum:
 
@@ -23,7 +23,7 @@ The tables hold one number per block, so that a row's total is one load and one 
             above as float32, unused
     counts  [2, R, 2 WAYS, B] float32, by turns: inside the bracket, from each of 16 keys upwards,
             the probability; in the last turn also how many ids
-    told    [R, 7, B] float32: log Σ exp of z, Σ softmax(z) (z − base) over the block, log Σ exp of
+    measured [R, 7, B] float32: log Σ exp of z, Σ softmax(z) (z − base) over the block, log Σ exp of
             the base, the largest of z, its id, the largest of the base, its id
 """
 
@@ -73,13 +73,11 @@ def first(
     coef,
     rules,
     more,
-    asks,
+    reported,
     out,
     found,
     size,
     STREAMS: tl.constexpr,
-    PRESENT: tl.constexpr,
-    PLACED: tl.constexpr,
     MARKED: tl.constexpr,
     RULES: tl.constexpr,
     HEADS: tl.constexpr,
@@ -92,12 +90,12 @@ def first(
     """Z of a block if its row has a plain sum and no stream lacks an id; else what to know of it.
 
     Arguments that go together are tuples, made in `triton_mix`: `source` = (logits, steps, widths,
-    rooms, places, marks), S tensors [n_i, widths] with rows `steps` apart and `rooms` readable
-    numbers, of which row r is number `places` [R, S] int32, and for marks see `marks_of`; `rules` =
-    (kind, k, parameter, log-odds, set of ends) and their rows' distances, then the sets [n, ≥ B
-    BLOCK] uint8 and their distance; `coef`, `more` (ids and what is added
-    to them) and `asks`, float32, each with its rows' distance; `out` = (z, its rows' distance,
-    numbers in a row that may be written, told).
+    rooms, marks), S tensors [R, widths] with rows `steps` apart and `rooms` readable numbers, and
+    for marks see `marks_of`; `rules` = (kind, k, parameter, log-odds, set of ends) and their rows'
+    distances, then the sets [n, ≥ B BLOCK] uint8 and their distance; `coef` and `more` (ids and
+    what is added to them), float32, each with its rows' distance; `reported` [R] float32, not 0
+    where a row reports; `out` = (z, its rows' distance, numbers in a row that may be written,
+    measured).
     """
     r, b, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     v = b * BLOCK + tl.arange(0, BLOCK)
@@ -110,7 +108,7 @@ def first(
     if LACKING:  # what an id gets that a stream lacks is the base's to say
         base = kind == kind
     elif REPORTS:
-        base = tl.load(asks[0] + r * asks[1]) != 0
+        base = tl.load(reported + r) != 0
     lines = found + tl.cast(r, tl.int64) * (STREAMS + LINES) * blocks + b
     total, _own, never, _own_never, lacking, raw, plain, chosen = streams_of(
         source,
@@ -129,8 +127,6 @@ def first(
         (kind == NUCLEUS) | LACKING,
         True,
         STREAMS,
-        PRESENT,
-        PLACED,
         HEADS,
     )
     # Padding is never drawn, so nothing of it is open.
@@ -171,7 +167,7 @@ def first(
             tl.where(steered, tl.where(never | ~token, NEVER, total), raw),
             raw,
             more,
-            asks,
+            reported,
             r,
             b,
             v,
@@ -184,27 +180,27 @@ def first(
 
 
 @triton.jit
-def tell(asks, told, numbers, choices, blocks, BLOCKS: tl.constexpr):
-    """What a row's report says, from its blocks.
+def compare(reported, measured, numbers, choices, blocks, BLOCKS: tl.constexpr):
+    """A row's report, from its blocks.
 
-    numbers [R, 3] float32: KL(z ‖ base) in nats, log Σ exp of z, of the base. choices [R, 2] int32:
-    the most likely id of the base, and of z.
+    numbers [3, R] float32: KL(z ‖ base) in nats, log Σ exp of z, of the base. choices [2, R] int64:
+    the most likely id of z, and of the base.
     """
-    r = tl.program_id(0)
-    if tl.load(asks[0] + r * asks[1]) == 0:
+    r, rows = tl.program_id(0), tl.num_programs(0)
+    if tl.load(reported + r) == 0:
         return
-    lines = told + tl.cast(r, tl.int64) * 7 * blocks
+    lines = measured + tl.cast(r, tl.int64) * 7 * blocks
     masses = line_of(lines, 0, blocks, BLOCKS)
     mass, base_mass = log_mass(masses), total_mass(lines, 2, blocks, BLOCKS)
     share = tl.exp(masses - tl.where(mass > NEVER, mass, 0.0))
     gap = tl.sum(tl.where(share > 0, share * line_of(lines, 1, blocks, BLOCKS), 0.0), 0)
-    tl.store(numbers + r * 3, gap - mass + base_mass)
-    tl.store(numbers + r * 3 + 1, mass)
-    tl.store(numbers + r * 3 + 2, base_mass)
+    tl.store(numbers + r, gap - mass + base_mass)
+    tl.store(numbers + rows + r, mass)
+    tl.store(numbers + 2 * rows + r, base_mass)
     n = tl.arange(0, BLOCKS)
     best = tl.argmax(line_of(lines, 3, blocks, BLOCKS), 0)
     base = tl.argmax(line_of(lines, 5, blocks, BLOCKS), 0)
     of_base = tl.where(n == base, line_of(lines, 6, blocks, BLOCKS), 0.0)
     of_z = tl.where(n == best, line_of(lines, 4, blocks, BLOCKS), 0.0)
-    tl.store(choices + r * 2, tl.sum(of_base, 0).to(tl.int32))
-    tl.store(choices + r * 2 + 1, tl.sum(of_z, 0).to(tl.int32))
+    tl.store(choices + r, tl.sum(of_z, 0).to(tl.int64))
+    tl.store(choices + rows + r, tl.sum(of_base, 0).to(tl.int64))

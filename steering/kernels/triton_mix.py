@@ -18,14 +18,17 @@ from typing import NamedTuple
 import torch
 import triton
 
-from steering.kernels.mix import BLOCK, Ends
+from steering.kernels.mix import BLOCK, FEW_ROWS, Ends, Measures
 from steering.kernels.triton_finish import finish
-from steering.kernels.triton_kernels import first, tell
+from steering.kernels.triton_kernels import compare, first
 from steering.kernels.triton_nucleus import WAYS, narrow
 from steering.kernels.triton_parts import LINES
 
 ROUND = 16
 """Numbers in a row are read by that many at a time where the row has room for it."""
+
+VARIANTS = 38
+"""How many variants of the kernels one model with one dtype of scores has at most."""
 
 KEY_BITS = {torch.float32: 32, torch.float16: 19, torch.bfloat16: 16}
 """Leading bits of a score as float32 that tell it from any other score of the dtype."""
@@ -55,15 +58,6 @@ class Additions(NamedTuple):
     added: torch.Tensor
 
 
-class Told(NamedTuple):
-    """What reports say, on rows that asked; 0 on others."""
-
-    numbers: torch.Tensor
-    """[R, 3] float32: KL(z ‖ base) in nats, log Σ exp of z, log Σ exp of the base."""
-    choices: torch.Tensor
-    """[R, 2] int32: the most likely id of the base, and of z; of equals the lowest."""
-
-
 @dataclass(frozen=True)
 class Blocks:
     """How the vocabulary is cut.
@@ -80,7 +74,7 @@ class Blocks:
     @classmethod
     def of(cls, rows: int) -> Blocks:
         """For R rows."""
-        return cls(1024, 4) if rows <= 16 else cls(BLOCK, 8)
+        return cls(1024, 4) if rows <= FEW_ROWS else cls(BLOCK, 8)
 
 
 def marks(size: int, unshared: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor:
@@ -133,30 +127,34 @@ def read_out(
     rule: Rule | None,
     lacking: bool = True,
     marked: torch.Tensor | None = None,
-    places: torch.Tensor | None = None,
     additions: Additions | None = None,
-    asks: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, Told | None]:
+    reported: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Measures | None]:
     """Scores of R rows, and what their reports say.
 
     A row whose coefficients are those of the base alone, without rule and additions, gets the
     base's scores bit for bit, also on ids that are no token.
 
     Args:
-        logits: per stream [n_i, V_i] raw scores, all float32, bfloat16 or float16; the base's is
-            [R, V], a stream's other columns than the first V are left aside and those it has not
+        logits: per stream [R, V_i] raw scores, all float32, bfloat16 or float16; the base's has V
+            columns, a stream's other columns than the first V are left aside and those it has not
             count as −∞. None for a stream that no row uses.
         coef: [R, S] float32 coefficients; where 0 the stream's row is not read.
         rule: None when every row is a plain sum.
         lacking: False promises that no stream lacks an id that the base has, which saves work.
         marked: what `marks` made of the vocabularies; None if all streams have all ids.
-        places: [R, S] int32, contiguous: which row of its stream's scores a row has, if its
-            coefficient is not 0; None: the same row in all. The base's is not read.
         additions: what is added to the scores, before the report; None for nothing.
-        asks: [R] float32, not 0 where a row reports; None if none does.
+        reported: [R] float32, contiguous, not 0 where a row reports; None if none does.
 
     Returns:
-        [R, V] float32 (its rows may lie further apart than V), and the reports if any is asked.
+        [R, V] float32 (its rows may lie further apart than V), and [R] measures if any row
+        reports: 0 on the others.
+
+    How many variants of the kernels are compiled for one model depends on flags alone, not on
+    which streams run: of `first` one for each choice of (a rule occurs, a stream lacks ids,
+    a row reports, more than 16 rows), of `finish` those with a rule or a stream that lacks ids, of
+    `narrow` one per (first turn, second, a later one, the last; more than 16 rows), of `compare`
+    one per size of block. That is at most 16 + 12 + 8 + 2 = `VARIANTS` for each dtype of scores.
     """
     base = logits[0]
     assert base is not None, "the base runs in every step"
@@ -169,44 +167,40 @@ def read_out(
     streams = len(logits)
     sources = [base if s is None else s for s in logits]
     found = torch.empty(rows, streams + LINES.value, blocks, device=device)
-    told = torch.empty(rows if asks is not None else 0, 7, blocks, device=device)
+    measured = torch.empty(rows if reported is not None else 0, 7, blocks, device=device)
     source = (
         tuple(sources),
         tuple(s.stride(0) for s in sources),
         tuple(min(s.shape[1], size) for s in sources),
         tuple(_room(s, size) for s in sources),
-        coef if places is None else places,
         coef if marked is None else marked,
     )
     rules = _rules(rule, coef, size)
     more = additions or Additions(coef, coef)
     assert _adjacent(coef) and _adjacent(more.ids) and _adjacent(more.added)
     assert more.ids.stride(0) == more.added.stride(0)
-    asking = (coef, 0) if asks is None else (asks, asks.stride(0))
     row = (
         (coef, coef.stride(0)),
         rules,
         (more.ids, more.added, more.ids.stride(0)),
-        asking,
-        (z, z.stride(0), room, told),
+        coef if reported is None else reported,
+        (z, z.stride(0), room, measured),
         found,
     )
     candidates = 0 if additions is None else additions.ids.shape[1]
     static = {
         "STREAMS": streams,
-        "PLACED": places is not None,
         "MARKED": marked is not None,
         "BLOCK": cut.size,
         "num_warps": cut.warps,
     }
     own = {
-        "PRESENT": sum(1 << i for i, s in enumerate(logits) if s is not None),
         "RULES": rule is not None,
         "HEADS": rule is not None and rule.critical is not None,
         "LACKING": lacking,
         "CANDIDATES": candidates,
         "PLACES": triton.next_power_of_2(max(candidates, 1)),
-        "REPORTS": asks is not None,
+        "REPORTS": reported is not None,
     }
     grid = (rows, blocks)
     if not rows:
@@ -214,21 +208,22 @@ def read_out(
     first[grid](source, *row, size, **static, **own)
     if rule is not None or lacking:
         bits = KEY_BITS[base.dtype]
-        turns = -(-bits // 4) if rule is not None and rule.nuclei else 0
-        bounds = torch.empty(turns, rows, 4, dtype=torch.int32, device=device)
-        counts = torch.empty(min(turns, 2), rows, 2 * WAYS.value, blocks, device=device)
+        turns = -(-bits // 4)
+        launched = turns if rule is not None and rule.nuclei else 0
+        bounds = torch.empty(launched, rows, 4, dtype=torch.int32, device=device)
+        counts = torch.empty(min(launched, 2), rows, 2 * WAYS.value, blocks, device=device)
         static |= {"SHIFT": 32 - bits, "BLOCKS": triton.next_power_of_2(blocks)}
-        for turn in range(turns):
+        for turn in range(launched):
             ends = {"FIRST": turn == 0, "LAST": turn == turns - 1}
             narrow[grid](source, rules, found, bounds, counts, turn, size, **static, **ends)
         finish[grid](source, *row, bounds, counts, turns, size, **static, **own)
-    if asks is None:
+    if reported is None:
         return z[:, :size], None
-    said = Told(
-        torch.zeros(rows, 3, device=device), torch.zeros(rows, 2, dtype=torch.int32, device=device)
-    )
-    tell[(rows,)](asking, told, *said, blocks, BLOCKS=triton.next_power_of_2(blocks))
-    return z[:, :size], said
+    numbers = torch.zeros(3, rows, device=device)
+    choices = torch.zeros(2, rows, dtype=torch.int64, device=device)
+    sizes = {"BLOCKS": triton.next_power_of_2(blocks)}
+    compare[(rows,)](reported, measured, numbers, choices, blocks, **sizes)
+    return z[:, :size], Measures(*numbers, *choices)
 
 
 def _rules(rule: Rule | None, coef: torch.Tensor, size: int) -> tuple[object, ...]:
@@ -237,7 +232,9 @@ def _rules(rule: Rule | None, coef: torch.Tensor, size: int) -> tuple[object, ..
         columns = (coef,) * 5 if rule is None else (*rule[:3], coef, coef)
         return columns, tuple(c.stride(0) for c in columns), coef, 0
     if rule.ends is None:
-        columns = (*rule[:3], rule.critical, torch.zeros_like(rule.critical))
+        # A column as far apart as those that it stands for: it is no variant of its own.
+        none = rule.kind.new_zeros(rule.kind.shape[0], rule.kind.stride(0))[:, 0]
+        columns = (*rule[:3], rule.critical, none)
         table = torch.zeros(1, padded(size), dtype=torch.uint8, device=coef.device)
     else:
         columns = (*rule[:3], rule.critical, rule.ends.which)

@@ -59,7 +59,6 @@ def narrow(
     turn,
     size,
     STREAMS: tl.constexpr,
-    PLACED: tl.constexpr,
     MARKED: tl.constexpr,
     SHIFT: tl.constexpr,
     FIRST: tl.constexpr,
@@ -72,7 +71,7 @@ def narrow(
     Keys are scores as integers. The lowest key of the nucleus is the highest one from which on
     upwards the probability is at least p. Arguments as of `triton_kernels.first`.
     """
-    logits, steps, widths, rooms, places, _marks = source
+    logits, steps, widths, rooms, _marks = source
     r, b, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     kind, k, p, _odds = rule_of(rules, r, True, False)
     if (kind != NUCLEUS) | (p >= 1):
@@ -98,11 +97,8 @@ def narrow(
     v = b * BLOCK + tl.arange(0, BLOCK)
     # Most blocks have nothing in the bracket after a turn or two.
     wanted = key_of(tl.load(lines + b), SHIFT) >= low
-    place = tl.cast(r, tl.int64)
-    if PLACED:
-        place = tl.where(k == 0, place, tl.load(places + r * STREAMS + k).to(tl.int64))
     s = scores_of(
-        picked(logits, k), picked(steps, k), picked(widths, k), picked(rooms, k), place, v, wanted
+        picked(logits, k), picked(steps, k), picked(widths, k), picked(rooms, k), r, v, wanted
     )
     s = tl.where(((marks_of(source, v, MARKED) >> k) & 1) > 0, NEVER, s)
     key = key_of(s, SHIFT)

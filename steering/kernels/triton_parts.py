@@ -172,15 +172,17 @@ def marks_of(source, v, MARKED: tl.constexpr):
     """The marks of some ids: bit i, stream i has no such token."""
     mark = tl.zeros_like(v)
     if MARKED:
-        mark = tl.load(source[5] + v).to(tl.int32)
+        mark = tl.load(source[4] + v).to(tl.int32)
     return mark
 
 
 @triton.jit
-def scores_of(source, step, width, room, place, v, wanted):
+def scores_of(source, step, width, room, r, v, wanted):
     """Raw scores of one row, float32; −inf beyond the stream's width, anything if not `wanted`."""
     # Whole sixteens are loaded, 16 bytes at a time, and what lies behind the width thrown away.
-    s = tl.load(source + place * step + v, mask=(v < room) & spread(wanted, v), other=0.0)
+    s = tl.load(
+        source + tl.cast(r, tl.int64) * step + v, mask=(v < room) & spread(wanted, v), other=0.0
+    )
     return tl.where(v < width, s.to(tl.float32), NEVER)
 
 
@@ -202,8 +204,6 @@ def streams_of(
     noting,
     NOTE: tl.constexpr,
     STREAMS: tl.constexpr,
-    PRESENT: tl.constexpr,
-    PLACED: tl.constexpr,
     HEADS: tl.constexpr,
 ):
     """Reads the block of each stream once.
@@ -215,43 +215,39 @@ def streams_of(
     −inf; which ids a stream of the sum lacks; the base's scores, as they are and without its
     padding; the scores of k.
     """
-    logits, steps, widths, rooms, places, _marks = source
+    logits, steps, widths, rooms, _marks = source
     total, own = tl.zeros(v.shape, tl.float32), tl.zeros(v.shape, tl.float32)
     never = tl.zeros(v.shape, tl.int1)
     own_never, lacking = never, never
     raw, plain, chosen = total, total, total
     padding = spread(steered, v)
     for i in tl.static_range(STREAMS):
-        if (PRESENT >> i) & 1:
-            c = weight_of(coef, r, kind, k, i, HEADS)
-            apart = (kind == NUCLEUS) & (k == i)
-            summed = (whole | apart) & (c != 0)
-            wanted = summed | (alone & (k == i))
-            place = tl.cast(r, tl.int64)
-            if i == 0:
-                wanted = wanted | base
-            elif PLACED:
-                place = tl.load(places + r * STREAMS + i).to(tl.int64)
-            s = scores_of(logits[i], steps[i], widths[i], rooms[i], place, v, wanted)
-            if i == 0:
-                raw = s
-            s = tl.where((((mark >> i) & 1) > 0) & padding, NEVER, s)
-            if i == 0:
-                plain = s
-            else:
-                lacking = lacking | (spread(summed, v) & (s == NEVER))
-            chosen = tl.where(k == i, s, chosen)
-            # What is no number has no place in a sum either.
-            known = tl.abs(s) < INFINITE
-            part = tl.where(known, c * s, 0.0)
-            alike, other = spread(summed & apart, v), spread(summed & ~apart, v)
-            own += tl.where(alike, part, 0.0)
-            total += tl.where(other, part, 0.0)
-            own_never = own_never | (alike & ~known)
-            never = never | (other & ~known)
-            if NOTE:  # noqa: SIM102 - decides what is compiled; the other, what runs
-                if (wanted & noting) | apart:
-                    tl.store(lines + i * blocks, log_mass(s))
+        c = weight_of(coef, r, kind, k, i, HEADS)
+        apart = (kind == NUCLEUS) & (k == i)
+        summed = (whole | apart) & (c != 0)
+        wanted = summed | (alone & (k == i))
+        if i == 0:
+            wanted = wanted | base
+        s = scores_of(logits[i], steps[i], widths[i], rooms[i], r, v, wanted)
+        if i == 0:
+            raw = s
+        s = tl.where((((mark >> i) & 1) > 0) & padding, NEVER, s)
+        if i == 0:
+            plain = s
+        else:
+            lacking = lacking | (spread(summed, v) & (s == NEVER))
+        chosen = tl.where(k == i, s, chosen)
+        # What is no number has no place in a sum either.
+        known = tl.abs(s) < INFINITE
+        part = tl.where(known, c * s, 0.0)
+        alike, other = spread(summed & apart, v), spread(summed & ~apart, v)
+        own += tl.where(alike, part, 0.0)
+        total += tl.where(other, part, 0.0)
+        own_never = own_never | (alike & ~known)
+        never = never | (other & ~known)
+        if NOTE:  # noqa: SIM102 - decides what is compiled; the other, what runs
+            if (wanted & noting) | apart:
+                tl.store(lines + i * blocks, log_mass(s))
     return total, own, never, own_never, lacking, raw, plain, chosen
 
 
@@ -261,7 +257,7 @@ def put(
     scores,
     raw,
     more,
-    asks,
+    reported,
     r,
     b,
     v,
@@ -271,9 +267,8 @@ def put(
     REPORTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes a finished block, with what is added to it; notes what a report needs of it."""
-    z, z_row, z_room, told = out
-    asking, asking_row = asks
+    """Writes a finished block, with what is added to it, and what a report needs of it."""
+    z, z_row, z_room, measured = out
     if CANDIDATES > 0:
         ids, added, apart = more
         at, plus = additions_of(more, r, CANDIDATES, PLACES)
@@ -285,12 +280,12 @@ def put(
                 scores += tl.where(v == place, one, 0.0)
     tl.store(z + tl.cast(r, tl.int64) * z_row + v, scores, mask=v < z_room)
     if REPORTS:  # noqa: SIM102 - decides what is compiled; the other, what runs
-        if tl.load(asking + r * asking_row) != 0:
+        if tl.load(reported + r) != 0:
             mass = log_mass(scores)
             p = tl.exp(scores - tl.where(mass > NEVER, mass, 0.0))
             best, best_id = tl.max(scores, 0, return_indices=True)
             base, base_id = tl.max(raw, 0, return_indices=True)
-            line = told + tl.cast(r, tl.int64) * 7 * blocks + b
+            line = measured + tl.cast(r, tl.int64) * 7 * blocks + b
             tl.store(line, mass)
             tl.store(line + blocks, tl.sum(tl.where(p > 0, p * (scores - raw), 0.0), 0))
             tl.store(line + 2 * blocks, log_mass(raw))

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from steering.kernels.mix import BLOCK, Ends
+from steering.worker.staging import to_device
 
 Own = tuple[int, ...]
 """Stop ids of a request that the base does not end a text with, in order."""
@@ -47,8 +49,8 @@ class EndSets:
             return None
         if self._table is None or self._table.device != which.device:
             # Whole blocks, as the Triton kernels read them.
-            table = torch.zeros(len(self._shown), -(-self._size // BLOCK) * BLOCK, dtype=torch.bool)
+            table = np.zeros((len(self._shown), -(-self._size // BLOCK) * BLOCK), np.bool_)
             for line, own in zip(table, self._shown, strict=True):
                 line[[*(i for i in self._base if i < self._size), *own]] = True
-            self._table = table.to(which.device)
+            (self._table,) = to_device([table], which.device)
         return Ends(self._table, which)

@@ -56,7 +56,7 @@ class WorkerExtension:
         """Cumulative counts since start: steps, and per stream the passes and tokens run."""
         return asdict(self.model_runner.get_model().counters)
 
-    def coxswain_report(self, tag: str, drawn: dict[str, list[int]]) -> dict[str, Any]:
+    def coxswain_report(self, tag: str, tokens: dict[str, int]) -> dict[str, Any]:
         """The report of a finished request, by choice; see `report.ReportBook.take`."""
-        reports: dict[str, Any] = self.model_runner.get_model().reports.take(tag, drawn)
+        reports: dict[str, Any] = self.model_runner.get_model().reporter.take(tag, tokens)
         return reports

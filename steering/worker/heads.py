@@ -17,7 +17,6 @@ from adapters.formats.config import CONFIG, read_object
 from adapters.formats.peft import read_peft
 from adapters.parts import factors
 from steering.heads import HeadError, HeadFile, Kind, Layer, Place, find_head, is_head
-from steering.worker.layout import Layout
 from steering.worker.readout import Reading
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -89,30 +88,6 @@ def readings(
 ) -> list[Reading]:
     """The heads of `build` with the places of the streams that they read."""
     return [Reading(names.index(_body(n, sources[n])), head) for n, head in heads.items()]
-
-
-def read(
-    readings: Mapping[str, Reading],
-    layout: Layout,
-    hidden: torch.Tensor,
-    asked: Mapping[int, Sequence[str]],
-) -> dict[int, dict[str, dict[str, float]]]:
-    """What heads say of some rows, for their reports: row → `{"heads": {name: number}}`.
-
-    Args:
-        readings: all heads by name.
-        layout: where the parts of a row lie.
-        hidden: [R, width] rows of the steered model's hidden states.
-        asked: row → names of heads; a row without any is left out.
-    """
-    found: dict[int, dict[str, dict[str, float]]] = {}
-    for name in sorted({name for names in asked.values() for name in names}):
-        rows = [row for row, names in asked.items() if name in names]
-        stream, head = readings[name]
-        said = head(hidden[rows, layout.columns(stream)]).tolist()
-        for row, number in zip(rows, said, strict=True):
-            found.setdefault(row, {"heads": {}})["heads"][name] = number
-    return found
 
 
 def _read(layer: Layer, rows: str) -> tuple[torch.Tensor, torch.Tensor]:

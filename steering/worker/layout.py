@@ -12,14 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-RULE_KIND, RULE_STREAM, RULE_PARAM, RULE_HEAD, REPORT, ENDS, REQUEST = range(7)
-EXTRA = 7
-"""Control columns behind the S coefficients: rule kind, its stream, parameter and head, report
-row, set of ids that end a text, request."""
+RULE_KIND, RULE_STREAM, RULE_PARAM, RULE_HEAD, ENDS = range(5)
+EXTRA = 5
+"""Control columns behind the S coefficients: rule kind, its stream, parameter and head, set of ids
+that end a text."""
 
 
 class Control(NamedTuple):
@@ -35,12 +33,8 @@ class Control(NamedTuple):
     """[R] the rule's parameter."""
     head: torch.Tensor
     """[R] index of the head that the rule reads; any number if it reads none."""
-    report: torch.Tensor
-    """[R] 1 + index of the report this row belongs to, 0 for none."""
     ends: torch.Tensor
     """[R] which of the step's sets of ids ends the row's text."""
-    request: torch.Tensor
-    """[R] 1 + number of the row's request in the step."""
     ids: torch.Tensor
     """[R, K] candidate ids; 0 where there is none."""
     added: torch.Tensor
@@ -81,17 +75,16 @@ class Layout:
         start = sum(self.sizes[:stream])
         return slice(start, start + self.sizes[stream])
 
-    def write_control(self, out: torch.Tensor, control: npt.NDArray[np.float32]) -> None:
+    def write_control(self, out: torch.Tensor, control: torch.Tensor) -> None:
         """Writes control rows into the first rows of `out`.
 
         Args:
             out: [T, width] of `dtype`, changed in place; its other control columns must be 0.
-            control: [t ≤ T, S + EXTRA] float32.
+            control: [t ≤ T, S + EXTRA] float32, on the same device.
         """
-        bits = torch.from_numpy(np.ascontiguousarray(control)).view(self.dtype)
+        bits = control.view(self.dtype)
         start = sum(self.sizes)
-        part = out[: bits.shape[0], start : start + bits.shape[1]]
-        part.copy_(bits, non_blocking=True)
+        out[: bits.shape[0], start : start + bits.shape[1]] = bits
 
     def write_additions(
         self, out: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, added: torch.Tensor
@@ -133,9 +126,7 @@ class Layout:
             stream,
             extra[:, RULE_PARAM],
             extra[:, RULE_HEAD],
-            extra[:, REPORT],
             extra[:, ENDS],
-            extra[:, REQUEST],
             flat[:, end : end + k],
             flat[:, end + k :],
         )

@@ -30,12 +30,13 @@ from steering.worker.report import choice_of
 from steering.worker.reporter import Reporter
 from steering.worker.request_state import RequestStates
 from steering.worker.runner import RunnerView
+from steering.worker.scoring import Scoring
 from steering.worker.scratch import scratch_blocks
 from steering.worker.speculation_seam import SpeculationSeam
 from steering.worker.step import Counters, Step, forward
-from steering.worker.step_plan import Classes, StepPlan, plan_step
+from steering.worker.step_plan import StepPlan, plan_step
 from steering.worker.streams import Streams, hidden_width
-from steering.worker.triton_readout import readout_class
+from steering.worker.triton_readout import TritonReadout, readout_class
 from steering.worker.v1 import V1View
 from steering.worker.values import ValueStreams
 from steering.worker.watch import Watch
@@ -86,8 +87,9 @@ class SteeredForCausalLM(nn.Module):
         own = self._readout.ends.own
         self.states = RequestStates(self.names, tuple(self.heads), own, self.is_hybrid)
         readings = dict(zip(built, heads.readings(self._sources, self.names, built), strict=True))
-        self._reporter = Reporter(self.names, self._readout.layout, readings)
-        self.reports = self._reporter.book
+        layout, watch = self._readout.layout, self._readout.watch
+        self.reporter = Reporter(self.names, layout, readings, watch)
+        self._scoring = Scoring(self._readout, self.reporter)
         none = dict.fromkeys(self.names, 0)
         self.counters = Counters(dict(none), dict(none))
         lora_seam.prepare(self, vllm_config)
@@ -127,6 +129,7 @@ class SteeredForCausalLM(nn.Module):
         scratch = scratch_blocks(runner.vllm_config, runner.kv_cache_config)
         contexts = StreamContexts(runner, sizes, layers, view.block_table, scratch)
         self._readout = replace(self._readout, one_product=self._one_product(runner))
+        self._scoring.readout = self._readout
         self._step = Step(
             self.names,
             self._streams.original,
@@ -139,7 +142,9 @@ class SteeredForCausalLM(nn.Module):
         )
         if self._draft:
             self._begin_drafting(runner, view)
-        view.send_faults(self._readout.watch)
+        view.observe(self._readout.watch, self.reporter.sampled)
+        if isinstance(self._readout, TritonReadout):
+            self._readout.warm_up(runner.device)
 
     def _begin_drafting(self, runner: Any, view: RunnerView) -> None:
         assert self._step is not None
@@ -216,35 +221,23 @@ class SteeredForCausalLM(nn.Module):
         schedule = None if self._view is None else self._view.schedule()
         if self._view is None or self._step is None or schedule is None:
             self._plan = None
+            self._scoring.begin(None)
             return self._forward_all(input_ids, positions, inputs_embeds)
-        self._readout.watch.forget()
         tables = self.states.apply(schedule.request_ids)
-        self._readout.ends.show(tables.ends)
         plan = self._plan = plan_step(schedule, tables)
+        self._scoring.begin(plan)
         self._step.begin(plan, self._view.adapter_sets(len(schedule.request_ids)))
         if not tables.steered:
             return self._step.base(input_ids, positions, inputs_embeds)
         assert input_ids is not None
         hidden = self._step.steered(plan, input_ids, positions, self._control(plan))
         if tables.reported and self._step.adapted is not None:
-            self._reporter.routes(schedule.request_ids, tables, self._step.adapted.routed)
+            self.reporter.routes(schedule.request_ids, tables, self._step.adapted.routed)
         return hidden
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """[R, V] scores of the steered model, a pure function of the rows."""
-        readout = self._readout
-        if hidden.shape[-1] == readout.layout.sizes[0]:
-            return readout.watch.base(self._forwards[0].compute_logits(hidden))
-        classes = self._plan.classes if self._plan else Classes.all(readout.layout.streams)
-        if classes.uniform_sum and not self._reporter.waits:
-            z = readout.in_one(hidden, classes.active)
-            if z is not None:
-                return z
-        mixed = readout(hidden, classes.active, classes.has_rules, classes.uniform_sum)
-        if self._reporter.waits:
-            choices = partial(readout.choices, hidden, active=classes.active)
-            self._reporter.measure(mixed, hidden, choices, readout.watch)
-        return None if mixed is None else mixed.z
+        return self._scoring(hidden)
 
     def draft(self, rows: Int64, newest: Int64, token_ids: Int32) -> dict[int, list[int]]:
         """Drafts what may follow the step that was run last; see `Drafting`."""
@@ -256,8 +249,8 @@ class SteeredForCausalLM(nn.Module):
         for row, state in plan.tables.reported:
             if row in drafts:
                 choice = choice_of(plan.schedule.request_ids[row])
-                tally = self._reporter.book.tally(state.tag, choice)
-                tally.run([self.names[self._draft]], len(drafts[row]))
+                tally = self.reporter.book.tally(state.tag, choice)
+                tally.draft(self.names[self._draft], len(drafts[row]))
         return drafts
 
     def _forward_all(
@@ -280,15 +273,10 @@ class SteeredForCausalLM(nn.Module):
 
     def _control(self, plan: StepPlan) -> npt.NDArray[np.float32]:
         """[T, S + EXTRA] the control of this step's tokens."""
-        tables, schedule = plan.tables, plan.schedule
-        if not tables.reported:
-            self._reporter.forget()
-            if schedule.tokens == len(tables.control):
-                return tables.control
-        control = np.repeat(tables.control, schedule.lengths, axis=0)
-        if tables.reported:
-            self._reporter.mark(self._view, tables, schedule, control)
-        return control
+        control, schedule = plan.tables.control, plan.schedule
+        if schedule.tokens == len(control):
+            return control
+        return np.repeat(control, schedule.lengths, axis=0)
 
 
 def _view_of(runner: Any, states: RequestStates) -> RunnerView:

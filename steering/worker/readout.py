@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from steering.kernels.mix import NEVER, mix
+from steering.kernels.mix import NEVER, Measures, measure, mix, rows_where
 from steering.plan import CRITICAL_KINDS
 from steering.worker.ends import EndSets
 from steering.worker.layout import Control, Layout
+from steering.worker.step_plan import Classes
 from steering.worker.watch import Watch
 
 if TYPE_CHECKING:  # it imports vLLM, which the arithmetic here does not need
@@ -36,6 +36,19 @@ class Reading(NamedTuple):
     head: Head
 
 
+class Scores(NamedTuple):
+    """A stream's own scores, as its unembedding leaves them."""
+
+    rows: torch.Tensor | None
+    """[n] int64 which of the R rows they are of, ascending; None: all."""
+    own: torch.Tensor
+    """[n, own V]."""
+
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Those of some of its rows, [m] int64."""
+        return self.own[rows if self.rows is None else torch.searchsorted(self.rows, rows)]
+
+
 class Mixed(NamedTuple):
     """R rows of scores, and what they were made of."""
 
@@ -43,10 +56,12 @@ class Mixed(NamedTuple):
     """[R, V] float32 scores of the steered model."""
     base: torch.Tensor
     """[R, V] the base's own, in whatever dtype."""
-    control: Control
-    """The rows' control."""
+    streams: Sequence[Scores | None]
+    """[S] the companions' own; None for the base and for those that did not run."""
     critical: torch.Tensor | None = None
     """[R] float32 log-odds of the rows' classifier heads, if there are any."""
+    measures: Measures | None = None
+    """Of the reported rows, if there are any."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,7 @@ class Readout:
         padded: [P] int64 ids of the base's table that are no token: never sampled when steered.
         heads: classifier heads.
         ends: ids that end a text.
-        watch: told of every stream's scores.
+        watch: looks at every stream's scores.
         one_product: for rows that all sum the same streams; None if there is none.
     """
 
@@ -90,37 +105,44 @@ class Readout:
     one_product: OneProduct | None = None
 
     def __call__(
-        self,
-        hidden: torch.Tensor,
-        active: Sequence[bool],
-        has_rules: bool,
-        uniform_sum: bool = False,
+        self, hidden: torch.Tensor, classes: Classes, reported: torch.Tensor | None = None
     ) -> Mixed | None:
         """Scores of R rows.
 
+        Nothing here waits for a device: on a GPU every stream that runs is unembedded on all rows,
+        and the control says on the device which of them count.
+
         Args:
             hidden: [R, width] rows of the steered model's hidden states.
-            active: [S] which streams ran in this step. A stream that did not is not in any sum.
-            has_rules: whether any row of this step has a rule other than the plain sum.
-            uniform_sum: whether all rows sum the same streams, the base and more. Then nobody
-                waits for the device to learn which rows use what.
+            classes: what occurs among the rows. A stream that did not run is not in any sum.
+            reported: [n] int64 rows to measure; None: none.
 
         Returns:
             The scores with what they were made of, or None on ranks that hold no logits.
         """
         control = self.layout.read_control(hidden)
-        active = [ran and u is not None for ran, u in zip(active, self.unembed, strict=True)]
+        ran = [a and u is not None for a, u in zip(classes.active, self.unembed, strict=True)]
         base = self._unembed(0, hidden[:, self.layout.columns(0)].contiguous())
         if base is None:
             for i in range(1, self.layout.streams):
-                if active[i]:  # the gather inside is collective: every rank takes part
+                if ran[i]:  # the gather inside is collective: every rank takes part
                     self._unembed(i, hidden[:, self.layout.columns(i)].contiguous())
             return None
-        self.watch.begin(len(base), base.device)
         self.watch.scores(0, base)
-        mixed = self._mixed(base, hidden, control, active, has_rules, uniform_sum)
-        self.watch.end(control.request)
-        return mixed
+        uses = control.coef != 0
+        streams = [
+            self._scores(i, hidden, uses[:, i]) if i and ran[i] else None
+            for i in range(self.layout.streams)
+        ]
+        critical = self._log_odds(hidden, control, classes) if classes.heads else None
+        return self._mixed(Mixed(base, base, streams, critical), control, classes, reported)
+
+    def base(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """[R, V] the base's scores of a step in which it runs alone, from its [R, H_0]."""
+        scores = self._unembed(0, hidden)
+        if scores is not None:
+            self.watch.scores(0, scores)
+        return scores
 
     def in_one(self, hidden: torch.Tensor, active: Sequence[bool]) -> torch.Tensor | None:
         """[R, V] float32 scores by one product; None where these streams have none.
@@ -134,69 +156,64 @@ class Readout:
         z = self.one_product(hidden, active)
         if z is None:
             return None
-        self.watch.begin(len(z), z.device)
-        largest = z.amax(-1)
-        for i, ran in enumerate(active):
-            if ran:
-                self.watch.numbers(i, largest)
-        self.watch.end(self.layout.read_control(hidden).request, partial(self._at_fault, hidden))
+        self.watch.numbers([i for i, ran in enumerate(active) if ran], z.amax(-1))
+        self.watch.suspects = lambda rows: self._at_fault(hidden[rows])
         z = z.float()
         if self.padded is not None:
-            z[:, self.padded] = NEVER
+            z.index_fill_(1, self.padded, NEVER)
         return z
 
-    def _at_fault(self, hidden: torch.Tensor, row: int) -> int:
-        """The bits of the streams whose own scores on a row are no numbers: they are made anew."""
-        coef, found = self.layout.read_coef(hidden)[row].tolist(), 0
-        for i, c in enumerate(coef):
-            if c:
-                own = self._unembed(i, hidden[row : row + 1, self.layout.columns(i)].contiguous())
+    def _at_fault(self, hidden: torch.Tensor) -> int:
+        """The bits of the streams whose own scores on some rows are no numbers: made anew.
+
+        For a host that may wait, after `in_one`.
+        """
+        coef, flag = self.layout.read_coef(hidden), 0
+        for i, summed in enumerate(coef.ne(0).any(0).tolist()):
+            if summed:
+                own = self._unembed(i, hidden[:, self.layout.columns(i)].contiguous())
                 assert own is not None
-                found |= int(not own.amax().isfinite()) << i
-        return found
+                flag |= int(not own.amax(-1).isfinite().all()) << i
+        return flag
 
     def _mixed(
-        self,
-        base: torch.Tensor,
-        hidden: torch.Tensor,
-        control: Control,
-        active: Sequence[bool],
-        has_rules: bool,
-        uniform_sum: bool,
+        self, plain: Mixed, control: Control, classes: Classes, reported: torch.Tensor | None
     ) -> Mixed:
-        """The scores, from the base's own and what the other streams' become."""
-        if not has_rules and not self._lacking(active):
-            return Mixed(
-                self._plain_sum(base, hidden, control.coef, active, uniform_sum), base, control
-            )
-        base = base.float()
-        steered = _steered(control.coef)
-        if has_rules:
-            steered |= (control.kind != 0) | _candidates(control)
-        rows = torch.nonzero(steered)[:, 0]
-        if not rows.numel():
-            return Mixed(base, base, control)
-        z = base.clone()
-        critical = self._log_odds(hidden, control) if has_rules and self.heads else None
-        self.watch.only(rows)
-        z[rows] = self._mix_rows(
-            base[rows],
-            hidden[rows],
-            _take(control, rows),
-            active,
-            has_rules,
-            None if critical is None else critical[rows],
-        )
-        if self.layout.candidates:
+        """The scores, from what the streams have of their own (`plain.z` is the base's)."""
+        if classes.has_rules or self._lacking(classes.active):
+            z = self._ruled(plain, control, classes)
+        else:
+            z = self._plain_sum(plain, control.coef)
+        if reported is None:
+            return plain._replace(z=z)
+        measures = measure(z[reported], plain.base[reported].float())
+        return plain._replace(z=z, measures=measures)
+
+    def _ruled(self, plain: Mixed, control: Control, classes: Classes) -> torch.Tensor:
+        """[R, V] float32 scores, where rows have rules or streams lack ids of the base."""
+        base = plain.base.float()
+        steered = _steered(control)
+        rows = rows_where(steered)
+        if rows is None:
+            z = torch.where(steered[:, None], self._mix_rows(plain, control, classes, None), base)
+        else:
+            z = base.clone()
+            if rows.numel():
+                z[rows] = self._mix_rows(plain, _take(control, rows), classes, rows)
+        if classes.valued:
             ids = control.ids.long().clamp(0, z.shape[-1] - 1)
             z.scatter_add_(-1, ids, control.added)
-        return Mixed(z, base, control, critical)
+        return z
+
+    def _rows_where(self, mask: torch.Tensor) -> torch.Tensor | None:
+        """Rows to which some work is limited; None: all are computed, and the mask selects."""
+        return rows_where(mask)
 
     def _lacking(self, active: Sequence[bool]) -> bool:
         """Whether a stream that ran lacks a token of the base."""
         return any(v.lacking for v, ran in zip(self.vocabularies, active, strict=True) if ran)
 
-    def alone(self, i: int, hidden: torch.Tensor, size: int) -> torch.Tensor:
+    def draft_scores(self, i: int, hidden: torch.Tensor, size: int) -> torch.Tensor:
         """[R, V] float32 scores of stream i by itself; −∞ on ids that are not in both tables.
 
         Args:
@@ -208,37 +225,11 @@ class Readout:
         assert own is not None
         return self._over_base(i, own, size)
 
-    def choices(
-        self, hidden: torch.Tensor, rows: Sequence[int], active: Sequence[bool], size: int
-    ) -> dict[int, dict[int, tuple[int, float]]]:
-        """What each stream by itself finds most likely next. Unembeds the rows once more.
-
-        Every rank takes part (the gather inside is collective); ranks that hold no logits find
-        nothing.
-
-        Args:
-            hidden: [R, width] rows of the steered model's hidden states.
-            rows: which of them are asked for.
-            active: [S] which streams ran in this step.
-            size: V, the size of the base's table; any number on ranks that hold no logits.
-
-        Returns:
-            Row → companion stream that its sum reads → the id, and its log-probability.
-        """
-        found: dict[int, dict[int, tuple[int, float]]] = {row: {} for row in rows}
-        used = self.layout.read_control(hidden).coef[list(rows)].ne(0).tolist()
-        for i in range(1, self.layout.streams):
-            readers = [row for row, uses in zip(rows, used, strict=True) if uses[i]]
-            if not (readers and active[i] and self.unembed[i] is not None):
-                continue
-            own = self._unembed(i, hidden[readers][:, self.layout.columns(i)])
-            if own is None:
-                continue
-            best = self._over_base(i, own, size).log_softmax(-1).max(-1)
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            for row, pair in zip(readers, pairs, strict=True):
-                found[row][i] = pair
-        return found
+    def alone(self, i: int, mixed: Mixed, rows: torch.Tensor) -> torch.Tensor:
+        """The same on [m] int64 rows that were read out and sum companion i, [m, V]."""
+        scores = mixed.streams[i]
+        assert scores is not None
+        return self._over_base(i, scores.of(rows), mixed.z.shape[-1])
 
     def _over_base(self, i: int, own: torch.Tensor, size: int) -> torch.Tensor:
         """[R, V] float32: the scores of stream i, −∞ on ids that are not in both tables."""
@@ -247,7 +238,7 @@ class Readout:
         out[:, :both] = own[:, :both]
         for ids in (self.vocabularies[i].unshared, self.padded):
             if ids is not None:
-                out[:, ids] = NEVER
+                out.index_fill_(1, ids, NEVER)
         return out
 
     def _unembed(self, i: int, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -255,117 +246,129 @@ class Readout:
         assert unembed is not None
         return unembed(hidden)
 
-    def _log_odds(self, hidden: torch.Tensor, control: Control) -> torch.Tensor:
-        """[R] float32: what each row's classifier head says; 0 where its rule reads none."""
-        found = torch.zeros_like(control.kind)
-        reads = torch.zeros_like(found, dtype=torch.bool)
+    def _scores(self, i: int, hidden: torch.Tensor, uses: torch.Tensor) -> Scores:
+        """What stream i has of its own, on the rows that sum it ([R] bool) or on all."""
+        part, rows = hidden[:, self.layout.columns(i)], self._rows_where(uses)
+        counted = uses if rows is None else None
+        if rows is not None and rows.numel() == hidden.shape[0]:
+            rows = None
+        own = self._unembed(i, part.contiguous() if rows is None else part[rows])
+        assert own is not None
+        self.watch.scores(i, own, rows, counted)
+        return Scores(rows, own)
+
+    def _log_odds(self, hidden: torch.Tensor, control: Control, classes: Classes) -> torch.Tensor:
+        """[R] float32: the number of each row's classifier head; 0 where its rule reads none."""
+        odds = torch.zeros_like(control.kind)
+        reads = torch.zeros_like(odds, dtype=torch.bool)
         for kind in CRITICAL_KINDS:
             reads |= control.kind == float(kind)
-        for h, reading in enumerate(self.heads):
-            rows = torch.nonzero(reads & (control.head == h))[:, 0]
-            if rows.numel():
-                found[rows] = reading.head(hidden[rows, self.layout.columns(reading.stream)])
-                self.watch.numbers(self.layout.streams + h, found[rows], rows)
-        return found
-
-    def _plain_sum(
-        self,
-        base: torch.Tensor,
-        hidden: torch.Tensor,
-        coef: torch.Tensor,
-        active: Sequence[bool],
-        uniform_sum: bool,
-    ) -> torch.Tensor:
-        """[R, V] float32 `Σ_i c_i s_i` of streams that lack no id: one pass over each's scores."""
-        z = base.float()
-        if (coef[:, 0] != 1).any():
-            z = torch.where(coef[:, :1] == 0, 0.0, z * coef[:, :1])
-        elif z is base:
-            z = base.clone()
-        for i in range(1, self.layout.streams):
-            if not active[i]:
-                continue
-            rows, own = self._own_logits(i, hidden, coef, uniform_sum)
-            own = own[:, : z.shape[-1]]
+        for h in classes.heads:
+            own, (stream, head) = reads & (control.head == h), self.heads[h]
+            rows = self._rows_where(own)
             if rows is None:
+                numbers = head(hidden[:, self.layout.columns(stream)])
+                odds = torch.where(own, numbers, odds)
+                self.watch.numbers([self.layout.streams + h], numbers, None, own)
+            elif rows.numel():
+                odds[rows] = numbers = head(hidden[rows, self.layout.columns(stream)])
+                self.watch.numbers([self.layout.streams + h], numbers, rows)
+        return odds
+
+    def _plain_sum(self, plain: Mixed, coef: torch.Tensor) -> torch.Tensor:
+        """[R, V] float32 `Σ_i c_i s_i` of streams that lack no id: one pass over each's scores."""
+        z, c = plain.base.float(), coef[:, :1]
+        if z.device.type != "cpu" or (c != 1).any():
+            z = torch.where(c == 0, 0.0, z * c)
+        elif z is plain.base:
+            z = z.clone()
+        for i, scores in enumerate(plain.streams):
+            if scores is None:
+                continue
+            rows, own = scores.rows, scores.own[:, : z.shape[-1]]
+            part, c = z[:, : own.shape[-1]], coef[:, i : i + 1]
+            if rows is not None:
+                part[rows] += own.float() * c[rows]
+            elif z.device.type == "cpu":
                 # One pass, and float32 inside whatever the dtype of `own` is.
-                part = z[:, : own.shape[-1]]
-                torch.addcmul(part, own, coef[:, i : i + 1], out=part)
+                torch.addcmul(part, own, c, out=part)
             else:
-                z[rows, : own.shape[-1]] += own.float() * coef[rows, i : i + 1]
+                part += torch.where(c == 0, 0.0, own * c)
         if self.padded is not None:
-            z[slice(None) if uniform_sum else torch.nonzero(_steered(coef)), self.padded] = NEVER
+            lost = z.index_select(1, self.padded).masked_fill_(_summing(coef)[:, None], NEVER)
+            z.index_copy_(1, self.padded, lost)
         return z
 
     def _mix_rows(
-        self,
-        base: torch.Tensor,
-        hidden: torch.Tensor,
-        control: Control,
-        active: Sequence[bool],
-        has_rules: bool,
-        critical: torch.Tensor | None,
+        self, plain: Mixed, control: Control, classes: Classes, rows: torch.Tensor | None
     ) -> torch.Tensor:
+        """[n, V] the scores of the steered rows; None: of all, as if all were steered.
+
+        Args:
+            plain: what the streams have of their own, R rows.
+            control: of the n rows.
+            classes: what occurs among them.
+            rows: [n] int64 which of the R.
+        """
+        base = (plain.base if rows is None else plain.base[rows]).float()
         if self.padded is not None:
-            base[:, self.padded] = NEVER
+            base = base.clone() if base is plain.base else base
+            base.index_fill_(1, self.padded, NEVER)
         logits: list[torch.Tensor | None] = [base]
-        for i in range(1, self.layout.streams):
-            logits.append(self._stream_logits(i, base, hidden, control) if active[i] else None)
-        kind = control.kind if has_rules else None
+        for i, scores in enumerate(plain.streams[1:], 1):
+            logits.append(None if scores is None else self._on_rows(i, scores, base, control, rows))
+        critical = plain.critical
         z = mix(
             logits,
             control.coef,
-            kind,
+            control.kind if classes.rules else None,
             control.stream,
             control.param,
-            self._lacking(active),
-            critical,
+            self._lacking(classes.active),
+            critical if critical is None or rows is None else critical[rows],
             self.ends.of(control.ends),
+            classes.rules,
         )
-        if self.padded is not None:
-            z[:, self.padded] = NEVER
-        return z
+        return z if self.padded is None else z.index_fill_(1, self.padded, NEVER)
 
-    def _stream_logits(
-        self, i: int, base: torch.Tensor, hidden: torch.Tensor, control: Control
+    def _on_rows(
+        self,
+        i: int,
+        scores: Scores,
+        base: torch.Tensor,
+        control: Control,
+        rows: torch.Tensor | None,
     ) -> torch.Tensor:
-        """[R, V] scores of stream i, on the rows that use it; −∞ on ids it does not share."""
-        rows, own = self._own_logits(i, hidden, control.coef)
-        out = own = own[:, : base.shape[-1]].float()
-        if out.shape != base.shape:
-            out = torch.full_like(base, NEVER)
-            out[slice(None) if rows is None else rows, : own.shape[-1]] = own
-        unshared = self.vocabularies[i].unshared
-        if unshared is not None:
-            out[:, unshared] = NEVER
+        """[n, V] scores of stream i on some rows; −∞ on ids it lacks, anything where unused."""
+        own = scores.own
+        if scores.rows is None and rows is not None and rows.numel() < own.shape[0]:
+            own = own[rows]
+        own = self._widened(i, own, base)
+        if scores.rows is None or own.shape == base.shape:
+            return own
+        out = torch.full_like(base, NEVER)
+        # All rows that sum the stream are steered, so they are in the order of its scores.
+        out[torch.nonzero(control.coef[:, i])[:, 0]] = own
         return out
 
-    def _own_logits(
-        self, i: int, hidden: torch.Tensor, coef: torch.Tensor, uniform_sum: bool = False
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The rows that use stream i (None: all of them), and its [n, own V] scores there."""
-        part = hidden[:, self.layout.columns(i)]
-        if uniform_sum:
-            own = self._unembed(i, part.contiguous())
-            assert own is not None
-            self.watch.scores(i, own)
-            return None, own
-        rows = torch.nonzero(coef[:, i])[:, 0]
-        everywhere = rows.numel() == hidden.shape[0]
-        own = self._unembed(i, part.contiguous() if everywhere else part[rows])
-        assert own is not None
-        self.watch.scores(i, own, None if everywhere else rows)
-        return None if everywhere else rows, own
+    def _widened(self, i: int, own: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """[n, V] float32 over the base's ids; −∞ on those that stream i does not share."""
+        own = own[:, : base.shape[-1]].float()
+        if own.shape[-1] < base.shape[-1]:
+            own = torch.nn.functional.pad(own, (0, base.shape[-1] - own.shape[-1]), value=NEVER)
+        unshared = self.vocabularies[i].unshared
+        return own if unshared is None else own.index_fill_(1, unshared, NEVER)
 
 
-def _steered(coef: torch.Tensor) -> torch.Tensor:
+def _summing(coef: torch.Tensor) -> torch.Tensor:
     """[R] bool: rows whose sum is not the base alone."""
     return (coef[:, 0] != 1) | (coef[:, 1:] != 0).any(-1)
 
 
-def _candidates(control: Control) -> torch.Tensor:
-    """[R] bool: rows that value streams add to."""
-    return (control.ids != 0).any(-1) | (control.added != 0).any(-1)
+def _steered(control: Control) -> torch.Tensor:
+    """[R] bool: rows that are not the base alone; value streams add to some."""
+    added = (control.ids != 0).any(-1) | (control.added != 0).any(-1)
+    return _summing(control.coef) | (control.kind != 0) | added
 
 
 def _take(control: Control, rows: torch.Tensor) -> Control:

@@ -1,30 +1,168 @@
-"""Marks the rows of a step whose drawn token is reported, and measures them after the read-out.
+"""Measures the rows of a step whose drawn tokens are reported.
 
-Lives in the worker; one instance per steered model.
+`measure` follows the read-out and `sampled` the sampler, both on the device. One copy then goes to
+the host, which nobody waits for: it is taken in when it has arrived, or when a report is fetched.
+
+Lives in the worker; one instance per steered model. Letters: n reported rows, m of them of requests
+whose report has every token, V the base's vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from steering.plan import BASE, CRITICAL_KINDS, RuleKind
-from steering.worker import heads
 from steering.worker.adapting import Routed
-from steering.worker.batches import Schedule
-from steering.worker.layout import REPORT, Layout
-from steering.worker.readout import Mixed, Reading
-from steering.worker.report import Marked, ReportBook, choice_of
-from steering.worker.request_state import BatchTables
+from steering.worker.batches import Int64
+from steering.worker.layout import RULE_KIND, RULE_PARAM, Layout
+from steering.worker.readout import Mixed, Reading, Readout
+from steering.worker.report import ReportBook, StepRecord, choice_of
+from steering.worker.request_state import BatchTables, RequestState
+from steering.worker.rows import DrawRows
+from steering.worker.staging import HostCopy, to_device
+from steering.worker.step_plan import StepPlan
 from steering.worker.watch import Watch
 
-Choices = Callable[..., dict[int, dict[int, tuple[int, float]]]]
-"""`Readout.choices` of the step's hidden states and streams, but for `rows` and `size`."""
+Path = tuple[str, ...]
+"""Where a number belongs in the entry of a token."""
+
+Columns = dict[Path, tuple[Int64, torch.Tensor]]
+"""What was measured: which of the n rows have it, and their numbers or ids."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The reports of a step, as the host knows them before it is read out.
+
+    Args:
+        states: of the requests that report and draw.
+        ids: of these requests, as vLLM has them.
+        counts: how many rows of scores each has.
+        rows: [n] these rows.
+        requests: [n] the request of each, and
+        nth: [n] which of its drawn tokens it is for.
+        detail: which of the n rows are of reports that have every token.
+        critical: which have a rule that reads a classifier head.
+        heads: which report the number of a head, by its name.
+        choices: which of `detail` sum a companion, by its index.
+    """
+
+    states: tuple[RequestState, ...]
+    ids: tuple[str, ...]
+    counts: Int64
+    rows: Int64
+    requests: Int64
+    nth: Int64
+    detail: Int64
+    critical: Int64
+    heads: dict[str, Int64]
+    choices: dict[int, Int64]
+
+    @classmethod
+    def of(cls, plan: StepPlan, drawing: DrawRows, scored: Sequence[bool]) -> StepReport | None:
+        """The reports of a step; None if it has none.
+
+        Args:
+            plan: of the step.
+            drawing: its rows.
+            scored: [S] which streams have scores.
+        """
+        pairs = [(q, state) for q, state in plan.tables.reported if plan.schedule.draws[q]]
+        if not pairs:
+            return None
+        own = np.array([q for q, _ in pairs], np.int64)
+        states = tuple(state for _, state in pairs)
+        counts = np.diff(drawing.starts)[own]
+        rows, requests = drawing.rows(own), np.repeat(own, counts)
+
+        def where(of_request: Iterable[bool]) -> Int64:
+            return np.flatnonzero(np.repeat(np.fromiter(of_request, np.bool_), counts))
+
+        names = sorted({name for state in states for name in state.heads})
+        detail = where(state.tokens for state in states)
+        streams = [i for i, has in enumerate(scored) if i and has and plan.classes.active[i]]
+        used = {i: where(s.tokens and s.control[i] != 0 for s in states) for i in streams}
+        return cls(
+            states,
+            tuple(plan.schedule.request_ids[q] for q in own),
+            counts,
+            rows,
+            requests,
+            rows - drawing.starts[requests],
+            detail,
+            where(_rule(state)[0] in CRITICAL_KINDS for state in states),
+            {name: where(name in state.heads for state in states) for name in names},
+            {i: which for i, which in used.items() if which.size},
+        )
+
+    def arrays(self) -> list[Int64]:
+        """What the device needs of it, for `StagedReport.of`."""
+        some = [self.critical, *self.heads.values(), *self.choices.values()]
+        every = [self.rows, self.requests, self.nth, self.detail, self.rows[self.detail]]
+        return every + [self.rows[which] for which in some]
+
+
+@dataclass(frozen=True)
+class StagedReport:
+    """A step's reports, and on the device the rows (int64) of each part; fields as there."""
+
+    host: StepReport
+    rows: torch.Tensor
+    requests: torch.Tensor
+    nth: torch.Tensor
+    detail: torch.Tensor
+    detail_rows: torch.Tensor
+    critical: torch.Tensor
+    heads: dict[str, torch.Tensor]
+    choices: dict[int, torch.Tensor]
+
+    @classmethod
+    def of(cls, host: StepReport, arrays: Sequence[torch.Tensor]) -> StagedReport:
+        """From the arrays of `StepReport.arrays` on the device."""
+        rows, requests, nth, detail, detail_rows, critical, *some = arrays
+        of_head, of_stream = some[: len(host.heads)], some[len(host.heads) :]
+        heads = dict(zip(host.heads, of_head, strict=True))
+        choices = dict(zip(host.choices, of_stream, strict=True))
+        return cls(host, rows, requests, nth, detail, detail_rows, critical, heads, choices)
+
+
+def stage_rows(
+    drawing: DrawRows, report: StepReport | None, device: torch.device
+) -> tuple[torch.Tensor | None, StagedReport | None]:
+    """([Q, K + 1] the rows of each request, None if it is one each; the reports), in one copy."""
+    arrays = [] if drawing.single else [drawing.table()]
+    count = len(arrays)
+    arrays += [] if report is None else report.arrays()
+    staged = to_device(arrays, device) if arrays else ()
+    table = staged[0] if count else None
+    return table, None if report is None else StagedReport.of(report, staged[count:])
+
+
+@dataclass
+class _Measured:
+    """A step whose tokens are not drawn yet; [m, V] scores of the steered model and the base."""
+
+    report: StagedReport
+    columns: Columns
+    masses: tuple[torch.Tensor, torch.Tensor]
+    scores: tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class _Sent:
+    """A step on its way to the host."""
+
+    report: StepReport
+    records: list[StepRecord]
+    columns: list[tuple[Path, Int64]]
+    copy: HostCopy
 
 
 @dataclass
@@ -35,50 +173,16 @@ class Reporter:
         names: of the streams that run, base first.
         layout: of the hidden states.
         readings: heads by name, and what they read.
+        watch: looks at every head's number.
     """
 
     names: tuple[str, ...]
     layout: Layout
     readings: dict[str, Reading]
+    watch: Watch
     book: ReportBook = field(default_factory=ReportBook)
-    _marked: list[Marked] = field(default_factory=list)
-
-    def mark(
-        self,
-        view: Any,
-        tables: BatchTables,
-        schedule: Schedule,
-        control: npt.NDArray[np.float32],
-    ) -> None:
-        """Marks this step's rows in `control`, and settles the tokens that were drawn before."""
-        self._marked = []
-        ids = schedule.request_ids
-        for row, state in tables.reported:
-            choice = choice_of(ids[row])
-            tally = self.book.tally(state.tag, choice)
-            if tally.waiting:
-                tally.settle(view.drawn(row, tally.waiting[0].row.place))
-            if not schedule.draws[row]:
-                continue
-            tally.run(n for n, used in zip(self.names, state.uses, strict=True) if used)
-            tally.run(name for name, _ in (state.values.strengths if state.values else ()))
-            drafts, last = int(schedule.drafts[row]), int(schedule.starts[row + 1]) - 1
-            tally.drafted += drafts
-            end = int(schedule.computed[row] + schedule.lengths[row])
-            for back in range(drafts, -1, -1):
-                draft = view.token(row, end - back) if back else None
-                marked = Marked(state.tag, choice, end - back, draft, state.heads, state.tokens)
-                self._marked.append(marked)
-                control[last - back, len(self.names) + REPORT] = len(self._marked)
-
-    def forget(self) -> None:
-        """A step without rows that report."""
-        self._marked = []
-
-    @property
-    def waits(self) -> bool:
-        """Whether a row of this step reports."""
-        return bool(self._marked)
+    _measured: _Measured | None = None
+    _sent: deque[_Sent] = field(default_factory=deque)
 
     def routes(self, ids: Sequence[str], tables: BatchTables, routed: Sequence[Routed]) -> None:
         """Counts where the tokens of a step were routed."""
@@ -89,52 +193,138 @@ class Reporter:
                     tally.route(stream, digest, counts[row].tolist())
 
     def measure(
-        self, mixed: Mixed | None, hidden: torch.Tensor, choices: Choices, watch: Watch
+        self, report: StagedReport, mixed: Mixed, hidden: torch.Tensor, readout: Readout
     ) -> None:
-        """Measures the marked rows; on ranks that hold no logits it only takes part.
+        """Measures the reported rows, where there are scores.
 
         Args:
-            mixed: R rows of scores; None on ranks that hold none.
+            report: of the step.
+            mixed: R rows of scores, with measures of the reported ones.
             hidden: [R, width] what they were made of.
-            choices: tells what the streams by themselves would have chosen.
-            watch: told of every head's number.
+            readout: what made them.
         """
-        control = self.layout.read_control(hidden)
-        marks, requests = enumerate(control.report.tolist()), control.request.tolist()
-        rows = {row: self._marked[int(mark) - 1] for row, mark in marks if mark}
-        detailed = [row for row, marked in rows.items() if marked.tokens]
-        size = 0 if mixed is None else mixed.base.shape[-1]
-        own = choices(rows=detailed, size=size) if detailed else {}
-        if mixed is None:
+        assert mixed.measures is not None
+        host, measures = report.host, mixed.measures
+        every = np.arange(host.rows.size)
+        columns: Columns = {
+            ("kl",): (every, measures.kl),
+            ("choice",): (every, measures.choice),
+            ("base_choice",): (every, measures.base_choice),
+        }
+        if host.critical.size and mixed.critical is not None:
+            probability = mixed.critical[report.critical].sigmoid()
+            columns["critical_probability",] = host.critical, probability
+        for name, rows in report.heads.items():
+            stream, head = self.readings[name]
+            numbers = head(hidden[rows, self.layout.columns(stream)])
+            self.watch.numbers([self.watch.names.index(name)], numbers, rows)
+            columns["heads", name] = host.heads[name], numbers
+        for i, rows in report.choices.items():
+            best = readout.alone(i, mixed, rows).log_softmax(-1).max(-1)
+            columns["choices", self.names[i], "id"] = host.choices[i], best.indices
+            columns["choices", self.names[i], "logprob"] = host.choices[i], best.values
+        some, rows = report.detail, report.detail_rows
+        scores = mixed.z[rows], mixed.base[rows].float()
+        masses = measures.mass[some], measures.base_mass[some]
+        if host.detail.size:
+            best_of_base = measures.base_choice[some]
+            columns["choices", BASE, "logprob"] = (
+                host.detail,
+                _log_probability(scores[1], masses[1], best_of_base),
+            )
+        self._measured = _Measured(report, columns, masses, scores)
+
+    def sampled(self, ids: torch.Tensor) -> None:
+        """Sends the step's measures to the host, with its tokens.
+
+        Args:
+            ids: [Q, ≥ K + 1] what the step drew; negative where it drew nothing.
+        """
+        measured, self._measured = self._measured, None
+        if measured is None:
             return
-        asked = {row: marked.heads for row, marked in rows.items()}
-        told = heads.read(self.readings, self.layout, hidden, asked)
-        for row, said in told.items():
-            for name, number in said["heads"].items():
-                watch.told(name, number, int(requests[row]) - 1)
-        for row, marked in rows.items():
-            steered, plain = (s[row].float().log_softmax(-1) for s in (mixed.z, mixed.base))
-            more = _critical_of(mixed, row) | told.get(row, {})
-            if marked.tokens:
-                streams = {self.names[i]: pair for i, pair in own[row].items()}
-                more["choices"] = {BASE: _choice(plain), **streams}
-            tally = self.book.tally(marked.tag, marked.choice)
-            tally.add(steered, plain, marked, more)
+        report, columns = measured.report, measured.columns
+        host = report.host
+        drawn = ids[report.requests, report.nth]
+        columns["token_id",] = np.arange(host.rows.size), drawn
+        if host.detail.size:
+            tokens = drawn[report.detail].clamp(0)
+            for path, s, m in zip(_LOGPROBS, measured.scores, measured.masses, strict=True):
+                columns[path] = host.detail, _log_probability(s, m, tokens)
+        records = []
+        for state, request_id, count in zip(host.states, host.ids, host.counts, strict=True):
+            tally = self.book.tally(state.tag, choice_of(request_id))
+            tally.detailed = state.tokens
+            records.append(tally.begin(self._ran(state), int(count) - 1))
+        every = torch.cat([numbers.double() for _, numbers in columns.values()])
+        paths = [(path, which) for path, (which, _) in columns.items()]
+        self._sent.append(_Sent(host, records, paths, HostCopy(every)))
+        self.take_in()
+
+    def take_in(self, wait: bool = False) -> None:
+        """Takes in the steps that have reached the host, or all."""
+        while self._sent and (wait or self._sent[0].copy.ready):
+            _fill(self._sent.popleft())
+
+    def take(self, tag: str, tokens: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+        """See `ReportBook.take`."""
+        self.take_in(wait=True)
+        return self.book.take(tag, tokens)
+
+    def _ran(self, state: RequestState) -> list[str]:
+        values = state.values.strengths if state.values else ()
+        used = [n for n, uses in zip(self.names, state.uses, strict=True) if uses]
+        return [*used, *(name for name, _ in values)]
 
 
-def _critical_of(mixed: Mixed, row: int) -> dict[str, Any]:
-    """What a report says of a critical-token row; nothing of others."""
-    kind = int(mixed.control.kind[row])
-    if kind not in CRITICAL_KINDS or mixed.critical is None:
-        return {}
-    probability = float(mixed.critical[row].sigmoid())
-    found: dict[str, Any] = {"critical_probability": probability}
-    if kind == RuleKind.CRITICAL:
-        found["critical"] = probability > float(mixed.control.param[row])
-    return found
+_LOGPROBS: tuple[Path, Path] = ("steered_logprob",), ("base_logprob",)
 
 
-def _choice(logprobs: torch.Tensor) -> tuple[int, float]:
-    """The most likely id and its log-probability, of [V]."""
-    best = logprobs.max(-1)
-    return int(best.indices), float(best.values)
+def _log_probability(scores: torch.Tensor, mass: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """[m] of one id of each of [m, V] scores, whose log Σ exp is `mass`."""
+    return scores.gather(1, ids.long()[:, None])[:, 0] - mass
+
+
+def _rule(state: RequestState) -> tuple[int, float]:
+    """(kind, parameter) of a request's rule."""
+    extra = state.control[state.uses.size :]
+    return int(extra[RULE_KIND]), float(extra[RULE_PARAM])
+
+
+def _fill(sent: _Sent) -> None:
+    """Writes what has reached the host into the records of the step."""
+    numbers, start = sent.copy.read().numpy(), 0
+    measured: list[dict[str, Any]] = [{} for _ in sent.report.rows]
+    for path, which in sent.columns:
+        for row, number in zip(which, numbers[start : start + which.size].tolist(), strict=True):
+            inner = measured[row]
+            for name in path[:-1]:
+                inner = inner.setdefault(name, {})
+            inner[path[-1]] = number
+        start += which.size
+    rows = iter(measured)
+    parts = zip(sent.report.states, sent.records, sent.report.counts, strict=True)
+    for state, record, count in parts:
+        drawn = takewhile(lambda row: row["token_id"] >= 0, list(islice(rows, count)))
+        record.entries = [_entry(state, row) for row in drawn]
+
+
+def _entry(state: RequestState, row: dict[str, Any]) -> dict[str, Any]:
+    """What a report has of one token."""
+    entry: dict[str, Any] = {"kl": row["kl"], "base_choice": int(row["base_choice"])}
+    entry["changed"] = row["choice"] != row["base_choice"]
+    if (probability := row.get("critical_probability")) is not None:
+        entry["critical_probability"] = probability
+        kind, threshold = _rule(state)
+        if kind == RuleKind.CRITICAL:
+            entry["critical"] = probability > threshold
+    if "heads" in row:
+        entry["heads"] = row["heads"]
+    if state.tokens:
+        entry["token_id"] = int(row["token_id"])
+        entry |= {name: row[name] for name in ("base_logprob", "steered_logprob")}
+        row["choices"][BASE]["id"] = row["base_choice"]
+        entry["choices"] = {
+            name: (int(best["id"]), best["logprob"]) for name, best in row["choices"].items()
+        }
+    return entry

@@ -23,7 +23,6 @@ from steering.worker.ends import Own
 from steering.worker.layout import (
     ENDS,
     EXTRA,
-    REQUEST,
     RULE_HEAD,
     RULE_KIND,
     RULE_PARAM,
@@ -36,7 +35,7 @@ class RequestState:
     """One request's plan, ready for the tables.
 
     Args:
-        control: [S + EXTRA] float32, the row's control columns (report, ends and request left 0).
+        control: [S + EXTRA] float32, the row's control columns (ends left 0).
         uses: [S] which streams run.
         offsets: [S] by how many tokens each stream's prompt is shorter than the request's.
         prompts: per stream its own prompt, or None.
@@ -44,7 +43,7 @@ class RequestState:
         tokens: whether the report wants every token.
         adapters: the request's adapters.
         values: what value streams add, or None.
-        heads: heads that the report tells.
+        heads: heads whose numbers the report has.
         ends: ids that end its text beside the base's, if its rule or values ask.
     """
 
@@ -181,7 +180,6 @@ class BatchTables:
         steered = bool((control != plain).any() or offsets.any() or reported or valued)
         sets: dict[Own, int] = {(): 0}
         control[:, streams + ENDS] = [sets.setdefault(s.ends, len(sets)) for s in states]
-        control[:, streams + REQUEST] = np.arange(len(states)) + 1
         prompts = tuple(OwnPrompts.of([s.prompts[i] for s in states]) for i in range(streams))
         own = np.array([p is not None for p in prompts])
         lags: Bool = np.any(offsets, axis=0)

@@ -46,18 +46,10 @@ class RunnerView(ABC):
         """[Q] ids of the requests' sets of adapters, 0 for none."""
 
     @abstractmethod
-    def send_faults(self, watch: Watch) -> None:
-        """Sends what the rows of each step are flagged with to the scheduler, beside the drawn
-        tokens.
+    def observe(self, watch: Watch, sampled: Sampled) -> None:
+        """Sends the flags of each step's requests to the scheduler, beside the drawn tokens.
 
         Args:
             watch: has the flags.
+            sampled: is called behind each step's sampler.
         """
-
-    @abstractmethod
-    def token(self, row: int, index: int) -> int:
-        """Token `index` of a row's request, counted from the start of its prompt; or a draft."""
-
-    @abstractmethod
-    def drawn(self, row: int, start: int) -> list[int]:
-        """The tokens of a row's request from `start` on, without this step's drafts."""

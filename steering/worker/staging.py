@@ -37,6 +37,33 @@ def to_device(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> tuple
     )
 
 
+class HostCopy:
+    """A tensor on its way to the host, which nobody waits for until it is read.
+
+    Args:
+        tensor: not changed afterwards.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._done = tensor, None
+        if tensor.device.type == "cuda":
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor = pinned.copy_(tensor, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    @property
+    def ready(self) -> bool:
+        """Whether `read` would not wait."""
+        return self._done is None or self._done.query()
+
+    def read(self) -> torch.Tensor:
+        """The tensor on the host."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._tensor.cpu()
+
+
 @dataclass(frozen=True, slots=True)
 class StagedBatch:
     """A stream batch, and its arrays on the device. Letters and meanings as in `StreamBatch`.
@@ -98,12 +125,26 @@ class StagedBatch:
 
 def stage(batches: Sequence[StreamBatch], device: torch.device) -> list[StagedBatch]:
     """Brings stream batches to the device."""
-    arrays = [
+    return _staged(batches, to_device(_arrays(batches), device))
+
+
+def stage_step(
+    batches: Sequence[StreamBatch], control: npt.NDArray[np.float32], device: torch.device
+) -> tuple[list[StagedBatch], torch.Tensor]:
+    """Brings the stream batches of a step to the device, and its control."""
+    *there, last = to_device([*_arrays(batches), control], device)
+    return _staged(batches, there), last
+
+
+def _arrays(batches: Sequence[StreamBatch]) -> list[npt.NDArray[Any]]:
+    return [
         array
         for b in batches
         for array in (
             b.rows, b.tokens, b.positions, b.token_rows, b.starts, b.lengths, b.own_at, b.own_ids
         )
     ]  # fmt: skip
-    there = to_device(arrays, device)
+
+
+def _staged(batches: Sequence[StreamBatch], there: Sequence[torch.Tensor]) -> list[StagedBatch]:
     return [StagedBatch(b, *there[8 * i : 8 * i + 8]) for i, b in enumerate(batches)]

@@ -20,7 +20,7 @@ from steering.worker.contexts import StreamContexts
 from steering.worker.lora_seam import LoraSeam
 from steering.worker.overlaps import read_as
 from steering.worker.readout import Readout
-from steering.worker.staging import StagedBatch, stage, to_device
+from steering.worker.staging import StagedBatch, stage, stage_step, to_device
 from steering.worker.step_plan import StepPlan
 from steering.worker.values import ValueStreams, candidates_of
 
@@ -116,13 +116,14 @@ class Step:
         layout, device = self.readout.layout, positions.device
         out = torch.zeros(positions.shape[0], layout.width, dtype=layout.dtype, device=device)
         distinct = plan.distinct
-        staged = dict(zip(map(id, distinct), stage(distinct, device), strict=True))
+        batches, there = stage_step(distinct, control, device)
+        staged = dict(zip(map(id, distinct), batches, strict=True))
         for i, batch in enumerate(plan.batches):
             if batch is not None:
                 self._run_batch(i, staged[id(batch)], input_ids, out)
             elif plan.classes.active[i]:
                 self._run_full(i, plan.schedule.tokens, input_ids, positions, out)
-        layout.write_control(out, control)
+        layout.write_control(out, there)
         if plan.valued:
             self._add_values(plan, input_ids, out)
         return out
@@ -138,7 +139,7 @@ class Step:
         ):
             hidden = forward(self.models[i], ids, batch.positions)
         self.counters.count(self.names[i], batch.host.rows.size)
-        return self.readout.alone(i, hidden, size)
+        return self.readout.draft_scores(i, hidden, size)
 
     def _run_full(
         self,
@@ -189,7 +190,7 @@ class Step:
                 return forward(self.models[stream], ids, staged.positions)
 
         scores = candidates_of(self.models[0].compute_logits(hidden(0)), self.readout.padded)
-        ends, note = self.readout.ends.of(which), self.readout.watch.values
+        ends, note = self.readout.ends.of(which), self.readout.watch.requests
         offsets = tables.offsets
         add = self.values.add(plan.valued, scores, hidden, schedule, offsets, run, ends, note)
         layout.write_additions(out, last, add.ids, add.added)

@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from steering.plan import Values
+import numpy as np
+
+from steering.plan import CRITICAL_KINDS, RuleKind, Values
 from steering.worker.batches import Schedule, StreamBatch, stream_batch
+from steering.worker.layout import RULE_HEAD, RULE_KIND
 from steering.worker.request_state import BatchTables
 
 
@@ -20,18 +23,42 @@ class Classes:
 
     Args:
         active: [S] streams that run.
-        has_rules: whether any row has a rule other than the plain sum, or values.
+        rules: rules that occur, but the plain sum.
+        heads: indices of the classifier heads that these rules read.
+        valued: whether value streams add to any row.
         uniform_sum: whether every row sums the same streams, the base and more.
     """
 
     active: tuple[bool, ...]
-    has_rules: bool
+    rules: frozenset[RuleKind] = frozenset()
+    heads: tuple[int, ...] = ()
+    valued: bool = False
     uniform_sum: bool = False
 
     @classmethod
-    def all(cls, streams: int) -> Self:
-        """Of rows about which nothing is known: vLLM's dummy runs."""
-        return cls((True,) * streams, True)
+    def all(cls, streams: int, heads: int = 0) -> Self:
+        """Classes of rows about which nothing is known: vLLM's dummy runs."""
+        return cls((True,) * streams, frozenset(RuleKind), tuple(range(heads)), True)
+
+    @classmethod
+    def of(cls, active: tuple[bool, ...], tables: BatchTables) -> Self:
+        """The classes of the rows of a step's requests."""
+        if not tables.has_rules:
+            return cls(active, uniform_sum=tables.uniform_sum)
+        extra = tables.control[:, len(active) :]
+        kinds = extra[:, RULE_KIND].astype(np.int64)
+        critical = np.isin(kinds, [*CRITICAL_KINDS])
+        return cls(
+            active,
+            frozenset(map(RuleKind, np.unique(kinds))) - {RuleKind.SUM},
+            tuple(np.unique(extra[critical, RULE_HEAD]).astype(np.int64).tolist()),
+            bool(tables.valued),
+        )
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether any row has a rule other than the plain sum, or values."""
+        return bool(self.rules) or self.valued
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +110,6 @@ def plan_step(schedule: Schedule, tables: BatchTables) -> StepPlan:
         schedule,
         tables,
         tuple(batches),
-        Classes(active, tables.has_rules, tables.uniform_sum),
+        Classes.of(active, tables),
         tuple((row, values) for row, values in tables.valued if schedule.draws[row]),
     )

@@ -17,7 +17,7 @@ from steering.refused import refused_config
 from steering.wire import unpack
 from steering.worker.batches import Int64, Schedule
 from steering.worker.request_state import RequestStates
-from steering.worker.runner import RunnerView
+from steering.worker.runner import RunnerView, Sampled
 from steering.worker.watch import Watch
 
 
@@ -86,16 +86,6 @@ class V1View(RunnerView):
         sets: Int64 = self.runner.input_batch.request_lora_mapping[:requests]
         return sets
 
-    def token(self, row: int, index: int) -> int:
-        """Token `index` of a row's request, counted from the start of its prompt; or a draft."""
-        return int(self.runner.input_batch.token_ids_cpu[row, index])
-
-    def drawn(self, row: int, start: int) -> list[int]:
-        """The tokens of a row's request from `start` on, without this step's drafts."""
-        batch = self.runner.input_batch
-        ids: list[int] = batch.token_ids_cpu[row, start : batch.num_tokens_no_spec[row]].tolist()
-        return ids
-
     def _hold_generators(self, draws: Any) -> None:
         """Keeps the random generators of rows that draw no token in this step out of the sampler.
 
@@ -117,14 +107,21 @@ class V1View(RunnerView):
                 self._held.remove(request_id)
                 batch.generators[row] = self.runner.requests[request_id].generator
 
-    def send_faults(self, watch: Watch) -> None:
-        """Sends what a step's rows are flagged with to the scheduler, beside the drawn tokens.
+    def observe(self, watch: Watch, sampled: Sampled) -> None:
+        """See `RunnerView`.
 
         vLLM has a place for the number of NaNs in a request's scores; the flag goes there, to
         `SteeredScheduler`. The sampler is made to show what constraints left of each row.
         """
         runner = self.runner
         keep, constrain = runner._bookkeeping_sync, runner.sampler.apply_logits_processors
+        sample = runner._sample
+
+        def with_reports(*args: Any, **options: Any) -> Any:
+            output = sample(*args, **options)
+            watch.send()
+            sampled(output.sampled_token_ids)
+            return output
 
         def constrained(logits: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
             left: torch.Tensor = constrain(logits, *args, **options)
@@ -140,6 +137,7 @@ class V1View(RunnerView):
                 _clean(runner, row)
             return ({ids[i]: flag for i, flag in flags.items()}, *kept[1:])
 
+        runner._sample = with_reports
         runner._bookkeeping_sync = with_flags
         runner.sampler.apply_logits_processors = constrained
 

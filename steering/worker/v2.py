@@ -20,7 +20,7 @@ from steering.refused import refused_config
 from steering.wire import unpack
 from steering.worker.batches import Int64, Schedule
 from steering.worker.request_state import RequestStates
-from steering.worker.runner import RunnerView
+from steering.worker.runner import RunnerView, Sampled
 from steering.worker.v2_drafting import StreamSpeculator
 from steering.worker.watch import Watch
 
@@ -123,18 +123,19 @@ class V2View(RunnerView):
         """Drafts after each step; see `StreamSpeculator.draft`."""
         self.runner.speculator.draft = draft
 
-    def send_faults(self, watch: Watch) -> None:
+    def observe(self, watch: Watch, sampled: Sampled) -> None:
         """See `RunnerView`."""
+        sample = self.runner.sample
 
-    def token(self, row: int, index: int) -> int:
-        """See `RunnerView`."""
-        return int(self.runner.req_states.all_token_ids.gpu[int(self._rows[row])][index])
+        def with_reports(*args: Any, **options: Any) -> Any:
+            output, counts, *rest = sample(*args, **options)
+            ids = output.sampled_token_ids
+            kept = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]
+            sampled(ids.masked_fill(~kept, -1))
+            output.num_nans = watch.flags
+            return output, counts, *rest
 
-    def drawn(self, row: int, start: int) -> list[int]:
-        """See `RunnerView`."""
-        i, states = int(self._rows[row]), self.runner.req_states
-        ids: list[int] = states.all_token_ids.gpu[i][start : int(states.total_len.gpu[i])].tolist()
-        return ids
+        self.runner.sample = with_reports
 
 
 def _check(runner: GPUModelRunner) -> None:

@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from steering.kernels.mix import NEVER, Ends
 from steering.kernels.values import value_offsets
 from steering.plan import Values
-from steering.worker.batches import Candidates, Int32, Int64, Schedule
+from steering.worker.batches import Bool, Candidates, Int32, Int64, Schedule
+from steering.worker.staging import to_device
 
 Asked = tuple[int, Values]
 """(row of the step, what its plan asks for)."""
@@ -26,8 +28,8 @@ Asked = tuple[int, Values]
 Run = Callable[[int, torch.Tensor, Candidates], torch.Tensor]
 """(stream, [m] token ids, where they run) → [m, H] hidden states."""
 
-Note = Callable[[int, torch.Tensor, Int64], None]
-"""(stream, [m] numbers, [m] rows of the step): a number that is NaN or infinite is a fault."""
+Note = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""(stream, [m] numbers, [m] int64 rows of the step): one that is NaN or infinite is a fault."""
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """[m, H] hidden states → [m] float32."""
@@ -83,76 +85,115 @@ class ValueStreams:
             offsets: [Q, S] by how many tokens streams' prompts are shorter.
             run: runs candidates through a stream.
             ends: of the n rows, the ids that end a text; None for none.
-            note: gets what each stream said after the candidates.
+            note: gets each stream's values, to look for numbers that are none.
         """
-        device = scores.device
-        k = torch.tensor([values.top_k for _, values in asked], device=device)
-        ids = scores.topk(min(int(k.max()), scores.shape[-1])).indices
-        valid = torch.arange(ids.shape[1], device=device) < k[:, None]
-        ending = torch.zeros_like(valid)
+        rows = np.array([row for row, _ in asked])
+        counts = np.array([min(values.top_k, scores.shape[-1]) for _, values in asked])
+        valid = np.arange(counts.max()) < counts[:, None]
+        rules = np.array([values.ends for _, values in asked])
+        parts = [
+            _Part.of(asked, self.index, stream, schedule, offsets, valid) for stream in self.heads
+        ]
+        parts = [part for part in parts if part.chosen.size]
+        arrays = [a for part in parts for a in (part.chosen, rows[part.chosen], part.beta, part.at)]
+        staged = to_device([valid, rules == "prefix", rules == "zero", *arrays], scores.device)
+        counted, from_prefix, left_out = staged[:3]
+        ids = scores.topk(valid.shape[1]).indices
+        ending = torch.zeros_like(counted)
         if ends is not None:
-            ending = ends.of(torch.arange(len(asked), device=device), scores.shape[-1])
-            ending = ending.gather(1, ids)
-        rules = [values.ends for _, values in asked]
-        from_prefix = torch.tensor([rule == "prefix" for rule in rules], device=device)
-        left_out = torch.tensor([rule == "zero" for rule in rules], device=device)
-        added = torch.zeros(ids.shape, dtype=torch.float32, device=device)
-        for stream, head in self.heads.items():
-            beta = [_strength(values, self.index, stream) for _, values in asked]
-            chosen = [j for j, b in enumerate(beta) if b]
-            if not chosen:
-                continue
-            rows = np.array([asked[j][0] for j in chosen])
-            lengths = (schedule.computed + schedule.lengths - offsets[:, stream])[rows]
-            after = self._after(stream, head, rows, lengths, ids[chosen], valid[chosen], run)
-            prefix = head(hidden(stream)[chosen])
-            note(stream, after.sum(-1) + prefix, rows)
-            found = value_offsets(
+            ending = ends.of(slice(None), scores.shape[-1]).gather(1, ids)
+        added = torch.zeros(ids.shape, dtype=torch.float32, device=scores.device)
+        for n, part in enumerate(parts):
+            chosen, step_rows, beta, at = staged[3 + 4 * n : 7 + 4 * n]
+            head = self.heads[part.stream]
+            after = self._after(part, head, ids[chosen], at, run)
+            prefix = head(hidden(part.stream)[chosen])
+            note(part.stream, after.sum(-1) + prefix, step_rows)
+            added[chosen] += beta[:, None] * value_offsets(
                 after,
                 prefix,
-                valid[chosen],
+                counted[chosen],
                 ending[chosen],
                 from_prefix[chosen],
                 left_out[chosen],
             )
-            added[chosen] += torch.tensor([beta[j] for j in chosen], device=device)[:, None] * found
-        return Additions(ids.masked_fill(~valid, 0), added)
+        return Additions(ids.masked_fill(~counted, 0), added)
 
     def _after(
-        self,
-        stream: int,
-        head: Head,
-        rows: Int64,
-        lengths: Int32,
-        ids: torch.Tensor,
-        valid: torch.Tensor,
-        run: Run,
+        self, part: _Part, head: Head, ids: torch.Tensor, at: torch.Tensor, run: Run
     ) -> torch.Tensor:
-        """V after each candidate, [n, K] float32.
+        """V after each candidate, [n, K] float32; 0 where there is none.
 
         Args:
-            stream: which value stream.
+            part: of a value stream.
             head: its head.
-            rows: [n] rows of the step.
-            lengths: [n] of the stream's prefix: the candidates' position.
             ids: [n, K] candidates.
-            valid: [n, K] which there are.
+            at: [m] which of the n K there are.
             run: runs them.
         """
-        places = valid.nonzero()
-        owner = places[:, 0].cpu().numpy()
-        table = self.read_as[stream]
-        tokens = ids[valid]
+        tokens, table = ids.flatten()[at], self.read_as[part.stream]
         if table is not None:
             tokens = table[tokens]
-        parts = []
-        for start in range(0, len(owner), self.chunk):
-            part = slice(start, start + self.chunk)
-            batch = Candidates.of(rows[owner[part]], lengths[owner[part]])
-            parts.append(head(run(stream, tokens[part], batch)))
-        found = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-        found[valid] = torch.cat(parts)
-        return found
+        values = []
+        for start in range(0, part.at.size, self.chunk):
+            some = slice(start, start + self.chunk)
+            batch = Candidates.of(part.rows[some], part.lengths[some])
+            values.append(head(run(part.stream, tokens[some], batch)))
+        after = torch.zeros(ids.numel(), dtype=torch.float32, device=ids.device)
+        after[at] = torch.cat(values)
+        return after.view(ids.shape)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one value stream runs in a step, known on the host: n rows and m candidates.
+
+    Args:
+        stream: which.
+        chosen: [n] which of the step's valued rows.
+        beta: [n] float32 its strength there.
+        at: [m] the candidates' places among n rows of K.
+        rows: [m] the request that each extends.
+        lengths: [m] of its prefix: the candidate's position.
+    """
+
+    stream: int
+    chosen: Int64
+    beta: npt.NDArray[np.float32]
+    at: Int64
+    rows: Int64
+    lengths: Int32
+
+    @classmethod
+    def of(
+        cls,
+        asked: Sequence[Asked],
+        index: dict[str, int],
+        stream: int,
+        schedule: Schedule,
+        offsets: Int32,
+        valid: Bool,
+    ) -> _Part:
+        """Other arguments as of `ValueStreams.add`.
+
+        Args:
+            asked: n rows.
+            index: stream name → index.
+            stream: which stream.
+            schedule: what vLLM scheduled.
+            offsets: [Q, S].
+            valid: [n, K] which candidates there are.
+        """
+        strength = [
+            next((b for name, b in values.strengths if index[name] == stream), 0.0)
+            for _, values in asked
+        ]
+        beta = np.array(strength, np.float32)
+        chosen = np.flatnonzero(beta)
+        at = np.flatnonzero(valid[chosen])
+        rows = np.array([row for row, _ in asked])[chosen][at // valid.shape[1]]
+        lengths = (schedule.computed + schedule.lengths - offsets[:, stream])[rows]
+        return cls(stream, chosen, beta[chosen], at, rows, lengths)
 
 
 Runs = list[tuple[slice, int]]
@@ -182,7 +223,3 @@ def candidates_of(scores: torch.Tensor, padded: torch.Tensor | None) -> torch.Te
     """The base's scores as candidates are chosen by, [n, V] float32: rows of padding never are."""
     scores = scores.float()
     return scores if padded is None else scores.index_fill(-1, padded, NEVER)
-
-
-def _strength(values: Values, index: dict[str, int], stream: int) -> float:
-    return next((b for name, b in values.strengths if index[name] == stream), 0.0)

@@ -259,8 +259,8 @@ class Engine:
 
     def report(self, tag: str, output: Any) -> dict[str, Any]:
         """A finished request's report, by choice."""
-        drawn = {str(o.index): list(o.token_ids) for o in output.outputs}
-        found: dict[str, Any] = self.llm.collective_rpc("coxswain_report", args=(tag, drawn))[0]
+        counts = {str(o.index): len(o.token_ids) for o in output.outputs}
+        found: dict[str, Any] = self.llm.collective_rpc("coxswain_report", args=(tag, counts))[0]
         return found
 
     @property

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from steering.kernels.mix import Ends
-from steering.kernels.reference import Scores, log_softmax, mix_reference
+from steering.kernels.reference import Scores, mix_reference
 from steering.plan import BASE, CRITICAL_KINDS, Recipe, Rule, RuleKind
 
 HEAD = "critic"
@@ -129,11 +129,3 @@ class Batch:
         flat = torch.tensor(table, dtype=torch.float32)
         streams = len(self.scores)
         return (flat[:, :streams], *flat[:, streams:].unbind(1))
-
-
-def report(z: Scores, base: Scores) -> tuple[float, int, int]:
-    """(KL(z ‖ base), the base's most likely id, that of z) of one row, of equals the first."""
-    steered, plain = log_softmax(z), log_softmax(base)
-    with np.errstate(invalid="ignore"):
-        gap = np.where(np.isneginf(steered), 0.0, np.exp(steered) * (steered - plain))
-    return float(gap.sum()), int(base.argmax()), int(z.argmax())

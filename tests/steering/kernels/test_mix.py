@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from steering.kernels.mix import Ends, mix
-from steering.kernels.reference import mix_reference
+from steering.kernels.mix import Ends, measure, mix
+from steering.kernels.reference import measure_reference, mix_reference
 from steering.plan import BASE, Recipe, Rule, RuleKind
 
 STREAMS = (BASE, "one", "two")
@@ -109,3 +109,19 @@ def test_a_critical_token_is_no_end_however_likely_that_is() -> None:
     )
     assert found.softmax(-1)[0].tolist() == pytest.approx([0, 0, 1, 0], abs=1e-25)
     assert found[0, 1:].argsort(descending=True).tolist() == [1, 2, 0]
+
+
+def test_measures_agree_with_the_definition() -> None:
+    rng = np.random.default_rng(6)
+    z, base = rng.normal(scale=4.0, size=(2, 9, 500))
+    z[::2, ::7] = -np.inf
+    base[3, 5:] = -np.inf
+    base[3, :5] = z[3, :5]
+    z[3, 5:] = -np.inf
+    measures = measure(torch.tensor(z).float(), torch.tensor(base).float())
+    for row in range(9):
+        kl, *choices = measure_reference(z[row], base[row])
+        got = [float(numbers[row]) for numbers in measures]
+        masses = [np.logaddexp.reduce(s) for s in (z[row], base[row])]
+        assert got[:3] == pytest.approx([kl, *masses], abs=1e-4)
+        assert got[3:] == choices

@@ -46,16 +46,16 @@ def test_compiles_for_nvidia_gpus(
 
     values = POINTERS[dtype]
     sizes = ("i32",) * STREAMS
-    source = ((values,) * STREAMS, sizes, sizes, sizes, "*i32", "*u8")
+    source = ((values,) * STREAMS, sizes, sizes, sizes, "*u8")
     read: dict[str, Any] = {"source": source}
     rules: dict[str, Any] = {"rules": (("*fp32",) * 5, ("i32",) * 5, "*u8", "i32")}
     row: dict[str, Any] = {"coef": ("*fp32", "i32")} | rules
-    row |= {"more": ("*fp32", "*fp32", "i32"), "asks": ("*fp32", "i32")}
+    row |= {"more": ("*fp32", "*fp32", "i32"), "reported": "*fp32"}
     row |= {"out": ("*fp32", "i32", "i32", "*fp32"), "found": "*fp32"}
     shift = 32 - KEY_BITS[getattr(torch, dtype)]
     for rows, everything in ((1, True), (256, True), (256, False)):
         cut = Blocks.of(rows)
-        static = {"STREAMS": STREAMS, "PRESENT": 0b111, "PLACED": everything, "MARKED": everything}
+        static = {"STREAMS": STREAMS, "MARKED": everything}
         flags: dict[str, Any] = dict.fromkeys(("RULES", "HEADS", "LACKING"), everything)
         flags |= {"CANDIDATES": 20 * everything, "PLACES": 32, "REPORTS": everything}
         blocks = {"BLOCK": cut.size, "BLOCKS": 262144 // cut.size}
@@ -71,7 +71,7 @@ def test_compiles_for_nvidia_gpus(
             narrow = {"found": "*fp32", "bounds": "*i32", "counts": "*fp32"}
             narrow |= {"turn": "i32", "size": "i32"}
             for turn in ({"FIRST": True, "LAST": False}, {"FIRST": False, "LAST": True}):
-                own = {"STREAMS": STREAMS, "PLACED": True, "MARKED": True, "SHIFT": shift}
+                own = {"STREAMS": STREAMS, "MARKED": True, "SHIFT": shift}
                 types = read | rules | narrow
                 built.append(
                     compiled(triton_nucleus.narrow, types, own | turn | blocks, arch, cut.warps)
@@ -91,6 +91,6 @@ def test_compiles_for_nvidia_gpus(
             assert kernel.metadata.shared <= SHARED
             # Scores are read 16 bytes at a time.
             assert "ld.global.v4" in kernel.asm["ptx"]
-    types = {"asks": ("*fp32", "i32"), "told": "*fp32", "numbers": "*fp32"}
-    types |= {"choices": "*i32", "blocks": "i32"}
-    assert compiled(kernels.tell, types, {"BLOCKS": 64}, arch, 4).asm["cubin"]
+    types = {"reported": "*fp32", "measured": "*fp32", "numbers": "*fp32"}
+    types |= {"choices": "*i64", "blocks": "i32"}
+    assert compiled(kernels.compare, types, {"BLOCKS": 64}, arch, 4).asm["cubin"]

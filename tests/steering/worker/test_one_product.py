@@ -16,6 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from steering.worker.layout import EXTRA, Layout
 from steering.worker.one_product import one_product
 from steering.worker.readout import Readout, Vocabulary
+from steering.worker.step_plan import Classes
 
 SIZE, PADDED = 96, torch.tensor([94, 95])
 
@@ -62,7 +63,7 @@ def rows_of(layout: Layout, coef: np.ndarray) -> torch.Tensor:
     hidden[:, sum(layout.sizes) :] = 0
     control = np.zeros((len(coef), layout.streams + EXTRA), np.float32)
     control[:, : layout.streams] = coef
-    layout.write_control(hidden, control)
+    layout.write_control(hidden, torch.from_numpy(control))
     return hidden
 
 
@@ -92,7 +93,7 @@ def test_all_streams_side_by_side(dtype: torch.dtype, close: float) -> None:
     assert torch.equal(z.isinf(), want.isinf())
     real = want.isfinite()
     assert z[real].double().numpy() == pytest.approx(want[real].numpy(), abs=close)
-    general = mixer(hidden, [True] * 3, has_rules=False)
+    general = mixer(hidden, Classes((True,) * 3))
     assert general is not None
     assert z[real].numpy() == pytest.approx(general.z[real].numpy(), abs=close)
 

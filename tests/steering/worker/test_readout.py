@@ -10,6 +10,7 @@ from steering.kernels.reference import mix_reference
 from steering.plan import BASE, Recipe
 from steering.worker.layout import Layout
 from steering.worker.readout import Readout, Vocabulary
+from steering.worker.step_plan import Classes
 
 SIZE = 40
 PADDED = torch.tensor([38, 39])
@@ -31,7 +32,7 @@ def rows_of(coef: torch.Tensor, layout: Layout) -> torch.Tensor:
     hidden = torch.randn(len(coef), layout.width, generator=torch.Generator().manual_seed(4))
     control = np.zeros((len(coef), layout.width - sum(layout.sizes)), np.float32)
     control[:, : coef.shape[1]] = coef.numpy()
-    layout.write_control(hidden, control)
+    layout.write_control(hidden, torch.from_numpy(control))
     return hidden
 
 
@@ -43,7 +44,7 @@ COEF = torch.tensor(
 def test_rows_agree_with_the_definition_over_what_each_stream_shares() -> None:
     mixer, tables = readout()
     hidden = rows_of(COEF, mixer.layout)
-    found = mixer(hidden, [True] * 3, has_rules=True)
+    found = mixer(hidden, Classes.all(3))
     assert found is not None
     z, base = found.z, found.base
     for row, coef in enumerate(COEF.tolist()):
@@ -68,17 +69,17 @@ def test_a_stream_that_did_not_run_is_not_asked() -> None:
     mixer, _ = readout()
     hidden = rows_of(COEF[:1].repeat(2, 1), mixer.layout)
     hidden[:, mixer.layout.columns(2)] = float("nan")
-    found = mixer(hidden, [True, True, False], has_rules=False)
+    found = mixer(hidden, Classes((True, True, False)))
     assert found is not None
-    assert torch.isfinite(found[0]).all()
+    assert torch.isfinite(found.z).all()
 
 
 def test_an_unsteered_row_has_the_bases_bits_beside_steered_ones() -> None:
     mixer, _ = readout()
     hidden = rows_of(COEF, mixer.layout)
-    found = mixer(hidden, [True] * 3, has_rules=True)
+    found = mixer(hidden, Classes.all(3))
     assert found is not None
-    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found.z[0], found.base[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -92,7 +93,7 @@ def test_plain_sums_over_one_vocabulary_take_one_pass(rows: list[int], dtype: to
     hidden[:, mixer.layout.columns(2)] = float("nan")  # did not run
     columns = [hidden[:, mixer.layout.columns(i)].contiguous() for i in range(2)]
     parts = [unembed[i](own).double() for i, own in enumerate(columns)]
-    found = mixer(hidden, [True, True, False], has_rules=False)
+    found = mixer(hidden, Classes((True, True, False)))
     assert found is not None
     z, base = found.z, found.base
     assert torch.equal(base, parts[0].to(dtype)) and z.dtype == torch.float32
@@ -103,7 +104,3 @@ def test_plain_sums_over_one_vocabulary_take_one_pass(rows: list[int], dtype: to
         want = c * parts[0][row] + d * parts[1][row]
         want[PADDED] = float("-inf")
         torch.testing.assert_close(z[row].double(), want, atol=1e-5, rtol=1e-5)
-    if rows == [1, 5]:
-        even = mixer(hidden, [True, True, False], has_rules=False, uniform_sum=True)
-        assert even is not None
-        assert torch.equal(even.z, z)

@@ -12,7 +12,7 @@ import torch
 from steering.plan import Rule, RuleKind, SteeringPlan, Values
 from steering.wire import SteeringPayload, pack, unpack
 from steering.worker.ends import EndSets
-from steering.worker.layout import ENDS, EXTRA, REQUEST, RULE_KIND, RULE_PARAM, RULE_STREAM
+from steering.worker.layout import ENDS, EXTRA, RULE_KIND, RULE_PARAM, RULE_STREAM
 from steering.worker.request_state import BatchTables, RequestStates, request_state
 
 STREAMS = ("base", "chat", "plain")
@@ -88,9 +88,7 @@ def test_tables_follow_the_batch(seed: int) -> None:
             continue
         found = states.apply(batch)
         want = [request_state(*requests[i][:2], STREAMS) for i in batch]
-        numbered = np.stack([s.control for s in want])
-        numbered[:, len(STREAMS) + REQUEST] = np.arange(len(batch)) + 1
-        assert np.array_equal(found.control, numbered)
+        assert np.array_equal(found.control, np.stack([s.control for s in want]))
         assert np.array_equal(found.uses, np.stack([s.uses for s in want]))
         assert np.array_equal(found.offsets, np.stack([s.offsets for s in want]))
         for i in range(len(STREAMS)):

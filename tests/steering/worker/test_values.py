@@ -14,6 +14,7 @@ from steering.plan import Values
 from steering.worker.batches import Candidates
 from steering.worker.layout import EXTRA, Layout
 from steering.worker.readout import Readout, Vocabulary
+from steering.worker.step_plan import Classes
 from steering.worker.values import ValueStreams, broadcast, candidates_of, gather
 from tests.steering.worker.schedules import scheduled
 
@@ -112,10 +113,10 @@ def test_additions_ride_on_their_rows_and_land_on_their_ids(dtype: torch.dtype) 
     control = np.zeros((4, 1 + EXTRA), np.float32)
     control[:, 0] = 1
     hidden[:, sum(layout.sizes) :] = 0
-    layout.write_control(hidden, control)
+    layout.write_control(hidden, torch.from_numpy(control))
     ids, added = torch.tensor([[7, 21], [0, 37]]), torch.tensor([[0.5, -1e-7], [2.0, -2.0]])
     layout.write_additions(hidden, torch.tensor([1, 3]), ids, added)
-    found = readout(hidden, [True], True)
+    found = readout(hidden, Classes.all(1))
     assert found is not None
     want: Any = unembed(hidden[:, :4]).float()
     for row, (i, a) in zip((1, 3), zip(ids, added, strict=True), strict=True):

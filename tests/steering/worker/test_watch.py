@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from steering.worker.watch import Watch, named
+from steering.worker.watch import NOTHING_LEFT, Watch, named
 
 NAMES = ("base", "chat", "plain", "critic")
-CPU = torch.device("cpu")
 
 
 def rows(*bad: tuple[int, float], count: int = 4) -> torch.Tensor:
@@ -22,66 +20,81 @@ def rows(*bad: tuple[int, float], count: int = 4) -> torch.Tensor:
     return found
 
 
-def test_flags_follow_rows_to_their_requests() -> None:
+def step(requests: int = 4, count: int | None = None) -> Watch:
+    """A watch inside the rows of a step."""
     watch = Watch(NAMES)
-    watch.begin(4, CPU)
+    watch.begin_step(requests)
+    watch.begin_rows(requests if count is None else count)
+    return watch
+
+
+def test_flags_follow_rows_to_their_requests() -> None:
+    watch = step(2, 4)
     watch.scores(0, rows((2, math.inf)))
     watch.scores(1, rows((0, math.nan), count=2), torch.tensor([1, 3]))
-    watch.only(torch.tensor([2, 3]))
-    watch.scores(2, rows((1, math.nan), count=2))
-    watch.numbers(3, torch.tensor([1.0]), torch.tensor([0]))
-    # Speculation: rows 1 to 3 are one request's.
-    watch.end(torch.tensor([1.0, 3.0, 3.0, 3.0]))
-    assert watch.take() == {2: 0b0111}
+    watch.scores(2, rows((1, math.nan), (3, math.nan)), None, torch.tensor([1, 0, 1, 1]) > 0)
+    watch.numbers([3], torch.tensor([1.0]), torch.tensor([0]))
+    # Speculation: rows 1 to 3 are the second request's.
+    watch.end_rows(torch.tensor([[0, 0, 0], [1, 2, 3]]))
+    assert watch.take() == {1: 0b0111}
+    assert watch.at_fault == {1}
     assert watch.take() == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_ids_that_a_model_rules_out_are_no_fault(dtype: torch.dtype) -> None:
-    watch = Watch(NAMES)
-    watch.base(rows((1, -math.inf)).to(dtype))
+    watch = step()
+    watch.scores(0, rows((1, -math.inf)).to(dtype))
+    watch.end_rows(None)
     assert watch.take() == {}
-    watch.base(torch.full((2, 9), -math.inf, dtype=dtype))
+    watch.begin_rows(4)
+    watch.scores(0, torch.full((2, 9), -math.inf, dtype=dtype), torch.tensor([0, 1]))
+    watch.end_rows(None)
     assert watch.take() == {0: 1, 1: 1}
 
 
-def test_a_step_of_the_base_alone_counts_its_first_rows() -> None:
-    watch = Watch(NAMES)
-    assert watch.base(None) is None
-    watch.base(rows((3, math.nan)))
-    watch.base(rows((0, math.nan)))  # of a prompt
+def test_rows_of_prompts_are_not_looked_at() -> None:
+    watch = step()
+    watch.scores(0, rows((3, math.nan)))
+    watch.end_rows(None)
+    watch.scores(0, rows((0, math.nan)))
     assert watch.take() == {3: 1}
 
 
 def test_a_new_step_forgets() -> None:
-    watch = Watch(NAMES)
-    watch.base(rows((3, math.nan)))
-    watch.told("critic", math.nan, 0)
-    watch.forget()
+    watch = step()
+    watch.scores(0, rows((3, math.nan)))
+    watch.end_rows(None)
+    watch.begin_step(4)
     assert watch.take() == {}
 
 
-def test_values_and_told_numbers_are_of_requests() -> None:
+def test_values_and_constraints_are_of_requests() -> None:
     watch = Watch(NAMES)
-    watch.values(2, torch.tensor([1.0, math.nan]), np.array([0, 4]))
-    watch.told("critic", math.inf, 4)
-    watch.told("critic", 1.0, 1)
-    assert watch.take() == {4: 0b1100}
+    watch.begin_step(5)
+    watch.requests(2, torch.tensor([1.0, math.nan]), torch.tensor([0, 4]))
+    watch.left(torch.where(torch.arange(5)[:, None] == 1, -math.inf, rows(count=5)))
+    assert watch.flags is not None
+    assert watch.flags.tolist() == [0, NOTHING_LEFT, 0, 0, 0b100]
+    watch.send()
+    assert watch.take() == {1: NOTHING_LEFT, 4: 0b100}
+    assert watch.at_fault == {4}
 
 
-def test_suspects_are_asked_only_for_rows_at_fault() -> None:
-    watch, asked = Watch(NAMES), []
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_streams_are_suspected_only_in_rows_at_fault(drafts: int) -> None:
+    watch = step(3, 3 + drafts)
+    asked = []
 
-    def suspects(row: int) -> int:
-        asked.append(row)
-        return 0b100 if row == 1 else 0
+    def suspects(of: slice | torch.Tensor) -> int:
+        asked.append(torch.arange(3 + drafts)[of].tolist())
+        return 0b100 if 1 in asked[-1] else 0
 
-    watch.begin(3, CPU)
-    watch.scores(0, rows((1, math.nan), (2, math.nan), count=3))
-    watch.scores(2, rows((1, math.nan), (2, math.nan), count=3))
-    watch.end(torch.arange(3.0) + 1, suspects)
-    assert watch.take() == {1: 0b100, 2: 0b101}
-    assert asked == [1, 2]
+    watch.suspects = suspects
+    watch.numbers([0, 2], rows((1, math.nan), (2, math.nan), count=3 + drafts).amax(-1))
+    watch.end_rows(torch.tensor([[0, 0], [1, 2], [3, 3]]) if drafts else None)
+    assert watch.take() == ({1: 0b100} if drafts else {1: 0b100, 2: 0b101})
+    assert asked == ([[1, 2]] if drafts else [[1], [2]])
 
 
 def test_names() -> None:

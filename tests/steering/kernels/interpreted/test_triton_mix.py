@@ -11,10 +11,10 @@ import torch
 
 from steering.kernels import mix as torch_mix
 from steering.kernels import triton_mix
-from steering.kernels.reference import Scores
+from steering.kernels.reference import Scores, measure_reference
 from steering.kernels.triton_mix import Additions, Rule, marks, read_out
 from steering.plan import RuleKind
-from tests.steering.kernels.rows import Batch, report
+from tests.steering.kernels.rows import Batch
 
 TOLERANCE = 2e-4
 """float32 against float64 on scores of magnitude 10 to 100; inputs are exact in their dtype."""
@@ -160,17 +160,15 @@ def served(rng: np.random.Generator, rows: int, dtype: torch.dtype) -> tuple[Bat
     return raw, seen
 
 
-def compact(batch: Batch, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The streams' scores on the rows that use them, in tables of their own widths; places."""
+def own_tables(batch: Batch, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The streams' scores in tables of their own widths; NaN on rows that do not use them."""
     logits = [torch.tensor(batch.scores[0]).to(dtype)]
-    places = torch.full((len(batch.coef), 3), -1, dtype=torch.int32)
     for i, width in ((1, SIZE + 40), (2, SHORT)):
+        table = torch.full((len(batch.coef), SIZE + 40), torch.nan, dtype=dtype)
         rows = np.flatnonzero(batch.coef[:, i])
-        table = torch.full((len(rows), SIZE + 40), torch.nan, dtype=dtype)
-        table[:, :SIZE] = torch.tensor(batch.scores[i][rows])
+        table[torch.tensor(rows), :SIZE] = torch.tensor(batch.scores[i][rows]).to(dtype)
         logits.append(table[:, :width] if width != SHORT else table[:, :width].contiguous())
-        places[torch.tensor(rows), i] = torch.arange(len(rows), dtype=torch.int32)
-    return logits, places
+    return logits
 
 
 def added(rng: np.random.Generator, rows: int) -> Additions:
@@ -191,21 +189,21 @@ def test_what_the_worker_asks_for_in_one(rows: int, dtype: torch.dtype) -> None:
     """Tables of other widths, ids not shared, padding, additions, reports, rows of the base."""
     rng = np.random.default_rng(rows)
     raw, seen = served(rng, rows, dtype)
-    logits, places = compact(raw, dtype)
+    logits = own_tables(raw, dtype)
     coef, kind, stream, param, odds = raw.control()
-    more, asks = added(rng, rows), torch.tensor([float(row % 4 != 3) for row in range(rows)])
+    more = added(rng, rows)
+    reported = torch.tensor([float(row % 4 != 3) for row in range(rows)])
     lost = [torch.tensor(ids) for ids in UNSHARED]
-    z, told = read_out(
+    z, measures = read_out(
         logits,
         coef,
         Rule(kind, stream, param, odds, ends=raw.ending()),
         True,
         marks(SIZE, lost, z_device := torch.device("cpu")),
-        places,
         more,
-        asks,
+        reported,
     )
-    assert told is not None and z.device == z_device
+    assert measures is not None and z.device == z_device
     for row in range(rows):
         want = seen.wanted(row)
         if row in (0,):
@@ -215,14 +213,14 @@ def test_what_the_worker_asks_for_in_one(rows: int, dtype: torch.dtype) -> None:
             want[PADDED] = -np.inf
         np.add.at(want, more.ids[row].long().numpy(), more.added[row].double().numpy())
         close(z[row], want, raw.recipe(row))
-        kl, base_choice, choice = report(want, raw.scores[0][row])
-        if not asks[row]:
-            assert not told.numbers[row].any() and not told.choices[row].any()
+        got = [float(numbers[row]) for numbers in measures]
+        if not reported[row]:
+            assert not any(got)
             continue
-        assert told.numbers[row, 0].item() == pytest.approx(kl, abs=TOLERANCE)
+        kl, *choices = measure_reference(want, raw.scores[0][row])
         masses = [np.logaddexp.reduce(s) for s in (want, raw.scores[0][row])]
-        assert told.numbers[row, 1:].tolist() == pytest.approx(masses, abs=TOLERANCE)
-        assert told.choices[row].tolist() == [base_choice, choice]
+        assert got[:3] == pytest.approx([kl, *masses], abs=TOLERANCE)
+        assert got[3:] == choices
 
 
 def test_plain_sums_over_one_vocabulary() -> None:
@@ -232,14 +230,14 @@ def test_plain_sums_over_one_vocabulary() -> None:
     batch.kind, batch.coef[2] = [RuleKind.SUM] * 6, [1, 0, 0]
     logits = batch.logits(BFLOAT16)
     everyone = [torch.tensor(PADDED)] * 3
-    z, told = read_out(
+    z, measures = read_out(
         logits,
         batch.control()[0],
         None,
         False,
         marks(SIZE, everyone, torch.device("cpu")),
     )
-    assert told is None and torch.equal(z[2], logits[0][2].float())
+    assert measures is None and torch.equal(z[2], logits[0][2].float())
     for row in (0, 1, 3, 4, 5):
         want = batch.wanted(row)
         want[PADDED] = -np.inf

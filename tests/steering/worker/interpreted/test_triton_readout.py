@@ -21,6 +21,7 @@ from steering.worker.layout import (
     Layout,
 )
 from steering.worker.readout import Reading, Readout, Vocabulary
+from steering.worker.step_plan import Classes
 from steering.worker.triton_readout import TritonReadout, readout_class
 
 SIZE, SHORT, HIDDEN, STREAMS, CANDIDATES = 1100, 1060, 8, 3, 4
@@ -77,7 +78,7 @@ def rows_of(layout: Layout, coef: np.ndarray, ruled: bool, valued: bool) -> torc
         control[row, STREAMS + RULE_PARAM] = rng.choice([0.1, 0.5, 0.93])
         control[row, STREAMS + RULE_HEAD] = rng.integers(2)
     hidden[:, sum(layout.sizes) :] = 0
-    layout.write_control(hidden, control)
+    layout.write_control(hidden, torch.from_numpy(control))
     if valued:
         some = torch.arange(0, len(coef), 4)
         ids = torch.tensor(rng.choice(np.arange(1, 1049), (len(some), CANDIDATES), replace=False))
@@ -104,8 +105,9 @@ def weights(rows: int) -> np.ndarray:
 def test_like_the_torch_path(dtype: torch.dtype, lacking: bool, ruled: bool, valued: bool) -> None:
     by_torch, by_triton = both(dtype, lacking)
     hidden = rows_of(by_torch.layout, weights(11), ruled, valued)
-    want = by_torch(hidden, [True] * STREAMS, ruled)
-    found = by_triton(hidden, [True] * STREAMS, ruled)
+    classes = Classes.all(STREAMS, 2) if ruled else Classes((True,) * STREAMS)
+    want = by_torch(hidden, classes)
+    found = by_triton(hidden, classes)
     assert want is not None and found is not None
     assert torch.equal(found.base.float(), want.base.float())
     torch.testing.assert_close(found.z, want.z.float(), atol=2e-4, rtol=1e-5)
@@ -119,8 +121,8 @@ def test_like_the_torch_path(dtype: torch.dtype, lacking: bool, ruled: bool, val
 def test_a_stream_that_did_not_run_is_not_asked() -> None:
     by_torch, by_triton = both(torch.bfloat16)
     hidden = rows_of(by_torch.layout, np.tile([[0.7, 0, 0.3]], (3, 1)), False, False)
-    active = [True, False, True]
-    want, found = by_torch(hidden, active, False), by_triton(hidden, active, False)
+    classes = Classes((True, False, True))
+    want, found = by_torch(hidden, classes), by_triton(hidden, classes)
     assert want is not None and found is not None
     torch.testing.assert_close(found.z, want.z, atol=2e-4, rtol=1e-5)
 
@@ -131,8 +133,8 @@ def test_scores_of_other_dtypes_are_widened() -> None:
     unembed[1] = both(torch.float32)[0].unembed[1]
     parts = (by_torch.layout, unembed, by_torch.vocabularies, PADDED, (), ends())
     hidden = rows_of(by_torch.layout, weights(5), False, False)
-    want = Readout(*parts)(hidden, [True] * STREAMS, False)
-    found = TritonReadout(*parts)(hidden, [True] * STREAMS, False)
+    want = Readout(*parts)(hidden, Classes((True,) * STREAMS))
+    found = TritonReadout(*parts)(hidden, Classes((True,) * STREAMS))
     assert want is not None and found is not None
     torch.testing.assert_close(found.z, want.z, atol=2e-4, rtol=1e-5)
 
