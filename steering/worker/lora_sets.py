@@ -220,12 +220,14 @@ class SetManager(LRUCacheWorkerLoRAManager):
         they are loaded here, once their files are what the sets say.
         """
         held = self.list_adapters()
-        for request in lora_requests:
+        # Every rank loads them in this order; that of a set is each process's own.
+        ordered = sorted(lora_requests, key=lambda request: request.lora_int_id)
+        for request in ordered:
             if request.lora_int_id not in held:
                 for member in AdapterSet.from_path(request.lora_path).members:
                     verify(member)
-        super()._apply_adapters(lora_requests)
-        for request in lora_requests:  # vLLM goes by the id alone
+        super()._apply_adapters(ordered)
+        for request in ordered:  # vLLM goes by the id alone
             self._holds(request.lora_int_id, request.lora_name)
 
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
