@@ -101,6 +101,14 @@ def _range(number: int) -> tuple[int, int]:
     return -int(found[0]), int(found[1])
 
 
+def the_firsts(numbers: torch.Tensor) -> torch.Tensor:
+    """What the first rank has of numbers that all ranks compute, of one shape; in a step."""
+    if not numbers.numel():
+        return numbers
+    found: torch.Tensor = get_tp_group().broadcast(numbers.contiguous())
+    return found
+
+
 def sees_a_part(layer: Any) -> bool:
     """Whether a linear layer's input is split over the ranks, whose outputs are then summed."""
     return isinstance(layer, RowParallelLinear) and layer.tp_size > 1

@@ -352,6 +352,8 @@ class Readout:
             return None, own
         rows = torch.nonzero(coef[:, i])[:, 0]
         everywhere = rows.numel() == hidden.shape[0]
+        if not rows.numel():  # gathering nothing from several ranks ends vLLM's CPU workers
+            return rows, part.new_empty(0, 0)
         own = self._unembed(i, part.contiguous() if everywhere else part[rows])
         assert own is not None
         self.watch.scores(i, own, None if everywhere else rows)

@@ -24,8 +24,8 @@ from tests.adapters.layers import CheckpointLayers
 from tests.engine import test_adapter_kinds as adapter_kinds
 from tests.engine import test_heads as heads
 from tests.engine import test_speculation as speculation
-from tests.engine.driver import ERRORS, Case, Engine, Use
-from tests.engine.test_exactness import assert_exact, mixed_cases, prompt
+from tests.engine.driver import BLOCK, ERRORS, Case, Engine, Use, logprobs, tokens
+from tests.engine.test_exactness import TOLERANCE, assert_exact, prompt
 from tests.models import ARCHITECTURES, MAX_LENGTH, VOCAB_SIZE
 
 pytestmark = [pytest.mark.fleet, pytest.mark.engine, pytest.mark.timeout(900)]
@@ -92,3 +92,63 @@ def test_adapters_of_every_kind(engine: Engine) -> None:
     cases = adapter_kinds.batch(1, asked)
     assert_exact(engine, cases, engine.run(cases))
     print(f"\ntwo ranks: {len(cases)} requests with adapters, largest error {max(ERRORS):.1e}")
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """All companions, heads of every kind, and a companion that drafts."""
+    streams: dict[str, tuple[str, int] | str] = {
+        "chat": ("qwen2", VOCAB_SIZE),
+        "third": ("qwen3", VOCAB_SIZE),
+        "plain": ("gpt2", VOCAB_SIZE),
+        "opt": ("opt", VOCAB_SIZE),
+        "short": ("llama", VOCAB_SIZE - 10),
+        "twin": "base",
+    }
+    with patch.dict(ARCHITECTURES, opt=_opt):
+        found = Engine(
+            tmp_path_factory.mktemp("models"),
+            ("llama", VOCAB_SIZE + 12),
+            streams,
+            heads.make_heads,
+            speculation=Speculation("chat", speculation.DRAFTS),
+            **TWO,
+        )
+    yield found
+    found.llm.llm_engine.engine_core.shutdown()
+    del found
+    gc.collect()
+
+
+def test_values_and_critical_tokens(steered: Engine) -> None:
+    heads.test_values_beside_all_other_methods(steered, own=True)
+    heads.test_critical_tokens_beside_all_other_methods(steered, own=False)
+    heads.test_prefix_cache_hits_of_values(steered)
+    heads.test_candidates_at_the_border_of_a_block(steered, BLOCK)
+
+
+def test_drafts(steered: Engine) -> None:
+    speculation.test_mixed_batches_with_joins_and_leaves(steered, own=True)
+    speculation.test_reports_count_drawn_tokens_only(steered)
+    speculation.test_prefix_cache_hits_and_chunked_prompts(steered)
+    speculation.test_a_seed_gives_the_same_reply_again(steered)
+    speculation.test_penalties_act_on_the_steered_scores(steered)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_every_rank_draws_the_same(steered: Engine, seed: int | None) -> None:
+    """Else a rank would go on from a token that was not drawn, and scores would be others."""
+    rng = random.Random(60)
+    specs = (None, speculation.CLOSE, speculation.SAME, heads.PROXY, heads.GUIDED)
+    params = {"temperature": 1.0, "seed": seed}
+    cases = [Case(prompt(rng, 5, 60), s, max_tokens=24, params=params) for s in specs]
+    before = speculation.accepted(steered)
+    outputs = steered.run(cases)
+    assert speculation.accepted(steered)[1] > before[1]
+    for case, output in zip(cases, outputs, strict=True):
+        drawn = iter(tokens(output))
+        steps = steered.reference(case, choose=lambda _, drawn=drawn: next(drawn))
+        want = [step.logprob for step in steps]
+        assert logprobs(output) == pytest.approx(want, abs=TOLERANCE)
+        ERRORS.extend(abs(a - b) for a, b in zip(logprobs(output), want, strict=True))
+    print(f"\ntwo ranks: {len(ERRORS)} log-probabilities, largest error {max(ERRORS):.1e}")
