@@ -9,6 +9,7 @@ import gc
 import os
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -26,6 +27,7 @@ from tests.engine import test_heads as heads
 from tests.engine import test_speculation as speculation
 from tests.engine.driver import BLOCK, ERRORS, Case, Engine, Use, logprobs, tokens
 from tests.engine.test_exactness import TOLERANCE, assert_exact, prompt
+from tests.injected import Injected, failing, filled
 from tests.models import ARCHITECTURES, MAX_LENGTH, VOCAB_SIZE
 
 pytestmark = [pytest.mark.fleet, pytest.mark.engine, pytest.mark.timeout(900)]
@@ -92,6 +94,81 @@ def test_adapters_of_every_kind(engine: Engine) -> None:
     cases = adapter_kinds.batch(1, asked)
     assert_exact(engine, cases, engine.run(cases))
     print(f"\ntwo ranks: {len(cases)} requests with adapters, largest error {max(ERRORS):.1e}")
+
+
+def path(engine: Engine, *names: str) -> str:
+    """Of a set of the base's adapters."""
+    _, found = engine.adapted(Case([1], adapters=[Use(name) for name in names]))
+    assert found is not None
+    made: str = found.lora_request()["lora_path"]
+    return made
+
+
+@pytest.mark.parametrize("stream", ["base", "opt", "plain"])
+def test_ranks_know_their_rows_of_the_base(engine: Engine, stream: str) -> None:
+    """Of a layer whose rows are split each rank knows its own; of others, all."""
+    folder = engine.folders[stream]
+    known = CheckpointLayers(folder)
+    names = [name.removesuffix(".weight") for name in base_shapes(folder).tensors]
+    modules = [name for name in names if "norm" not in name and known.linear(name) is not None]
+    draw = torch.Generator().manual_seed(1)
+    inputs = {m: torch.randn(3, (known.linear(m) or (0, 0))[1], generator=draw) for m in modules}
+
+    def look(worker: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        layers = EngineLayers(worker.model_runner.lora_manager._adapter_manager, stream, {})
+        return {m: (layers.product(m, x), layers.row_norms(m), layers.bias(m))
+                for m, x in inputs.items()}  # fmt: skip
+
+    first, second = engine.llm.collective_rpc(look)
+    split = 0
+    for module, x in inputs.items():
+        right = known.product(module, x), known.row_norms(module), known.bias(module)
+        for want, *found, other in zip(
+            right, first[module], second[module], (0, 1, 0), strict=True
+        ):
+            if want is None:
+                assert found == [None, None]
+                continue
+            whole = [torch.isclose(own, want, rtol=1e-4, atol=1e-5) for own in found]
+            rest = [own == other for own in found]
+            assert (whole[0] | whole[1]).all(), module
+            assert all((a | b).all() for a, b in zip(whole, rest, strict=True)), module
+            split += not whole[0].all()
+    assert split > len(modules) // 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_load_that_fails_on_one_rank_fails_on_all(engine: Engine, rank: int) -> None:
+    """Neither waits for the other, nothing is left, and whoever tries again gets it all."""
+    asked = path(engine, "dora", "pack", "biases")
+
+    def fail(worker: Any, after: int) -> list[Any]:
+        manager = worker.model_runner.lora_manager
+        mine = worker.rank == rank
+        found = []
+        with failing(manager, "read", after, Injected("here")) if mine else nullcontext():
+            found.append(worker.coxswain_load(asked))
+            while "done" in (one := worker.coxswain_read_ahead(asked, 0.0)):
+                assert not one["done"]
+        worker.coxswain_unload(asked)
+        return [*found, one, len(manager.list_adapters()), len(manager._ahead), filled(manager)]
+
+    for set_id in engine.llm.llm_engine.list_loras():
+        engine.llm.llm_engine.remove_lora(set_id)
+    for after in (0, 5, 20):
+        told = engine.llm.collective_rpc(fail, args=(after,))
+        for number, (*errors, sets, ahead, slots) in enumerate(told):
+            kind, text = ("ServerFault", "Injected: here") if number == rank else ("RankFault", "")
+            for one in errors:
+                assert one["error"]["kind"] == kind and text in one["error"]["text"]
+            assert (sets, ahead, slots) == (0, 0, [])
+    case = Case(prompt(random.Random(7), 20, 40), adapters=[Use(n) for n in ("dora", "pack")])
+    assert_exact(engine, [case], engine.run([case]))
+
+
+def test_sets_that_are_read_ahead_are_the_same(engine: Engine) -> None:
+    """However fast each rank reads."""
+    adapter_kinds.test_sets_that_are_read_ahead_are_the_same(engine)
 
 
 @pytest.fixture(scope="module")
