@@ -264,6 +264,12 @@ class SetManager(LRUCacheWorkerLoRAManager):
                     yield name, LoRALayerWeights(name, len(a), len(a), a, rows, scaling=1.0)
 
     def _check(self, found: AdapterSet) -> None:
+        if any(member.routed for member in found.members) and not ranks.alike():
+            why = (
+                "packs are not served on more than two ranks on CPUs: what vLLM sums differs there "
+                "from rank to rank in its last bits, so they might route a token differently"
+            )
+            raise DoesNotFit(why, field=found.name)
         limit = self.lora_config.max_lora_rank
         if found.rank > limit:
             raise DoesNotFit(

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from vllm.platforms import current_platform
 
 from adapters.errors import DoesNotFit, RankFault
 
@@ -29,6 +30,14 @@ Part = TypeVar("Part")
 def several() -> bool:
     """Whether there is more than one rank."""
     return bool(get_tensor_model_parallel_world_size() > 1)
+
+
+def alike() -> bool:
+    """Whether the ranks' hidden states are the same bits.
+
+    Sums over more than two ranks are not, on CPUs: each rank adds in an order of its own.
+    """
+    return not current_platform.is_cpu() or bool(get_tensor_model_parallel_world_size() <= 2)
 
 
 def anyone(says: bool) -> bool:
