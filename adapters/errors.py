@@ -164,6 +164,10 @@ class NoRoom(ServerFault):
     """
 
 
+class RankFault(ServerFault):
+    """A rank of the engine gave up because another one failed, which says why."""
+
+
 class EngineAway(ServerFault):
     """The engine did not answer in time, or has ended."""
 
@@ -183,7 +187,8 @@ _BY_NAME: dict[str, type[AdapterError]] = {
     kind.__name__: kind
     for kind in (
         AdapterError, BadAdapter, TooLarge, DoesNotFit, BadSource, NoAdapter, Conflict,
-        SourceAway, ServerFault, FilesLost, StoreFull, NoRoom, EngineAway, RegistryAway,
+        SourceAway, ServerFault, FilesLost, StoreFull, NoRoom, RankFault, EngineAway,
+        RegistryAway,
     )
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from adapters.errors import AdapterError, EngineAway, ServerFault, from_wire, passing
+from adapters.errors import AdapterError, EngineAway, RankFault, ServerFault, from_wire, passing
 from adapters.sets import AdapterSet
 from server.adapting.residency import Residency
 from server.engine_series import BoundedSeries
@@ -258,7 +258,7 @@ class SteeredLLM(AsyncLLM):
         """One remote call to every worker of every engine, about adapters; their results.
 
         Raises:
-            AdapterError: what the first answered that had no result.
+            AdapterError: what the first answered that had no result, and knows why.
             EngineAway: no answer in time, or the engine has ended.
         """
         try:
@@ -269,9 +269,9 @@ class SteeredLLM(AsyncLLM):
             raise EngineAway("the engine has ended") from error
         except Exception as error:  # a bare one, with the engine's text
             raise ServerFault(f"the engine failed: {error}") from error
-        for one in answers:
-            if "error" in one:
-                raise from_wire(one["error"])
+        errors = [from_wire(one["error"]) for one in answers if "error" in one]
+        if errors:
+            raise next((error for error in errors if not isinstance(error, RankFault)), errors[0])
         return [one["done"] for one in answers]
 
     async def report(self, tag: str, tokens: dict[str, int]) -> dict[str, dict[str, Any]]:

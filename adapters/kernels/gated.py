@@ -13,10 +13,12 @@ the columns constants and D diagonals, M members of a routed artefact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+InPlace = Callable[[torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,12 @@ class Group:
         return self.sums - self.constants
 
     def added(
-        self, x: torch.Tensor, t: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        over_ranks: InPlace | None = None,
     ) -> torch.Tensor:
         """[n, size], what one layer adds to its output.
 
@@ -124,8 +131,15 @@ class Group:
             t: [n, size], the layer's own output; not read without diagonals.
             a: [slots, 1, ≥ rows, in].
             b: [slots, 1, ≥ size, ≥ columns].
+            over_ranks: sums float32 scores of a part of the input over all parts; None where x is
+                all of it.
         """
-        gated = self._gated(x @ a[self.slot, 0, : self.rows].T).to(x.dtype)
+        shrunk = x @ a[self.slot, 0, : self.rows].T
+        scores = shrunk[:, self.columns :]
+        if self.routes and over_ranks is not None:
+            scores = scores.float().contiguous()
+            over_ranks(scores)
+        gated = self._gated(shrunk, scores).to(x.dtype)
         own = b[self.slot, 0, : t.shape[1], : self.columns]
         if not self.diagonals:
             return gated @ own.T
@@ -134,10 +148,11 @@ class Group:
         of_sums, of_factors = own.tensor_split([self.sums], 1)
         return (sums @ of_sums.T).addcmul_(factors @ of_factors.T, t)
 
-    def _gated(self, shrunk: torch.Tensor) -> torch.Tensor:
-        """[n, R] of the shrunk activations [n, R + G], each column times its gate.
+    def _gated(self, shrunk: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """[n, R] of the shrunk activations [n, ≥ R], each column times its gate.
 
-        `shrunk` is the caller's own, so it may be changed in place. Gates are applied in float32.
+        `shrunk` is the caller's own, so it may be changed in place. Gates are applied in float32,
+        learned ones as the scores [n, G] say.
         """
         found = shrunk[:, : self.columns]
         if self.constants or self.diagonals:
@@ -147,7 +162,8 @@ class Group:
         elif self.routes:
             found = found.float()
         for route in self.routes:
-            gates = route.gates(shrunk[:, route.rows])
+            own = slice(route.rows.start - self.columns, route.rows.stop - self.columns)
+            gates = route.gates(scores[:, own])
             found[:, route.columns] *= gates[:, route.member]
             if route.ones is not None:
                 columns, member = route.ones
@@ -174,9 +190,14 @@ class Bundle:
     diagonals = 0
 
     def added(
-        self, x: torch.Tensor, t: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        over_ranks: InPlace | None = None,
     ) -> torch.Tensor:
-        """[S · m, size], what one layer adds to its output; see `Group.added`.
+        """[S · m, size], what one layer adds to its output; see `Group.added`. No scores here.
 
         The slots' rows and columns up to R must be finite, their sets' own or not.
         """
@@ -229,6 +250,7 @@ def add_adapters(
     b: Sequence[torch.Tensor],
     sizes: Sequence[int],
     groups: Sequence[Group | Bundle],
+    over_ranks: InPlace | None = None,
 ) -> None:
     """Adds the adapters' part of one linear layer, which may pack several (q, k, v).
 
@@ -241,6 +263,7 @@ def add_adapters(
         b: per packed layer, [slots, 1, ≥ size, ≥ columns].
         sizes: columns of `y` that each packed layer takes, from the left.
         groups: tokens by set; no token is in two.
+        over_ranks: where x and A are a part of the layer's input: sums scores over all parts.
     """
     for group in groups:
         xs = x if group.tokens is None else x[group.tokens]
@@ -248,7 +271,7 @@ def add_adapters(
         for a_all, b_all, size in zip(a, b, sizes, strict=True):
             part = y[:, start : start + size]
             own = part if group.tokens is None or not group.diagonals else part[group.tokens]
-            added = group.added(xs, own, a_all, b_all)
+            added = group.added(xs, own, a_all, b_all, over_ranks)
             if group.tokens is None:
                 part += added
             else:

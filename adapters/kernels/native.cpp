@@ -5,11 +5,13 @@
 // u is A x[t] for a set's products and 1 for its constants; D are the columns of B that are its
 // diagonals. Columns with a gate of 0 are not computed, so a routed token reads its k members and
 // the gates' rows, nothing of the other members. Sums are float32, rounded once with y. A row's
-// result does not depend on the other rows, nor on the number of threads.
+// result does not depend on the other rows, nor on the number of threads. A layer whose input is
+// `split` over ranks gives scores of a part, which are summed over the ranks before they choose.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -84,6 +86,9 @@ struct State {
 
   int64_t size() const { return rows.defined() ? rows.size(0) : 0; }
   const Row& row(int64_t i) const { return reinterpret_cast<const Row*>(rows.const_data_ptr())[i]; }
+  const Route& route(int64_t i) const {
+    return reinterpret_cast<const Route*>(routes.const_data_ptr())[i];
+  }
 };
 
 State& state() {
@@ -122,7 +127,7 @@ void dots(const T* x, const T* a, int64_t width, const int32_t* which, int64_t n
 
 // Multiplies a routed artefact's part of `gate` by the softmax of its k highest scores over T.
 void choose(const State& s, int64_t route, const float* scores, float* gate) {
-  const Route& r = reinterpret_cast<const Route*>(s.routes.const_data_ptr())[route];
+  const Route& r = s.route(route);
   const Span* spans = reinterpret_cast<const Span*>(s.spans.const_data_ptr());
   const float* softmax = s.softmax.const_data_ptr<float>() + 2 * route;  // weight, T
   std::vector<float> weight(r.members, 0.0f);
@@ -157,19 +162,28 @@ struct Shrunk {  // [row, packed layer]: columns that count, and their gated act
         value(new float[items * widest]) {}
 };
 
+// W_gate x of one route, [members].
+template <typename T>
+void score(const Route& route, const T* x, const T* a, int64_t width, float* scores) {
+  std::vector<int32_t> which(route.members);
+  for (int64_t j = 0; j < route.members; j++) which[j] = route.row + j;
+  dots(x, a, width, which.data(), route.members, scores);
+}
+
+// `scores`: of the routes, where they are known already, those of route i from `places[i]` on.
 template <typename T>
 void shrink(const State& s, const Row& row, const T* x, const T* a, int64_t width, int64_t item,
-            Shrunk& out) {
-  std::vector<float> gate(row.columns), scores;
-  std::vector<int32_t> which;
+            const float* scores, const std::vector<int64_t>& places, Shrunk& out) {
+  std::vector<float> gate(row.columns), own;
   std::copy_n(s.gates.const_data_ptr<float>() + row.gate, row.columns, gate.begin());
   for (int64_t i = row.first_route; i < row.last_route; i++) {
-    const Route& r = reinterpret_cast<const Route*>(s.routes.const_data_ptr())[i];
-    which.resize(r.members);
-    scores.resize(r.members);
-    for (int64_t j = 0; j < r.members; j++) which[j] = r.row + j;
-    dots(x, a, width, which.data(), r.members, scores.data());
-    choose(s, i, scores.data(), gate.data());
+    if (scores) {
+      choose(s, i, scores + places[i], gate.data());
+      continue;
+    }
+    own.resize(s.route(i).members);
+    score(s.route(i), x, a, width, own.data());
+    choose(s, i, own.data(), gate.data());
   }
   int32_t n = 0, *column = out.column.get() + item * out.width;
   float* value = out.value.get() + item * out.width;
@@ -235,12 +249,44 @@ void expand(T* y, const T* b, int64_t by_out, int64_t by_column, const int32_t* 
 constexpr int64_t WORTHWHILE = 1 << 17;  // multiplications per thread below which one does all
 constexpr int64_t BLOCK = 512;           // outputs that one piece of work adds to
 
+// Where x is a part of the input: the scores of all routes, [layers, members], over all ranks.
+template <typename T>
+at::Tensor scores_over_ranks(const State& s, const at::Tensor& x, at::TensorList a,
+                             const std::vector<int64_t>& places) {
+  const int64_t n = s.size(), layers = a.size(), width = x.size(1), members = places.back();
+  at::Tensor scores = at::empty({layers, members}, x.options().dtype(at::kFloat));
+  float* found = scores.mutable_data_ptr<float>();
+  at::parallel_for(0, n * layers, 1, [&](int64_t i, int64_t end) {
+    for (; i < end; i++) {
+      const Row& row = s.row(i % n);
+      const at::Tensor& own = a[i / n];
+      const T* slot = own.const_data_ptr<T>() + row.slot * own.stride(0);
+      for (int64_t r = row.first_route; r < row.last_route; r++)
+        score(s.route(r), x.const_data_ptr<T>() + row.token * x.stride(0), slot, width,
+              found + i / n * members + places[r]);
+    }
+  });
+  static auto sum = c10::Dispatcher::singleton()
+                        .findSchemaOrThrow("coxswain::sum_over_ranks", "")
+                        .typed<void(at::Tensor)>();
+  sum.call(scores);
+  return scores;
+}
+
 template <typename T>
 void add_rows(const State& s, at::Tensor& y, const at::Tensor& x, at::TensorList a, at::TensorList b,
-              at::IntArrayRef sizes) {
+              at::IntArrayRef sizes, bool split) {
   const int64_t n = s.size(), layers = a.size(), width = x.size(1);
   const T* xs = x.const_data_ptr<T>();
   T* ys = y.mutable_data_ptr<T>();
+  at::Tensor scores;
+  std::vector<int64_t> places;
+  if (split && s.routes.size(0)) {
+    places.push_back(0);
+    for (int64_t i = 0; i < s.routes.size(0); i++) places.push_back(places[i] + s.route(i).members);
+    scores = scores_over_ranks<T>(s, x, a, places);
+  }
+  const float* known = scores.defined() ? scores.const_data_ptr<float>() : nullptr;
   Shrunk shrunk(n * layers, s.widest);
   int64_t work = std::max<int64_t>(1, s.widest * width);
   at::parallel_for(0, n * layers, std::max<int64_t>(1, WORTHWHILE / work), [&](int64_t i, int64_t end) {
@@ -248,7 +294,8 @@ void add_rows(const State& s, at::Tensor& y, const at::Tensor& x, at::TensorList
       const Row& row = s.row(i % n);
       const at::Tensor& own = a[i / n];
       const T* slot = own.const_data_ptr<T>() + row.slot * own.stride(0);
-      shrink(s, row, xs + row.token * x.stride(0), slot, width, i, shrunk);
+      shrink(s, row, xs + row.token * x.stride(0), slot, width, i,
+             known ? known + i / n * places.back() : nullptr, places, shrunk);
     }
   });
   struct Piece { int64_t layer, start, from, to; };
@@ -275,22 +322,22 @@ void add_rows(const State& s, at::Tensor& y, const at::Tensor& x, at::TensorList
 }
 
 void adapter_sum(at::Tensor y, const at::Tensor& x, at::TensorList a, at::TensorList b,
-                 at::IntArrayRef sizes) {
+                 at::IntArrayRef sizes, bool split) {
   State& s = state();
   if (s.size()) {
     const at::Tensor xs = x.stride(-1) == 1 ? x : x.contiguous();
     TORCH_CHECK(y.stride(-1) == 1 && a[0].stride(-1) == 1 && a[0].stride(-2) == x.size(-1));
     if (y.scalar_type() == at::kBFloat16)
-      add_rows<c10::BFloat16>(s, y, xs, a, b, sizes);
+      add_rows<c10::BFloat16>(s, y, xs, a, b, sizes, split);
     else
-      add_rows<float>(s, y, xs, a, b, sizes);
+      add_rows<float>(s, y, xs, a, b, sizes, split);
   }
   if (s.others) {
     static auto groups = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("coxswain::adapter_groups", "")
                              .typed<void(at::Tensor, const at::Tensor&, at::TensorList,
-                                         at::TensorList, at::IntArrayRef)>();
-    groups.call(y, x, a, b, sizes);
+                                         at::TensorList, at::IntArrayRef, bool)>();
+    groups.call(y, x, a, b, sizes, split);
   }
 }
 

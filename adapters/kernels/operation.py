@@ -3,11 +3,15 @@
 What is added changes with every step, so compiled code calls an operation that it cannot look
 into; what it adds is set around each forward pass. On CPUs with a compiler the operation itself
 is C++ (`native.cpp`), so that a layer without adapters costs a call and nothing else.
+
+Of a layer whose input is split over the ranks of tensor parallelism each rank adds its part of the
+products, and the layer sums them as it sums its own. Only learned gates need all of the input:
+their scores are summed over the ranks before they choose (`split`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,6 +52,9 @@ def added(groups: Sequence[Group], total: int, dtype: torch.dtype) -> Added:
 _groups: Sequence[Group | Bundle] = ()
 """Of the forward pass that runs, in this process."""
 _native = False
+"""Whether C++ computes rows."""
+_loaded = False
+"""Whether C++ is the operation, rows or not."""
 _nothing = native.Rows.none()
 
 
@@ -56,13 +63,13 @@ def adding(what: Added) -> Iterator[None]:
     """Makes the layers that run inside add something."""
     global _groups
     _groups = what.groups
-    if _native:
+    if _loaded:
         _set(what.rows or _nothing, bool(what.groups))
     try:
         yield
     finally:
         _groups = ()
-        if _native:
+        if _loaded:
             _set(_nothing, False)
 
 
@@ -73,28 +80,68 @@ def _set(rows: native.Rows, others: bool) -> None:
     )  # fmt: skip
 
 
-def build() -> None:
-    """Uses C++ from now on, if this machine can compile it."""
-    global _native
-    _native = native.build()
+def build(agree: Callable[[bool], bool] = bool) -> None:
+    """Uses C++ from now on, if this machine can compile it.
+
+    Args:
+        agree: whether all ranks of a model say so; they must do the same, since they sum scores.
+    """
+    global _loaded, _native
+    _loaded = native.build()
+    _native = agree(_loaded)
 
 
 def _add_groups(
-    y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], sizes: list[int]
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: list[torch.Tensor],
+    b: list[torch.Tensor],
+    sizes: list[int],
+    split: bool = False,
 ) -> None:
     if _groups:
-        add_adapters(y, x, a, b, sizes, _groups)
+        add_adapters(y, x, a, b, sizes, _groups, sum_over_ranks if split else None)
 
 
 def _changes_y(
-    y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], sizes: list[int]
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: list[torch.Tensor],
+    b: list[torch.Tensor],
+    sizes: list[int],
+    split: bool = False,
 ) -> None:
     """What a compiler needs to know: it changes `y` in place and returns nothing."""
 
 
+_all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+def split_over_ranks(all_reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Tells how layers whose input is split over processes sum what each has of it.
+
+    Args:
+        all_reduce: float32 → the sum of every rank's, the same numbers on all of them.
+    """
+    global _all_reduce
+    _all_reduce = all_reduce
+
+
+def sum_over_ranks(part: torch.Tensor) -> None:
+    """Makes a part, float32, the sum of every rank's; all ranks call it in the same order."""
+    if _all_reduce is None:
+        raise RuntimeError("a layer is split over ranks, and nothing sums over them")
+    part.copy_(_all_reduce(part))
+
+
 _library = torch.library.Library("coxswain", "FRAGMENT")
 for _name in ("adapter_sum", "adapter_groups"):
-    _library.define(f"{_name}(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, int[] sizes) -> ()")
+    _library.define(
+        f"{_name}(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, int[] sizes, bool split=False)"
+        " -> ()"
+    )
     # Wherever there is nothing better; the C++ kernel registers itself for the CPU.
     _library.impl(_name, _add_groups, "CompositeExplicitAutograd")
     torch.library.register_fake(f"coxswain::{_name}", _changes_y, lib=_library)
+_library.define("sum_over_ranks(Tensor(a!) part) -> ()")
+_library.impl("sum_over_ranks", sum_over_ranks, "CompositeExplicitAutograd")

@@ -154,12 +154,41 @@ def _learned(scores, own, artefact, top_k, temperature, g):
 
 
 @triton.jit(do_not_specialize=["splits", "split_step", "slice_step"])
+def score(
+    u,
+    splits,
+    split_step,
+    slice_step,
+    scores,
+    lines,
+    table,
+    RANKS: tl.constexpr,
+    GATES: tl.constexpr,
+):
+    """The gates' scores of one position and one packed layer, for a sum over ranks.
+
+    u is what `shrink` wrote. scores [layers, T, GATES] float32 gets the G of each position.
+    """
+    p, layer = tl.program_id(0), tl.program_id(1)
+    line = tl.load(lines + p)
+    if line < 0:
+        return
+    columns, gates = _ranks(table, line, RANKS)
+    g = tl.arange(0, GATES)
+    at = layer.to(tl.int64) * slice_step + p * RANKS + columns + g
+    found = _added_up(u, splits, split_step, at, g < gates, tl.float32)
+    place = (layer.to(tl.int64) * tl.num_programs(0) + p) * GATES + g
+    tl.store(scores + place, found, mask=g < gates)
+
+
+@triton.jit(do_not_specialize=["splits", "split_step", "slice_step"])
 def gate(
     u,
     splits,
     split_step,
     slice_step,
     v,
+    scores,
     lines,
     table,
     counts,
@@ -167,11 +196,13 @@ def gate(
     GATES: tl.constexpr,
     COUNT: tl.constexpr,
     ONES: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """V of one position and one packed layer.
 
     u is what `shrink` wrote. v [layers, T, K] in the dtype of x gets the gated sums by position,
-    up to R. With `COUNT`, counts [L, K / 2] int32 grows by 1 for each member that is chosen.
+    up to R. With `COUNT`, counts [L, K / 2] int32 grows by 1 for each member that is chosen. With
+    `SPLIT`, u is of a part of the input, and scores [layers, T, GATES] float32 of all of it.
     """
     p, layer = tl.program_id(0), tl.program_id(1)
     line = tl.load(lines + p)
@@ -193,8 +224,15 @@ def gate(
             routed = g < gates
             rows = weight + 2 * RANKS + g  # of `artefact`; the others lie K / 2 apart
             temperature = tl.load(rows + RANKS, mask=routed, other=0)
+            if SPLIT:
+                place = (layer.to(tl.int64) * tl.num_programs(0) + p) * GATES + g
+                own_scores = tl.load(scores + place, mask=routed, other=0.0)
+            else:
+                dtype: tl.constexpr = v.dtype.element_ty
+                at = here + columns + g
+                own_scores = _added_up(u, splits, split_step, at, routed, dtype)
             learned, chosen = _learned(
-                _added_up(u, splits, split_step, here + columns + g, routed, v.dtype.element_ty),
+                own_scores,
                 routed,
                 tl.load(rows, mask=routed, other=0),
                 tl.load(rows + RANKS // 2, mask=routed, other=0),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from adapters.kernels import operation  # noqa: F401 - defines the operation
+from adapters.kernels import operation
 from adapters.kernels.triton_sum import AdapterTables, add_adapters
 
 _tables: AdapterTables | None = None
@@ -43,7 +43,13 @@ def register(key: str = "CUDA") -> None:
 
 
 def _add(
-    y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], sizes: list[int]
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: list[torch.Tensor],
+    b: list[torch.Tensor],
+    sizes: list[int],
+    split: bool = False,
 ) -> None:
     if _tables is not None:
-        add_adapters(y, x, a, b, sizes, _tables)
+        over_ranks = operation.sum_over_ranks if split else None
+        add_adapters(y, x, a, b, sizes, _tables, over_ranks)

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 import triton
 
+from adapters.kernels.gated import InPlace
 from adapters.kernels.lines import Int32, Line, Lines, Tiles, most_tiles
-from adapters.kernels.triton_kernels import HEAD, expand, gate, shrink
+from adapters.kernels.triton_kernels import HEAD, expand, gate, score, shrink
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether this process runs kernels in Triton's interpreter. Fixed when Triton is imported."""
@@ -166,10 +167,12 @@ def add_adapters(
     b: Sequence[torch.Tensor],
     sizes: Sequence[int],
     tables: AdapterTables,
+    over_ranks: InPlace | None = None,
 ) -> None:
     """Adds the adapters' part of one linear layer, which may pack several (q, k, v).
 
-    Each packed layer has its own A, B and gates. Three launches, whatever the tables hold.
+    Each packed layer has its own A, B and gates. Three launches, whatever the tables hold; where
+    learned gates need the scores of other ranks, one more and the sum.
 
     Args:
         y: [T, Σ sizes] float32, bfloat16 or float16; changed in place, only rows of tokens that
@@ -180,6 +183,7 @@ def add_adapters(
             contiguous; all in the same way.
         sizes: columns of `y` that each packed layer takes, from the left.
         tables: of this step; T is its `total`.
+        over_ranks: as in `adapters.kernels.gated.add_adapters`.
     """
     total, ranks, cut = tables.total, tables.ranks, tables.blocks
     assert y.shape[0] == x.shape[0] == total
@@ -208,13 +212,25 @@ def add_adapters(
         WIDE=wide,
         num_warps=cut.warps,
     )
+    split = over_ranks is not None and tables.gates > 0
+    scores = u
+    if over_ranks is not None and split:
+        scores = torch.zeros(layers, total, tables.gates, device=x.device)
+        score[total, layers](
+            *(u, cut.splits, *steps, scores),
+            *(tables.lines, tables.table),
+            RANKS=ranks,
+            GATES=tables.gates,
+        )
+        over_ranks(scores)
     gate[total, layers](
-        *(u, cut.splits, *steps, v),
+        *(u, cut.splits, *steps, v, scores),
         *(tables.lines, tables.table, tables.counts),
         RANKS=ranks,
         GATES=tables.gates,
         COUNT=tables.counting,
         ONES=tables.ones,
+        SPLIT=split,
         num_warps=4 if tables.gates <= 32 else 8,
     )
     expand[tiles, sum(triton.cdiv(size, cut.out) for size in sizes)](

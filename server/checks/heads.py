@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from server.checks.capacity import ranks_of
 from server.checks.diagnosis import Diagnosis, where
 from server.settings.config import Config, StreamConfig
 from steering.heads import HeadError, find_head
@@ -48,7 +47,4 @@ def value_problems(config: Config, found: Diagnosis) -> list[str]:
     size, most = found.streams[BASE].checkpoint.vocabulary, config.steering.max_top_k
     if most > size:
         lines.append(f"steering.max_top_k: {most} is more than the base's vocabulary of {size}")
-    if ranks_of(config) > 1:
-        lines.append("engine.tensor_parallel_size: refused (got "
-                     f"{ranks_of(config)}): value streams have not been run split")  # fmt: skip
     return lines

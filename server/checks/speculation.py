@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.checks.capacity import context_length, ranks_of
+from server.checks.capacity import context_length
 from server.checks.diagnosis import Diagnosis
 from server.settings.config import Config
 from steering.plan import BASE
@@ -24,9 +24,6 @@ def speculation_problems(config: Config, found: Diagnosis) -> list[str]:
             f"{_FIELD}.draft: not a stream with a language model of its own "
             f"(got {asked.draft!r}); allowed: {'one of: ' + ', '.join(able) if able else 'none'}"
         )
-    if ranks_of(config) > 1:
-        lines.append("engine.tensor_parallel_size: refused (got "
-                     f"{ranks_of(config)}): {_FIELD} has not been run split")  # fmt: skip
     length = context_length(config, found.streams[BASE].checkpoint)
     if length is not None and asked.tokens + 2 > length:
         lines.append(f"{_FIELD}.tokens: {asked.tokens} drafts do not fit into requests of "

@@ -1,7 +1,13 @@
 """What loading an adapter asks of the base's own layers: products, row norms and biases.
 
 The layers of vLLM are asked through their own quantisation method, so packed, fused and quantised
-weights are read as they run. Checked on vLLM 0.32.0.
+weights are read as they run.
+
+Under tensor parallelism a rank has some rows of W, or some columns. Of rows that it lacks, it needs
+to know nothing: it drops what an adapter does to them. What it finds of some columns is added up
+over the ranks, so all of them must ask for the same, in `ranks.together`.
+
+Checked on vLLM 0.32.0.
 """
 
 from __future__ import annotations
@@ -10,10 +16,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from adapters.errors import DoesNotFit
+from steering.worker import ranks
 from steering.worker.adapter_layers import Slice, by_checkpoint_name, check_slice, slices
 
 CHUNK = 128
@@ -22,6 +28,8 @@ CHUNK = 128
 
 class EngineLayers:
     """The linear layers of one stream, by the names of its checkpoint: `BaseLayers` of adapters.
+
+    Rows that lie on other ranks have the product 0, the norm 1 and the bias 0.
 
     Args:
         manager: of vLLM's slots, its layers wrapped.
@@ -66,10 +74,15 @@ class EngineLayers:
             x: [n, in].
 
         Raises:
-            DoesNotFit: the engine has no such layer, or only a part of it.
+            DoesNotFit: the engine has no such layer.
         """
-        part = self._whole(module)
-        return self._own(part, _apply(self.layer(part), x)).float()
+        part = self.slice(module)
+        layer = self.layer(part)
+        if ranks.sees_a_part(layer.base_layer):
+            found = ranks.added_up(_apply(layer, _own_inputs(layer, x)).float())
+        else:
+            found = _apply(layer, x).float()
+        return self._own(part, found, 0)
 
     def row_norms(self, module: str) -> torch.Tensor:
         """[out] ‖W‖₂ of each row, not squared, float32; kept once it was found.
@@ -79,18 +92,20 @@ class EngineLayers:
         """
         for _ in self.measure(module):
             pass
-        part = self._whole(module)
-        return self._own(part, self._norms[part.layer])
+        part = self.slice(module)
+        return self._own(part, self._norms[part.layer], 1)
 
     def measure(self, module: str) -> Iterator[None]:
         """Finds the row norms of a module, unless they are known; yields between bits of work."""
-        part = self._whole(module)
+        part = self.slice(module)
         if part.layer in self._norms:
             return
-        squares = torch.zeros(1, dtype=torch.float64)
-        for more in _squares(self.layer(part)):
+        layer, squares = self.layer(part), torch.zeros(1, dtype=torch.float64)
+        for more in _squares(layer):
             squares = squares + more.cpu()
             yield
+        if ranks.sees_a_part(layer.base_layer):
+            squares = ranks.added_up(squares)
         self._norms[part.layer] = squares.sqrt().float()
 
     def bias(self, module: str) -> torch.Tensor | None:
@@ -99,20 +114,22 @@ class EngineLayers:
         Raises:
             DoesNotFit: as `product`.
         """
-        part = self._whole(module)
-        bias = self.layer(part).base_layer.bias
-        return None if bias is None else self._own(part, bias.detach()).float()
-
-    def _whole(self, module: str) -> Slice:
         part = self.slice(module)
-        if get_tensor_model_parallel_world_size() > 1:
-            why = "DoRA, and biases instead of the base's, are not served under tensor parallelism"
-            raise DoesNotFit(why, field=f"{self._stream}: {module}")
-        return part
+        bias = self.layer(part).base_layer.bias
+        return None if bias is None else self._own(part, bias.detach().float(), 0)
 
-    def _own(self, part: Slice, found: torch.Tensor) -> torch.Tensor:
-        """A module's [..., out] of its layer's, in the checkpoint's order; on the CPU."""
-        own = found[..., part.start : part.start + part.out].cpu()
+    def _own(self, part: Slice, found: torch.Tensor, other: float) -> torch.Tensor:
+        """A module's [..., out], in the checkpoint's order; on the CPU.
+
+        Args:
+            part: the module.
+            found: [..., out of this rank] of its layer.
+            other: in the place of what lies on other ranks.
+        """
+        whole = self._known[part.layer].out
+        everything = torch.full((*found.shape[:-1], whole), other, dtype=found.dtype)
+        everything[..., ranks.own_outputs(self.layer(part).base_layer)] = found.cpu()
+        own = everything[..., part.start : part.start + part.out]
         if part.order is None:
             return own
         sorted_ = torch.empty_like(own)
@@ -120,23 +137,33 @@ class EngineLayers:
         return sorted_
 
 
+def _own_inputs(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """This rank's columns of x [n, in], for a wrapped layer whose input is split."""
+    base = layer.base_layer
+    size: int = base.input_size_per_partition
+    return x[:, base.tp_rank * size : (base.tp_rank + 1) * size].contiguous()
+
+
 def _apply(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """[n, out] x Wᵀ in the engine's dtype, of a wrapped layer."""
+    """[n, out] x Wᵀ in the engine's dtype, of a wrapped layer: of this rank's rows and columns."""
     base = layer.base_layer
     made: torch.Tensor = base.quant_method.apply(base, x.to(layer.device, base.params_dtype))
     return made
 
 
 def _squares(layer: Any) -> Iterator[torch.Tensor]:
-    """Parts of [out] ‖W‖² of each row, float64, which are to be added.
+    """Parts of [out] ‖W‖² of each row that this rank has, float64, which are to be added.
 
     Raises:
         DoesNotFit: W cannot be read by products with it.
     """
     base = layer.base_layer
     weight, into = getattr(base, "weight", None), base.input_size
+    if ranks.sees_a_part(base):
+        into = base.input_size_per_partition
     plain = isinstance(base.quant_method, UnquantizedLinearMethod)
-    if plain and weight is not None and weight.shape == (base.output_size, into):
+    out = getattr(base, "output_size_per_partition", base.output_size)
+    if plain and weight is not None and weight.shape == (out, into):
         for columns in weight.detach().split(CHUNK, 1):
             yield columns.double().square().sum(1)
         return

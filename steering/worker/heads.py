@@ -19,6 +19,8 @@ from adapters.parts import factors
 from steering.heads import HeadError, HeadFile, Kind, Layer, Place, find_head, is_head
 from steering.worker.readout import Reading
 
+Agreed = Callable[[torch.Tensor], torch.Tensor]
+
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
@@ -34,10 +36,13 @@ class Head(nn.Module):
 
     Args:
         file: where it lies.
+        agreed: [R] as this rank computes it → the same numbers on every rank. The ranks' hidden
+            states may differ in their last bits, and what is drawn must not.
     """
 
-    def __init__(self, file: HeadFile) -> None:
+    def __init__(self, file: HeadFile, agreed: Agreed | None = None) -> None:
         super().__init__()
+        self._agreed = agreed
         self._activation = _ACTIVATIONS[file.activation]
         self._depth = len(file.layers)
         for i, layer in enumerate(file.layers):
@@ -52,11 +57,15 @@ class Head(nn.Module):
             if i:
                 x = self._activation(x)
             x = functional.linear(x, self.get_buffer(f"weight{i}"), self.get_buffer(f"bias{i}"))
-        return x[:, 0]
+        found = x[:, 0]
+        return found if self._agreed is None else self._agreed(found)
 
 
 def build(
-    sources: Mapping[str, Mapping[str, str]], widths: Mapping[str, int], rows: int
+    sources: Mapping[str, Mapping[str, str]],
+    widths: Mapping[str, int],
+    rows: int,
+    agreed: Agreed | None = None,
 ) -> dict[str, Head]:
     """The heads by name.
 
@@ -64,6 +73,7 @@ def build(
         sources: the streams beside the base, as `steering.engine_args.StreamSource` fields.
         widths: stream → columns of its hidden states.
         rows: of a head with a value for every token, the base's vocabulary.
+        agreed: as in `Head`; None for one rank.
 
     Raises:
         HeadError: one is missing or does not fit.
@@ -75,7 +85,8 @@ def build(
             width = widths[_body(name, source)]
             folder = Path(source.get("path") or source["model"])
             own_rows = rows if "path" not in source else None
-            found[name] = Head(find_head(folder, cast("Kind", kind), width, own_rows))
+            file = find_head(folder, cast("Kind", kind), width, own_rows)
+            found[name] = Head(file, agreed)
     return found
 
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from typing import Any
 
 import torch
 from torch import nn
 from vllm import envs
 from vllm.config import CompilationMode, VllmConfig
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.platforms import current_platform
@@ -26,6 +28,7 @@ from vllm.platforms import current_platform
 from adapters.kernels import operation
 from adapters.kernels.operation import Added, added, adding
 from steering.plan import AdapterUse
+from steering.worker import ranks
 from steering.worker.adapter_layers import StreamAdapters
 from steering.worker.adapting import Adapted
 from steering.worker.batches import Int64
@@ -65,7 +68,8 @@ def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
     if not current_platform.is_cpu() and not vllm_config.model_config.enforce_eager:
         raise ValueError("adapters on this platform need enforce_eager: true")
     if current_platform.is_cpu():
-        operation.build()
+        operation.build(ranks.everyone)
+    operation.split_over_ranks(tensor_model_parallel_all_reduce)
     wrapper = f"{AdapterPunica.__module__}.{AdapterPunica.__qualname__}"
     type(current_platform).get_punica_wrapper = classmethod(lambda cls: wrapper)
     LRUCacheWorkerLoRAManager._manager_cls = StreamAdapters
@@ -77,6 +81,15 @@ def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
 
 class AdapterPunica(PunicaWrapperCPU):
     """What vLLM's LoRA layers call with their input and the base's output."""
+
+    split = False
+    """Whether the layers that use this one see a part of their input each."""
+
+    def for_parts(self) -> AdapterPunica:
+        """The same for layers whose input is split over the ranks."""
+        found = copy(self)
+        found.split = True
+        return found
 
     def update_metadata(self, *_: Any, **__: Any) -> None:
         """Nothing: vLLM's mapping of tokens to slots, a list built token by token, is not used."""
@@ -95,7 +108,7 @@ class AdapterPunica(PunicaWrapperCPU):
     ) -> None:
         """Adds the adapters' part to `y` [T, out] in place; x is [T, in]."""
         a, b, sizes = list(lora_a_stacked), list(lora_b_stacked), list(output_slices)
-        torch.ops.coxswain.adapter_sum(y, x, a, b, sizes)
+        torch.ops.coxswain.adapter_sum(y, x, a, b, sizes, self.split)
 
 
 class LoraSeam:

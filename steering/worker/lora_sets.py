@@ -10,17 +10,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
-from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.platforms import current_platform
 
 from adapters.errors import DoesNotFit
 from adapters.load import load_set, normed, verify
 from adapters.sets import AdapterSet, Layout
+from steering.worker import ranks
 from steering.worker.adapter_layers import StreamAdapters, fit
 from steering.worker.base_layers import EngineLayers
 
@@ -31,6 +30,7 @@ def arrange(manager: Any) -> None:
     On CPUs their B is laid out column by column, because the kernels read some of its columns and
     never some of its rows; shapes stay as vLLM expects them. Everywhere a slot that gets another
     set is cleared only as far as it was filled: clearing all of a large slot holds up a step.
+    Layers whose input is split over ranks are told apart from others.
     """
     for module in manager.modules.values():
         a, b = getattr(module, "lora_a_stacked", None), getattr(module, "lora_b_stacked", None)
@@ -39,6 +39,8 @@ def arrange(manager: Any) -> None:
         if current_platform.is_cpu():
             module.lora_b_stacked = tuple(torch.zeros_like(t.mT.contiguous()).mT for t in b)
         _Filled(module)
+        if ranks.sees_a_part(module.base_layer):
+            module.punica_wrapper = module.punica_wrapper.for_parts()
 
 
 class _Filled:
@@ -108,7 +110,7 @@ class _Reading:
     """
 
     def __init__(self, parts: Iterator[_Part | None]) -> None:
-        self._parts = parts
+        self._parts = ranks.together(parts)
         self._read: list[_Part] = []
 
     def read(self, seconds: float) -> bool:
@@ -117,7 +119,7 @@ class _Reading:
         for part in self._parts:
             if part is not None:
                 self._read.append(part)
-            if time.monotonic() >= until:
+            if ranks.anyone(time.monotonic() >= until):
                 return False
         return True
 
@@ -173,6 +175,7 @@ class SetManager(LRUCacheWorkerLoRAManager):
             return self._ahead[path].read(seconds)
         except BaseException:
             del self._ahead[path]
+            self._norms.clear()
             raise
 
     def load(self, path: str) -> None:
@@ -217,18 +220,25 @@ class SetManager(LRUCacheWorkerLoRAManager):
         they are loaded here, once their files are what the sets say.
         """
         held = self.list_adapters()
-        for request in lora_requests:
+        # Every rank loads them in this order; that of a set is each process's own.
+        ordered = sorted(lora_requests, key=lambda request: request.lora_int_id)
+        for request in ordered:
             if request.lora_int_id not in held:
                 for member in AdapterSet.from_path(request.lora_path).members:
                     verify(member)
-        super()._apply_adapters(lora_requests)
-        for request in lora_requests:  # vLLM goes by the id alone
+        super()._apply_adapters(ordered)
+        for request in ordered:  # vLLM goes by the id alone
             self._holds(request.lora_int_id, request.lora_name)
 
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
         found = AdapterSet.from_path(lora_request.lora_path)
         reading = self._ahead.pop(lora_request.lora_path, None) or _Reading(self._parts(found))
-        weights = dict(reading)
+        try:
+            weights = dict(reading)
+        except BaseException:
+            # Some ranks may know more norms than others, and would not do the same work again.
+            self._norms.clear()
+            raise
         return _Loaded(found, lora_request.lora_int_id, weights)
 
     def _parts(self, found: AdapterSet) -> Iterator[_Part | None]:
@@ -254,12 +264,12 @@ class SetManager(LRUCacheWorkerLoRAManager):
                     yield name, LoRALayerWeights(name, len(a), len(a), a, rows, scaling=1.0)
 
     def _check(self, found: AdapterSet) -> None:
-        if (
-            any(member.routed for member in found.members)
-            and get_tensor_model_parallel_world_size() > 1
-        ):
-            # A split layer sees a part of x, and scores of a part are not the gate's.
-            raise DoesNotFit("packs are not served under tensor parallelism", field=found.name)
+        if any(member.routed for member in found.members) and not ranks.alike():
+            why = (
+                "packs are not served on more than two ranks on CPUs: what vLLM sums differs there "
+                "from rank to rank in its last bits, so they might route a token differently"
+            )
+            raise DoesNotFit(why, field=found.name)
         limit = self.lora_config.max_lora_rank
         if found.rank > limit:
             raise DoesNotFit(
@@ -277,6 +287,6 @@ def _adjust(b: torch.Tensor, layout: Layout, layer: Any, field: str) -> None:
     if scales and layer.skip_bias_add and layer.bias is not None:
         why = "adapters that scale this layer's output are not served: its bias is added elsewhere"
         raise DoesNotFit(why, field=field)
-    if layout.constants and isinstance(layer, RowParallelLinear) and layer.tp_rank > 0:
+    if layout.constants and ranks.sees_a_part(layer) and layer.tp_rank > 0:
         # The ranks' outputs are summed: one of them adds the constant.
         b[:, layout.products : layout.sums] = 0

@@ -18,7 +18,7 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from steering.engine_args import watched
-from steering.worker import heads, lora_seam, lora_sets, overlaps
+from steering.worker import heads, lora_seam, lora_sets, overlaps, ranks
 from steering.worker.batches import Int32, Int64
 from steering.worker.contexts import StreamContexts
 from steering.worker.drafting import Drafting
@@ -72,7 +72,10 @@ class SteeredForCausalLM(nn.Module):
         self._widths = {n: hidden_width(m) for n, m in zip(self.names, self._forwards, strict=True)}
         self._sums: list[list[str]] = settings["one_product"]
         built = heads.build(
-            self._sources, self._widths, vllm_config.model_config.hf_config.vocab_size
+            self._sources,
+            self._widths,
+            vllm_config.model_config.hf_config.vocab_size,
+            ranks.the_firsts if ranks.several() else None,
         )
         self.heads = {n: h for n, h in built.items() if self._sources[n]["head"] == "classifier"}
         self._value_heads = {n: h for n, h in built.items() if n not in self.heads}

@@ -5,13 +5,15 @@ Letters: T tokens, R columns and G gate rows of a set (`adapters.sets`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from adapters.kernels.gated import Group, Route
+from adapters.kernels.gated import Group, InPlace, Route
 from adapters.kernels.lines import CONSTANT, Line, Lines
 from adapters.kernels.reference import Float, Term, adapter_sum, routing
 
@@ -172,6 +174,21 @@ class Layer:
         found[np.arange(count), places] = self.random.choice([0.5, 1, -1, 2], count)
         return found
 
+    def part(self, start: int, stop: int) -> Layer:
+        """What the rank holds whose part of the input is x[:, start:stop].
+
+        The ranks' outputs are summed, so only the first adds constants.
+        """
+        found = copy(self)
+        found.into, found.weight = stop - start, self.weight[:, start:stop]
+        found.a = [a[..., start:stop].contiguous() for a in self.a]
+        if start:
+            found.b = [b.clone() for b in self.b]
+            for b, (slot, parts) in itertools.product(found.b, self.sets.items()):
+                first = products(parts)
+                b[slot, 0, :, first : first + constants(parts)] = 0
+        return found
+
     def base(self, x: Float) -> torch.Tensor:
         """[T, Σ sizes], W x in the dtype."""
         return torch.from_numpy(x @ self.weight.T).to(self.dtype)
@@ -243,6 +260,30 @@ def groups(sets: dict[int, Set], lines: Lines, asks: Sequence[Sequence[Ask]]) ->
         tokens = torch.from_numpy(users)
         found.append(Group(slot, tokens, *counts, torch.from_numpy(gate), tuple(routes), *kinds))
     return found
+
+
+Run = Callable[[int, InPlace], torch.Tensor]
+"""(rank, what sums scores over ranks) → [T, Σ sizes]: what the rank's part of a layer gives."""
+
+
+def over_ranks(ranks: int, run: Run) -> torch.Tensor:
+    """[T, Σ sizes] float64: the sum of what the ranks give, which sum scores underway.
+
+    Ranks run one after the other, twice: at first they only tell their scores.
+    """
+    told: list[list[torch.Tensor]] = []
+    for rank in range(ranks):
+        own: list[torch.Tensor] = []
+        run(rank, lambda scores, own=own: own.append(scores.clone()))  # type: ignore[misc]
+        told.append(own)
+    sums = [torch.stack(scores).sum(0) for scores in zip(*told, strict=True)]
+    assert sums
+    found = []
+    for rank in range(ranks):
+        left = iter(sums)
+        found.append(run(rank, lambda scores, left=left: scores.copy_(next(left))))  # type: ignore[misc]
+        assert next(left, None) is None
+    return torch.stack(found).double().sum(0)
 
 
 def _route(

@@ -5,15 +5,17 @@ The Triton kernels are held to the same in `interpreted/test_triton_sum.py`.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from adapters.kernels import native, operation
-from adapters.kernels.gated import Bundle, Group, add_adapters, bundled
+from adapters.kernels.gated import Bundle, Group, InPlace, add_adapters, bundled
 from adapters.kernels.lines import Lines
 from adapters.kernels.reference import Float, Term, adapter_sum
-from tests.adapters.mixed import Ask, Layer, Part, Set, groups, line
+from tests.adapters.mixed import Ask, Layer, Part, Set, groups, line, over_ranks
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 """Of the largest value; the gates are float32 in every dtype."""
@@ -104,6 +106,40 @@ def test_all_kinds_in_one_batch(
     close(y, want)
     bare = np.flatnonzero(lines.tokens < 0)
     assert torch.equal(y[bare], base[bare])
+
+
+@pytest.mark.parametrize("cut", [[0, 20, 64], [0, 7, 8, 64]])
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize(
+    ("in_rows", "dtype"),
+    [(False, torch.float64), (False, torch.float32), (True, torch.float32), (True, torch.bfloat16)],
+)
+def test_ranks_that_see_parts_of_the_input(
+    in_rows: bool, tokens: int, cut: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their outputs add up to the layer's: gates choose by the scores of the whole input."""
+    layer = Layer(64, (64, 131), KINDS, dtype, seed=tokens, exact=in_rows)
+    lines, asks = step(layer, tokens)
+    lines.tokens[0] = np.flatnonzero(lines.slots == 3)[0]
+    x, found = layer.draw(tokens, 64), groups(KINDS, lines, asks)
+    parts = [layer.part(start, stop) for start, stop in itertools.pairwise(cut)]
+
+    def run(rank: int, sum_scores: InPlace) -> torch.Tensor:
+        part, own = parts[rank], x[:, cut[rank] : cut[rank + 1]]
+        y, inputs = part.base(own), torch.from_numpy(own).to(dtype)
+        if not in_rows:
+            add_adapters(y, inputs, part.a, part.b, part.sizes, bundled(found), sum_scores)
+            return y
+        monkeypatch.setattr(operation, "_all_reduce", lambda s: (sum_scores(s), s)[1])
+        with operation.adding(operation.Added(native.rows(found, tokens), ())):
+            sizes = list(part.sizes)
+            torch.ops.coxswain.adapter_sum(y, inputs, part.a, part.b, sizes, split=True)
+        return y
+
+    y = over_ranks(len(parts), run)
+    want = layer.wanted(x, lines, asks)
+    scale = max(1.0, float(np.abs(want).max()))
+    assert np.abs(y.numpy() - want).max() <= 2 * TOLERANCE[dtype] * scale
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

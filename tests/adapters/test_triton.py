@@ -56,10 +56,20 @@ def test_compiles_for_nvidia_gpus(
             kernels.gate,
             {"u": "*fp32", "splits": "i32"}
             | steps
-            | {"v": values, "lines": "*i32", "table": "*i32", "counts": "*i32"},
-            {"RANKS": ranks, "GATES": gates, "COUNT": gates > 0} | {"ONES": gates > 0},
+            | {"v": values, "scores": "*fp32", "lines": "*i32", "table": "*i32", "counts": "*i32"},
+            {"RANKS": ranks, "GATES": gates, "COUNT": gates > 0, "ONES": gates > 0}
+            | {"SPLIT": gates > 32},
             arch,
             8 if gates > 32 else 4,
+        )
+        scored = compiled(
+            kernels.score,
+            {"u": "*fp32", "splits": "i32"}
+            | steps
+            | {"scores": "*fp32", "lines": "*i32", "table": "*i32"},
+            {"RANKS": ranks, "GATES": gates or 2},
+            arch,
+            4,
         )
         expanded = compiled(
             kernels.expand,
@@ -72,7 +82,7 @@ def test_compiles_for_nvidia_gpus(
             arch,
             cut.warps,
         )
-        for kernel in (shrunk, gated, expanded):
+        for kernel in (shrunk, scored, gated, expanded):
             assert kernel.asm["cubin"]
             assert kernel.metadata.shared <= 99 * 1024
         if dtype != "float32":

@@ -1,4 +1,7 @@
-"""Two ranks of one engine on one machine: base, companions and LoRA adapters are all split."""
+"""Two ranks of one engine on one machine: base, companions and adapters are all split.
+
+`test_two_ranks.py` tries the rest without the HTTP server.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import pytest
 from tests.adapters import kinds
 from tests.fleet.asking import ADAPTED, STEERED, TOLD, ask_all
 from tests.server.adapting.expected import Kind, Oracle
-from tests.server.adapting.kit import configuration, load, serving, settled, submit
+from tests.server.adapting.kit import configuration, load, serving
 from tests.server.live import Server
 
 pytestmark = [pytest.mark.fleet, pytest.mark.engine, pytest.mark.timeout(900)]
@@ -21,7 +24,8 @@ OTHERS = {
     "scaled": kinds.ia3(["k_proj", "o_proj", "gate_proj"], []),
     "dora": kinds.lora(use_dora=True),
 }
-"""Constants, which one rank adds where the ranks' outputs are summed; and factors of such sums."""
+"""Constants, which one rank adds where the ranks' outputs are summed; factors of such sums; and
+norms of rows that lie on several ranks."""
 
 
 def test_two_ranks_answer_as_transformers_does(
@@ -38,20 +42,13 @@ def test_two_ranks_answer_as_transformers_does(
             if "Worker" in child.name()
         ]
         assert len(workers) == 2, workers
-        for name in ("a", "b"):
+        for name in ("a", "b", "pack"):
             load(server, name, folders[name])
-        submit(server, "pack", folders["pack"])
-        assert "not served under tensor parallelism" in settled(server, "pack")["reason"]
         for i, (name, lora) in enumerate(OTHERS.items()):
             folder = models / "adapters" / name
             folders[name] = kinds.make(kinds.Case(name, lora), folder, models / "base", 70 + i)
-        # Norms need whole rows of weights that lie on several ranks.
-        submit(server, "dora", folders["dora"])
-        assert "not served under tensor parallelism" in settled(server, "dora")["reason"]
-        for name in ("offset", "scaled"):
             load(server, name, folders[name])
-        adapted = [kind for kind in ADAPTED if "pack" not in str(kind)]
-        adapted += [Kind(((name, 1.0, None, None),)) for name in ("offset", "scaled")]
+        adapted = [*ADAPTED, *(Kind(((name, 1.0, None, None),)) for name in OTHERS)]
         adapted.append(Kind((("offset", 0.7, None, None), ("scaled", 0.5, None, None))))
         found = ask_all(server.url, oracle, [*STEERED, *adapted], rounds=4)
         told = server.post("/v1/completions", TOLD).json()["steering"]["choices"][0]

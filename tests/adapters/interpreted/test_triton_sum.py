@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from adapters.kernels import gated
+from adapters.kernels.gated import InPlace
 from adapters.kernels.lines import Lines
 from adapters.kernels.reference import Float
 from adapters.kernels.triton_sum import AdapterTables, add_adapters
-from tests.adapters.mixed import Ask, Layer, Part, Set, gates, line
+from tests.adapters.mixed import Ask, Layer, Part, Set, gates, line, over_ranks
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Of the largest value. The interpreter cuts bfloat16 off where a GPU rounds it."""
@@ -200,6 +202,29 @@ def test_like_the_torch_path(dtype: torch.dtype) -> None:
     inputs = torch.from_numpy(x).to(dtype)
     gated.add_adapters(torch_y, inputs, layer.a, layer.b, layer.sizes, [group])
     close(y, torch_y.double().numpy())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("cut", [[0, 30, 70], [0, 1, 30, 70]])
+def test_ranks_that_see_parts_of_the_input(cut: list[int], dtype: torch.dtype) -> None:
+    """Their outputs add up to the layer's: gates choose by the scores of the whole input."""
+    layer = Layer(70, (18, 7), KINDS | {2: SETS[2]}, dtype, seed=15)
+    lines, asks = step(layer, 30, 9)
+    x = layer.draw(30, 70)
+    parts = [layer.part(start, stop) for start, stop in itertools.pairwise(cut)]
+    tables = AdapterTables(torch.device("cpu"), 30, 9, layer.slots, layer.room)
+
+    def run(rank: int, sum_scores: InPlace) -> torch.Tensor:
+        own, part = x[:, cut[rank] : cut[rank + 1]], parts[rank]
+        y, inputs = part.base(own), torch.from_numpy(own).to(dtype)
+        tables.write(lines, 30)
+        add_adapters(y, inputs, part.a, part.b, part.sizes, tables, sum_scores)
+        return y
+
+    want = layer.wanted(x, lines, asks)
+    scale = max(1.0, float(np.abs(want).max()))
+    y = over_ranks(len(parts), run)
+    assert np.abs(y.numpy() - want).max() <= 2 * TOLERANCE[dtype] * scale
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

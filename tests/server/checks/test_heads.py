@@ -217,7 +217,6 @@ def test_a_value_checkpoint_without_a_head_is_one_line(models: Path) -> None:
     ("changes", "words"),
     [
         ({"steering": {"max_top_k": 501}}, "steering.max_top_k: 501 is more than the base's"),
-        ({"engine": {"tensor_parallel_size": 2}}, "engine.tensor_parallel_size: refused (got 2)"),
     ],
 )
 def test_what_value_streams_do_not_go_with(

@@ -53,8 +53,6 @@ CHATT = (
         ({"draft": "chatt"}, {}, CHATT),
         ({"draft": "twin"}, {}, "steering.speculation.draft: not a stream"),
         ({"draft": "base"}, {}, "steering.speculation.draft: not a stream"),
-        ({"draft": "chat"}, {"tensor_parallel_size": 2},
-         "engine.tensor_parallel_size: refused (got 2): steering.speculation"),
         ({"draft": "chat"}, {"max_model_len": 5}, "steering.speculation.tokens: 4 drafts do not"),
     ],
 )  # fmt: skip
