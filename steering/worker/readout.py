@@ -252,6 +252,9 @@ class Readout:
         counted = uses if rows is None else None
         if rows is not None and rows.numel() == hidden.shape[0]:
             rows = None
+        if rows is not None and not rows.numel():
+            # Gathering nothing from several ranks ends vLLM's CPU workers.
+            return Scores(rows, part.new_empty(0, 0))
         own = self._unembed(i, part.contiguous() if rows is None else part[rows])
         assert own is not None
         self.watch.scores(i, own, rows, counted)

@@ -130,7 +130,12 @@ def test_ranks_that_see_parts_of_the_input(
         if not in_rows:
             add_adapters(y, inputs, part.a, part.b, part.sizes, bundled(found), sum_scores)
             return y
-        monkeypatch.setattr(operation, "_all_reduce", lambda s: (sum_scores(s), s)[1])
+
+        def all_reduce(scores: torch.Tensor) -> torch.Tensor:
+            sum_scores(scores)
+            return scores
+
+        monkeypatch.setattr(operation, "_all_reduce", all_reduce)
         with operation.adding(operation.Added(native.rows(found, tokens), ())):
             sizes = list(part.sizes)
             torch.ops.coxswain.adapter_sum(y, inputs, part.a, part.b, sizes, split=True)

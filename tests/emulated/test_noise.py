@@ -69,7 +69,7 @@ def test_the_arguments_refuse_graphs_of_the_outer_model(folder: Path) -> None:
     assert refused.graphs_of(None) == "NONE"
     plain = steered_engine_args(model, {"twin": StreamSource(same_as="base")})
     assert plain["compilation_config"] == {"cudagraph_mode": "NONE"}
-    assert engine_args.refusals({"compilation_config": {"cudagraph_mode": MODE}})
+    assert refused.refusals({"compilation_config": {"cudagraph_mode": MODE}})
 
 
 def test_without_refusals_every_token_after_the_first_is_noise(captured: Engine) -> None:

@@ -100,8 +100,7 @@ def path(engine: Engine, *names: str) -> str:
     """Of a set of the base's adapters."""
     _, found = engine.adapted(Case([1], adapters=[Use(name) for name in names]))
     assert found is not None
-    made: str = found.lora_request()["lora_path"]
-    return made
+    return str(found.lora_request()["lora_path"])
 
 
 @pytest.mark.parametrize("stream", ["base", "opt", "plain"])
