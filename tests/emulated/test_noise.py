@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from steering import engine_args, refused
+from steering import refused
 from steering.engine_args import StreamSource, steered_engine_args
 from steering.errors import DoesNotFit
 from steering.worker import v2
