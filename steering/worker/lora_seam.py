@@ -33,7 +33,7 @@ from steering.worker.adapter_layers import StreamAdapters
 from steering.worker.adapting import Adapted
 from steering.worker.batches import Int64
 from steering.worker.lora_sets import SetManager
-from steering.worker.triton_adding import triton_adding
+from steering.worker.triton_adding import Pass, triton_adding
 
 
 def keep_compiling(vllm_config: VllmConfig) -> None:
@@ -52,9 +52,8 @@ def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
     """Makes vLLM use our arithmetic in this process; before it wraps the model's layers.
 
     Raises:
-        ValueError: the engine would record the layers' work once and replay it, which is not
-            possible for groups that change with every step; or it would split A by its rank, or
-            run adapters beside the layers that they read.
+        ValueError: the engine would split A by its rank, or run adapters beside the layers that
+            they read.
     """
     if vllm_config.lora_config is None:
         return
@@ -65,8 +64,6 @@ def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
             "adapters do not work with VLLM_LORA_ENABLE_DUAL_STREAM=1: they multiply what the base"
             " has computed, so they cannot run beside it"
         )
-    if not current_platform.is_cpu() and not vllm_config.model_config.enforce_eager:
-        raise ValueError("adapters on this platform need enforce_eager: true")
     if current_platform.is_cpu():
         operation.build(ranks.everyone)
     operation.split_over_ranks(tensor_model_parallel_all_reduce)
@@ -116,9 +113,10 @@ class LoraSeam:
 
     Args:
         runner: the worker's model runner, with LoRA enabled.
+        streams: that run, twins included.
     """
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any, streams: Sequence[str]) -> None:
         manager = runner.lora_manager
         # The runner names the class itself; nothing else of it is ours to choose.
         manager.__class__ = SetManager
@@ -127,7 +125,8 @@ class LoraSeam:
         self._dtype = runner.model_config.dtype
         self._last: dict[str, tuple[Sequence[Any], Any, Added]] = {}
         self._checked: tuple[Sequence[Any], Any] = ((), None)
-        self._triton = triton_adding(runner)
+        self.triton = triton_adding(runner, streams)
+        """None where torch does the work."""
 
     def adapted(
         self, uses: Sequence[tuple[AdapterUse, ...]], sets: Int64, counting: bool
@@ -153,6 +152,11 @@ class LoraSeam:
             self._checked = uses, key
         return found
 
+    def warm_up(self) -> None:
+        """Compiles what a step can need; before the first, and before graphs are captured."""
+        if self.triton is not None:
+            self.triton.warm_up([*self._sets.wrapped.values()])
+
     def adapting(
         self,
         adapted: Adapted,
@@ -170,8 +174,8 @@ class LoraSeam:
             total: tokens that the stream runs, padding included, ≥ T.
             device: of the stream.
         """
-        if self._triton is not None:
-            return self._triton.adapting(adapted, stream, requests, total, device)
+        if self.triton is not None:
+            return self.triton.adapting(adapted, Pass(*stream, requests, total))
         key = (stream, tuple(adapted.slots.items()), requests.tobytes(), total)
         last = self._last.get(stream[0])
         # While the same requests decode nothing of it changes; counts of routes are the step's own.

@@ -140,7 +140,7 @@ class SteeredForCausalLM(nn.Module):
             self._readout,
             self._build_values(scratch),
             contexts,
-            lora_seam.LoraSeam(runner) if runner.lora_config else None,
+            lora_seam.LoraSeam(runner, self.names) if runner.lora_config else None,
             self.counters,
         )
         if self._draft:
