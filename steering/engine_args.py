@@ -147,6 +147,8 @@ def steered_engine_args(
         "ends": sorted(end_ids(model, config)),
         "one_product": [list(streams) for streams in one_product],
         "draft": None if speculation is None else speculation.draft,
+        # vLLM forgets them where its own graphs are off.
+        "graph_sizes": _capture_sizes(engine.get("compilation_config")),
     }
     overrides = {
         "architectures": [HYBRID if hybrid else ARCHITECTURE],
@@ -202,6 +204,12 @@ GRAMMARS = "xgrammar"
 def _structured(config: Any) -> Any:
     """VLLM's `structured_outputs_config` with a backend that is the same for all requests."""
     return {"backend": GRAMMARS, **config} if isinstance(config, Mapping) else config
+
+
+def _capture_sizes(config: Any) -> list[int] | None:
+    """Numbers of rows that VLLM's `compilation_config` wants graphs for; None for its default."""
+    found = config.get("cudagraph_capture_sizes") if isinstance(config, Mapping) else None
+    return None if found is None else [int(size) for size in found]
 
 
 def _without_graphs(config: Any) -> Any:

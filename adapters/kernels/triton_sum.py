@@ -164,7 +164,9 @@ class AdapterTables:
 
         Args:
             packed: what `packed` returned for the other arguments, on this device, or pinned.
-            lines, total, counting: as given to `packed`.
+            lines: as given to `packed`.
+            total: likewise.
+            counting: likewise.
         """
         self.tile = self.blocks(total).tokens if lines.lines else 0
         self.gated = not lines.lines or any(line.gates for line in lines.lines)

@@ -55,7 +55,8 @@ class Place(NamedTuple):
             stream: that ran.
             requests: Q.
             counts: [≥ L, ≥ G] int32, how often each line's tokens were routed by each gate row.
-            own, numbers: `requests` and `numbers`, on the device.
+            own: the lines' requests, on the device.
+            numbers: the lines, on the device.
         """
         found = torch.zeros(requests, self.members, dtype=torch.int64, device=counts.device)
         rows = counts[:, self.first : self.first + self.members].index_select(0, numbers)

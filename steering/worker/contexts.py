@@ -51,7 +51,11 @@ class LayerGroup:
 
     @classmethod
     def all(
-        cls, runner: Any, kernel_block_sizes: Sequence[int], layers: dict[str, str]
+        cls,
+        runner: Any,
+        kernel_block_sizes: Sequence[int],
+        layers: dict[str, str],
+        config: VllmConfig | None = None,
     ) -> list[LayerGroup]:
         """The groups of one stream.
 
@@ -59,7 +63,9 @@ class LayerGroup:
             runner: vLLM's model runner, after its KV cache was initialised.
             kernel_block_sizes: per KV cache group, tokens per block as kernels see them.
             layers: KV layer → name under which the stream's model asks for it.
+            config: that the builders see; None: the engine's.
         """
+        config = config or runner.vllm_config
         groups = []
         for kv_group, of_group in enumerate(runner.attn_groups):
             for group in of_group:
@@ -68,7 +74,7 @@ class LayerGroup:
                     continue
                 own = replace(group, layer_names=[n for n, _ in pairs], metadata_builders=[])
                 size = kernel_block_sizes[kv_group] if kv_group < len(kernel_block_sizes) else None
-                own.create_metadata_builders(runner.vllm_config, runner.device, size)
+                own.create_metadata_builders(config, runner.device, size)
                 groups.append(cls(kv_group, own, id(group), pairs))
         return groups
 
@@ -96,7 +102,7 @@ class StreamContexts:
         self._runner, self._block_table = runner, block_table
         self._groups = [LayerGroup.all(runner, kernel_block_sizes, of) for of in streams]
         self._twin = [any(kv != name for kv, name in layers.items()) for layers in streams]
-        self._scratch: int = runner.kv_cache_config.num_blocks - scratch
+        self.scratch: int = runner.kv_cache_config.num_blocks - scratch
         self._built: tuple[StagedBatch, int, tuple[Any, torch.Tensor]] | None = None
 
     @contextmanager
@@ -162,7 +168,7 @@ class StreamContexts:
                         f"value streams need a cache that lies block by block; {name} has shape "
                         f"{list(cache.shape)}, and there are {blocks} blocks"
                     )
-                scratch = cache[self._scratch :]
+                scratch = cache[self.scratch :]
                 if cache.device.type == "cpu":
                     ids = table.numpy()
                     broadcast(cache, scratch, [(run, int(ids[q, b])) for run, q, b in begun])
@@ -181,7 +187,7 @@ class StreamContexts:
 
     def _build_new(self, group: LayerGroup, batch: StagedBatch) -> tuple[Any, torch.Tensor]:
         table, size = self._block_table(group.kv_group)
-        blocks, host = batch.blocks(table, size, self._scratch), batch.host
+        blocks, host = batch.blocks(table, size, self.scratch), batch.host
         slots = batch.slots(blocks, size)
         common = CommonAttentionMetadata(
             query_start_loc=batch.starts,

@@ -12,7 +12,7 @@ Checked on vLLM 0.32.0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -33,7 +33,7 @@ from steering.worker.adapter_layers import StreamAdapters
 from steering.worker.adapting import Adapted
 from steering.worker.batches import Int64
 from steering.worker.lora_sets import SetManager
-from steering.worker.triton_adding import Pass, triton_adding
+from steering.worker.triton_adding import Pass, Write, triton_adding
 
 
 def keep_compiling(vllm_config: VllmConfig) -> None:
@@ -157,30 +157,43 @@ class LoraSeam:
         if self.triton is not None:
             self.triton.warm_up([*self._sets.wrapped.values()])
 
+    def writes(self, adapted: Adapted | None, passes: Sequence[Pass]) -> list[Write]:
+        """See `TritonAdding.writes`; nothing where torch does the work."""
+        return [] if self.triton is None else self.triton.writes(adapted, passes)
+
+    def put(self, write: Write, there: Sequence[torch.Tensor]) -> None:
+        """See `TritonAdding.put`."""
+        assert self.triton is not None
+        self.triton.put(write, there)
+
+    def routed(self, adapted: Adapted, stream: str) -> None:
+        """See `TritonAdding.routed`: for passes that run outside of `adapting`."""
+        if self.triton is not None:
+            self.triton.routed(adapted, stream)
+
+    def launching(self, stream: str) -> AbstractContextManager[None]:
+        """See `TritonAdding.launching`; nothing where torch does the work."""
+        return nullcontext() if self.triton is None else self.triton.launching(stream)
+
     def adapting(
-        self,
-        adapted: Adapted,
-        stream: tuple[str, str],
-        requests: Int64,
-        total: int,
-        device: torch.device,
+        self, adapted: Adapted, one: Pass, device: torch.device, *, written: bool = False
     ) -> AbstractContextManager[None]:
-        """Makes the layers that run inside add what one stream batch's requests want.
+        """Makes the layers that run inside add what one pass's requests want.
 
         Args:
             adapted: the adapters of this step's requests.
-            stream: the stream that runs, and the one whose layers it runs.
-            requests: [T] index of each token's request.
-            total: tokens that the stream runs, padding included, ≥ T.
+            one: the pass.
             device: of the stream.
+            written: whether what `writes` returned for it is in its place.
         """
         if self.triton is not None:
-            return self.triton.adapting(adapted, Pass(*stream, requests, total))
-        key = (stream, tuple(adapted.slots.items()), requests.tobytes(), total)
-        last = self._last.get(stream[0])
+            return self.triton.adapting(adapted, one, written=written)
+        stream, owner, requests, total = one
+        key = owner, tuple(adapted.slots.items()), requests.tobytes(), total
+        last = self._last.get(stream)
         # While the same requests decode nothing of it changes; counts of routes are the step's own.
         if adapted.counting or last is None or last[0] is not adapted.uses or last[1] != key:
-            groups = adapted.groups(*stream, requests, total, device)
+            groups = adapted.groups(stream, owner, requests, total, device)
             last = adapted.uses, key, added(groups, total, self._dtype)
-            self._last[stream[0]] = last
+            self._last[stream] = last
         return adding(last[2])

@@ -89,6 +89,9 @@ class Write:
     counting: bool
 
 
+_Held = tuple[Any, Any, StreamLines | None]
+
+
 class TritonAdding:
     """Writes the tables of the kernels before each stream's forward pass.
 
@@ -120,9 +123,9 @@ class TritonAdding:
         }
         self._device = device
         # What each stream's tables hold: for whose uses, by which key, which lines.
-        self._held: dict[str, tuple[Any, Any, StreamLines | None]] = {
-            name: (None, None, None) for name in streams
-        }
+        self._held: dict[str, tuple[Any, Any, StreamLines | None]] = dict.fromkeys(
+            streams, (None, None, None)
+        )
         self._places: dict[str, list[tuple[Place, torch.Tensor, torch.Tensor]]] = {}
 
     def writes(self, adapted: Adapted | None, passes: Sequence[Pass]) -> list[Write]:
@@ -187,9 +190,9 @@ class TritonAdding:
             yield
 
     @contextmanager
-    def adapting(self, adapted: Adapted, one: Pass) -> Iterator[None]:
-        """As `LoraSeam.adapting`; writes what is not there yet, by a copy of its own."""
-        for write in self.writes(adapted, [one]):
+    def adapting(self, adapted: Adapted, one: Pass, *, written: bool = False) -> Iterator[None]:
+        """As `LoraSeam.adapting`; what is not written yet goes by a copy of its own."""
+        for write in () if written else self.writes(adapted, [one]):
             self.put(write, to_device(write.arrays, self._device))
         if self._held[one.stream][2] is None:
             yield
@@ -213,7 +216,8 @@ class TritonAdding:
         kinds = {}
         for layer in layers:
             a, b = layer.lora_a_stacked, layer.lora_b_stacked
-            kinds[_signature((*a, *b)), tuple(layer.output_slices)] = layer
+            if isinstance(a, tuple) and hasattr(layer, "output_slices"):
+                kinds[_signature((*a, *b)), tuple(layer.output_slices)] = layer
         launches = 0
         for layer in kinds.values():
             a, b, sizes = layer.lora_a_stacked, layer.lora_b_stacked, layer.output_slices
