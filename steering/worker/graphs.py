@@ -406,6 +406,7 @@ def _unsupported(groups: Sequence[LayerGroup], config: VllmConfig) -> str:
 
 def _free_memory() -> int:
     """Bytes of the current device that are free."""
-    torch.accelerator.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     free: int = torch.accelerator.get_memory_info()[0]
     return free

@@ -1,4 +1,4 @@
-"""One graph per stream: steered engines on V2, whose decoding is replayed, against `transformers`."""
+"""One graph per stream: decoding of steered engines is replayed, held against `transformers`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.emulated.graphs import CUDAGraph
 from tests.emulated.platform import like_cuda
 from tests.engine.driver import Case, Engine, logprobs, tokens
 
@@ -49,6 +48,7 @@ def engine(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
             max_model_len=128,
             block_size=16,
             kv_cache_memory_bytes=8 << 20,
+            async_scheduling=request.param,
         )
         yield found
         del found
