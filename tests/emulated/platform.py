@@ -64,7 +64,7 @@ def like_cuda(
     from vllm.v1.worker.worker_base import CompilationTimes
 
     from adapters.kernels import operation, triton_operation
-    from steering.worker import triton_adding
+    from steering.worker import lora_seam, triton_adding
 
     platform = type(current_platform)
 
@@ -115,6 +115,8 @@ def like_cuda(
             (triton_adding, "current_platform", SimpleNamespace(is_cuda=lambda: True)),
             (triton_operation, "register", partial(triton_operation.register, "CPU")),
             (operation, "build", lambda: None),
+            # What is compiled for CPUs launches nothing that could be recorded.
+            (lora_seam, "keep_compiling", lambda _: None),
         ):
             stack.enter_context(patch.object(owner, name, value, create=True))
         yield

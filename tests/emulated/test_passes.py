@@ -1,0 +1,84 @@
+"""What passes cost outside of graphs, as `docs/gpu-steps.md` says."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.emulated.graphs import emulated
+from tests.emulated.passes import BATCHES, Counted, Passes, adapters_of, again, counting, plan_of
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu-steps.md"
+ROWS = (16, 64)
+
+
+@pytest.fixture(scope="module")
+def passes() -> Iterator[Passes]:
+    with emulated():
+        yield Passes(ROWS)
+
+
+def counted(passes: Passes) -> dict[tuple[str, int], Counted]:
+    """By kind of batch and number of rows, of a step that follows one of the same requests."""
+    found = {}
+    for rows in ROWS:
+        ids = torch.arange(rows, dtype=torch.int32) % 40
+        for name, state in BATCHES.items():
+            plan = plan_of([state(row) for row in range(rows)], 20)
+            passes.run(plan, ids)
+            with counting() as found[name, rows]:
+                passes.run(again(plan), ids)
+        plan = plan_of([BATCHES["mixed"](row) for row in range(rows)], 20)
+        adapted = adapters_of(rows, random.Random(5))
+        with counting() as found["mixed, adapters of new requests", rows]:
+            passes.run(plan, ids, adapted)
+        with counting() as found["mixed, adapters of the same requests", rows]:
+            passes.run(again(plan), ids, adapted)
+    return found
+
+
+def table(found: dict[tuple[str, int], Counted]) -> str:
+    lines = [
+        "| batch | rows | graphs | launches outside | copies to the device | waits |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (name, rows), one in found.items():
+        launches = sum(one.launches.values())
+        lines.append(f"| {name} | {rows} | {one.replays} | {launches} | {one.copies} | 0 |")
+    return "\n".join(lines)
+
+
+def test_the_page_says_what_was_counted(passes: Passes) -> None:
+    found = counted(passes)
+    assert all(one.copies == 1 for one in found.values())
+    page = PAGE.read_text()
+    pattern = re.compile(r"(?<=<!-- passes -->\n).*?(?=\n<!-- end -->)", re.S)
+    if os.environ.get("WRITE_DOCS"):
+        page = pattern.sub(lambda _: table(found), page)
+        PAGE.write_text(page)
+    said = pattern.search(page)
+    assert said is not None
+    assert said[0] == table(found), "run this test again with WRITE_DOCS=1"
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_what_was_counted_is_right(passes: Passes, name: str) -> None:
+    plan = plan_of([BATCHES[name](row) for row in range(13)], 20)
+    ids = torch.arange(13, dtype=torch.int32) * 3
+    out = passes.run(plan, ids)
+    layout = passes.step.readout.layout
+    uses, offsets = plan.tables.uses, plan.tables.offsets
+    for i, model in enumerate(passes.step.models):
+        if out.shape[1] != layout.width and i:  # the base alone
+            continue
+        rows = torch.from_numpy(uses[:, i].nonzero()[0])
+        want = model(ids[rows], 20 - torch.from_numpy(offsets)[rows, i])
+        assert torch.equal(out[rows][:, layout.columns(i)], want)
+        others = torch.from_numpy((~uses[:, i]).nonzero()[0])
+        assert not out[others][:, layout.columns(i)].any()
