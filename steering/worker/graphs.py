@@ -157,10 +157,10 @@ class StreamGraphs:
             table, size = self._tables[group.kv_group]
             slots = torch.full((most,), PAD_SLOT_ID, dtype=torch.int64, device=self._device)
             own.append(_Group(group, table, size, self._new(most, table.shape[1]), slots))
-        table = source.read_as
+        read_as = source.read_as
         return _Stream(
             source.forward,
-            None if table is None else table.to(self._device),
+            None if read_as is None else read_as.to(self._device),
             own,
             self._inputs[i],
             self._new(most),
@@ -190,7 +190,7 @@ class StreamGraphs:
                 self._capture(self._streams[i], size)
         taken = (before - free()) / 2**20
         count = sum(len(stream.graphs) for stream in self._streams.values())
-        _LOG.info("graphs: %d of %d streams, %.0f MiB", count, len(self._streams), taken)
+        _LOG.info("graphs: %d of %d streams, %.0f MiB taken", count, len(self._streams), taken)
         for i, why in self._left_out.items():
             _LOG.warning("graphs: stream %d runs without: %s", i, why)
         if left:

@@ -157,8 +157,10 @@ class TritonAdding:
     def _write(self, one: Pass, lines: StreamLines | None, counting: bool) -> Write:
         packed = self._tables[one.stream].packed(_table(lines), one.total, counting)
         places = lines.places() if lines is not None and counting else []
-        arrays = (packed, *(array for place in places for array in (place.requests, place.numbers)))
-        return Write(one.stream, arrays, lines, one.total, counting)
+        arrays: list[Int32 | Int64] = [packed]
+        for place in places:
+            arrays += [place.requests, place.numbers]
+        return Write(one.stream, tuple(arrays), lines, one.total, counting)
 
     def put(self, write: Write, there: Sequence[torch.Tensor]) -> None:
         """Puts tables in their place.

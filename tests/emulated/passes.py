@@ -28,7 +28,7 @@ from steering.worker.batches import Schedule
 from steering.worker.graphs import Source, StreamGraphs
 from steering.worker.layout import EXTRA, Layout
 from steering.worker.lora_seam import LoraSeam
-from steering.worker.overlaps import Vocabulary
+from steering.worker.readout import Vocabulary
 from steering.worker.request_state import BatchTables, RequestState
 from steering.worker.step import Counters, Step
 from steering.worker.step_plan import StepPlan, plan_step
@@ -149,9 +149,10 @@ class Passes:
 
     Args:
         sizes: padded numbers of rows that graphs are captured for.
+        free: bytes of the device that are free.
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int], free: Callable[[], int] = lambda: 1 << 40) -> None:
         triton_operation.register("CPU")
         most = sizes[-1]
         models = [Model(0), Model(1), None]
@@ -179,7 +180,7 @@ class Passes:
         ]
         self.graphs = StreamGraphs(runner, [(self.table, SIZE)], [SIZE], sources, sizes)
         with patch.object(StreamGraphs, "_context", lambda *_: _nothing()), _no_devices():
-            self.graphs.capture()
+            self.graphs.capture(free)
         layout = Layout((WIDTH,) * 3, torch.float32)
         readout = SimpleNamespace(layout=layout, vocabularies=[Vocabulary()] * 3)
         none = dict.fromkeys(NAMES, 0)
@@ -212,7 +213,6 @@ def _no_devices() -> Iterator[None]:
     with (
         patch.object(parallel_state, "graph_capture", lambda **_: _nothing()),
         patch.object(platform, "get_global_graph_pool", lambda _: None),
-        patch.object(torch.accelerator, "get_memory_info", lambda *_: (1 << 40, 1 << 40)),
     ):
         yield
 

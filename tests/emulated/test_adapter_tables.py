@@ -125,7 +125,7 @@ def test_twins_share_layers_and_have_tables_of_their_own() -> None:
 def test_the_classes_are_all_ways_that_kernels_are_compiled() -> None:
     """Splits are a number that kernels are given; whatever else differs compiles another one."""
     for ranks in (16, 64, 256):
-        kinds = {}
+        kinds: dict[Blocks, int] = {}
         for total in range(1, 3000):
             cut = Blocks.of(total, ranks)
             kinds.setdefault(replace(cut, splits=0), total)

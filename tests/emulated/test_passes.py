@@ -11,8 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from steering.worker.batches import decoding_batch
+from steering.worker.graphs import RESERVE
 from tests.emulated.graphs import emulated
-from tests.emulated.passes import BATCHES, Counted, Passes, adapters_of, again, counting, plan_of
+from tests.emulated.passes import (
+    BATCHES,
+    Counted,
+    Passes,
+    adapters_of,
+    again,
+    counting,
+    plan_of,
+    request,
+)
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu-steps.md"
 ROWS = (16, 64)
@@ -82,3 +93,27 @@ def test_what_was_counted_is_right(passes: Passes, name: str) -> None:
         assert torch.equal(out[rows][:, layout.columns(i)], want)
         others = torch.from_numpy((~uses[:, i]).nonzero()[0])
         assert not out[others][:, layout.columns(i)].any()
+
+
+def test_graphs_leave_memory_free(caplog: pytest.LogCaptureFixture) -> None:
+    """Four of six fit: the two left out are of the smaller size, whose rows are padded further."""
+    free = iter([2 * RESERVE] * 5 + [RESERVE - 1] * 2)
+    with emulated(), caplog.at_level("INFO", "steering.worker.graphs"):
+        few = Passes((4, 8), lambda: next(free))
+    assert "graphs: 4 of 3 streams, 512 MiB taken" in caplog.text
+    assert "2 of 6 were left out" in caplog.text
+    assert "gpu_memory_utilization" in caplog.text
+    plan = plan_of([request({0: 1.0, 1: 0.5}) for _ in range(3)], 20)
+    batch = decoding_batch(plan.schedule, 3)
+    assert [few.graphs.size_for(i, batch) for i in range(3)] == [4, 8, 8]
+    out = few.run(plan, torch.arange(3, dtype=torch.int32))
+    want = few.step.models[1](torch.arange(3), torch.full((3,), 20))
+    assert torch.equal(out[:, few.step.readout.layout.columns(1)], want)
+
+
+def test_without_memory_nothing_is_captured(caplog: pytest.LogCaptureFixture) -> None:
+    with emulated():
+        none = Passes((4, 8), lambda: 0)
+    plan = plan_of([request({0: 1.0})], 20)
+    assert none.graphs.size_for(0, decoding_batch(plan.schedule, 1)) == 0
+    assert "6 of 6 were left out" in caplog.text

@@ -27,7 +27,11 @@ def mix(**weights: float) -> dict[str, Any]:
 
 
 def engine_in(folder: Path, streams: Any, **more: Any) -> Engine:
-    small = {"max_num_seqs": 4, "max_model_len": 128, "kv_cache_memory_bytes": 8 << 20}
+    small: dict[str, Any] = {
+        "max_num_seqs": 4,
+        "max_model_len": 128,
+        "kv_cache_memory_bytes": 8 << 20,
+    }
     base = ("llama", VOCAB_SIZE)
     return Engine(folder, base, streams, enforce_eager=False, block_size=16, **small, **more)
 
@@ -90,6 +94,18 @@ def test_prefix_hits_and_plain_steps(steered: Engine) -> None:
             check(steered, [case], [output])
             assert step.graphs.replays[0] - before >= case.max_tokens - 1
     assert output.num_cached_tokens >= 16
+
+
+def test_backends_prepare_for_replays(steered: Engine) -> None:
+    """Others keep in memory that nobody holds what a graph would go on reading."""
+    step = step_of(steered)
+    for i in range(len(step.names)):
+        for group in step.graphs._streams[i].groups:
+            builder = group.layers.attention.get_metadata_builder()
+            assert builder.decode_cudagraph_enabled
+    for groups in step.contexts._groups:
+        for group in groups:
+            assert not group.attention.get_metadata_builder().decode_cudagraph_enabled
 
 
 # --- adapters, values, asynchronous scheduling --------------------------------------------------

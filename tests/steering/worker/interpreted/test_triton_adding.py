@@ -76,7 +76,8 @@ def test_steps_of_random_requests_are_as_in_torch() -> None:
 
 def compare_routes(mine: Adapted, theirs: Adapted, uses: Any, stream: str) -> int:
     """Requests whose routes were counted, and counted alike."""
-    got, want = ({}, {})
+    got: dict[str, torch.Tensor] = {}
+    want: dict[str, torch.Tensor] = {}
     for found, adapted in ((got, mine), (want, theirs)):
         for routed in adapted.routed:  # one per set that holds the pack
             found[routed.digest] = found.get(routed.digest, 0) + routed.counts
