@@ -71,8 +71,11 @@ def slot_rank(max_rank: int) -> int:
     return next(size for size in _RANKS if size >= max_rank)
 
 
-def adapters_run_eagerly() -> bool:
-    """Whether engines with adapters run nothing compiled on this platform: on all but CPUs."""
+def adapters_run_uncompiled() -> bool:
+    """Whether engines with adapters must not be compiled on this platform: on all but CPUs.
+
+    What is compiled around adapted layers was not compared there. Graphs replay them all the same.
+    """
     from vllm.platforms import current_platform
 
     return not current_platform.is_cpu()
@@ -86,10 +89,7 @@ def adapter_engine_args(max_sets: int, max_rank: int) -> dict[str, Any]:
             layer of every stream, used or not.
         max_rank: rank indices of a set (`adapters.sets.AdapterSet.rank`), 1 to 512.
     """
-    # Elsewhere what is compiled around adapted layers was not compared.
-    eager = {"enforce_eager": True} if adapters_run_eagerly() else {}
     return {
-        **eager,
         "enable_lora": True,
         "max_loras": max_sets,
         # The front end holds no more sets in the engine than there are slots.
@@ -147,6 +147,8 @@ def steered_engine_args(
         "ends": sorted(end_ids(model, config)),
         "one_product": [list(streams) for streams in one_product],
         "draft": None if speculation is None else speculation.draft,
+        # vLLM forgets them where its own graphs are off.
+        "graph_sizes": _capture_sizes(engine.get("compilation_config")),
     }
     overrides = {
         "architectures": [HYBRID if hybrid else ARCHITECTURE],
@@ -180,7 +182,10 @@ def steered_engine_args(
             "num_speculative_tokens": speculation.tokens,
         }
     ours["structured_outputs_config"] = _structured(engine.pop("structured_outputs_config", {}))
-    ours["compilation_config"] = _without_graphs(engine.pop("compilation_config", {}))
+    ours["compilation_config"] = _compilation(
+        engine.pop("compilation_config", {}),
+        uncompiled=bool(engine.get("enable_lora")) and adapters_run_uncompiled(),
+    )
     extra = {**engine.pop("additional_config", {}), "coxswain": settings}
     return {**ours, **engine, "additional_config": extra}
 
@@ -204,9 +209,21 @@ def _structured(config: Any) -> Any:
     return {"backend": GRAMMARS, **config} if isinstance(config, Mapping) else config
 
 
-def _without_graphs(config: Any) -> Any:
-    """VLLM's `compilation_config` without captured graphs; see `steering.refused.GRAPHS`."""
-    return {"cudagraph_mode": "NONE", **config} if isinstance(config, Mapping) else config
+def _capture_sizes(config: Any) -> list[int] | None:
+    """Numbers of rows that VLLM's `compilation_config` wants graphs for; None for its default."""
+    found = config.get("cudagraph_capture_sizes") if isinstance(config, Mapping) else None
+    return None if found is None else [int(size) for size in found]
+
+
+def _compilation(config: Any, *, uncompiled: bool) -> Any:
+    """VLLM's `compilation_config` without captured graphs of its own; `steering.refused.GRAPHS`.
+
+    Args:
+        config: as given.
+        uncompiled: whether nothing is compiled, if the config says nothing about it.
+    """
+    mode = {"mode": 0} if uncompiled else {}
+    return {"cudagraph_mode": "NONE", **mode, **config} if isinstance(config, Mapping) else config
 
 
 def watched(sources: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ set (`adapters.sets`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +80,12 @@ class Lines:
     lines: tuple[Line, ...]
     slots: Int32
     tokens: Int32
+
+    @classmethod
+    def none(cls) -> Self:
+        """Of a step in which nobody uses an adapter."""
+        empty = np.zeros(0, np.int32)
+        return cls((), empty, empty)
 
 
 class Tiles(NamedTuple):

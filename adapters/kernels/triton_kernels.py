@@ -15,11 +15,12 @@ of x, all else is float32. Parts are added in a fixed order; there are no floati
 Letters: T tokens, P positions (`adapters.kernels.lines.Tiles`), R columns and G gate rows of a set.
 A name in capitals is known when a kernel is compiled. `WIDE` widens factors to float32 before they
 are multiplied, which changes no product: the interpreter multiplies the bits of bfloat16. `RANKS`
-is K, the rank indices of a slot up to the next power of two. `ONES` compiles what constants and
-diagonals need.
+is K, the rank indices of a slot up to the next power of two. Nothing else about a step is known
+then: what its sets lack (gates, constants, diagonals) a program finds out when it runs.
 
 The tables, all int32, in the order in which the kernels read them:
 
+    counting [1] whether `counts` grows
     tiles   [N, 4] slot, first position, last position + 1, and a line of each tile; the last two
             positions are alike where there is no tile
     lines   [T] the line at each position, −1 beyond P
@@ -153,6 +154,49 @@ def _learned(scores, own, artefact, top_k, temperature, g):
     return exponents / tl.maximum(sums, 1.0), chosen
 
 
+@triton.jit
+def _routes(
+    u,
+    splits,
+    split_step,
+    here,
+    scores,
+    rows,
+    gates,
+    member,
+    own,
+    count,
+    grows,
+    dtype: tl.constexpr,
+    RANKS: tl.constexpr,
+    GATES: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """[RANKS] the learned gate of each column, 1 where there is none; counts what was chosen.
+
+    `rows` points to a line's `artefact`, of which `gates` ≤ `GATES` are used; `here` is where u
+    has their scores, or with `SPLIT` `scores` points to them.
+    """
+    g = tl.arange(0, GATES)
+    routed = g < gates
+    temperature = tl.load(rows + RANKS + g, mask=routed, other=0)
+    if SPLIT:
+        found = tl.load(scores + g, mask=routed, other=0.0)
+    else:
+        found = _added_up(u, splits, split_step, here + g, routed, dtype)
+    learned, chosen = _learned(
+        found,
+        routed,
+        tl.load(rows + g, mask=routed, other=0),
+        tl.load(rows + RANKS // 2 + g, mask=routed, other=0),
+        temperature.to(tl.float32, bitcast=True),
+        g,
+    )
+    if grows != 0:
+        tl.atomic_add(count + g, 1, mask=chosen, sem="relaxed")
+    return tl.where(own & (member >= 0), tl.gather(learned, tl.maximum(member, 0), 0), 1.0)
+
+
 @triton.jit(do_not_specialize=["splits", "split_step", "slice_step"])
 def score(
     u,
@@ -163,21 +207,20 @@ def score(
     lines,
     table,
     RANKS: tl.constexpr,
-    GATES: tl.constexpr,
 ):
     """The gates' scores of one position and one packed layer, for a sum over ranks.
 
-    u is what `shrink` wrote. scores [layers, T, GATES] float32 gets the G of each position.
+    u is what `shrink` wrote. scores [layers, T, K / 2] float32 gets the G of each position.
     """
     p, layer = tl.program_id(0), tl.program_id(1)
     line = tl.load(lines + p)
     if line < 0:
         return
     columns, gates = _ranks(table, line, RANKS)
-    g = tl.arange(0, GATES)
+    g = tl.arange(0, RANKS // 2)
     at = layer.to(tl.int64) * slice_step + p * RANKS + columns + g
     found = _added_up(u, splits, split_step, at, g < gates, tl.float32)
-    place = (layer.to(tl.int64) * tl.num_programs(0) + p) * GATES + g
+    place = (layer.to(tl.int64) * tl.num_programs(0) + p) * (RANKS // 2) + g
     tl.store(scores + place, found, mask=g < gates)
 
 
@@ -189,20 +232,19 @@ def gate(
     slice_step,
     v,
     scores,
+    counting,
     lines,
     table,
     counts,
     RANKS: tl.constexpr,
-    GATES: tl.constexpr,
-    COUNT: tl.constexpr,
-    ONES: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """V of one position and one packed layer.
 
     u is what `shrink` wrote. v [layers, T, K] in the dtype of x gets the gated sums by position,
-    up to R. With `COUNT`, counts [L, K / 2] int32 grows by 1 for each member that is chosen. With
-    `SPLIT`, u is of a part of the input, and scores [layers, T, GATES] float32 of all of it.
+    up to R. If `counting` [1] is not 0, counts [L, K / 2] int32 grows by 1 for each member that is
+    chosen. With `SPLIT`, u is of a part of the input, and scores [layers, T, K / 2] float32 of all
+    of it.
     """
     p, layer = tl.program_id(0), tl.program_id(1)
     line = tl.load(lines + p)
@@ -213,37 +255,30 @@ def gate(
     here = layer.to(tl.int64) * slice_step + p * RANKS
     c = tl.arange(0, RANKS)
     own = c < columns
-    found = _added_up(u, splits, split_step, here + c, own, v.dtype.element_ty)
-    if ONES:
-        # What `shrink` made of A's rows there may be NaN: 0 times an infinite x.
-        found = tl.where(c < tl.load(weight - 2), found, 1.0)
+    dtype: tl.constexpr = v.dtype.element_ty
+    found = _added_up(u, splits, split_step, here + c, own, dtype)
+    # What `shrink` made of A's rows of constants and diagonals may be NaN: 0 times an infinite x.
+    found = tl.where(c < tl.load(weight - 2), found, 1.0)
     factor = tl.load(weight + c, mask=own, other=0).to(tl.float32, bitcast=True)
-    if GATES > 0:  # noqa: SIM102 - decides what is compiled; the other, what runs
-        if gates > 0:
-            g = tl.arange(0, GATES)
-            routed = g < gates
-            rows = weight + 2 * RANKS + g  # of `artefact`; the others lie K / 2 apart
-            temperature = tl.load(rows + RANKS, mask=routed, other=0)
-            if SPLIT:
-                place = (layer.to(tl.int64) * tl.num_programs(0) + p) * GATES + g
-                own_scores = tl.load(scores + place, mask=routed, other=0.0)
-            else:
-                dtype: tl.constexpr = v.dtype.element_ty
-                at = here + columns + g
-                own_scores = _added_up(u, splits, split_step, at, routed, dtype)
-            learned, chosen = _learned(
-                own_scores,
-                routed,
-                tl.load(rows, mask=routed, other=0),
-                tl.load(rows + RANKS // 2, mask=routed, other=0),
-                temperature.to(tl.float32, bitcast=True),
-                g,
-            )
-            if COUNT:
-                tl.atomic_add(counts + line * (RANKS // 2) + g, 1, mask=chosen, sem="relaxed")
-            member = tl.load(weight + RANKS + c, mask=own, other=-1)
-            factor *= tl.where(member >= 0, tl.gather(learned, tl.maximum(member, 0), 0), 1.0)
-    tl.store(v + here + c, (found * factor).to(v.dtype.element_ty), mask=own)
+    if gates > 0:
+        member = tl.load(weight + RANKS + c, mask=own, other=-1)
+        rows, count = weight + 2 * RANKS, counts + line * (RANKS // 2)
+        place = (layer.to(tl.int64) * tl.num_programs(0) + p) * (RANKS // 2)
+        grows = tl.load(counting)
+        # A member has a column and a gate row. Most packs are small, as MeteoRA's 28.
+        MOST: tl.constexpr = RANKS // 2
+        FEW: tl.constexpr = 32 if MOST > 32 else MOST
+        if gates <= FEW:
+            factor *= _routes(
+                u, splits, split_step, here + columns, scores + place, rows, gates, member, own,
+                count, grows, dtype, RANKS, FEW, SPLIT,
+            )  # fmt: skip
+        elif MOST > FEW:
+            factor *= _routes(
+                u, splits, split_step, here + columns, scores + place, rows, gates, member, own,
+                count, grows, dtype, RANKS, MOST, SPLIT,
+            )  # fmt: skip
+    tl.store(v + here + c, (found * factor).to(dtype), mask=own)
 
 
 @triton.jit
@@ -287,7 +322,6 @@ def expand(
     COLUMNS: tl.constexpr,
     OUT: tl.constexpr,
     ACROSS: tl.constexpr,
-    ONES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Adds to y what one tile adds in one block of output columns of one packed layer.
@@ -310,9 +344,7 @@ def expand(
     v_lines = v + tl.cast(layer, tl.int64) * slice_step + p[:, None] * RANKS
     b_slot, b_step = _pick(b, layer) + slot * _pick(b_slots, layer), _pick(b_steps, layer)
     total = tl.zeros((TOKENS, OUT), tl.float32)
-    sums = columns
-    if ONES:
-        sums = tl.load(table + line * (HEAD + RANKS // 2 * 7) + 3)
+    sums = tl.load(table + line * (HEAD + RANKS // 2 * 7) + 3)
     for first in range(0, sums, COLUMNS):
         c = first + tl.arange(0, COLUMNS)
         part = _part(v_lines, p < end, c, sums)
@@ -323,16 +355,15 @@ def expand(
     own = (p[:, None] < end) & (n[None, :] < size)
     dtype: tl.constexpr = y.dtype.element_ty
     found = tl.load(out, mask=own, other=0.0).to(tl.float32)
-    if ONES:  # noqa: SIM102 - decides what is compiled; the other, what runs
-        if sums < columns:
-            factor = tl.zeros((TOKENS, OUT), tl.float32)
-            for first in range(sums // COLUMNS * COLUMNS, columns, COLUMNS):
-                c = first + tl.arange(0, COLUMNS)
-                part = _part(v_lines, p < end, c, columns)
-                part = tl.where(c[None, :] >= sums, part, 0.0)
-                right = _right(b_slot, b_step, n, size, c, columns, room, ACROSS)
-                right = tl.where(c[:, None] >= sums, right, 0.0)
-                factor = _dot(part, right, factor, WIDE)
-            total += found * factor
+    if sums < columns:
+        factor = tl.zeros((TOKENS, OUT), tl.float32)
+        for first in range(sums // COLUMNS * COLUMNS, columns, COLUMNS):
+            c = first + tl.arange(0, COLUMNS)
+            part = _part(v_lines, p < end, c, columns)
+            part = tl.where(c[None, :] >= sums, part, 0.0)
+            right = _right(b_slot, b_step, n, size, c, columns, room, ACROSS)
+            right = tl.where(c[:, None] >= sums, right, 0.0)
+            factor = _dot(part, right, factor, WIDE)
+        total += found * factor
     added = total.to(dtype).to(tl.float32)
     tl.store(out, (found + added).to(dtype), mask=own)

@@ -16,8 +16,8 @@ from adapters.kernels.triton_sum import AdapterTables, add_adapters
 _tables: AdapterTables | None = None
 """Of the forward pass that runs, in this process."""
 
-_libraries: list[torch.library.Library] = []
-"""What is registered holds as long as these live."""
+_libraries: dict[str, torch.library.Library] = {}
+"""By dispatch key; what is registered holds as long as these live."""
 
 
 @contextmanager
@@ -37,9 +37,9 @@ def register(key: str = "CUDA") -> None:
     Args:
         key: PyTorch's dispatch key of the devices.
     """
-    library = torch.library.Library("coxswain", "FRAGMENT")
-    library.impl("adapter_sum", _add, key)
-    _libraries.append(library)
+    if key not in _libraries:
+        library = _libraries[key] = torch.library.Library("coxswain", "FRAGMENT")
+        library.impl("adapter_sum", _add, key)
 
 
 def _add(

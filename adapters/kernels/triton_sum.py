@@ -1,8 +1,9 @@
 """The adapter sum on a GPU: the tables of a step in device memory, and the launches of a layer.
 
 The tables are written once per stream batch, in one copy from the host, and read by every layer;
-nothing here waits for the device. They stay where they are and the launches' shapes depend only on
-the layer and the tokens, so a recorded graph keeps working when the tables are written anew.
+nothing here waits for the device. They stay where they are, and how kernels are compiled and
+launched depends on the layer and the number of tokens alone. So a recorded graph keeps working
+when the tables are written anew, and empty tables add nothing, to the bit.
 
 Held to the definition through Triton's interpreter on the CPU, and compiled for NVIDIA GPUs in the
 tests; block sizes are chosen by reasoning, not by measurement (`load_tests/adapter_kernel_bench`).
@@ -72,15 +73,20 @@ class Blocks:
         )
 
 
+CLASSES = (1, 129, 1025)
+"""Numbers of tokens, one for each way that kernels are compiled: see `Blocks.of`."""
+
+
 class AdapterTables:
     """The tables of the latest step, in device memory of fixed place and size.
 
     Belongs to one stream of one worker process. `adapters.kernels.triton_kernels` says what is in
-    them. Of the lines only those of the step are written; the rest is never read.
+    them. Of the lines only those of the step are written; the rest is never read. At first the
+    tables are empty: kernels that read them add nothing.
 
     Args:
         device: that the layers run on.
-        tokens: the most tokens of a step.
+        tokens: the most tokens of a step, padding included.
         lines: the most lines of a step.
         slots: of the engine.
         ranks: rank indices of a slot.
@@ -92,27 +98,42 @@ class AdapterTables:
         self.slots = slots
         self.ranks = max(FEWEST, triton.next_power_of_2(ranks))
         self.most_tokens, self.most_lines = tokens, lines
-        self.total, self.gates, self.counting, self.ones = 0, 0, False, False
-        self.blocks = Blocks.of(0, self.ranks)
+        # Of the tables' tiles; 0 while there are none.
+        self.tile = 0
+        # Whether scores are summed over ranks. All of them know alike that a step has no gates;
+        # empty tables may be those that a graph is recorded with.
+        self.gated = True
         # From addresses of 16 bytes Triton loads faster. The lines come last, so that the copy
         # ends with the step's last line.
-        self._room = -(-tokens // 4) * 4
-        self._tiles = 4 * most_tiles(tokens, slots, FEWEST)
-        self._line = HEAD.value + self.ranks // 2 * 7
-        size = self._tiles + 2 * self._room + lines * self._line
-        self._all = torch.zeros(size, dtype=torch.int32, device=device)
-        parts = (self._tiles, self._room, self._room, lines * self._line)
-        self.tiles, self.lines, self.tokens, self.table = self._all.split(parts)
+        self._parts = (
+            FEWEST,
+            4 * most_tiles(tokens, slots, FEWEST),
+            -(-tokens // 4) * 4,
+            -(-tokens // 4) * 4,
+            lines * (HEAD.value + self.ranks // 2 * 7),
+        )
+        self._all = torch.zeros(sum(self._parts), dtype=torch.int32, device=device)
+        self.counting, self.tiles, self.lines, self.tokens, self.table = self._all.split(
+            self._parts
+        )
+        self.lines.fill_(-1)
         # A member has a gate row and at least one column.
         self.counts = torch.zeros(lines, self.ranks // 2, dtype=torch.int32, device=device)
 
-    @property
-    def shape(self) -> tuple[int, int, bool, bool]:
-        """All that launches depend on, besides the layer: a graph is recorded for each."""
-        return self.total, self.gates, self.counting, self.ones
+    def blocks(self, total: int) -> Blocks:
+        """How the work is cut of a layer that sees so many tokens."""
+        return Blocks.of(total, self.ranks)
 
     def write(self, lines: Lines, total: int, counting: bool = False) -> None:
-        """Writes the tables of a step.
+        """Writes the tables of a step: `packed`, brought to the device, and `put`."""
+        staged = torch.from_numpy(self.packed(lines, total, counting))
+        if self._all.is_cuda:
+            # Pinned by PyTorch's allocator, which keeps it until the copy is done.
+            staged = staged.pin_memory()
+        self.put(staged, lines, total, counting)
+
+    def packed(self, lines: Lines, total: int, counting: bool = False) -> Int32:
+        """The tables of a step, on the host.
 
         Args:
             lines: the step's lines; tokens beyond its T use none.
@@ -122,28 +143,34 @@ class AdapterTables:
         """
         assert lines.tokens.size <= total <= self.most_tokens
         assert len(lines.lines) <= self.most_lines
-        self.total, self.counting = total, counting
-        self.ones = any(line.products < line.columns for line in lines.lines)
-        self.blocks = Blocks.of(total, self.ranks)
-        # Few values, since each is a kernel of its own: none, MeteoRA's 28, the most there can be.
-        gates = max((line.gates for line in lines.lines), default=0)
-        self.gates = next((n for n in (0, 32) if gates <= n <= self.ranks // 2), self.ranks // 2)
-        tiles = Tiles.of(lines, self.blocks.tokens)
-        start = self._tiles + 2 * self._room
-        host = np.zeros(start + len(lines.lines) * self._line, np.int32)
-        cut = np.stack([tiles.slots, tiles.starts, tiles.ends, tiles.first_lines], axis=1)
-        host[: cut.size] = cut.ravel()
-        places, tokens = host[self._tiles : start].reshape(2, self._room)
+        tiles = Tiles.of(lines, self.blocks(total).tokens)
+        line = self._parts[4] // self.most_lines
+        start = sum(self._parts[:4])
+        host = np.zeros(start + len(lines.lines) * line, np.int32)
+        settings, cut, places, tokens, table = np.split(host, np.cumsum(self._parts[:4]))
+        settings[0] = counting
+        cut[: 4 * tiles.slots.size] = np.stack(
+            [tiles.slots, tiles.starts, tiles.ends, tiles.first_lines], axis=1
+        ).ravel()
         places[:] = -1
         places[: tiles.lines.size] = tiles.lines
         tokens[: tiles.tokens.size] = tiles.tokens
-        for row, line in zip(host[start:].reshape(-1, self._line), lines.lines, strict=True):
-            row[:] = _packed(line, self.ranks)
-        staged = torch.from_numpy(host)
-        if self._all.is_cuda:
-            # Pinned by PyTorch's allocator, which keeps it until the copy is done.
-            staged = staged.pin_memory()
-        self._all[: host.size].copy_(staged, non_blocking=True)
+        for row, own in zip(table.reshape(-1, line), lines.lines, strict=True):
+            row[:] = _packed(own, self.ranks)
+        return host
+
+    def put(self, packed: torch.Tensor, lines: Lines, total: int, counting: bool) -> None:
+        """Puts tables in their place.
+
+        Args:
+            packed: what `packed` returned for the other arguments, on this device, or pinned.
+            lines: as given to `packed`.
+            total: likewise.
+            counting: likewise.
+        """
+        self.tile = self.blocks(total).tokens if lines.lines else 0
+        self.gated = not lines.lines or any(line.gates for line in lines.lines)
+        self._all[: packed.numel()].copy_(packed, non_blocking=True)
         if counting:
             self.counts.zero_()
 
@@ -182,11 +209,13 @@ def add_adapters(
         b: per packed layer, [slots, 1, ≥ size, ≥ R] in the dtype of y, whose rows or columns are
             contiguous; all in the same way.
         sizes: columns of `y` that each packed layer takes, from the left.
-        tables: of this step; T is its `total`.
+        tables: written for T tokens, or empty.
         over_ranks: as in `adapters.kernels.gated.add_adapters`.
     """
-    total, ranks, cut = tables.total, tables.ranks, tables.blocks
-    assert y.shape[0] == x.shape[0] == total
+    total, ranks = x.shape[0], tables.ranks
+    cut = tables.blocks(total)
+    assert y.shape[0] == total <= tables.most_tokens
+    assert tables.tile in (0, cut.tokens)
     assert all(part.dtype == y.dtype for part in (x, *a, *b))
     assert all(part.stride() == a[0].stride() and part.stride(-1) == 1 for part in a)
     # Adjacent in memory are the numbers of a row of B, or those of a column.
@@ -212,26 +241,21 @@ def add_adapters(
         WIDE=wide,
         num_warps=cut.warps,
     )
-    split = over_ranks is not None and tables.gates > 0
     scores = u
-    if over_ranks is not None and split:
-        scores = torch.zeros(layers, total, tables.gates, device=x.device)
+    if over_ranks is not None and tables.gated:
+        scores = torch.zeros(layers, total, ranks // 2, device=x.device)
         score[total, layers](
             *(u, cut.splits, *steps, scores),
             *(tables.lines, tables.table),
             RANKS=ranks,
-            GATES=tables.gates,
         )
         over_ranks(scores)
     gate[total, layers](
         *(u, cut.splits, *steps, v, scores),
-        *(tables.lines, tables.table, tables.counts),
+        *(tables.counting, tables.lines, tables.table, tables.counts),
         RANKS=ranks,
-        GATES=tables.gates,
-        COUNT=tables.counting,
-        ONES=tables.ones,
-        SPLIT=split,
-        num_warps=4 if tables.gates <= 32 else 8,
+        SPLIT=over_ranks is not None,
+        num_warps=4 if ranks <= 64 else 8,
     )
     expand[tiles, sum(triton.cdiv(size, cut.out) for size in sizes)](
         *(y, y.stride(0), y.stride(1), v, v.stride(0)),
@@ -243,7 +267,6 @@ def add_adapters(
         COLUMNS=cut.columns,
         OUT=cut.out,
         ACROSS=across,
-        ONES=tables.ones,
         WIDE=wide,
         num_warps=cut.warps,
     )

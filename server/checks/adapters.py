@@ -17,7 +17,7 @@ from adapters.registry.record import check_name
 from adapters.sources.source import Allowed, parse_source
 from server.checks.diagnosis import Diagnosis
 from server.settings.config import AdaptersConfig, Config, PreloadConfig
-from steering.engine_args import adapters_run_eagerly, slot_rank
+from steering.engine_args import adapters_run_uncompiled, slot_rank
 from steering.plan import BASE
 
 
@@ -142,9 +142,11 @@ def adapter_problems(config: Config, section: AdaptersConfig, found: Diagnosis) 
             lines.append(f"{where}.name: taken by {taken[wish.name]} (got {wish.name!r})")
         taken[wish.name] = "another adapter"
         lines += [f"{where}.{line}" for line in _preload(section, wish, known)]
-    if config.engine.get("enforce_eager") is False and adapters_run_eagerly():
-        lines.append("engine.enforce_eager: refused (got False): on this platform engines with "
-                     "adapters run eagerly; leave it out")  # fmt: skip
+    compilation = config.engine.get("compilation_config")
+    mode = compilation.get("mode") if isinstance(compilation, Mapping) else None
+    if mode not in (None, 0, "0", "NONE") and adapters_run_uncompiled():
+        lines.append(f"engine.compilation_config.mode: refused (got {mode!r}): on this platform "
+                     "engines with adapters are not compiled; leave it out")  # fmt: skip
     pins = sum(wish.pin for wish in section.preload)
     if pins >= section.max_loaded:
         lines.append(f"adapters.preload: {pins} are pinned; allowed: fewer than "

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,45 @@ from adapters.sets import Layout
 from steering.plan import AdapterUse
 from steering.worker.adapting import Adapted, Routed
 from steering.worker.batches import Int64
+
+
+class Place(NamedTuple):
+    """Where the routes of one pack are counted, for the lines that have its gate in one place.
+
+    Args:
+        digest: of the pack.
+        first: its first gate row in their sets.
+        members: M.
+        requests: [n] int64 the lines' requests.
+        numbers: [n] int64 the lines.
+    """
+
+    digest: str
+    first: int
+    members: int
+    requests: Int64
+    numbers: Int64
+
+    def routed(
+        self,
+        stream: str,
+        requests: int,
+        counts: torch.Tensor,
+        own: torch.Tensor,
+        numbers: torch.Tensor,
+    ) -> Routed:
+        """Where the tokens were routed; stays on the device.
+
+        Args:
+            stream: that ran.
+            requests: Q.
+            counts: [≥ L, ≥ G] int32, how often each line's tokens were routed by each gate row.
+            own: the lines' requests, on the device.
+            numbers: the lines, on the device.
+        """
+        found = torch.zeros(requests, self.members, dtype=torch.int64, device=counts.device)
+        rows = counts[:, self.first : self.first + self.members].index_select(0, numbers)
+        return Routed(stream, self.digest, found.index_copy_(0, own, rows.long()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,31 +79,19 @@ class StreamLines:
     layouts: tuple[Layout, ...]
     uses: tuple[tuple[AdapterUse, ...], ...]
 
-    def routed(self, stream: str, requests: int, counts: torch.Tensor) -> list[Routed]:
-        """Where the tokens were routed.
-
-        Args:
-            stream: the stream that ran.
-            requests: Q.
-            counts: [≥ L, ≥ G] int32, how often each line's tokens were routed by each gate row.
-        """
-        places: dict[tuple[str, int, int], list[int]] = defaultdict(list)
+    def places(self) -> list[Place]:
+        """Where the kernels count how often tokens were routed to each pack's members."""
+        found: dict[tuple[str, int, int], list[int]] = defaultdict(list)
         for number, (layout, uses) in enumerate(zip(self.layouts, self.uses, strict=True)):
             used = {use.digest for use in uses}
             for block in layout.blocks:
                 if block.gate is not None and block.digest in used:
                     first = block.gate - layout.columns
-                    places[block.digest, first, len(block.ranks)].append(number)
-        found = {}
-        for (digest, first, members), numbers in places.items():
-            if digest not in found:
-                shape = requests, members
-                none = torch.zeros(shape, dtype=torch.int64, device=counts.device)
-                found[digest] = Routed(stream, digest, none)
-            own = torch.tensor([self.requests[n] for n in numbers], device=counts.device)
-            rows = torch.tensor(numbers, device=counts.device)
-            found[digest].counts[own] = counts[rows, first : first + members].long()
-        return list(found.values())
+                    found[block.digest, first, len(block.ranks)].append(number)
+        return [
+            Place(digest, first, members, np.array([self.requests[n] for n in own]), np.array(own))
+            for (digest, first, members), own in found.items()
+        ]
 
 
 def stream_lines(

@@ -180,6 +180,19 @@ def stream_batch(
     )
 
 
+def decoding_batch(schedule: Schedule, tokens: int) -> StreamBatch | None:
+    """The step as scheduled, as a batch, if every request runs one token; else None.
+
+    Args:
+        schedule: what vLLM scheduled.
+        tokens: of the step, padding included.
+    """
+    count = schedule.computed.size
+    if schedule.tokens != count or tokens != count:
+        return None
+    return stream_batch(schedule, np.ones(count, np.bool_), np.zeros(count, np.int32), None)
+
+
 def _own_tokens(
     rows: Int64, starts: Int32, position0: Int32, prompts: OwnPrompts
 ) -> tuple[Int64, Int64]:

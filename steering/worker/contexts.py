@@ -23,7 +23,7 @@ from vllm.forward_context import (
     override_forward_context,
     set_forward_context,
 )
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from steering.worker.batches import Candidates
 from steering.worker.staging import StagedBatch
@@ -51,7 +51,11 @@ class LayerGroup:
 
     @classmethod
     def all(
-        cls, runner: Any, kernel_block_sizes: Sequence[int], layers: dict[str, str]
+        cls,
+        runner: Any,
+        kernel_block_sizes: Sequence[int],
+        layers: dict[str, str],
+        config: VllmConfig | None = None,
     ) -> list[LayerGroup]:
         """The groups of one stream.
 
@@ -59,7 +63,9 @@ class LayerGroup:
             runner: vLLM's model runner, after its KV cache was initialised.
             kernel_block_sizes: per KV cache group, tokens per block as kernels see them.
             layers: KV layer → name under which the stream's model asks for it.
+            config: that the builders see; None: the engine's.
         """
+        config = config or runner.vllm_config
         groups = []
         for kv_group, of_group in enumerate(runner.attn_groups):
             for group in of_group:
@@ -68,7 +74,7 @@ class LayerGroup:
                     continue
                 own = replace(group, layer_names=[n for n, _ in pairs], metadata_builders=[])
                 size = kernel_block_sizes[kv_group] if kv_group < len(kernel_block_sizes) else None
-                own.create_metadata_builders(runner.vllm_config, runner.device, size)
+                own.create_metadata_builders(config, runner.device, size)
                 groups.append(cls(kv_group, own, id(group), pairs))
         return groups
 
@@ -96,7 +102,7 @@ class StreamContexts:
         self._runner, self._block_table = runner, block_table
         self._groups = [LayerGroup.all(runner, kernel_block_sizes, of) for of in streams]
         self._twin = [any(kv != name for kv, name in layers.items()) for layers in streams]
-        self._scratch: int = runner.kv_cache_config.num_blocks - scratch
+        self.scratch: int = runner.kv_cache_config.num_blocks - scratch
         self._built: tuple[StagedBatch, int, tuple[Any, torch.Tensor]] | None = None
 
     @contextmanager
@@ -162,7 +168,7 @@ class StreamContexts:
                         f"value streams need a cache that lies block by block; {name} has shape "
                         f"{list(cache.shape)}, and there are {blocks} blocks"
                     )
-                scratch = cache[self._scratch :]
+                scratch = cache[self.scratch :]
                 if cache.device.type == "cpu":
                     ids = table.numpy()
                     broadcast(cache, scratch, [(run, int(ids[q, b])) for run, q, b in begun])
@@ -181,7 +187,7 @@ class StreamContexts:
 
     def _build_new(self, group: LayerGroup, batch: StagedBatch) -> tuple[Any, torch.Tensor]:
         table, size = self._block_table(group.kv_group)
-        blocks, host = batch.blocks(table, size, self._scratch), batch.host
+        blocks, host = batch.blocks(table, size, self.scratch), batch.host
         slots = batch.slots(blocks, size)
         common = CommonAttentionMetadata(
             query_start_loc=batch.starts,
@@ -196,3 +202,31 @@ class StreamContexts:
             slot_mapping=slots,
         )
         return group.attention.build_metadata(common), slots
+
+
+def for_graphs(config: VllmConfig, sizes: Sequence[int]) -> VllmConfig:
+    """The engine's configuration as attention backends must see it to prepare for replays.
+
+    Without a graph mode FlashAttention and FlashInfer build some of their metadata in memory that
+    nobody holds, which a graph would go on reading.
+    """
+    found, compilation = copy(config), copy(config.compilation_config)
+    compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+    compilation.cudagraph_capture_sizes = list(sizes)
+    compilation.max_cudagraph_capture_size = sizes[-1]
+    found.compilation_config = compilation
+    return found
+
+
+def unsupported(groups: Sequence[LayerGroup], config: VllmConfig) -> str:
+    """Why a stream cannot be captured; '' if it can."""
+    if not groups:
+        return "it has no attention layers"
+    for group in groups:
+        spec = group.attention.kv_cache_spec
+        builder = type(group.attention.get_metadata_builder())
+        if builder.get_cudagraph_support(config, spec) is AttentionCGSupport.NEVER:
+            return f"{group.attention.backend.get_name()} cannot be captured"
+        if not hasattr(spec, "head_size"):
+            return "some of its layers keep a state"
+    return ""

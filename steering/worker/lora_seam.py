@@ -12,7 +12,7 @@ Checked on vLLM 0.32.0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -33,7 +33,7 @@ from steering.worker.adapter_layers import StreamAdapters
 from steering.worker.adapting import Adapted
 from steering.worker.batches import Int64
 from steering.worker.lora_sets import SetManager
-from steering.worker.triton_adding import triton_adding
+from steering.worker.triton_adding import Pass, Write, triton_adding
 
 
 def keep_compiling(vllm_config: VllmConfig) -> None:
@@ -52,9 +52,8 @@ def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
     """Makes vLLM use our arithmetic in this process; before it wraps the model's layers.
 
     Raises:
-        ValueError: the engine would record the layers' work once and replay it, which is not
-            possible for groups that change with every step; or it would split A by its rank, or
-            run adapters beside the layers that they read.
+        ValueError: the engine would split A by its rank, run adapters beside the layers that they
+            read, or compile what was not compared.
     """
     if vllm_config.lora_config is None:
         return
@@ -65,8 +64,9 @@ def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
             "adapters do not work with VLLM_LORA_ENABLE_DUAL_STREAM=1: they multiply what the base"
             " has computed, so they cannot run beside it"
         )
-    if not current_platform.is_cpu() and not vllm_config.model_config.enforce_eager:
-        raise ValueError("adapters on this platform need enforce_eager: true")
+    mode = vllm_config.compilation_config.mode
+    if not current_platform.is_cpu() and mode not in (None, CompilationMode.NONE):
+        raise ValueError("adapters on this platform need compilation_config.mode: 0")
     if current_platform.is_cpu():
         operation.build(ranks.everyone)
     operation.split_over_ranks(tensor_model_parallel_all_reduce)
@@ -116,9 +116,10 @@ class LoraSeam:
 
     Args:
         runner: the worker's model runner, with LoRA enabled.
+        streams: that run, twins included.
     """
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any, streams: Sequence[str]) -> None:
         manager = runner.lora_manager
         # The runner names the class itself; nothing else of it is ours to choose.
         manager.__class__ = SetManager
@@ -127,7 +128,8 @@ class LoraSeam:
         self._dtype = runner.model_config.dtype
         self._last: dict[str, tuple[Sequence[Any], Any, Added]] = {}
         self._checked: tuple[Sequence[Any], Any] = ((), None)
-        self._triton = triton_adding(runner)
+        self.triton = triton_adding(runner, streams)
+        """None where torch does the work."""
 
     def adapted(
         self, uses: Sequence[tuple[AdapterUse, ...]], sets: Int64, counting: bool
@@ -153,30 +155,48 @@ class LoraSeam:
             self._checked = uses, key
         return found
 
+    def warm_up(self) -> None:
+        """Compiles what a step can need; before the first, and before graphs are captured."""
+        if self.triton is not None:
+            self.triton.warm_up([*self._sets.wrapped.values()])
+
+    def writes(self, adapted: Adapted | None, passes: Sequence[Pass]) -> list[Write]:
+        """See `TritonAdding.writes`; nothing where torch does the work."""
+        return [] if self.triton is None else self.triton.writes(adapted, passes)
+
+    def put(self, write: Write, there: Sequence[torch.Tensor]) -> None:
+        """See `TritonAdding.put`."""
+        assert self.triton is not None
+        self.triton.put(write, there)
+
+    def routed(self, adapted: Adapted, stream: str) -> None:
+        """See `TritonAdding.routed`: for passes that run outside of `adapting`."""
+        if self.triton is not None:
+            self.triton.routed(adapted, stream)
+
+    def launching(self, stream: str) -> AbstractContextManager[None]:
+        """See `TritonAdding.launching`; nothing where torch does the work."""
+        return nullcontext() if self.triton is None else self.triton.launching(stream)
+
     def adapting(
-        self,
-        adapted: Adapted,
-        stream: tuple[str, str],
-        requests: Int64,
-        total: int,
-        device: torch.device,
+        self, adapted: Adapted, one: Pass, device: torch.device, *, written: bool = False
     ) -> AbstractContextManager[None]:
-        """Makes the layers that run inside add what one stream batch's requests want.
+        """Makes the layers that run inside add what one pass's requests want.
 
         Args:
             adapted: the adapters of this step's requests.
-            stream: the stream that runs, and the one whose layers it runs.
-            requests: [T] index of each token's request.
-            total: tokens that the stream runs, padding included, ≥ T.
+            one: the pass.
             device: of the stream.
+            written: whether what `writes` returned for it is in its place.
         """
-        if self._triton is not None:
-            return self._triton.adapting(adapted, stream, requests, total, device)
-        key = (stream, tuple(adapted.slots.items()), requests.tobytes(), total)
-        last = self._last.get(stream[0])
+        if self.triton is not None:
+            return self.triton.adapting(adapted, one, written=written)
+        stream, owner, requests, total = one
+        key = owner, tuple(adapted.slots.items()), requests.tobytes(), total
+        last = self._last.get(stream)
         # While the same requests decode nothing of it changes; counts of routes are the step's own.
         if adapted.counting or last is None or last[0] is not adapted.uses or last[1] != key:
-            groups = adapted.groups(*stream, requests, total, device)
+            groups = adapted.groups(stream, owner, requests, total, device)
             last = adapted.uses, key, added(groups, total, self._dtype)
-            self._last[stream[0]] = last
+            self._last[stream] = last
         return adding(last[2])

@@ -146,6 +146,11 @@ class SetManager(LRUCacheWorkerLoRAManager):
         return {set_id: slot for slot, set_id in enumerate(ids) if set_id is not None}
 
     @property
+    def wrapped(self) -> dict[str, Any]:
+        """Layer → vLLM's wrapper of it."""
+        return self._adapter_manager.modules
+
+    @property
     def layouts(self) -> dict[int, dict[str, Layout]]:
         """Set id → owner → layout."""
         held = self._adapter_manager.list_adapters()

@@ -6,7 +6,8 @@ speculation, structured output and sampler work on it unchanged. Lives in the wo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from steering.worker.batches import Int32, Int64
 from steering.worker.contexts import StreamContexts
 from steering.worker.drafting import Drafting
 from steering.worker.ends import EndSets
+from steering.worker.graphs import Source, captured
 from steering.worker.layout import Layout
 from steering.worker.one_product import OneProduct, one_product
 from steering.worker.readout import Readout
@@ -131,6 +133,9 @@ class SteeredForCausalLM(nn.Module):
         layers, sizes = self._streams.layers(), view.kernel_block_sizes
         scratch = scratch_blocks(runner.vllm_config, runner.kv_cache_config)
         contexts = StreamContexts(runner, sizes, layers, view.block_table, scratch)
+        adapters = lora_seam.LoraSeam(runner, self.names) if runner.lora_config else None
+        if adapters is not None:
+            adapters.warm_up()
         self._readout = replace(self._readout, one_product=self._one_product(runner))
         self._scoring.readout = self._readout
         self._step = Step(
@@ -140,8 +145,9 @@ class SteeredForCausalLM(nn.Module):
             self._readout,
             self._build_values(scratch),
             contexts,
-            lora_seam.LoraSeam(runner) if runner.lora_config else None,
+            adapters,
             self.counters,
+            captured(runner, view.fixed_block_tables, sizes, self._graph_sources(layers, adapters)),
         )
         if self._draft:
             self._begin_drafting(runner, view)
@@ -169,6 +175,17 @@ class SteeredForCausalLM(nn.Module):
         """The plan of the step that was run last."""
         assert self._plan is not None
         return self._plan
+
+    def _graph_sources(
+        self, layers: Sequence[dict[str, str]], adapters: lora_seam.LoraSeam | None
+    ) -> list[Source]:
+        """[S] what the streams' graphs are made of."""
+        found = []
+        for i, name in enumerate(self.names):
+            launching = nullcontext if adapters is None else partial(adapters.launching, name)
+            table = self._readout.vocabularies[i].read_as
+            found.append(Source(partial(forward, self._forwards[i]), layers[i], table, launching))
+        return found
 
     def _one_product(self, runner: Any) -> OneProduct | None:
         """Not for tables that are split over ranks; side by side where that was measured."""

@@ -37,6 +37,13 @@ class RunnerView(ABC):
         """([Q, B] int32 block ids of the step's requests, on the device; tokens per block)."""
 
     @property
+    def fixed_block_tables(self) -> Sequence[tuple[torch.Tensor, int]] | None:
+        """Per KV cache group ([≥ Q, B] int32, tokens per block): in each step `block_table` is the
+        first rows of it. None if captured graphs cannot count on that.
+        """
+        return None
+
+    @property
     @abstractmethod
     def kernel_block_sizes(self) -> Sequence[int]:
         """Per KV cache group, tokens per block as kernels see them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,28 +123,38 @@ class StagedBatch:
         return own.long() * block_size + self.positions % block_size
 
 
+class Staging:
+    """Host arrays of one step, which go to the device in one copy."""
+
+    def __init__(self) -> None:
+        self._arrays: list[npt.NDArray[Any]] = []
+        self._parts: list[tuple[int, Callable[[Sequence[torch.Tensor]], None]]] = []
+
+    def add(
+        self,
+        arrays: Sequence[npt.NDArray[Any]],
+        then: Callable[[Sequence[torch.Tensor]], None],
+    ) -> None:
+        """Takes arrays, not changed afterwards; `then` gets them on the device."""
+        self._arrays.extend(arrays)
+        self._parts.append((len(arrays), then))
+
+    def send(self, device: torch.device) -> None:
+        """Brings all of them to the device, by one copy that nobody waits for."""
+        if not self._arrays:
+            return
+        there, start = to_device(self._arrays, device), 0
+        for count, then in self._parts:
+            then(there[start : start + count])
+            start += count
+
+
 def stage(batches: Sequence[StreamBatch], device: torch.device) -> list[StagedBatch]:
     """Brings stream batches to the device."""
-    return _staged(batches, to_device(_arrays(batches), device))
-
-
-def stage_step(
-    batches: Sequence[StreamBatch], control: npt.NDArray[np.float32], device: torch.device
-) -> tuple[list[StagedBatch], torch.Tensor]:
-    """Brings the stream batches of a step to the device, and its control."""
-    *there, last = to_device([*_arrays(batches), control], device)
-    return _staged(batches, there), last
-
-
-def _arrays(batches: Sequence[StreamBatch]) -> list[npt.NDArray[Any]]:
-    return [
-        array
-        for b in batches
-        for array in (
-            b.rows, b.tokens, b.positions, b.token_rows, b.starts, b.lengths, b.own_at, b.own_ids
-        )
-    ]  # fmt: skip
-
-
-def _staged(batches: Sequence[StreamBatch], there: Sequence[torch.Tensor]) -> list[StagedBatch]:
+    there = to_device([array for b in batches for array in arrays_of(b)], device)
     return [StagedBatch(b, *there[8 * i : 8 * i + 8]) for i, b in enumerate(batches)]
+
+
+def arrays_of(b: StreamBatch) -> tuple[npt.NDArray[Any], ...]:
+    """What a `StagedBatch` has on the device, in its order."""
+    return b.rows, b.tokens, b.positions, b.token_rows, b.starts, b.lengths, b.own_at, b.own_ids

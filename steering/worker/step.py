@@ -5,23 +5,26 @@ Lives in the worker; one `Step` per steered model, made once vLLM's runner is th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from steering.worker.adapting import Adapted
-from steering.worker.batches import Candidates, Int64, Schedule, StreamBatch
+from steering.worker.batches import Candidates, Int64, Schedule, StreamBatch, decoding_batch
 from steering.worker.contexts import StreamContexts
+from steering.worker.graphs import StreamGraphs
 from steering.worker.lora_seam import LoraSeam
 from steering.worker.overlaps import read_as
 from steering.worker.readout import Readout
-from steering.worker.staging import StagedBatch, stage, stage_step, to_device
+from steering.worker.staging import StagedBatch, Staging, arrays_of, to_device
 from steering.worker.step_plan import StepPlan
+from steering.worker.triton_adding import Pass
 from steering.worker.values import ValueStreams, candidates_of
 
 
@@ -45,6 +48,20 @@ class Counters:
         self.tokens[stream] += tokens
 
 
+class Run(NamedTuple):
+    """One pass of a stream.
+
+    Args:
+        stream: index.
+        batch: what it runs; None is the step as scheduled.
+        size: padded rows of the graph that is replayed for it; 0 for none.
+    """
+
+    stream: int
+    batch: StreamBatch | None
+    size: int = 0
+
+
 @dataclass
 class Step:
     """Runs steps.
@@ -58,6 +75,7 @@ class Step:
         contexts: of the streams.
         adapters: None without LoRA.
         counters: grow.
+        graphs: None where every pass is launched piece by piece.
     """
 
     names: Sequence[str]
@@ -68,9 +86,11 @@ class Step:
     contexts: StreamContexts
     adapters: LoraSeam | None
     counters: Counters
+    graphs: StreamGraphs | None = None
     adapted: Adapted | None = field(default=None, init=False)
     """The adapters of the current step's requests."""
     _schedule: Schedule | None = field(default=None, init=False)
+    _staged: dict[int, StagedBatch] = field(default_factory=dict, init=False)
 
     def begin(self, plan: StepPlan, sets: Int64) -> None:
         """Takes the adapters of a step's requests, which the passes until the next one add.
@@ -94,9 +114,9 @@ class Step:
         inputs_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
         """[T, H_0] the base's hidden states, over the step as scheduled."""
-        self.counters.count(self.names[0], positions.shape[0])
-        with self._adapting(0, None, positions):
-            return forward(self.models[0], input_ids, positions, inputs_embeds)
+        [run] = runs = self._runs([(0, None)], positions, graphs=inputs_embeds is None)
+        self._send(Staging(), runs, input_ids, positions.shape[0], positions.device)
+        return self._pass(run, input_ids, positions, inputs_embeds)
 
     def steered(
         self,
@@ -115,15 +135,16 @@ class Step:
         """
         layout, device = self.readout.layout, positions.device
         out = torch.zeros(positions.shape[0], layout.width, dtype=layout.dtype, device=device)
-        distinct = plan.distinct
-        batches, there = stage_step(distinct, control, device)
-        staged = dict(zip(map(id, distinct), batches, strict=True))
-        for i, batch in enumerate(plan.batches):
-            if batch is not None:
-                self._run_batch(i, staged[id(batch)], input_ids, out)
-            elif plan.classes.active[i]:
-                self._run_full(i, plan.schedule.tokens, input_ids, positions, out)
-        layout.write_control(out, there)
+        staging, active = Staging(), plan.classes.active
+        staging.add([control], lambda there: layout.write_control(out, there[0]))
+        runs = self._runs([(i, b) for i, b in enumerate(plan.batches) if active[i]], positions)
+        self._send(staging, runs, input_ids, positions.shape[0], device)
+        for run in runs:
+            hidden, columns = self._pass(run, input_ids, positions), layout.columns(run.stream)
+            if plan.batches[run.stream] is None:
+                out[: hidden.shape[0], columns] = hidden
+            else:
+                out[self._tokens(run), columns] = hidden
         if plan.valued:
             self._add_values(plan, input_ids, out)
         return out
@@ -132,41 +153,132 @@ class Step:
         self, i: int, token_ids: torch.Tensor, batch: StagedBatch, size: int
     ) -> torch.Tensor:
         """[n, size] scores of the draft stream behind n requests; see `drafting.Score`."""
-        ids = read_as(token_ids.int(), self.readout.vocabularies[i].read_as)
-        with (
-            self.contexts.between_steps(i, batch),
-            self._adapting(i, batch.host, batch.positions),
-        ):
-            hidden = forward(self.models[i], ids, batch.positions)
-        self.counters.count(self.names[i], batch.host.rows.size)
+        host, ids = batch.host, read_as(token_ids.int(), self.readout.vocabularies[i].read_as)
+        run = Run(i, host, 0 if self.graphs is None else self.graphs.size_for(i, host))
+        self._send(Staging(), [run], ids, ids.shape[0], ids.device, stage=False)
+        if run.size:
+            assert self.graphs is not None
+            self.graphs.put_own(i, ids, batch.positions)
+            hidden = self._pass(run, ids, batch.positions)
+        else:
+            adapting = self._adapting(run, ids.shape[0], ids.device)
+            with self.contexts.between_steps(i, batch), adapting:
+                hidden = forward(self.models[i], ids, batch.positions)
+            self.counters.count(self.names[i], host.rows.size)
         return self.readout.draft_scores(i, hidden, size)
 
-    def _run_full(
+    def _runs(
         self,
-        i: int,
-        tokens: int,
-        input_ids: torch.Tensor,
+        wanted: Sequence[tuple[int, StreamBatch | None]],
         positions: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """Runs stream i on all the step's tokens, into its columns of `out`."""
-        ids = read_as(input_ids, self.readout.vocabularies[i].read_as)
-        with self.contexts.step(i, None), self._adapting(i, None, positions):
-            hidden = forward(self.models[i], ids, positions)
-        out[:, self.readout.layout.columns(i)] = hidden
-        self.counters.count(self.names[i], tokens)
+        *,
+        graphs: bool = True,
+    ) -> list[Run]:
+        """Some streams' passes over some batches, each by a graph if one fits.
 
-    def _run_batch(
-        self, i: int, batch: StagedBatch, input_ids: torch.Tensor, out: torch.Tensor
+        Args:
+            wanted: (stream, batch), as in `Run`.
+            positions: [T] of the step; models may want more of each than a number.
+            graphs: whether any may be replayed.
+        """
+        if self.graphs is None or not graphs or positions.dim() != 1:
+            return [Run(*one) for one in wanted]
+        assert self._schedule is not None
+        decoding = decoding_batch(self._schedule, positions.shape[0])
+        found = []
+        for i, batch in wanted:
+            size = self.graphs.size_for(i, own := batch or decoding)
+            found.append(Run(i, own if size else batch, size))
+        return found
+
+    def _send(
+        self,
+        staging: Staging,
+        runs: Sequence[Run],
+        input_ids: torch.Tensor | None,
+        total: int,
+        device: torch.device,
+        *,
+        stage: bool = True,
     ) -> None:
-        """Runs stream i on the tokens of a batch, into its columns of their rows of `out`."""
-        ids = read_as(input_ids[batch.tokens], self.readout.vocabularies[i].read_as)
-        if batch.own_at.numel():
-            ids[batch.own_at] = batch.own_ids.to(ids.dtype)
-        with self.contexts.step(i, batch), self._adapting(i, batch.host, batch.positions):
-            hidden = forward(self.models[i], ids, batch.positions)
-        out[batch.tokens, self.readout.layout.columns(i)] = hidden
-        self.counters.count(self.names[i], batch.host.tokens.size)
+        """Brings what some passes read to the device, with what `staging` has already.
+
+        Args:
+            staging: is sent.
+            runs: of different streams.
+            input_ids: [T] of the step; None without graphs.
+            total: T.
+            device: of the streams.
+            stage: whether the batches that no graph runs are not there yet.
+        """
+        self._staged = {}
+        eager = {id(b): b for _, b, size in runs if stage and b is not None and not size}
+        for batch in eager.values():
+            self._stage(staging, batch)
+        if self.adapters is not None and self.adapters.triton is not None:
+            for write in self.adapters.writes(self.adapted, [self._named(r, total) for r in runs]):
+                staging.add(write.arrays, partial(self.adapters.put, write))
+        replayed = {i: batch for i, batch, size in runs if size and batch is not None}
+        if replayed:
+            assert self.graphs is not None and input_ids is not None
+            inputs = self.graphs.inputs(replayed, self.contexts.scratch)
+            put, ids = self.graphs.put, input_ids
+            staging.add([inputs], lambda there: put(there[0], ids))
+        staging.send(device)
+
+    def _stage(self, staging: Staging, batch: StreamBatch) -> None:
+        def note(there: Sequence[torch.Tensor]) -> None:
+            self._staged[id(batch)] = StagedBatch(batch, *there)
+
+        staging.add(arrays_of(batch), note)
+
+    def _tokens(self, run: Run) -> torch.Tensor:
+        """[n] int64 where the rows of a pass lie in the step, once it ran."""
+        assert run.batch is not None
+        if run.size:
+            assert self.graphs is not None
+            return self.graphs.tokens(run.stream, run.batch)
+        return self._staged[id(run.batch)].tokens
+
+    def _pass(
+        self,
+        run: Run,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T_i, H] a stream's hidden states of what it runs."""
+        i, batch, size = run
+        if size:
+            assert self.graphs is not None and batch is not None
+            self.counters.count(self.names[i], batch.rows.size)
+            hidden = self.graphs.run(i, batch, size)
+            if self.adapters is not None and self.adapted is not None:
+                self.adapters.routed(self.adapted, self.names[i])
+            return hidden
+        table = self.readout.vocabularies[i].read_as
+        if batch is None:
+            assert self._schedule is not None
+            self.counters.count(self.names[i], self._schedule.tokens)
+            ids = input_ids if input_ids is None else read_as(input_ids, table)
+            with self._running(run, positions):
+                return forward(self.models[i], ids, positions, inputs_embeds)
+        assert input_ids is not None
+        staged = self._staged[id(batch)]
+        ids = read_as(input_ids[staged.tokens], table)
+        if staged.own_at.numel():
+            ids[staged.own_at] = staged.own_ids.to(ids.dtype)
+        self.counters.count(self.names[i], batch.tokens.size)
+        with self._running(run, staged.positions):
+            return forward(self.models[i], ids, staged.positions)
+
+    @contextmanager
+    def _running(self, run: Run, positions: torch.Tensor) -> Iterator[None]:
+        """The context of a pass that is launched piece by piece."""
+        staged = None if run.batch is None else self._staged[id(run.batch)]
+        adapting = self._adapting(run, positions.shape[0], positions.device)
+        with self.contexts.step(run.stream, staged), adapting:
+            yield
 
     def _add_values(self, plan: StepPlan, input_ids: torch.Tensor, out: torch.Tensor) -> None:
         """Writes what value streams add to the rows that draw a token into `out`."""
@@ -179,15 +291,7 @@ class Step:
             return out[last, layout.columns(stream)]
 
         def run(stream: int, tokens: torch.Tensor, batch: Candidates) -> torch.Tensor:
-            [staged] = stage([batch], out.device)
-            self.contexts.begin_candidates(stream, staged)
-            with (
-                self.contexts.step(stream, staged),
-                self._adapting(stream, batch, staged.positions),
-            ):
-                self.counters.count(self.names[stream], batch.rows.size)
-                ids = tokens.to(input_ids.dtype)
-                return forward(self.models[stream], ids, staged.positions)
+            return self._candidates(stream, tokens.to(input_ids.dtype), batch)
 
         scores = candidates_of(self.models[0].compute_logits(hidden(0)), self.readout.padded)
         ends, note = self.readout.ends.of(which), self.readout.watch.requests
@@ -195,21 +299,47 @@ class Step:
         add = self.values.add(plan.valued, scores, hidden, schedule, offsets, run, ends, note)
         layout.write_additions(out, last, add.ids, add.added)
 
-    def _adapting(
-        self, i: int, batch: StreamBatch | None, positions: torch.Tensor
-    ) -> AbstractContextManager[None]:
-        """Makes stream i's layers add its requests' adapters; None is the step as scheduled."""
+    def _candidates(self, i: int, ids: torch.Tensor, batch: Candidates) -> torch.Tensor:
+        """[n, H] stream i's hidden states of candidates, whose ids are its own."""
+        size = self.graphs.size_for(i, batch) if self.graphs is not None else 0
+        run, staging = Run(i, batch, size), Staging()
+        if size:
+            self._stage(staging, batch)
+        self._send(staging, [run], ids, ids.shape[0], ids.device)
+        staged = self._staged[id(batch)]
+        self.contexts.begin_candidates(i, staged)
+        if size:
+            assert self.graphs is not None
+            self.graphs.put_own(i, ids)
+            return self._pass(run, ids, staged.positions)
+        self.counters.count(self.names[i], batch.rows.size)
+        with self._running(run, staged.positions):
+            return forward(self.models[i], ids, staged.positions)
+
+    def _adapting(self, run: Run, total: int, device: torch.device) -> AbstractContextManager[None]:
+        """Makes a stream's layers add its requests' adapters, in a pass whose tables are there."""
         if self.adapted is None:
             return nullcontext()
-        assert self.adapters is not None and self._schedule is not None
+        assert self.adapters is not None
+        one = self._named(run, total)
+        return self.adapters.adapting(self.adapted, one, device, written=True)
+
+    def _named(self, run: Run, total: int) -> Pass:
+        """A pass as adapters know it.
+
+        Args:
+            run: the pass.
+            total: tokens of the step, padding included.
+        """
+        i, batch, size = run
+        name = self.names[i]
         if batch is None:
+            assert self._schedule is not None
             lengths = self._schedule.lengths
             requests: Int64 = np.repeat(np.arange(lengths.size), lengths)
-        else:
-            requests = batch.rows[batch.token_rows]
-        stream = self.names[i], self.original[self.names[i]]
-        total, device = positions.shape[0], positions.device
-        return self.adapters.adapting(self.adapted, stream, requests, total, device)
+            return Pass(name, self.original[name], requests, total)
+        requests = batch.rows[batch.token_rows]
+        return Pass(name, self.original[name], requests, size or requests.size)
 
 
 def forward(

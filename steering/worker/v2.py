@@ -109,6 +109,12 @@ class V2View(RunnerView):
         return self._state.block_tables[kv_group][: len(self._rows)], size
 
     @property
+    def fixed_block_tables(self) -> Sequence[tuple[torch.Tensor, int]] | None:
+        """See `RunnerView`."""
+        tables = self.runner.block_tables
+        return list(zip(tables.input_block_tables, tables.block_sizes, strict=True))
+
+    @property
     def kernel_block_sizes(self) -> Sequence[int]:
         """See `RunnerView`."""
         sizes: Sequence[int] = self.runner.kernel_block_sizes

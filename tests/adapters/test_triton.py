@@ -38,7 +38,7 @@ def test_compiles_for_nvidia_gpus(
     values, layers = POINTERS[dtype], 3
     steps = {"split_step": "i32", "slice_step": "i32"}
     tables = {"tiles": "*i32", "tokens": "*i32", "table": "*i32"}
-    for tokens, ranks, gates in ((1, 16, 0), (200, 64, 32), (4096, 256, 128)):
+    for tokens, ranks in ((1, 16), (200, 64), (4096, 256)):
         cut = Blocks.of(tokens, ranks)
         shrunk = compiled(
             kernels.shrink,
@@ -56,18 +56,18 @@ def test_compiles_for_nvidia_gpus(
             kernels.gate,
             {"u": "*fp32", "splits": "i32"}
             | steps
-            | {"v": values, "scores": "*fp32", "lines": "*i32", "table": "*i32", "counts": "*i32"},
-            {"RANKS": ranks, "GATES": gates, "COUNT": gates > 0, "ONES": gates > 0}
-            | {"SPLIT": gates > 32},
+            | {"v": values, "scores": "*fp32", "counting": "*i32", "lines": "*i32"}
+            | {"table": "*i32", "counts": "*i32"},
+            {"RANKS": ranks, "SPLIT": ranks > 64},
             arch,
-            8 if gates > 32 else 4,
+            4 if ranks <= 64 else 8,
         )
         scored = compiled(
             kernels.score,
             {"u": "*fp32", "splits": "i32"}
             | steps
             | {"scores": "*fp32", "lines": "*i32", "table": "*i32"},
-            {"RANKS": ranks, "GATES": gates or 2},
+            {"RANKS": ranks},
             arch,
             4,
         )
@@ -78,7 +78,7 @@ def test_compiles_for_nvidia_gpus(
             | {"room": "i32", "sizes": ("i32",) * layers}
             | tables,
             {"RANKS": ranks, "TOKENS": cut.tokens, "COLUMNS": cut.columns, "OUT": cut.out}
-            | {"ACROSS": tokens > 1, "ONES": gates > 0, "WIDE": False},
+            | {"ACROSS": tokens > 1, "WIDE": False},
             arch,
             cut.warps,
         )

@@ -33,7 +33,7 @@ from tests.emulated.capture import Capture, CaptureError
 
 aten = torch.ops.aten
 
-_ALLOCATIONS = {
+ALLOCATIONS = {
     aten.empty.memory_format,
     aten.empty_like.default,
     aten.empty_permuted.default,
@@ -122,7 +122,7 @@ class CUDAGraph:
         """Takes one torch operation; storages that first appear in `out` are the graph's own."""
         args, kwargs = self._note((args, kwargs), own=False)
         out = self._note(out, own=True)
-        if func not in _ALLOCATIONS:
+        if func not in ALLOCATIONS:
             self._steps.append(_Operation(func, args, kwargs, out))
 
     def launch(self, executor: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

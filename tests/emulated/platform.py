@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -53,12 +55,16 @@ def like_cuda(
         asynchronous: whether the next step is scheduled before the last one's tokens are known.
     """
     import vllm.compilation.breakable_cudagraph as breakable
+    import vllm.distributed.parallel_state as parallel_state
     import vllm.v1.worker.cpu_worker as worker
     import vllm.v1.worker.gpu.cudagraph_utils as utils
     import vllm.v1.worker.gpu.model_runner as runner
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.platforms import current_platform
     from vllm.v1.worker.worker_base import CompilationTimes
+
+    from adapters.kernels import operation, triton_operation
+    from steering.worker import lora_seam, triton_adding
 
     platform = type(current_platform)
 
@@ -91,10 +97,12 @@ def like_cuda(
         for owner, name, value in (
             (platform, "check_and_update_config", classmethod(check)),
             (platform, "get_attn_backend_cls", classmethod(lambda *_, **__: ATTENTION)),
-            (platform, "opaque_attention_op", classmethod(lambda _: False)),
+            (platform, "opaque_attention_op", classmethod(lambda _: True)),
             (platform, "get_global_graph_pool", lambda _: (0, 0)),
             (platform, "graph_pool_handle", classmethod(lambda _: (0, 0))),
-            (platform, "is_support_static_graph_mode", lambda _: True),
+            (platform, "support_static_graph_mode", classmethod(lambda _: True)),
+            (torch.accelerator, "get_memory_info", lambda *_: (1 << 40, 1 << 40)),
+            (parallel_state, "graph_capture", no_stream),
             (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
             (utils, "graph_capture", no_stream),
             (utils, "capture_pool", one_pool),
@@ -103,6 +111,12 @@ def like_cuda(
             (breakable, "weak_ref_tensors", lambda tensors: tensors),
             (runner, "lock_workspace", lambda *_: None),
             (worker.CPUWorker, "compile_or_warm_up_model", capture),
+            # The adapters' kernels, where CUDA would have them.
+            (triton_adding, "current_platform", SimpleNamespace(is_cuda=lambda: True)),
+            (triton_operation, "register", partial(triton_operation.register, "CPU")),
+            (operation, "build", lambda *_: None),
+            # What is compiled for CPUs launches nothing that could be recorded.
+            (lora_seam, "keep_compiling", lambda _: None),
         ):
             stack.enter_context(patch.object(owner, name, value, create=True))
         yield

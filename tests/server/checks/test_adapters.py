@@ -18,7 +18,6 @@ from adapters.formats.peft import CONFIG, WEIGHTS
 from server.checks.adapters import Target, adapter_problems, slot_bytes, targets
 from server.checks.diagnosis import Diagnosis
 from server.settings.file import parse
-from steering.engine_args import adapter_engine_args
 from tests.adapters.make import make_lora
 
 Folders = dict[str, Path]
@@ -50,23 +49,18 @@ def test_every_place_takes_both_sides_of_every_linear_layer() -> None:
         assert slot_bytes(config, config.adapters, [shapes, shapes]) == 2 * 13 * 64 * 3 * item
 
 
-@pytest.mark.parametrize("away", ["server.checks.adapters", "steering.engine_args"])
-def test_engines_with_adapters_run_eagerly_but_on_cpus(
-    away: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lines(**engine: bool) -> list[str]:
+def test_engines_with_adapters_are_compiled_on_cpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lines(**compilation: Any) -> list[str]:
+        engine = {"compilation_config": compilation}
         config = parse({"model": "o/m", "adapters": {}, "engine": engine}, Path("/"), {})
         assert config.adapters is not None
         return adapter_problems(config, config.adapters, Diagnosis())
 
-    assert lines(enforce_eager=False) == [] and "enforce_eager" not in adapter_engine_args(2, 8)
-    monkeypatch.setattr(f"{away}.adapters_run_eagerly", lambda: True)
-    assert lines() == lines(enforce_eager=True) == []
-    if away == "steering.engine_args":
-        assert adapter_engine_args(2, 8)["enforce_eager"] is True
-    else:
-        (line,) = lines(enforce_eager=False)
-        assert line.startswith("engine.enforce_eager: refused (got False): ")
+    assert lines() == lines(mode=3) == []
+    monkeypatch.setattr("server.checks.adapters.adapters_run_uncompiled", lambda: True)
+    assert lines() == lines(mode=0) == lines(mode="NONE") == []
+    (line,) = lines(mode=3)
+    assert line.startswith("engine.compilation_config.mode: refused (got 3): ")
 
 
 KNOWN = ("./zoo/models/big", "/home/x/zoo/models/big", "served", "Org/Big-7B")

@@ -113,8 +113,12 @@ def test_counts_go_to_the_requests_that_use_the_pack() -> None:
     counts[0, :3] = torch.tensor([4, 0, 1])
     counts[1, pack - columns : pack - columns + 3] = torch.tensor([2, 3, 5])
     counts[1, pair - columns : pair - columns + 2] = torch.tensor([6, 7])
-    routed = {r.digest: r.counts.tolist() for r in found.routed("base", 3, counts)}
-    assert routed == {
+    routed = {"pack": torch.zeros(3, 3), "pair": torch.zeros(3, 2)}
+    for place in found.places():
+        there = torch.from_numpy(place.requests), torch.from_numpy(place.numbers)
+        one = place.routed("base", 3, counts, *there)
+        routed[one.digest] += one.counts
+    assert {digest: counts.tolist() for digest, counts in routed.items()} == {
         "pack": [[4, 0, 1], [2, 3, 5], [0, 0, 0]],
         "pair": [[0, 0], [6, 7], [0, 0]],
     }

@@ -42,7 +42,7 @@ def by_torch(y: torch.Tensor, x: torch.Tensor, a: Any, b: Any, groups: Any) -> t
 def test_steps_of_random_requests_are_as_in_torch() -> None:
     rng, gen = random.Random(3), torch.Generator().manual_seed(3)
     layouts = {i: {o: s.layout(o) for o in s.owners} for i, s in SETS.items()}
-    adding = module.TritonAdding(tokens=32, lines=6, slots=len(SETS), ranks=ROOM)
+    adding = module.TritonAdding([*STREAMS], CPU, tokens=32, lines=6, slots=len(SETS), ranks=ROOM)
     normal = partial(torch.randn, generator=gen)
     # Zero beyond a set's own, as vLLM leaves it: the torch path's bundles need it.
     a = [torch.zeros(len(SETS), 1, ROOM, INTO) for _ in SIZES]
@@ -64,7 +64,7 @@ def test_steps_of_random_requests_are_as_in_torch() -> None:
                 mine = Adapted(uses, sets, SLOTS, layouts, counting)
                 theirs = Adapted(uses, sets, SLOTS, layouts, counting)
                 y, x = normal((total, sum(SIZES))), normal((total, INTO))
-                with adding.adapting(mine, stream, requests, total, CPU):
+                with adding.adapting(mine, module.Pass(*stream, requests, total)):
                     got = summed(y, x, a, b)
                 want = by_torch(y, x, a, b, theirs.groups(*stream, requests, total, CPU))
                 assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
@@ -76,29 +76,32 @@ def test_steps_of_random_requests_are_as_in_torch() -> None:
 
 def compare_routes(mine: Adapted, theirs: Adapted, uses: Any, stream: str) -> int:
     """Requests whose routes were counted, and counted alike."""
-    got = {r.digest: r.counts for r in mine.routed}
+    got: dict[str, torch.Tensor] = {}
     want: dict[str, torch.Tensor] = {}
-    for routed in theirs.routed:  # one per set that holds the pack
-        want[routed.digest] = want.get(routed.digest, 0) + routed.counts
-    found = 0
+    for found, adapted in ((got, mine), (want, theirs)):
+        for routed in adapted.routed:  # one per set that holds the pack
+            found[routed.digest] = found.get(routed.digest, 0) + routed.counts
+    compared = 0
     for q, own in enumerate(uses):
         for use in own:
             if use.stream == stream and use.top_k and use.weight and use.digest in want:
                 assert torch.equal(got[use.digest][q], want[use.digest][q])
-                found += int(want[use.digest][q].any())
-    return found
+                compared += int(want[use.digest][q].any())
+    return compared
 
 
 def test_chosen_by_the_platform(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     runner = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=8, max_num_seqs=2),
         lora_config=SimpleNamespace(max_loras=2, max_lora_rank=8),
+        device=CPU,
     )
-    assert module.triton_adding(runner) is None
+    assert module.triton_adding(runner, ["base"]) is None
     keys = []
     monkeypatch.setattr(triton_operation, "register", lambda: keys.append("CUDA"))
     monkeypatch.setattr(module, "current_platform", SimpleNamespace(is_cuda=lambda: True))
-    assert isinstance(module.triton_adding(runner), module.TritonAdding) and keys == ["CUDA"]
+    assert isinstance(module.triton_adding(runner, ["base"]), module.TritonAdding)
+    assert keys == ["CUDA"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert module.triton_adding(runner) is None
+    assert module.triton_adding(runner, ["base"]) is None
     assert "Triton is not installed" in caplog.text

@@ -1,0 +1,267 @@
+"""What the passes of a step cost outside of graphs, counted: launches, copies and waits.
+
+Streams, their models and their attention are as small as can be, for what they do lies within the
+graphs. All else is the worker's own. The read-out is counted elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from vllm.distributed import parallel_state
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionCGSupport
+
+from adapters.kernels import triton_operation
+from steering.worker import staging, step, triton_adding
+from steering.worker.adapting import Adapted
+from steering.worker.batches import Schedule
+from steering.worker.graphs import Source, StreamGraphs
+from steering.worker.layout import EXTRA, Layout
+from steering.worker.lora_seam import LoraSeam
+from steering.worker.readout import Vocabulary
+from steering.worker.request_state import BatchTables, RequestState
+from steering.worker.step import Counters, Step
+from steering.worker.step_plan import StepPlan, plan_step
+from steering.worker.triton_adding import TritonAdding
+from tests.emulated import graphs
+from tests.emulated.capture import Capture
+from tests.emulated.graphs import ALLOCATIONS, CUDAGraph
+from tests.steering.worker.test_adapting import SETS, SLOTS, random_uses
+
+NAMES = ("base", "chat", "twin")
+WIDTH, TABLE, BLOCKS, SIZE = 8, 40, 6, 16
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Group:
+    """A group of attention layers, whose backend prepares nothing."""
+
+    layer_names: list[str]
+    kv_cache_spec: Any = field(default_factory=lambda: SimpleNamespace(head_size=4))
+    backend: Any = field(default_factory=lambda: SimpleNamespace(get_name=lambda: "small"))
+    metadata_builders: list[Any] = field(default_factory=list)
+
+    def create_metadata_builders(self, *_: Any) -> None:
+        class Builder:
+            @staticmethod
+            def get_cudagraph_support(*_: Any) -> AttentionCGSupport:
+                return AttentionCGSupport.ALWAYS
+
+        self.metadata_builders = [Builder()]
+
+    def get_metadata_builder(self) -> Any:
+        return self.metadata_builders[0]
+
+    def build_metadata(self, common: Any) -> Any:
+        return common
+
+    build_metadata_for_cudagraph_capture = build_metadata
+
+
+class Model:
+    """An embedding and one adapted layer."""
+
+    def __init__(self, seed: int) -> None:
+        gen = torch.Generator().manual_seed(seed)
+        draw = partial(torch.randn, generator=gen)
+        self.table, self.weight = draw(TABLE, WIDTH), draw(WIDTH, WIDTH)
+        self.a, self.b = [draw(len(SETS), 1, 24, WIDTH)], [draw(len(SETS), 1, WIDTH, 24)]
+
+    def __call__(self, input_ids: Any, positions: Any, **_: Any) -> torch.Tensor:
+        x = self.table[input_ids] + positions[:, None]
+        y = x @ self.weight
+        torch.ops.coxswain.adapter_sum(y, x, self.a, self.b, [WIDTH])
+        return y
+
+
+class Counted:
+    """Counts what a step does outside of graphs; raises where it would wait for the device."""
+
+    def __init__(self) -> None:
+        self.launches: Counter[str] = Counter()
+        self.replays = self.copies = 0
+
+    def record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        if not func.is_view and func not in ALLOCATIONS:
+            self.launches[func.name()] += 1
+
+    def constant(self, tensor: torch.Tensor) -> None:
+        pass
+
+
+@contextmanager
+def counting() -> Iterator[Counted]:
+    """Counts what is run inside."""
+    found = Counted()
+    capture = Capture(found)
+    replay = CUDAGraph.replay
+
+    def replayed(graph: CUDAGraph) -> None:
+        found.replays += 1
+        with capture.pause():
+            replay(graph)
+
+    def to_device(arrays: Sequence[Any], device: torch.device) -> tuple[torch.Tensor, ...]:
+        found.copies += 1
+        with capture.pause():
+            return tuple(torch.from_numpy(np.ascontiguousarray(a)).clone() for a in arrays)
+
+    launch = graphs._launch
+
+    def launched(*args: Any, **kwargs: Any) -> None:
+        if not capture.paused:
+            found.launches["triton"] += 1
+        launch(*args, **kwargs)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(CUDAGraph, "replay", replayed))
+        stack.enter_context(patch.object(graphs, "_launch", launched))
+        for module in (staging, step, triton_adding):
+            stack.enter_context(patch.object(module, "to_device", to_device))
+        capture.begin()
+        stack.callback(capture.end)
+        stack.enter_context(
+            patch.object(torch, "from_numpy", partial(_host, capture, torch.from_numpy))
+        )
+        yield found
+
+
+def _host(capture: Capture, from_numpy: Any, array: Any) -> torch.Tensor:
+    """Memory of the host, which no operation may use."""
+    with capture.pause():
+        found: torch.Tensor = from_numpy(array)
+    return found
+
+
+class Passes:
+    """A step's passes, without an engine around them.
+
+    Args:
+        sizes: padded numbers of rows that graphs are captured for.
+        free: bytes of the device that are free.
+    """
+
+    def __init__(self, sizes: Sequence[int], free: Callable[[], int] = lambda: 1 << 40) -> None:
+        triton_operation.register("CPU")
+        most = sizes[-1]
+        models = [Model(0), Model(1), None]
+        models[2] = models[0]
+        layers = [{f"{name}.0": f"{name}.0"} for name in NAMES]
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(max_model_len=64),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=most),
+            compilation_config=SimpleNamespace(static_forward_context={}),
+        )
+        runner = SimpleNamespace(
+            device=CPU,
+            vllm_config=config,
+            attn_groups=[[Group([f"{name}.0" for name in NAMES])]],
+        )
+        # Of the step as scheduled; streams have theirs from the plan.
+        self.positions = torch.zeros(most, dtype=torch.int64)
+        self.table = torch.arange(most * BLOCKS, dtype=torch.int32).view(most, BLOCKS)
+        adding = TritonAdding(NAMES, CPU, most, most, len(SETS), 24)
+        seam = LoraSeam.__new__(LoraSeam)
+        seam.triton = adding
+        sources = [
+            Source(partial(step.forward, model), layers[i], None, partial(adding.launching, name))
+            for i, (name, model) in enumerate(zip(NAMES, models, strict=True))
+        ]
+        self.graphs = StreamGraphs(runner, [(self.table, SIZE)], [SIZE], sources, sizes)
+        with patch.object(StreamGraphs, "_context", lambda *_: _nothing()), _no_devices():
+            self.graphs.capture(free)
+        layout = Layout((WIDTH,) * 3, torch.float32)
+        readout = SimpleNamespace(
+            layout=layout,
+            vocabularies=[Vocabulary()] * 3,
+            draft_scores=lambda i, hidden, size: hidden,
+        )
+        none = dict.fromkeys(NAMES, 0)
+        original = {"base": "base", "chat": "chat", "twin": "base"}
+        self.step = Step(
+            NAMES, original, models, readout, None, SimpleNamespace(scratch=0), seam,  # type: ignore[arg-type]
+            Counters(dict(none), dict(none)), self.graphs,
+        )  # fmt: skip
+
+    def run(
+        self, plan: StepPlan, ids: torch.Tensor, adapted: Adapted | None = None
+    ) -> torch.Tensor:
+        """The hidden states of a step."""
+        self.step.adapted, self.step._schedule = adapted, plan.schedule
+        positions = self.positions[: ids.shape[0]]
+        if not plan.tables.steered:
+            return self.step.base(ids, positions, None)
+        return self.step.steered(plan, ids, positions, plan.tables.control)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _no_devices() -> Iterator[None]:
+    """Nothing of CUDA's that a capture asks for, beside graphs."""
+    platform = type(current_platform)
+    with (
+        patch.object(parallel_state, "graph_capture", lambda **_: _nothing()),
+        patch.object(platform, "get_global_graph_pool", lambda _: None),
+    ):
+        yield
+
+
+def request(weights: Mapping[int, float], own: int = 0) -> RequestState:
+    """A request that sums some streams; its twin lags by `own` tokens."""
+    control = np.zeros(len(NAMES) + EXTRA, np.float32)
+    uses, offsets = np.zeros(len(NAMES), np.bool_), np.zeros(len(NAMES), np.int32)
+    for stream, weight in weights.items():
+        control[stream], uses[stream] = weight, True
+    offsets[2] = own
+    return RequestState(control, uses, offsets, (None,) * len(NAMES))
+
+
+ALL = {0: 1.0, 1: 0.5, 2: -0.5}
+MIXED = (({0: 1.0}, 0), ({0: 1.0, 1: 0.7}, 0), ({0: 1.0, 2: -0.4}, 3), ({1: 1.0, 2: 0.2}, 2))
+BATCHES: dict[str, Callable[[int], RequestState]] = {
+    "plain": lambda _: request({0: 1.0}),
+    "pure": lambda _: request(ALL),
+    "mixed": lambda row: request(*MIXED[row % len(MIXED)]),
+}
+
+
+def plan_of(states: Sequence[RequestState], computed: int) -> StepPlan:
+    """A step in which every request decodes one token."""
+    count = len(states)
+    schedule = Schedule(
+        [str(i) for i in range(count)],
+        np.arange(count + 1, dtype=np.int32),
+        np.full(count, computed, np.int32),
+        np.ones(count, np.bool_),
+        np.zeros(count, np.int32),
+    )
+    return plan_step(schedule, BatchTables.of(states))
+
+
+def adapters_of(count: int, random: Any) -> Adapted:
+    """Adapters of some requests; every third has none."""
+    layouts = {i: {o: s.layout(o) for o in s.owners} for i, s in SETS.items()}
+    sets = np.array([0 if i % 3 == 2 else random.choice([*SETS]) for i in range(count)], np.int64)
+    uses = [random_uses(random, SETS[int(s)]) if s else () for s in sets]
+    return Adapted(uses, sets, SLOTS, layouts)
+
+
+def again(plan: StepPlan) -> StepPlan:
+    """The same requests one step later."""
+    schedule = replace(plan.schedule, computed=plan.schedule.computed + 1)
+    return plan_step(schedule, plan.tables)
