@@ -266,9 +266,9 @@ def versions_page(offered: list[dict[str, Any]], reasons: dict[str, str]) -> str
         reasons: `steering.versions.DIFFERENCES`.
     """
     first, last = offered[0], offered[-1]
-    changed, count = differences(first, last), len(first["symbols"])
+    changed = differences(first, last)
     versions = f"{last['version']} against {first['version']}"
-    lines = [f"| of {count} symbols | {versions} | why the streams stay right |", "|---|---|---|"]
+    lines = [f"| symbol | {versions} | why the streams stay right |", "|---|---|---|"]
     for name, how in changed.items():
         module, _, symbol = name.partition(":")
         lines.append(f"| `{symbol}` of `{module}` | {how} | {reasons.get(name, '')} |")

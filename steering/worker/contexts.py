@@ -23,7 +23,7 @@ from vllm.forward_context import (
     override_forward_context,
     set_forward_context,
 )
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from steering.worker.batches import Candidates
 from steering.worker.staging import StagedBatch
@@ -202,3 +202,31 @@ class StreamContexts:
             slot_mapping=slots,
         )
         return group.attention.build_metadata(common), slots
+
+
+def for_graphs(config: VllmConfig, sizes: Sequence[int]) -> VllmConfig:
+    """The engine's configuration as attention backends must see it to prepare for replays.
+
+    Without a graph mode FlashAttention and FlashInfer build some of their metadata in memory that
+    nobody holds, which a graph would go on reading.
+    """
+    found, compilation = copy(config), copy(config.compilation_config)
+    compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+    compilation.cudagraph_capture_sizes = list(sizes)
+    compilation.max_cudagraph_capture_size = sizes[-1]
+    found.compilation_config = compilation
+    return found
+
+
+def unsupported(groups: Sequence[LayerGroup], config: VllmConfig) -> str:
+    """Why a stream cannot be captured; '' if it can."""
+    if not groups:
+        return "it has no attention layers"
+    for group in groups:
+        spec = group.attention.kv_cache_spec
+        builder = type(group.attention.get_metadata_builder())
+        if builder.get_cudagraph_support(config, spec) is AttentionCGSupport.NEVER:
+            return f"{group.attention.backend.get_name()} cannot be captured"
+        if not hasattr(spec, "head_size"):
+            return "some of its layers keep a state"
+    return ""

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import CUDAGraphMode
 from vllm.distributed import parallel_state
 from vllm.forward_context import (
     get_forward_context,
@@ -38,11 +38,11 @@ from vllm.forward_context import (
 from vllm.model_executor.offloader.base import get_offloader
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import current_stream
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from steering.worker.batches import Int32, StreamBatch
-from steering.worker.contexts import LayerGroup
+from steering.worker.contexts import LayerGroup, for_graphs, unsupported
 from steering.worker.graph_inputs import Field, graph_sizes, host_inputs
 from steering.worker.overlaps import read_as
 
@@ -127,7 +127,7 @@ class StreamGraphs:
         sizes: Sequence[int],
     ) -> None:
         self._device: torch.device = runner.device
-        self._config = _for_graphs(runner.vllm_config, sizes)
+        self._config = for_graphs(runner.vllm_config, sizes)
         self._longest: int = runner.vllm_config.model_config.max_model_len
         self._layers = runner.vllm_config.compilation_config.static_forward_context
         self._tables, self._sizes, most = tables, tuple(sizes), sizes[-1]
@@ -140,7 +140,7 @@ class StreamGraphs:
         self._left_out: dict[int, str] = {}
         for i, source in enumerate(streams):
             groups = LayerGroup.all(runner, kernel_block_sizes, source.layers, self._config)
-            if why := _unsupported(groups, self._config):
+            if why := unsupported(groups, self._config):
                 self._left_out[i] = why
             else:
                 self._streams[i] = self._stream(i, source, groups)
@@ -374,34 +374,6 @@ def captured(
     found = StreamGraphs(runner, tables, kernel_block_sizes, streams, sizes)
     found.capture()
     return found
-
-
-def _for_graphs(config: VllmConfig, sizes: Sequence[int]) -> VllmConfig:
-    """The engine's configuration as attention backends must see it to prepare for replays.
-
-    Without a graph mode FlashAttention and FlashInfer build some of their metadata in memory that
-    nobody holds, which a graph would go on reading.
-    """
-    found, compilation = copy(config), copy(config.compilation_config)
-    compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
-    compilation.cudagraph_capture_sizes = list(sizes)
-    compilation.max_cudagraph_capture_size = sizes[-1]
-    found.compilation_config = compilation
-    return found
-
-
-def _unsupported(groups: Sequence[LayerGroup], config: VllmConfig) -> str:
-    """Why a stream cannot be captured; '' if it can."""
-    if not groups:
-        return "it has no attention layers"
-    for group in groups:
-        spec = group.attention.kv_cache_spec
-        builder = type(group.attention.get_metadata_builder())
-        if builder.get_cudagraph_support(config, spec) is AttentionCGSupport.NEVER:
-            return f"{group.attention.backend.get_name()} cannot be captured"
-        if not hasattr(spec, "head_size"):
-            return "some of its layers keep a state"
-    return ""
 
 
 def _free_memory() -> int:

@@ -13,7 +13,11 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    get_tp_group,
+    model_parallel_is_initialized,
+)
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -28,8 +32,13 @@ Part = TypeVar("Part")
 
 
 def several() -> bool:
-    """Whether there is more than one rank."""
-    return bool(get_tensor_model_parallel_world_size() > 1)
+    """Whether there is more than one rank; there is not where no engine is."""
+    return size() > 1
+
+
+def size() -> int:
+    """How many ranks there are."""
+    return get_tensor_model_parallel_world_size() if model_parallel_is_initialized() else 1
 
 
 def alike() -> bool:
@@ -37,7 +46,7 @@ def alike() -> bool:
 
     Sums over more than two ranks are not, on CPUs: each rank adds in an order of its own.
     """
-    return not current_platform.is_cpu() or bool(get_tensor_model_parallel_world_size() <= 2)
+    return size() <= 2 or not current_platform.is_cpu()
 
 
 def anyone(says: bool) -> bool:

@@ -212,6 +212,7 @@ class TritonAdding:
         Args:
             layers: vLLM's wrappers of linear layers.
         """
+        from adapters.kernels import operation
         from adapters.kernels.triton_sum import CLASSES, add_adapters
 
         tables = next(iter(self._tables.values()))
@@ -219,14 +220,16 @@ class TritonAdding:
         for layer in layers:
             a, b = layer.lora_a_stacked, layer.lora_b_stacked
             if isinstance(a, tuple) and hasattr(layer, "output_slices"):
-                kinds[_signature((*a, *b)), tuple(layer.output_slices)] = layer
+                split = getattr(layer.punica_wrapper, "split", False)
+                kinds[_signature((*a, *b)), tuple(layer.output_slices), split] = layer
         launches = 0
-        for layer in kinds.values():
+        for (*_, split), layer in kinds.items():
+            over_ranks = operation.sum_over_ranks if split else None
             a, b, sizes = layer.lora_a_stacked, layer.lora_b_stacked, layer.output_slices
             for total in CLASSES:
                 if total <= tables.most_tokens:
                     x = a[0].new_zeros(total, a[0].shape[-1])
-                    add_adapters(x.new_zeros(total, sum(sizes)), x, a, b, sizes, tables)
+                    add_adapters(x.new_zeros(total, sum(sizes)), x, a, b, sizes, tables, over_ranks)
                     launches += 1
         return launches
 

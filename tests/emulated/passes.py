@@ -182,7 +182,11 @@ class Passes:
         with patch.object(StreamGraphs, "_context", lambda *_: _nothing()), _no_devices():
             self.graphs.capture(free)
         layout = Layout((WIDTH,) * 3, torch.float32)
-        readout = SimpleNamespace(layout=layout, vocabularies=[Vocabulary()] * 3)
+        readout = SimpleNamespace(
+            layout=layout,
+            vocabularies=[Vocabulary()] * 3,
+            draft_scores=lambda i, hidden, size: hidden,
+        )
         none = dict.fromkeys(NAMES, 0)
         original = {"base": "base", "chat": "chat", "twin": "base"}
         self.step = Step(

@@ -8,14 +8,19 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
-from steering.worker.batches import decoding_batch
+from steering.worker.batches import Candidates, StreamBatch, decoding_batch
+from steering.worker.graph_inputs import Field
 from steering.worker.graphs import RESERVE
+from steering.worker.staging import stage
 from tests.emulated.graphs import emulated
 from tests.emulated.passes import (
     BATCHES,
+    SIZE,
     Counted,
     Passes,
     adapters_of,
@@ -117,3 +122,34 @@ def test_without_memory_nothing_is_captured(caplog: pytest.LogCaptureFixture) ->
     plan = plan_of([request({0: 1.0})], 20)
     assert none.graphs.size_for(0, decoding_batch(plan.schedule, 1)) == 0
     assert "6 of 6 were left out" in caplog.text
+
+
+def test_drafts_read_positions_that_only_the_device_knows(passes: Passes) -> None:
+    """The host has bounds; ids, positions, lengths and slots are the device's."""
+    passes.run(plan_of([request({0: 1.0, 1: 1.0}) for _ in range(5)], 30), torch.zeros(5).int())
+    rows, bounds = np.array([0, 2, 3]), np.array([40, 40, 40], np.int32)
+    [staged] = stage([StreamBatch.of(rows, bounds)], torch.device("cpu"))
+    where, ids = torch.tensor([33, 17, 31]), torch.tensor([4, 9, 2])
+    before = dict(passes.graphs.replays)
+    found = passes.step.draft_scores(1, ids, staged.at(where), 0)
+    assert passes.graphs.replays[1] == before[1] + 1
+    assert torch.equal(found, passes.step.models[1](ids, where))
+    [group] = passes.graphs._streams[1].groups
+    blocks = passes.table[torch.from_numpy(rows)].gather(1, where[:, None] // SIZE)[:, 0]
+    assert group.slots[:3].tolist() == (blocks * SIZE + where % SIZE).tolist()
+    assert (group.slots[3:16] == PAD_SLOT_ID).all()
+    assert passes.graphs._inputs[1, Field.LENGTH, :4].tolist() == [34, 18, 32, 0]
+
+
+def test_candidates_are_written_into_blocks_of_their_own(passes: Passes) -> None:
+    batch = Candidates.of(np.array([1, 1, 4]), np.array([18, 18, 5], np.int32))
+    size, scratch = passes.graphs.size_for(0, batch), 900
+    inputs = torch.from_numpy(passes.graphs.inputs({0: batch}, scratch))
+    passes.graphs.put(inputs, torch.zeros(3, dtype=torch.int32))
+    passes.graphs.put_own(0, torch.tensor([7, 8, 9], dtype=torch.int32))
+    found = passes.graphs.run(0, batch, size)
+    want = passes.step.models[0](torch.tensor([7, 8, 9]), torch.tensor([18, 18, 5]))
+    assert torch.equal(found, want)
+    [group] = passes.graphs._streams[0].groups
+    assert group.blocks[:3, :2].tolist() == [[6, 900], [6, 901], [902, 25]]
+    assert group.slots[:3].tolist() == [900 * SIZE + 2, 901 * SIZE + 2, 902 * SIZE + 5]

@@ -51,7 +51,7 @@ LAYOUT = AdapterSet.of([Member("base", "a", "", (2,), False, (True,), (True,))])
 
 def adjusted(layout: Layout, b: torch.Tensor, **more: Any) -> torch.Tensor:
     found = b.clone()
-    given = {"skip_bias_add": False, "bias": None, "tp_rank": 0, **more}
+    given = {"skip_bias_add": False, "bias": None, "tp_rank": 0, "tp_size": 2, **more}
     row = RowParallelLinear.__new__(RowParallelLinear)
     torch.nn.Module.__init__(row)
     for name, value in given.items():

@@ -15,6 +15,8 @@ from steering.worker.lora_sets import _Reading, arrange
 class Layer:
     """A vLLM layer that packs two: what `arrange` needs of it."""
 
+    base_layer = None
+
     def __init__(self) -> None:
         self.lora_a_stacked = tuple(torch.zeros(2, 1, 8, 5) for _ in range(2))
         self.lora_b_stacked = tuple(torch.zeros(2, 1, 7, 8) for _ in range(2))

@@ -34,7 +34,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *work: Work) -> list[list[int] | Except
         parts = torch.stack(exchange(part.clone()))
         part.copy_(parts.sum(0) if op is None else parts.amax(0))
 
-    monkeypatch.setattr(ranks, "get_tensor_model_parallel_world_size", lambda: len(work))
+    monkeypatch.setattr(ranks, "size", lambda: len(work))
     monkeypatch.setattr(ranks, "get_tp_group", lambda: SimpleNamespace(cpu_group=None))
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
 
@@ -105,9 +105,9 @@ def test_packs_need_ranks_that_have_the_same_bits(monkeypatch: pytest.MonkeyPatc
     manager = SetManager.__new__(SetManager)
     manager.lora_config = SimpleNamespace(max_lora_rank=8)
     found: Any = SimpleNamespace(name="set", rank=8, members=[SimpleNamespace(routed=True)])
-    monkeypatch.setattr(ranks, "get_tensor_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "size", lambda: 2)
     manager._check(found)
-    monkeypatch.setattr(ranks, "get_tensor_model_parallel_world_size", lambda: 3)
+    monkeypatch.setattr(ranks, "size", lambda: 3)
     with pytest.raises(DoesNotFit, match="more than two ranks on CPUs"):
         manager._check(found)
     found.members[0].routed = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,24 @@ def test_a_stream_that_did_not_run_is_not_asked() -> None:
     found = mixer(hidden, Classes((True, True, False)))
     assert found is not None
     assert torch.isfinite(found.z).all()
+
+
+@pytest.mark.parametrize(("sums", "lacking"), [([0], False), ([5], True), ([2], True)])
+def test_a_stream_that_ran_for_a_head_alone_is_not_asked(sums: list[int], lacking: bool) -> None:
+    """No row sums its scores. Gathering nothing from several ranks ends vLLM's CPU workers."""
+    mixer, tables = readout()
+
+    def unembed(i: int, hidden: torch.Tensor) -> torch.Tensor:
+        assert len(hidden)
+        return hidden @ tables[i].T
+
+    asked = [partial(unembed, i) for i in range(3)]
+    strict = Readout(mixer.layout, asked, mixer.vocabularies, PADDED)
+    hidden = rows_of(torch.tensor([[1.0, 0, 0], [1, 0, 0]]), mixer.layout)
+    hidden = torch.cat([hidden, rows_of(COEF, mixer.layout)[sums]])
+    want, found = (m(hidden, Classes((True, True, lacking))) for m in (mixer, strict))
+    assert want is not None and found is not None
+    assert torch.equal(found.z, want.z)
 
 
 def test_an_unsteered_row_has_the_bases_bits_beside_steered_ones() -> None:

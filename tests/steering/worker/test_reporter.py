@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ class World:
         lacking = Vocabulary(LACKING, lacking=True)
         readout = Readout(
             self.layout,
-            [lambda h, t=t: h @ t.T for t in self.tables],
+            [partial(torch.nn.functional.linear, weight=table) for table in self.tables],
             [Vocabulary(), lacking, Vocabulary()],
             None,
             (reading,),
@@ -58,8 +59,10 @@ class World:
         )
         self.reporter = Reporter(NAMES, self.layout, {"critic": reading}, self.watch)
         self.scoring = Scoring(readout, self.reporter)
-        payloads = [p and SteeringPayload(p, 0, f"tag{i}", 0) for i, p in enumerate(plans)]
-        states = [request_state(p, 9, NAMES, ("critic",)) for p in payloads]
+        states = []
+        for i, plan in enumerate(plans):
+            payload = None if plan is None else SteeringPayload(plan, 0, f"tag{i}", 0)
+            states.append(request_state(payload, 9, NAMES, ("critic",)))
         self.batch = BatchTables.of(states)
         self.rng = rng
 
