@@ -130,7 +130,8 @@ class Driven:
         for row, name in enumerate(rows):
             self._add(row, name, prompt, drawn)
         times = self._steps()
-        assert len(times) == drawn
+        # Asynchronous scheduling returns a step's tokens one call later.
+        assert drawn <= len(times) <= drawn + 2
         found = {"prefill": 1e3 * times[0], "throughput": drawn * len(rows) / sum(times)}
         if drawn > WARM_STEPS:
             found["decode"] = 1e3 * statistics.median(times[WARM_STEPS:])
@@ -253,11 +254,11 @@ def main() -> None:
     """Reads the engine's kind from the command line, then jobs {"do": method, …} until the end."""
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_USE_V2_MODEL_RUNNER="0",
         VLLM_LOGGING_LEVEL="ERROR",
         VLLM_NO_USAGE_STATS="1",
         GOMP_SPINCOUNT="20000",  # as the server sets it; for plain vLLM too
     )
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     kind = json.loads(sys.argv[1])
     driven = Loop(kind) if "loop" in kind else Driven(kind)
     print(ANSWER + "null", flush=True)
