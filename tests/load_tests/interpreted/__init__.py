@@ -1,0 +1,1 @@
+"""Tests of checks of GPU kernels, run by `tests.interpreted` in a process that interprets them."""
