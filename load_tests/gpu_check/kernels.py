@@ -47,8 +47,8 @@ def shapes() -> list[Shape]:
     """Small ones everywhere; those of Llama 3 8B on a GPU, a few rows of which are compared."""
     qkv = (4096, 1024, 1024)
     small = [
-        Shape(SETS, 140 if GPU else 9, 129, (31, 70)),
-        Shape(KINDS, 5, 64, (32, 16, 16)),
+        Shape(SETS, 140, 129, (31, 70)) if GPU else Shape(SETS, 5, 33, (9, 7)),
+        Shape(KINDS, 5, 64, (16, 8)),
     ]
     large = [Shape(LARGE, tokens, 4096, qkv, 256, 16) for tokens in (16, 1100)]
     return [*large, Shape(LARGE, 64, 14336, (4096,), 256, 16), *small] if GPU else small
@@ -146,7 +146,7 @@ class Tally:
         """Takes one row."""
         never = np.isneginf(got) != np.isneginf(want)
         finite = np.isfinite(want) & ~never
-        error = np.abs(got - want)[finite]
+        error = np.abs(got[finite] - want[finite])
         far = ~(error <= ALLOWED + 1e-5 * np.abs(want[finite]))
         differ = int(far.sum())
         if kind is RuleKind.NUCLEUS and differ <= RIM and want.size > 10_000:
