@@ -47,6 +47,8 @@ def _exactness(folder: Path, clock: Clock, lines: list[str]) -> Finding:
     from tests.engine.driver import Engine, logprobs, tokens
     from tests.models import VOCAB_SIZE
 
+    more: dict[str, Any] = adapter_engine_args(3, 24)
+    more |= {"gpu_memory_utilization": 0.3} if GPU else {}
     engine = Engine(
         folder,
         ("llama", VOCAB_SIZE),
@@ -56,8 +58,7 @@ def _exactness(folder: Path, clock: Clock, lines: list[str]) -> Finding:
         max_num_seqs=8,
         max_model_len=128,
         kv_cache_memory_bytes=(64 if GPU else 8) << 20,
-        **({"gpu_memory_utilization": 0.3} if GPU else {}),
-        **adapter_engine_args(3, 24),
+        **more,
     )
     base = engine.folders["base"]
     lora, pack = (
@@ -84,7 +85,7 @@ def _exactness(folder: Path, clock: Clock, lines: list[str]) -> Finding:
         + ", ".join(f"{name} {number}" for name, number in replays.items())
     )
     memory = next((line for line in lines if line.startswith("graphs:")), "")
-    data = {"tokens": count, "worst": worst, "differ": differ, "allowed": ALLOWED}
+    data: dict[str, Any] = {"tokens": count, "worst": worst, "differ": differ, "allowed": ALLOWED}
     data |= {"replays": replays, "graphs": memory, "log": lines}
     data |= {"asynchronous": engine.llm.llm_engine.vllm_config.scheduler_config.async_scheduling}
     return Finding(worst <= ALLOWED and not differ and not unused, f"{said}; {memory}", data)

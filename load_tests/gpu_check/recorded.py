@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +22,13 @@ from tests.steering.kernels.rows import Batch
 BOTH = {0: SETS[1], 1: SETS[3], 2: KINDS[2], 3: KINDS[3]}
 """Every kind of set: a graph does not know which a step will have."""
 
+Made = TypeVar("Made")
+
 REPLAYS = 200 if GPU else 3
 ROWS, STREAMS, SIZE = (10, 3, 8200) if GPU else (5, 2, 300)
+INTO = 64 if GPU else 40
+SIZES: tuple[int, ...] = (64, 32, 32) if GPU else (24, 9)
+TOKENS = 8 if GPU else 4
 
 
 @dataclass
@@ -45,7 +51,6 @@ class Sum:
         add_adapters(self.y, self.x, self.a, self.b, self.layer.sizes, self.tables)
 
 
-@dataclass
 class Scores:
     """A read-out with every rule and report, over tensors at fixed places."""
 
@@ -93,7 +98,7 @@ def _batch(seed: int) -> Batch:
     return Batch.draw(np.random.default_rng(seed), ROWS, STREAMS, SIZE, torch.bfloat16)
 
 
-def _recorded(launch: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
+def _recorded(launch: Callable[[], Made]) -> tuple[torch.cuda.CUDAGraph, Made]:
     """A graph of what is launched, and where its results lie."""
     launch()  # compiles
     graph = torch.cuda.CUDAGraph()
@@ -106,18 +111,18 @@ def replays(clock: Clock) -> Finding:
     """Both sums, recorded once: every replay against fresh launches, bit for bit."""
     differ, done = {"adapter sum": 0, "read-out": 0}, 0
     with graphs():
-        layer = Layer(64, (64, 32, 32), BOTH, torch.bfloat16, seed=1)
-        summed, scored = Sum(layer, 8), Scores(_batch(0), torch.bfloat16)
-        fresh_sum, fresh_scores = Sum(layer, 8), Scores(_batch(0), torch.bfloat16)
+        layer = Layer(INTO, SIZES, BOTH, torch.bfloat16, seed=1)
+        summed, scored = Sum(layer, TOKENS), Scores(_batch(0), torch.bfloat16)
+        fresh_sum, fresh_scores = Sum(layer, TOKENS), Scores(_batch(0), torch.bfloat16)
         sum_graph, _ = _recorded(summed.launch)
         scores_graph, places = _recorded(scored.launch)
         for seed in clock.cases(range(REPLAYS)):
             done += 1
             # Every fifth step has no adapter.
-            lines = step(layer, 8, 1 + seed % 6)[0] if seed % 5 < 4 else Lines.none()
-            x = layer.draw(8, 64)
+            lines = step(layer, TOKENS, 1 + seed % 6)[0] if seed % 5 < 4 else Lines.none()
+            x = layer.draw(TOKENS, layer.into)
             for own in (summed, fresh_sum):
-                own.tables.write(lines, 8)
+                own.tables.write(lines, TOKENS)
                 own.x.copy_(torch.from_numpy(x))
                 own.y.copy_(layer.base(x))
             sum_graph.replay()
@@ -128,8 +133,7 @@ def replays(clock: Clock) -> Finding:
                 scores.put(batch, torch.bfloat16)
             scores_graph.replay()
             z, measures = fresh_scores.launch()
-            mine, own_measures = places  # type: ignore[misc]
-            pairs = [(mine, z), *zip(own_measures, measures, strict=True)]
+            pairs = zip((places[0], *places[1]), (z, *measures), strict=True)
             differ["read-out"] += any(not torch.equal(_bits(p), _bits(q)) for p, q in pairs)
     said = f"{done} replays of each sum, {sum(differ.values())} differ from fresh launches"
     return Finding(not any(differ.values()), said, {"replays": done, "differ": differ})
@@ -140,19 +144,19 @@ def waits(clock: Clock) -> Finding:
     with graphs():
         if not _notices():
             return Finding(False, "a wait that was made on purpose went unnoticed")
-        layer = Layer(64, (64, 32, 32), BOTH, torch.bfloat16, seed=2)
-        summed, scored = Sum(layer, 8), Scores(_batch(0), torch.bfloat16)
-        steps = [step(layer, 8, 5)[0] for _ in range(10 if GPU else 1)]
+        layer = Layer(INTO, SIZES, BOTH, torch.bfloat16, seed=2)
+        summed, scored = Sum(layer, TOKENS), Scores(_batch(0), torch.bfloat16)
+        steps = [step(layer, TOKENS, 5)[0] for _ in range(10 if GPU else 1)]
         summed.launch()  # compiles
         scored.launch()
         graph, _ = _recorded(summed.launch)
         done = 0
         for lines in clock.cases(steps):
             if not GPU:  # a capture sees the host's tables as memory that is not pinned
-                summed.tables.write(lines, 8)
+                summed.tables.write(lines, TOKENS)
             with no_waits():
                 if GPU:
-                    summed.tables.write(lines, 8)
+                    summed.tables.write(lines, TOKENS)
                     graph.replay()
                 summed.launch()
                 scored.launch()

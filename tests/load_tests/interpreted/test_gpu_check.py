@@ -13,10 +13,13 @@ import torch
 
 from adapters.kernels import triton_sum
 from adapters.kernels.lines import Lines
+from adapters.kernels.triton_kernels import expand
+from adapters.kernels.triton_sum import add_adapters
 from load_tests.gpu_check import kernels, recorded
 from load_tests.gpu_check.__main__ import main
 from load_tests.gpu_check.sections import here
 from steering.kernels import triton_mix
+from steering.kernels.triton_finish import finish
 from steering.plan import RuleKind
 
 
@@ -83,7 +86,7 @@ def test_times_are_not_taken_from_the_interpreter(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_a_wrong_adapter_kernel_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = Wrong(triton_sum.expand, lambda y, *_: y.mul_(1.05))
+    wrong = Wrong(expand, lambda y, *_: y.mul_(1.05))
     monkeypatch.setattr(triton_sum, "expand", wrong)
     status, found = checked("A,E", tmp_path)
     assert status == 1 and found["failed"] == ["A", "E"]
@@ -99,7 +102,7 @@ def test_a_wrong_read_out_kernel_fails(
     def spoil(*args: Any) -> None:
         args[5][0].add_(by)  # the scores
 
-    monkeypatch.setattr(triton_mix, "finish", Wrong(triton_mix.finish, spoil))
+    monkeypatch.setattr(triton_mix, "finish", Wrong(finish, spoil))
     status, found = checked("B", tmp_path)
     assert status == 1 and found["failed"] == ["B"]
     assert "numbers wrong" in found["sections"][0]["figure"]
@@ -108,21 +111,14 @@ def test_a_wrong_read_out_kernel_fails(
 def test_tables_that_a_graph_does_not_read_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = triton_sum.AdapterTables.write
+    write, seen = triton_sum.AdapterTables.write, list[Any]()
 
     def once(tables: Any, lines: Lines, *rest: Any) -> None:
-        # As if they lay elsewhere at every step after the first.
-        if not getattr(tables, "written", False) or tables.fresh:
+        # As if the first ones, which a graph reads, lay elsewhere from the second step on.
+        if tables not in seen or tables is not seen[0]:
             write(tables, lines, *rest)
-        tables.written = True
+        seen.append(tables)
 
-    def made(layer: Any, rows: int, *, sums: list[Any] = []) -> Any:  # noqa: B006, kept on purpose
-        sums.append(own := Sum(layer, rows))
-        own.tables.fresh = len(sums) == 2
-        return own
-
-    Sum = recorded.Sum
-    monkeypatch.setattr(recorded, "Sum", made)
     monkeypatch.setattr(recorded, "REPLAYS", 2)
     monkeypatch.setattr(triton_sum.AdapterTables, "write", once)
     status, found = checked("C", tmp_path)
@@ -132,10 +128,9 @@ def test_tables_that_a_graph_does_not_read_fail(
 
 def test_a_wait_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def waiting(*args: Any) -> None:
-        add(*args)
+        add_adapters(*args)
         args[0].sum().item()
 
-    add = recorded.add_adapters
     monkeypatch.setattr(recorded, "add_adapters", waiting)
     status, found = checked("D", tmp_path)
     assert status == 1 and found["sections"][0]["figure"].startswith("CaptureError")
