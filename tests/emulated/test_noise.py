@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def captured(folder: Path) -> Iterator[Engine]:
     """The old configuration, let through."""
     with like_cuda(MODE, sizes=(2,)), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(v2, "graphs_of", lambda _: "NONE")
+        patched.setattr(v2, "refused_config", lambda _: [])
         engine = old(folder)
         yield engine
         del engine
@@ -86,6 +86,6 @@ def test_without_refusals_every_token_after_the_first_is_noise(captured: Engine)
 
 def test_binding_refuses_what_the_platform_lets_pass(captured: Engine) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(v2, "graphs_of", refused.graphs_of)
+        patched.setattr(v2, "refused_config", refused.refused_config)
         with pytest.raises(ValueError, match=f"got {MODE}.*before the streams are bound"):
             captured.llm.collective_rpc("coxswain_bind")
