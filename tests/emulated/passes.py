@@ -201,8 +201,8 @@ class Passes:
         self.step.adapted, self.step._schedule = adapted, plan.schedule
         positions = self.positions[: ids.shape[0]]
         if not plan.tables.steered:
-            return self.step.base(ids, positions, None)
-        return self.step.steered(plan, ids, positions, plan.tables.control)
+            return self.step.base(ids, positions, None, staging.Staging())
+        return self.step.steered(plan, ids, positions, plan.tables.control, staging.Staging())
 
 
 @contextmanager
