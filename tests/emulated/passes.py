@@ -127,7 +127,7 @@ def counting() -> Iterator[Counted]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(CUDAGraph, "replay", replayed))
         stack.enter_context(patch.object(graphs, "_launch", launched))
-        for module in (staging, step, triton_adding):
+        for module in (staging, triton_adding):
             stack.enter_context(patch.object(module, "to_device", to_device))
         capture.begin()
         stack.callback(capture.end)
