@@ -35,6 +35,7 @@ from steering.worker.runner import RunnerView
 from steering.worker.scoring import Scoring
 from steering.worker.scratch import scratch_blocks
 from steering.worker.speculation_seam import SpeculationSeam
+from steering.worker.staging import Staging
 from steering.worker.step import Counters, Step, forward
 from steering.worker.step_plan import StepPlan, plan_step
 from steering.worker.streams import Streams, hidden_width
@@ -241,16 +242,17 @@ class SteeredForCausalLM(nn.Module):
         schedule = None if self._view is None else self._view.schedule()
         if self._view is None or self._step is None or schedule is None:
             self._plan = None
-            self._scoring.begin(None)
+            self._scoring.begin(None, Staging())
             return self._forward_all(input_ids, positions, inputs_embeds)
         tables = self.states.apply(schedule.request_ids)
         plan = self._plan = plan_step(schedule, tables)
-        self._scoring.begin(plan)
+        staging = Staging()
+        self._scoring.begin(plan, staging)
         self._step.begin(plan, self._view.adapter_sets(len(schedule.request_ids)))
         if not tables.steered:
-            return self._step.base(input_ids, positions, inputs_embeds)
+            return self._step.base(input_ids, positions, inputs_embeds, staging)
         assert input_ids is not None
-        hidden = self._step.steered(plan, input_ids, positions, self._control(plan))
+        hidden = self._step.steered(plan, input_ids, positions, self._control(plan), staging)
         if tables.reported and self._step.adapted is not None:
             self.reporter.routes(schedule.request_ids, tables, self._step.adapted.routed)
         return hidden

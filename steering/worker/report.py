@@ -122,5 +122,5 @@ class ReportBook:
 
 def choice_of(request_id: str) -> str:
     """The choice index of a request: vLLM names the children of `n > 1` '<index>_<id>'."""
-    head, found, _ = request_id.partition("_")
-    return head if found and head.isdigit() else "0"
+    head, separator, _ = request_id.partition("_")
+    return head if separator and head.isdigit() else "0"

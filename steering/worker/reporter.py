@@ -26,7 +26,7 @@ from steering.worker.readout import Mixed, Reading, Readout
 from steering.worker.report import ReportBook, StepRecord, choice_of
 from steering.worker.request_state import BatchTables, RequestState
 from steering.worker.rows import DrawRows
-from steering.worker.staging import HostCopy, to_device
+from steering.worker.staging import HostCopy
 from steering.worker.step_plan import StepPlan
 from steering.worker.watch import Watch
 
@@ -131,18 +131,6 @@ class StagedReport:
         heads = dict(zip(host.heads, of_head, strict=True))
         choices = dict(zip(host.choices, of_stream, strict=True))
         return cls(host, rows, requests, nth, detail, detail_rows, critical, heads, choices)
-
-
-def stage_rows(
-    drawing: DrawRows, report: StepReport | None, device: torch.device
-) -> tuple[torch.Tensor | None, StagedReport | None]:
-    """([Q, K + 1] the rows of each request, None if it is one each; the reports), in one copy."""
-    arrays = [] if drawing.single else [drawing.table()]
-    count = len(arrays)
-    arrays += [] if report is None else report.arrays()
-    staged = to_device(arrays, device) if arrays else ()
-    table = staged[0] if count else None
-    return table, None if report is None else StagedReport.of(report, staged[count:])
 
 
 @dataclass

@@ -20,6 +20,7 @@ from steering.worker.report import KEPT, ReportBook
 from steering.worker.reporter import Reporter
 from steering.worker.request_state import BatchTables, request_state
 from steering.worker.scoring import Scoring
+from steering.worker.staging import Staging
 from steering.worker.step_plan import plan_step
 from steering.worker.watch import Watch
 
@@ -76,7 +77,9 @@ class World:
         self.hidden = torch.randn(int(starts[-1]), self.layout.width, generator=self.rng)
         control = np.repeat(self.batch.control, counts, axis=0)
         self.layout.write_control(self.hidden, torch.from_numpy(control))
-        self.scoring.begin(plan_step(schedule, self.batch))
+        staging = Staging()
+        self.scoring.begin(plan_step(schedule, self.batch), staging)
+        staging.send(torch.device("cpu"))
         z = self.scoring(self.hidden)
         assert z is not None
         kept = z.clone()
