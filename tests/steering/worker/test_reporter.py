@@ -21,7 +21,7 @@ from steering.worker.report import KEPT, ReportBook
 from steering.worker.reporter import Reporter
 from steering.worker.request_state import BatchTables, request_state
 from steering.worker.scoring import Scoring
-from steering.worker.staging import HostCopy
+from steering.worker.staging import HostCopy, Staging
 from steering.worker.step_plan import plan_step
 from steering.worker.watch import Watch
 
@@ -78,7 +78,7 @@ class World:
         self.hidden = torch.randn(int(starts[-1]), self.layout.width, generator=self.rng)
         control = np.repeat(self.batch.control, counts, axis=0)
         self.layout.write_control(self.hidden, torch.from_numpy(control))
-        staging = HostCopy()
+        staging = Staging()
         self.scoring.begin(plan_step(schedule, self.batch), staging)
         staging.send(torch.device("cpu"))
         z = self.scoring(self.hidden)
