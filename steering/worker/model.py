@@ -169,7 +169,12 @@ class SteeredForCausalLM(nn.Module):
 
             assert isinstance(view, V2View)
             drafting = DeviceDrafting(self._draft, tokens, model.max_model_len, score)
-            view.draft_with(lambda *newest: drafting(self._ran, *newest))
+
+            def draft(newest: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+                self._count_drafts(dict.fromkeys(drafting.rows(self._ran).tolist(), tokens))
+                return drafting(self._ran, newest, ids)
+
+            view.draft_with(draft)
 
     @property
     def _ran(self) -> StepPlan:
@@ -268,12 +273,16 @@ class SteeredForCausalLM(nn.Module):
         sound = ~np.isin(rows, [*self._readout.watch.at_fault])
         rows, newest, token_ids = rows[sound], newest[sound], token_ids[sound]
         drafts = self._drafting(plan.tables, rows, newest, token_ids)
-        for row, state in plan.tables.reported:
-            if row in drafts:
-                choice = choice_of(plan.schedule.request_ids[row])
-                tally = self.reporter.book.tally(state.tag, choice)
-                tally.draft(self.names[self._draft], len(drafts[row]))
+        self._count_drafts({row: len(ids) for row, ids in drafts.items()})
         return drafts
+
+    def _count_drafts(self, drafts: Mapping[int, int]) -> None:
+        """Counts the passes of the draft stream in reports: row → how many."""
+        for row, state in self._ran.tables.reported:
+            if row in drafts:
+                choice = choice_of(self._ran.schedule.request_ids[row])
+                tally = self.reporter.book.tally(state.tag, choice)
+                tally.draft(self.names[self._draft], drafts[row])
 
     def _forward_all(
         self,
