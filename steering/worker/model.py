@@ -6,7 +6,7 @@ speculation, structured output and sampler work on it unchanged. Lives in the wo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
