@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,30 @@ def test_adapters_are_right_in_graphs(adapted: Engine) -> None:
     assert all(step.graphs.replays[i] >= 5 for i in range(3))
 
 
+@contextmanager
+def launched(step: Any) -> Iterator[None]:
+    """Without graphs."""
+    graphs, step.graphs = step.graphs, None
+    try:
+        yield
+    finally:
+        step.graphs = graphs
+
+
+def test_routes_are_counted_in_graphs(adapted: Engine) -> None:
+    uses = (Use("pack", top_k=2), Use("pack", 0.5, stream="twin", top_k=1))
+    case = Case(range(40, 48), mix(twin=0.7), adapters=uses, max_tokens=4, report="summary")
+    step, reports = step_of(adapted), []
+    before = step.graphs.replays[0]
+    for context in (nullcontext(), launched(step)):
+        with context:
+            [output] = adapted.run([case], salt=str(len(reports)))
+            reports.append(adapted.report(adapted.tags[0], output)["0"])
+    assert step.graphs.replays[0] - before == 3
+    assert reports[0]["routed"] == reports[1]["routed"] != {}
+    assert reports[0]["passes"] == reports[1]["passes"]
+
+
 def test_candidates_in_graphs_are_as_launched_piece_by_piece(adapted: Engine) -> None:
     step = step_of(adapted)
     value, graphs = step.names.index("value"), step.graphs
@@ -171,11 +196,8 @@ def test_candidates_in_graphs_are_as_launched_piece_by_piece(adapted: Engine) ->
     got = adapted.run(cases, salt="replayed")
     # In each step the value stream runs twice: behind its prefix, and the candidates.
     assert graphs.replays[value] - before >= 7
-    step.graphs = None
-    try:
+    with launched(step):
         want = adapted.run(cases, salt="launched")
-    finally:
-        step.graphs = graphs
     for mine, theirs in zip(got, want, strict=True):
         assert tokens(mine) == tokens(theirs)
         assert logprobs(mine) == pytest.approx(logprobs(theirs), abs=1e-5)
