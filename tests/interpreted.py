@@ -24,7 +24,8 @@ def interpret(*arguments: str) -> str:
     Returns:
         What pytest printed.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header"]
+    command += ["-p", "no:cacheprovider", "-p", "tests.fast_interpreter"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True

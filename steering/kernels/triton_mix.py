@@ -90,11 +90,11 @@ def marks(size: int, unshared: Sequence[torch.Tensor | None], device: torch.devi
     """
     dtype = torch.uint8 if len(unshared) <= 8 else torch.int32
     assert len(unshared) <= 31
-    found = torch.zeros(padded(size), dtype=dtype, device=device)
+    table = torch.zeros(padded(size), dtype=dtype, device=device)
     for i, ids in enumerate(unshared):
         if ids is not None:
-            found[ids] |= 1 << i
-    return found
+            table[ids] |= 1 << i
+    return table
 
 
 def padded(size: int) -> int:

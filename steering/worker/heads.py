@@ -57,8 +57,8 @@ class Head(nn.Module):
             if i:
                 x = self._activation(x)
             x = functional.linear(x, self.get_buffer(f"weight{i}"), self.get_buffer(f"bias{i}"))
-        found = x[:, 0]
-        return found if self._agreed is None else self._agreed(found)
+        numbers = x[:, 0]
+        return numbers if self._agreed is None else self._agreed(numbers)
 
 
 def build(
@@ -78,7 +78,7 @@ def build(
     Raises:
         HeadError: one is missing or does not fit.
     """
-    found = {}
+    heads = {}
     for name, source in sources.items():
         kind = source.get("head")
         if kind == "classifier" or kind == "value":
@@ -86,8 +86,8 @@ def build(
             folder = Path(source.get("path") or source["model"])
             own_rows = rows if "path" not in source else None
             file = find_head(folder, cast("Kind", kind), width, own_rows)
-            found[name] = Head(file, agreed)
-    return found
+            heads[name] = Head(file, agreed)
+    return heads
 
 
 def _body(name: str, source: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ speculation, structured output and sampler work on it unchanged. Lives in the wo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -35,6 +35,7 @@ from steering.worker.runner import RunnerView
 from steering.worker.scoring import Scoring
 from steering.worker.scratch import scratch_blocks
 from steering.worker.speculation_seam import SpeculationSeam
+from steering.worker.staging import Staging
 from steering.worker.step import Counters, Step, forward
 from steering.worker.step_plan import StepPlan, plan_step
 from steering.worker.streams import Streams, hidden_width
@@ -168,7 +169,12 @@ class SteeredForCausalLM(nn.Module):
 
             assert isinstance(view, V2View)
             drafting = DeviceDrafting(self._draft, tokens, model.max_model_len, score)
-            view.draft_with(lambda *newest: drafting(self._ran, *newest))
+
+            def draft(newest: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+                self._count_drafts(dict.fromkeys(drafting.rows(self._ran).tolist(), tokens))
+                return drafting(self._ran, newest, ids)
+
+            view.draft_with(draft)
 
     @property
     def _ran(self) -> StepPlan:
@@ -241,16 +247,17 @@ class SteeredForCausalLM(nn.Module):
         schedule = None if self._view is None else self._view.schedule()
         if self._view is None or self._step is None or schedule is None:
             self._plan = None
-            self._scoring.begin(None)
+            self._scoring.begin(None, Staging())
             return self._forward_all(input_ids, positions, inputs_embeds)
         tables = self.states.apply(schedule.request_ids)
         plan = self._plan = plan_step(schedule, tables)
-        self._scoring.begin(plan)
+        staging = Staging()
+        self._scoring.begin(plan, staging)
         self._step.begin(plan, self._view.adapter_sets(len(schedule.request_ids)))
         if not tables.steered:
-            return self._step.base(input_ids, positions, inputs_embeds)
+            return self._step.base(input_ids, positions, inputs_embeds, staging)
         assert input_ids is not None
-        hidden = self._step.steered(plan, input_ids, positions, self._control(plan))
+        hidden = self._step.steered(plan, input_ids, positions, self._control(plan), staging)
         if tables.reported and self._step.adapted is not None:
             self.reporter.routes(schedule.request_ids, tables, self._step.adapted.routed)
         return hidden
@@ -266,12 +273,16 @@ class SteeredForCausalLM(nn.Module):
         sound = ~np.isin(rows, [*self._readout.watch.at_fault])
         rows, newest, token_ids = rows[sound], newest[sound], token_ids[sound]
         drafts = self._drafting(plan.tables, rows, newest, token_ids)
-        for row, state in plan.tables.reported:
-            if row in drafts:
-                choice = choice_of(plan.schedule.request_ids[row])
-                tally = self.reporter.book.tally(state.tag, choice)
-                tally.draft(self.names[self._draft], len(drafts[row]))
+        self._count_drafts({row: len(ids) for row, ids in drafts.items()})
         return drafts
+
+    def _count_drafts(self, drafts: Mapping[int, int]) -> None:
+        """Counts the passes of the draft stream in reports: row → how many."""
+        for row, state in self._ran.tables.reported:
+            if row in drafts:
+                choice = choice_of(self._ran.schedule.request_ids[row])
+                tally = self.reporter.book.tally(state.tag, choice)
+                tally.draft(self.names[self._draft], drafts[row])
 
     def _forward_all(
         self,

@@ -116,7 +116,7 @@ def _is_plain_matrix(model: Any) -> bool:
 
 
 def _is_additive(model: Any) -> bool:
-    """Tries it: an architecture may do more in its `compute_logits` than its parts tell."""
+    """Tries it: an architecture may do more in its `compute_logits` than its parts show."""
     weight = model.lm_head.weight
     rng = torch.Generator(weight.device).manual_seed(0)
     rows = torch.randn(2, weight.shape[1], generator=rng, device=weight.device)

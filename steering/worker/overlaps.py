@@ -1,4 +1,4 @@
-"""What the front end found out about the streams' vocabularies, as tensors for the read-out."""
+"""How the streams' vocabularies lie over the base's, as tensors for the read-out."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def vocabularies(
         overlaps: `Overlap.to_wire()` by stream; one that is left out shares the base's
             vocabulary id by id.
     """
-    found = [Vocabulary()]
+    streams = [Vocabulary()]
     for name in names[1:]:
         wire = overlaps.get(original[name]) or overlaps.get(name)
-        found.append(Vocabulary() if wire is None else _vocabulary(Overlap.from_wire(wire)))
-    return found
+        streams.append(Vocabulary() if wire is None else _vocabulary(Overlap.from_wire(wire)))
+    return streams
 
 
 def padded(overlaps: Mapping[str, Any]) -> torch.Tensor | None:

@@ -123,17 +123,16 @@ class Readout:
         control = self.layout.read_control(hidden)
         ran = [a and u is not None for a, u in zip(classes.active, self.unembed, strict=True)]
         base = self._unembed(0, hidden[:, self.layout.columns(0)].contiguous())
-        if base is None:
-            for i in range(1, self.layout.streams):
-                if ran[i]:  # the gather inside is collective: every rank takes part
-                    self._unembed(i, hidden[:, self.layout.columns(i)].contiguous())
-            return None
-        self.watch.scores(0, base)
+        if base is not None:
+            self.watch.scores(0, base)
         uses = control.coef != 0
+        # The gather inside is collective: every rank takes part, with the same rows.
         streams = [
             self._scores(i, hidden, uses[:, i]) if i and ran[i] else None
             for i in range(self.layout.streams)
         ]
+        if base is None:
+            return None
         critical = self._log_odds(hidden, control, classes) if classes.heads else None
         return self._mixed(Mixed(base, base, streams, critical), control, classes, reported)
 
@@ -246,8 +245,10 @@ class Readout:
         assert unembed is not None
         return unembed(hidden)
 
-    def _scores(self, i: int, hidden: torch.Tensor, uses: torch.Tensor) -> Scores:
-        """What stream i has of its own, on the rows that sum it ([R] bool) or on all."""
+    def _scores(self, i: int, hidden: torch.Tensor, uses: torch.Tensor) -> Scores | None:
+        """What stream i has of its own, on the rows that sum it ([R] bool) or on all; None on
+        ranks that hold no logits.
+        """
         part, rows = hidden[:, self.layout.columns(i)], self._rows_where(uses)
         counted = uses if rows is None else None
         if rows is not None and rows.numel() == hidden.shape[0]:
@@ -256,7 +257,8 @@ class Readout:
             # Gathering nothing from several ranks ends vLLM's CPU workers.
             return Scores(rows, part.new_empty(0, 0))
         own = self._unembed(i, part.contiguous() if rows is None else part[rows])
-        assert own is not None
+        if own is None:
+            return None
         self.watch.scores(i, own, rows, counted)
         return Scores(rows, own)
 

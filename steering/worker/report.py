@@ -39,13 +39,14 @@ class Tally:
     Args:
         detailed: whether the report has an entry for every token.
         steps: records of the steps that drew, in order.
-        routed: by stream and digest of a MeteoRA pack: how often a token was routed to each
-            member, over all layers; prompt tokens too, unless they came from the prefix cache.
+        routes: (number of the step that draws next, stream, digest of a MeteoRA pack, how often a
+            token was routed to each member, over all layers); prompt tokens too, unless they came
+            from the prefix cache.
     """
 
     detailed: bool = False
     steps: list[StepRecord] = field(default_factory=list)
-    routed: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    routes: list[tuple[int, str, str, list[int]]] = field(default_factory=list)
 
     def begin(self, streams: Iterable[str], drafted: int) -> StepRecord:
         """The record of a step that draws, with one pass of a stream each time it is named."""
@@ -59,20 +60,25 @@ class Tally:
             ran = self.steps[-1].passes
             ran[stream] = ran.get(stream, 0) + passes
 
-    def route(self, stream: str, digest: str, counts: list[int]) -> None:
-        """Adds one step's routes of a pack in a stream, per member."""
-        packs = self.routed.setdefault(stream, {})
-        before = packs.get(digest, [0] * len(counts))
-        packs[digest] = [a + b for a, b in zip(before, counts, strict=True)]
+    def _routed(self, steps: int) -> dict[str, dict[str, list[int]]]:
+        """By stream and digest: the routes up to so many steps that drew."""
+        found: dict[str, dict[str, list[int]]] = {}
+        for step, stream, digest, counts in self.routes:
+            if step < max(steps, 1):
+                packs = found.setdefault(stream, {})
+                before = packs.get(digest, [0] * len(counts))
+                packs[digest] = [a + b for a, b in zip(before, counts, strict=True)]
+        return found
 
     def wire(self, tokens: int | None) -> dict[str, Any]:
         """Plain data for the front end, of the first tokens (None: all)."""
         passes: dict[str, int] = {}
         entries: list[dict[str, Any]] = []
-        drafted = accepted = 0
+        drafted = accepted = counted = 0
         for step in self.steps:
             if tokens is not None and len(entries) >= tokens:
                 break
+            counted += 1
             drawn = len(step.entries)
             left = drawn if tokens is None else tokens - len(entries)
             for name, count in step.passes.items():
@@ -92,7 +98,7 @@ class Tally:
             "drafted": drafted,
             "accepted": accepted,
             "detail": entries if self.detailed else [],
-            "routed": self.routed,
+            "routed": self._routed(counted),
         }
 
 
@@ -122,5 +128,5 @@ class ReportBook:
 
 def choice_of(request_id: str) -> str:
     """The choice index of a request: vLLM names the children of `n > 1` '<index>_<id>'."""
-    head, found, _ = request_id.partition("_")
-    return head if found and head.isdigit() else "0"
+    head, separator, _ = request_id.partition("_")
+    return head if separator and head.isdigit() else "0"

@@ -23,10 +23,10 @@ from steering.worker.adapting import Routed
 from steering.worker.batches import Int64
 from steering.worker.layout import RULE_KIND, RULE_PARAM, Layout
 from steering.worker.readout import Mixed, Reading, Readout
-from steering.worker.report import ReportBook, StepRecord, choice_of
+from steering.worker.report import ReportBook, StepRecord, Tally, choice_of
 from steering.worker.request_state import BatchTables, RequestState
 from steering.worker.rows import DrawRows
-from steering.worker.staging import HostCopy, to_device
+from steering.worker.staging import HostCopy
 from steering.worker.step_plan import StepPlan
 from steering.worker.watch import Watch
 
@@ -133,18 +133,6 @@ class StagedReport:
         return cls(host, rows, requests, nth, detail, detail_rows, critical, heads, choices)
 
 
-def stage_rows(
-    drawing: DrawRows, report: StepReport | None, device: torch.device
-) -> tuple[torch.Tensor | None, StagedReport | None]:
-    """([Q, K + 1] the rows of each request, None if it is one each; the reports), in one copy."""
-    arrays = [] if drawing.single else [drawing.table()]
-    count = len(arrays)
-    arrays += [] if report is None else report.arrays()
-    staged = to_device(arrays, device) if arrays else ()
-    table = staged[0] if count else None
-    return table, None if report is None else StagedReport.of(report, staged[count:])
-
-
 @dataclass
 class _Measured:
     """A step whose tokens are not drawn yet; [m, V] scores of the steered model and the base."""
@@ -164,6 +152,29 @@ class _Sent:
     columns: list[tuple[Path, Int64]]
     copy: HostCopy
 
+    def fill(self) -> None:
+        """Writes what has reached the host into the records of the step."""
+        _fill(self)
+
+
+@dataclass
+class _SentRoutes:
+    """A step's routes on their way to the host.
+
+    Args:
+        counts: (whose they are, the step that draws next, stream, digest, where they lie).
+        copy: of the counts.
+    """
+
+    counts: list[tuple[Tally, int, str, str, slice]]
+    copy: HostCopy
+
+    def fill(self) -> None:
+        """Adds what has reached the host to the tallies."""
+        numbers = self.copy.read().numpy()
+        for tally, step, stream, digest, where in self.counts:
+            tally.routes.append((step, stream, digest, numbers[where].tolist()))
+
 
 @dataclass
 class Reporter:
@@ -182,15 +193,30 @@ class Reporter:
     watch: Watch
     book: ReportBook = field(default_factory=ReportBook)
     _measured: _Measured | None = None
-    _sent: deque[_Sent] = field(default_factory=deque)
+    _sent: deque[_Sent | _SentRoutes] = field(default_factory=deque)
 
     def routes(self, ids: Sequence[str], tables: BatchTables, routed: Sequence[Routed]) -> None:
-        """Counts where the tokens of a step were routed."""
+        """Sends where the tokens of a step were routed to the host.
+
+        Args:
+            ids: [Q] of the step's requests.
+            tables: of them.
+            routed: what was counted; changed by nobody afterwards.
+        """
+        found, start = [], 0
         for stream, digest, counts in routed:
+            members = counts.shape[1]
             for row, state in tables.reported:
                 if any(u.stream == stream and u.digest == digest for u in state.adapters):
-                    tally = self.book.tally(state.tag, choice_of(ids[row]))
-                    tally.route(stream, digest, counts[row].tolist())
+                    tally, first = self.book.tally(state.tag, choice_of(ids[row])), start
+                    first += row * members
+                    where = slice(first, first + members)
+                    found.append((tally, len(tally.steps), stream, digest, where))
+            start += counts.numel()
+        if found:
+            every = torch.cat([counts.flatten() for _, _, counts in routed])
+            self._sent.append(_SentRoutes(found, HostCopy(every)))
+            self.take_in()
 
     def measure(
         self, report: StagedReport, mixed: Mixed, hidden: torch.Tensor, readout: Readout
@@ -264,7 +290,7 @@ class Reporter:
     def take_in(self, wait: bool = False) -> None:
         """Takes in the steps that have reached the host, or all."""
         while self._sent and (wait or self._sent[0].copy.ready):
-            _fill(self._sent.popleft())
+            self._sent.popleft().fill()
 
     def take(self, tag: str, tokens: Mapping[str, int]) -> dict[str, dict[str, Any]]:
         """See `ReportBook.take`."""
@@ -292,7 +318,6 @@ def _rule(state: RequestState) -> tuple[int, float]:
 
 
 def _fill(sent: _Sent) -> None:
-    """Writes what has reached the host into the records of the step."""
     numbers, start = sent.copy.read().numpy(), 0
     measured: list[dict[str, Any]] = [{} for _ in sent.report.rows]
     for path, which in sent.columns:

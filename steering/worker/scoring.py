@@ -5,13 +5,16 @@ Lives in the worker; one instance per steered model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from steering.worker.readout import Readout
-from steering.worker.reporter import Reporter, StagedReport, StepReport, stage_rows
+from steering.worker.reporter import Reporter, StagedReport, StepReport
 from steering.worker.rows import DrawRows
+from steering.worker.staging import Staging
 from steering.worker.step_plan import Classes, StepPlan
 
 
@@ -28,14 +31,33 @@ class Scoring:
     reporter: Reporter
     _plan: StepPlan | None = None
     _drawing: DrawRows | None = None
+    _table: torch.Tensor | None = None
+    _report: StagedReport | None = None
 
-    def begin(self, plan: StepPlan | None) -> None:
-        """A new step; None: one of vLLM's dummy runs, about whose rows nothing is known."""
-        self._plan = plan
+    def begin(self, plan: StepPlan | None, staging: Staging) -> None:
+        """A new step; None: one of vLLM's dummy runs, about whose rows nothing is known.
+
+        Args:
+            plan: of the step.
+            staging: takes what the device must know of the rows. It is sent before they are read.
+        """
+        self._plan, self._table, self._report = plan, None, None
         self._drawing = None if plan is None else DrawRows.of(plan.schedule)
-        if plan is not None:
-            self.readout.watch.begin_step(len(plan.schedule.request_ids))
-            self.readout.ends.show(plan.tables.ends)
+        if plan is None or self._drawing is None:
+            return
+        self.readout.watch.begin_step(len(plan.schedule.request_ids))
+        self.readout.ends.show(plan.tables.ends)
+        if not self._drawing.single:
+            staging.add([self._drawing.table()], self._put_table)
+        scored = [unembed is not None for unembed in self.readout.unembed]
+        if report := StepReport.of(plan, self._drawing, scored):
+            staging.add(report.arrays(), partial(self._put_report, report))
+
+    def _put_table(self, there: Sequence[torch.Tensor]) -> None:
+        (self._table,) = there
+
+    def _put_report(self, report: StepReport, there: Sequence[torch.Tensor]) -> None:
+        self._report = StagedReport.of(report, there)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """[R, V] scores; None on ranks that hold none.
@@ -46,15 +68,12 @@ class Scoring:
             hidden: [R, H_0] of a step of the base alone, else [R, layout.width].
         """
         drawing, self._drawing = self._drawing, None
-        if drawing is None or self._plan is None:
+        if drawing is None:
             return self._scores(hidden, None)
         watch = self.readout.watch
-        scored = [unembed is not None for unembed in self.readout.unembed]
-        report = StepReport.of(self._plan, drawing, scored)
-        table, staged = stage_rows(drawing, report, hidden.device)
         watch.begin_rows(hidden.shape[0])
-        z = self._scores(hidden, staged)
-        watch.end_rows(table)
+        z = self._scores(hidden, self._report)
+        watch.end_rows(self._table)
         return z
 
     def _scores(self, hidden: torch.Tensor, report: StagedReport | None) -> torch.Tensor | None:

@@ -22,7 +22,7 @@ from steering.worker.graphs import StreamGraphs
 from steering.worker.lora_seam import LoraSeam
 from steering.worker.overlaps import read_as
 from steering.worker.readout import Readout
-from steering.worker.staging import StagedBatch, Staging, arrays_of, to_device
+from steering.worker.staging import StagedBatch, Staging, arrays_of
 from steering.worker.step_plan import StepPlan
 from steering.worker.triton_adding import Pass
 from steering.worker.values import ValueStreams, candidates_of
@@ -112,10 +112,11 @@ class Step:
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None,
+        staging: Staging,
     ) -> torch.Tensor:
-        """[T, H_0] the base's hidden states, over the step as scheduled."""
+        """[T, H_0] the base's hidden states, over the step as scheduled; sends `staging`."""
         [run] = runs = self._runs([(0, None)], positions, graphs=inputs_embeds is None)
-        self._send(Staging(), runs, input_ids, positions.shape[0], positions.device)
+        self._send(staging, runs, input_ids, positions.shape[0], positions.device)
         return self._pass(run, input_ids, positions, inputs_embeds)
 
     def steered(
@@ -124,6 +125,7 @@ class Step:
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         control: npt.NDArray[np.float32],
+        staging: Staging,
     ) -> torch.Tensor:
         """[T, width] the hidden states of all streams and the control.
 
@@ -132,11 +134,17 @@ class Step:
             input_ids: [T] the base's ids, padding included.
             positions: [T].
             control: [t ≤ T, S + EXTRA].
+            staging: is sent, with what the passes read.
         """
         layout, device = self.readout.layout, positions.device
         out = torch.zeros(positions.shape[0], layout.width, dtype=layout.dtype, device=device)
-        staging, active = Staging(), plan.classes.active
+        active = plan.classes.active
         staging.add([control], lambda there: layout.write_control(out, there[0]))
+        valued: list[torch.Tensor] = []
+        if plan.valued:
+            rows = [row for row, _ in plan.valued]
+            at = (plan.schedule.starts[1:][rows] - 1).astype(np.int64)
+            staging.add([at, plan.tables.ends_of(rows)], valued.extend)
         runs = self._runs([(i, b) for i, b in enumerate(plan.batches) if active[i]], positions)
         self._send(staging, runs, input_ids, positions.shape[0], device)
         for run in runs:
@@ -146,7 +154,7 @@ class Step:
             else:
                 out[self._tokens(run), columns] = hidden
         if plan.valued:
-            self._add_values(plan, input_ids, out)
+            self._add_values(plan, input_ids, out, *valued)
         return out
 
     def draft_scores(
@@ -280,12 +288,24 @@ class Step:
         with self.contexts.step(run.stream, staged), adapting:
             yield
 
-    def _add_values(self, plan: StepPlan, input_ids: torch.Tensor, out: torch.Tensor) -> None:
-        """Writes what value streams add to the rows that draw a token into `out`."""
+    def _add_values(
+        self,
+        plan: StepPlan,
+        input_ids: torch.Tensor,
+        out: torch.Tensor,
+        last: torch.Tensor,
+        which: torch.Tensor,
+    ) -> None:
+        """Writes what value streams add to the rows that draw a token into `out`.
+
+        Args:
+            plan: of the step.
+            input_ids: [T] of the step.
+            out: [T, width], changed in place.
+            last: [n] int64 the last token of each row, and
+            which: [n] float32 the set of ids that ends its text.
+        """
         layout, schedule, tables = self.readout.layout, plan.schedule, plan.tables
-        rows = [row for row, _ in plan.valued]
-        at = (schedule.starts[1:][rows] - 1).astype(np.int64)
-        last, which = to_device([at, tables.ends_of(rows)], out.device)
 
         def hidden(stream: int) -> torch.Tensor:
             return out[last, layout.columns(stream)]

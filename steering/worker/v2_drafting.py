@@ -18,7 +18,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from steering.worker.batches import StreamBatch
+from steering.worker.batches import Int64, StreamBatch
 from steering.worker.staging import StagedBatch, stage, to_device
 from steering.worker.step_plan import StepPlan
 
@@ -92,6 +92,15 @@ class DeviceDrafting:
         self._stream, self._tokens, self._context = stream, tokens, context
         self._score = score
 
+    def rows(self, plan: StepPlan) -> Int64:
+        """[n] requests that draft: they run the stream, and all drafts fit into the context."""
+        schedule, tables = plan.schedule, plan.tables
+        asks = schedule.draws & tables.uses[:, self._stream]
+        # How many tokens a request has is known on the device only: the host has a bound.
+        asks &= schedule.computed + schedule.lengths + self._tokens < self._context
+        asks[[row for row, _ in tables.valued]] = False
+        return np.flatnonzero(asks)
+
     def __call__(self, plan: StepPlan, newest: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """[Q, K] int64 drafts.
 
@@ -100,23 +109,14 @@ class DeviceDrafting:
             newest: [Q] int64 index of each request's newest token.
             ids: [Q] int64 these tokens.
         """
-        schedule, tables = plan.schedule, plan.tables
-        drafts = ids[:, None].repeat(1, self._tokens)
-        # How many tokens a request has is known on the device only: the host has a bound.
-        most = schedule.computed + schedule.lengths
-        asks = schedule.draws & tables.uses[:, self._stream]
-        asks &= most + self._tokens < self._context
-        asks[[row for row, _ in tables.valued]] = False
-        rows = np.flatnonzero(asks)
+        rows, drafts = self.rows(plan), ids[:, None].repeat(1, self._tokens)
         if not rows.size:
             return drafts
-        offsets = tables.offsets[rows, self._stream]
+        offsets = plan.tables.offsets[rows, self._stream]
+        most = (plan.schedule.computed + plan.schedule.lengths)[rows] - offsets
         there, lag = to_device([rows, offsets.astype(np.int64)], ids.device)
         own, ends = ids[there], newest[there] - lag
-        batches = [
-            StreamBatch.of(rows, (most[rows] - offsets + k).astype(np.int32))
-            for k in range(self._tokens)
-        ]
+        batches = [StreamBatch.of(rows, (most + k).astype(np.int32)) for k in range(self._tokens)]
         for k, batch in enumerate(stage(batches, ids.device)):
             own = self._score(own, batch.at(ends + k)).argmax(-1)
             drafts[there, k] = own

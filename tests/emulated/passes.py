@@ -127,7 +127,7 @@ def counting() -> Iterator[Counted]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(CUDAGraph, "replay", replayed))
         stack.enter_context(patch.object(graphs, "_launch", launched))
-        for module in (staging, step, triton_adding):
+        for module in (staging, triton_adding):
             stack.enter_context(patch.object(module, "to_device", to_device))
         capture.begin()
         stack.callback(capture.end)
@@ -201,8 +201,8 @@ class Passes:
         self.step.adapted, self.step._schedule = adapted, plan.schedule
         positions = self.positions[: ids.shape[0]]
         if not plan.tables.steered:
-            return self.step.base(ids, positions, None)
-        return self.step.steered(plan, ids, positions, plan.tables.control)
+            return self.step.base(ids, positions, None, staging.Staging())
+        return self.step.steered(plan, ids, positions, plan.tables.control, staging.Staging())
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def like_cuda(
             (worker.CPUWorker, "compile_or_warm_up_model", capture),
             # The adapters' kernels, where CUDA would have them.
             (triton_adding, "current_platform", SimpleNamespace(is_cuda=lambda: True)),
-            (triton_operation, "register", partial(triton_operation.register, "CPU")),
+            (triton_operation, "register", partial(triton_operation.register, key="CPU")),
             (operation, "build", lambda *_: None),
             # What is compiled for CPUs launches nothing that could be recorded.
             (lora_seam, "keep_compiling", lambda _: None),

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.engine
 
 MODE = "FULL_DECODE_ONLY"
 SMALL: dict[str, Any] = {
-    "max_num_seqs": 4,
+    "max_num_seqs": 2,
     "max_model_len": 128,
     "block_size": 16,
     "kv_cache_memory_bytes": 8 << 20,
@@ -51,8 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def captured(folder: Path) -> Iterator[Engine]:
     """The old configuration, let through."""
-    with like_cuda(MODE), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(v2, "graphs_of", lambda _: "NONE")
+    with like_cuda(MODE, sizes=(2,)), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(v2, "refused_config", lambda _: [])
         engine = old(folder)
         yield engine
         del engine
@@ -74,7 +74,7 @@ def test_the_arguments_refuse_graphs_of_the_outer_model(folder: Path) -> None:
 
 def test_without_refusals_every_token_after_the_first_is_noise(captured: Engine) -> None:
     """A replay runs the forward of a dummy batch: no control, so all scores are alike."""
-    assert len(runner(captured.llm).cudagraph_manager.graphs) == 3
+    assert len(runner(captured.llm).cudagraph_manager.graphs) == 1
     for case, output in zip(CASES, captured.run(CASES), strict=True):
         right = captured.reference(case)
         # The prompt is not decoded: it runs without a graph.
@@ -86,6 +86,6 @@ def test_without_refusals_every_token_after_the_first_is_noise(captured: Engine)
 
 def test_binding_refuses_what_the_platform_lets_pass(captured: Engine) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(v2, "graphs_of", refused.graphs_of)
+        patched.setattr(v2, "refused_config", refused.refused_config)
         with pytest.raises(ValueError, match=f"got {MODE}.*before the streams are bound"):
             captured.llm.collective_rpc("coxswain_bind")

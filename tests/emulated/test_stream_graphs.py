@@ -3,52 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
-from steering.engine_args import adapter_engine_args
-from tests.adapters.make import make_lora, make_native
 from tests.emulated.platform import like_cuda
-from tests.engine.driver import Case, Engine, Use, logprobs, tokens
-from tests.engine.heads import valued
+from tests.emulated.steered import check, engine_in, mix, step_of
+from tests.engine.driver import Case, Engine
 from tests.models import VOCAB_SIZE
 
 pytestmark = pytest.mark.engine
-
-TOLERANCE = 1e-4
-"""Nats, float32."""
-
-
-def mix(**weights: float) -> dict[str, Any]:
-    return {"method": "mix", "weights": {"base": 1.0, **weights}}
-
-
-def engine_in(folder: Path, streams: Any, **more: Any) -> Engine:
-    small: dict[str, Any] = {
-        "max_num_seqs": 4,
-        "max_model_len": 128,
-        "kv_cache_memory_bytes": 8 << 20,
-    }
-    base = ("llama", VOCAB_SIZE)
-    return Engine(folder, base, streams, enforce_eager=False, block_size=16, **small, **more)
-
-
-def step_of(engine: Engine) -> Any:
-    worker = engine.llm.llm_engine.model_executor.driver_worker.worker
-    return worker.model_runner.get_model()._step
-
-
-def check(engine: Engine, cases: Sequence[Case], outputs: Sequence[Any]) -> None:
-    for output, case in zip(outputs, cases, strict=True):
-        want = engine.reference(case)
-        assert tokens(output) == [step.token for step in want]
-        assert logprobs(output) == pytest.approx([s.logprob for s in want], abs=TOLERANCE)
-
-
-# --- streams ------------------------------------------------------------------------------------
 
 CASES = (
     Case(range(10, 30), mix(chat=1.5, plain=-1.0), max_tokens=9),
@@ -106,76 +70,3 @@ def test_backends_prepare_for_replays(steered: Engine) -> None:
     for groups in step.contexts._groups:
         for group in groups:
             assert not group.attention.get_metadata_builder().decode_cudagraph_enabled
-
-
-# --- adapters, values, asynchronous scheduling --------------------------------------------------
-
-ADAPTED = (
-    Case(range(10, 18), adapters=(Use("one"),), max_tokens=6),
-    Case(
-        range(10, 19),
-        mix(chat=1.2),
-        adapters=(Use("pack", top_k=2), Use("chat", stream="chat")),
-        max_tokens=7,
-    ),
-    Case(
-        range(50, 66),
-        mix(chat=1.0, twin=-0.5),
-        {"twin": range(60, 67)},
-        adapters=(Use("one", 0.7, stream="twin"), Use("pack", -0.5)),
-        max_tokens=6,
-    ),
-    Case(range(30, 38), max_tokens=6, arrives=1),
-    Case(range(7, 15), mix(twin=0.7), {"twin": range(200, 207)}, max_tokens=4, arrives=3),
-)
-"""A twin's adapter beside its original's; the last two have none and follow those that had."""
-
-VALUED = {"method": "value_augmented", "values": [{"stream": "value", "strength": 2.0}], "top_k": 4}
-
-
-@pytest.fixture(scope="module")
-def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    folder = tmp_path_factory.mktemp("adapted")
-    with like_cuda("NONE", (1, 4), asynchronous=True):
-        found = engine_in(
-            folder,
-            {"chat": ("qwen2", VOCAB_SIZE), "twin": "base"},
-            heads=lambda folder, _: {"value": valued(folder / "value", "qwen2", 21)},
-            async_scheduling=True,
-            **adapter_engine_args(3, 24),
-        )
-        base, chat = found.folders["base"], found.folders["chat"]
-        lora, pack = (
-            make_lora(folder / "one", base, seed=1),
-            make_native(folder / "pack", base, tasks=3, seed=10),
-        )
-        found.load_adapters({"one": lora, "pack": pack})
-        found.load_adapters({"chat": make_lora(folder / "lora-chat", chat, seed=3)}, "chat")
-        yield found
-        del found
-        gc.collect()
-
-
-def test_adapters_are_right_in_graphs(adapted: Engine) -> None:
-    assert adapted.llm.llm_engine.vllm_config.scheduler_config.async_scheduling
-    step = step_of(adapted)
-    check(adapted, ADAPTED, adapted.run(ADAPTED))
-    assert all(step.graphs.replays[i] >= 5 for i in range(3))
-
-
-def test_candidates_in_graphs_are_as_launched_piece_by_piece(adapted: Engine) -> None:
-    step = step_of(adapted)
-    value, graphs = step.names.index("value"), step.graphs
-    cases = [Case(range(20, 29), VALUED, max_tokens=4), Case(range(20, 31), max_tokens=4)]
-    before = graphs.replays[value]
-    got = adapted.run(cases, salt="replayed")
-    # In each step the value stream runs twice: behind its prefix, and the candidates.
-    assert graphs.replays[value] - before >= 7
-    step.graphs = None
-    try:
-        want = adapted.run(cases, salt="launched")
-    finally:
-        step.graphs = graphs
-    for mine, theirs in zip(got, want, strict=True):
-        assert tokens(mine) == tokens(theirs)
-        assert logprobs(mine) == pytest.approx(logprobs(theirs), abs=1e-5)

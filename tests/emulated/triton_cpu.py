@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from tests import fast_interpreter
+
 
 def install() -> None:
     """Makes this process interpret Triton's kernels and vLLM run its V2 runner.
@@ -30,7 +32,7 @@ def install() -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     _register_backend()
     _patch_interpreter()
-    _save_time()
+    fast_interpreter.install()
 
 
 def _register_backend() -> None:
@@ -106,34 +108,3 @@ def _patch_interpreter() -> None:
     # Checks for overflow, which compiled kernels leave out too unless they are debugged.
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
-
-
-def _save_time() -> None:
-    """Leaves out what the interpreter does per launch and need not do here."""
-    from triton.runtime import interpreter
-
-    # It copies every argument's whole storage to the host and back. Here all arguments are on the
-    # host: each KV cache would be copied onto itself.
-    def as_they_are(_: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return args, kwargs
-
-    interpreter.GridExecutor._init_args_hst = as_they_are
-    interpreter.GridExecutor._restore_args_dev = lambda *_: None
-
-    # It replaces Triton's language by its own, per launch and per call of a device function, and
-    # puts it back. Nothing is compiled in this process: once is enough.
-    patch_language = interpreter._patch_lang
-    replaced: set[int] = set()
-
-    def once(fn: Any) -> Any:
-        languages = {
-            id(value)
-            for value in fn.__globals__.values()
-            if value is interpreter.tl or value is interpreter.tl.core
-        }
-        if not languages <= replaced:
-            patch_language(fn)
-            replaced.update(languages)
-        return interpreter._LangPatchScope()
-
-    interpreter._patch_lang = once

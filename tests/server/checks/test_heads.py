@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from server.checks.capacity import _weights
+from server.checks.capacity import _scratch
 from server.checks.doctor import diagnose, snapshot
 from server.loading import engine_arguments
 from server.main import run
@@ -199,12 +199,19 @@ def test_a_value_checkpoint_and_its_room(models: Path, tmp_path: Path) -> None:
     assert problems(models, stream) == []
     streams = {**document()["streams"], "value": stream}
 
-    def weights(**steering: Any) -> int:
+    def candidates(**steering: Any) -> tuple[int, int]:
         config = parse(document(streams=streams, steering=steering), models, {})
-        return _weights(config, diagnose(config))
+        found = diagnose(config)
+        # 2 (K, V) × 3 layers × 1 head × 32 × 4 bytes.
+        assert found.streams["value"].kv_bytes == 768
+        each = sum(fact.kv_bytes for fact in found.streams.values())
+        return _scratch(config, found), each
 
-    # Two blocks of 128 tokens for each candidate: 2 (K, V) × 3 layers × 1 head × 32 × 4 bytes.
-    assert weights(max_top_k=20) - weights(max_top_k=10) == 2 * 10 * 128 * 768
+    (more, each), (fewer, _) = candidates(max_top_k=20), candidates(max_top_k=10)
+    # Two blocks of 128 tokens for each candidate, which hold the keys and values of all streams.
+    assert more - fewer == 2 * 10 * 128 * each
+    bare = parse(document(), models, {})
+    assert _scratch(bare, diagnose(bare)) == 0
 
 
 def test_a_value_checkpoint_without_a_head_is_one_line(models: Path) -> None:

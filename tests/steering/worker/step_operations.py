@@ -30,6 +30,7 @@ from steering.plan import BASE, Report, Rule, RuleKind, SteeringPlan, Values
 from steering.wire import SteeringPayload
 from steering.worker import ends as ends_module
 from steering.worker import reporter as reporter_module
+from steering.worker import staging as staging_module
 from steering.worker import values as values_module
 from steering.worker import watch as watch_module
 from steering.worker.batches import Candidates, Schedule
@@ -39,6 +40,7 @@ from steering.worker.readout import Reading, Readout, Vocabulary
 from steering.worker.reporter import Reporter
 from steering.worker.request_state import BatchTables, request_state
 from steering.worker.scoring import Scoring
+from steering.worker.staging import Staging
 from steering.worker.step_plan import StepPlan, plan_step
 from steering.worker.triton_readout import TritonReadout
 from steering.worker.values import ValueStreams, candidates_of
@@ -154,7 +156,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
     from steering.kernels import triton_mix  # not every machine has Triton
 
     with ExitStack() as stack:
-        for module in (ends_module, reporter_module, values_module):
+        for module in (ends_module, staging_module, values_module):
             stack.enter_context(mock.patch.object(module, "to_device", recorder.to_device))
         for module in (reporter_module, watch_module):
             stack.enter_context(mock.patch.object(module, "HostCopy", recorder.host_copy))
@@ -216,12 +218,18 @@ def run(scoring: Scoring, recorder: Recorder, plan: StepPlan) -> None:
     tokens, rows = plan.schedule.tokens, int((plan.schedule.drafts + 1).sum())
     width = layout.width if plan.tables.steered else HIDDEN
     hidden = torch.empty(tokens, width, dtype=layout.dtype, device=recorder.device)
-    scoring.begin(plan)
+    staging, valued = Staging(), list[torch.Tensor]()
+    scoring.begin(plan, staging)
     if plan.tables.steered:
         control = np.repeat(plan.tables.control, plan.schedule.lengths, axis=0)
-        layout.write_control(hidden, *recorder.to_device([control], hidden.device))
+        staging.add([control], lambda there: layout.write_control(hidden, there[0]))
     if plan.valued:
-        _add_values(scoring, recorder, plan, hidden)
+        of = [row for row, _ in plan.valued]
+        last = plan.schedule.starts[1:][of].astype(np.int64)
+        staging.add([last, plan.tables.ends_of(of)], valued.extend)
+    staging.send(hidden.device)
+    if plan.valued:
+        _add_values(scoring, recorder, plan, hidden, *valued)
     z = scoring(torch.empty(rows, width, dtype=layout.dtype, device=recorder.device))
     assert z is not None and z.shape == (rows, SIZE)
     count = len(plan.schedule.drafts)
@@ -232,13 +240,16 @@ def run(scoring: Scoring, recorder: Recorder, plan: StepPlan) -> None:
     scoring(hidden[:1])  # of a prompt
 
 
-def _add_values(scoring: Scoring, recorder: Recorder, plan: StepPlan, hidden: torch.Tensor) -> None:
+def _add_values(
+    scoring: Scoring,
+    recorder: Recorder,
+    plan: StepPlan,
+    hidden: torch.Tensor,
+    last: torch.Tensor,
+    which: torch.Tensor,
+) -> None:
     """As `Step._add_values`."""
     readout, layout = scoring.readout, scoring.readout.layout
-    rows = [row for row, _ in plan.valued]
-    last, which = recorder.to_device(
-        [plan.schedule.starts[1:][rows].astype(np.int64), plan.tables.ends_of(rows)], hidden.device
-    )
     streams = ValueStreams({3: lambda h: h.float().sum(-1)}, {"good": 3}, {3: None}, 8)
 
     def after(_stream: int, tokens: torch.Tensor, _batch: Candidates) -> torch.Tensor:

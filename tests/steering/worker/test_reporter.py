@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from steering.kernels.reference import log_softmax, measure_reference
-from steering.plan import BASE, Rule, RuleKind, SteeringPlan
+from steering.plan import BASE, AdapterUse, Rule, RuleKind, SteeringPlan
 from steering.wire import SteeringPayload
+from steering.worker.adapting import Routed
 from steering.worker.batches import Schedule
 from steering.worker.layout import Layout
 from steering.worker.readout import Reading, Readout, Vocabulary
@@ -20,6 +21,7 @@ from steering.worker.report import KEPT, ReportBook
 from steering.worker.reporter import Reporter
 from steering.worker.request_state import BatchTables, request_state
 from steering.worker.scoring import Scoring
+from steering.worker.staging import HostCopy, Staging
 from steering.worker.step_plan import plan_step
 from steering.worker.watch import Watch
 
@@ -76,7 +78,9 @@ class World:
         self.hidden = torch.randn(int(starts[-1]), self.layout.width, generator=self.rng)
         control = np.repeat(self.batch.control, counts, axis=0)
         self.layout.write_control(self.hidden, torch.from_numpy(control))
-        self.scoring.begin(plan_step(schedule, self.batch))
+        staging = Staging()
+        self.scoring.begin(plan_step(schedule, self.batch), staging)
+        staging.send(torch.device("cpu"))
         z = self.scoring(self.hidden)
         assert z is not None
         kept = z.clone()
@@ -187,3 +191,35 @@ def test_reports_that_nobody_fetches_are_bounded() -> None:
     for i in range(KEPT + 3):
         book.tally(f"tag{i}", "0").begin([BASE], 0)
     assert book.take("tag2", {}) == {} != book.take("tag3", {})
+
+
+def test_routes_are_taken_in_when_they_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for them in a step; a report that is fetched does."""
+
+    class Late(HostCopy):
+        reads = 0
+
+        @property
+        def ready(self) -> bool:
+            return False
+
+        def read(self) -> torch.Tensor:
+            Late.reads += 1
+            return super().read()
+
+    monkeypatch.setattr("steering.worker.reporter.HostCopy", Late)
+    use = AdapterUse("pack", top_k=1)
+    world = World(None, replace(SUM, adapters=(use,)), replace(SUM, adapters=(use,)))
+    counts = torch.tensor([[9, 9], [3, 1], [0, 2]])
+    for _ in range(2):
+        other = Routed("base", "other", torch.full((3, 5), 7))
+        routed = [other, Routed("base", "pack", counts.clone())]
+        # A chunk of the prompt, and a step that draws.
+        for draws in ([True, False, False], True):
+            world.reporter.routes(["0", "1_r", "2"], world.batch, routed)
+            world.step([0, 0, 0], [[7], [11] if draws is True else [], [2]], draws)
+    assert Late.reads == 0
+    assert world.reporter.take("tag1", {"1": 2})["1"]["routed"] == {"base": {"pack": [12, 4]}}
+    assert Late.reads == 6
+    # Of this one only the first token counts: the second was scheduled before the end was known.
+    assert world.reporter.take("tag2", {"0": 1})["0"]["routed"] == {"base": {"pack": [0, 4]}}

@@ -105,3 +105,31 @@ def test_chosen_by_the_platform(monkeypatch: pytest.MonkeyPatch, caplog: Any) ->
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert module.triton_adding(runner, ["base"]) is None
     assert "Triton is not installed" in caplog.text
+
+
+def test_every_kernel_is_launched_before_serving() -> None:
+    """Once for each kind of layer and each way that it is compiled; layers of a kind are alike."""
+
+    def layer(into: int, sizes: tuple[int, ...], split: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            lora_a_stacked=tuple(torch.zeros(2, 1, 8, into) for _ in sizes),
+            lora_b_stacked=tuple(torch.zeros(2, 1, size, 8) for size in sizes),
+            output_slices=sizes,
+            punica_wrapper=SimpleNamespace(split=split),
+        )
+
+    adding = module.TritonAdding(["base"], CPU, tokens=200, lines=4, slots=2, ranks=8)
+    layers = [layer(4, (3, 2)), layer(4, (3, 2)), layer(5, (3, 2)), layer(4, (5,))]
+    embedding = SimpleNamespace(lora_a_stacked=torch.zeros(2, 8, 9), lora_b_stacked=None)
+    # Of 1, 129 and 1025 tokens two fit into a step.
+    assert adding.warm_up([*layers, embedding]) == 3 * 2
+    summed: list[int] = []
+
+    def reduced(scores: torch.Tensor) -> torch.Tensor:
+        summed.append(scores.shape[1])
+        return scores
+
+    operation.split_over_ranks(reduced)
+    assert adding.warm_up([layer(4, (5,), split=True)]) == 2
+    # The sum over ranks is warmed up, too.
+    assert summed == [1, 129]
