@@ -1,0 +1,1 @@
+"""One engine step: its plan on the host, and the passes of its streams."""
