@@ -22,9 +22,13 @@ from steering.engine_args import watched
 from steering.worker import ranks
 from steering.worker.adapting import lora_seam
 from steering.worker.adapting import sets as lora_sets
+from steering.worker.plan.batches import Int32, Int64
+from steering.worker.plan.ends import EndSets
+from steering.worker.plan.layout import Layout
+from steering.worker.plan.request_state import RequestStates
+from steering.worker.plan.staging import Staging
+from steering.worker.plan.step_plan import StepPlan, plan_step
 from steering.worker.readout import heads, overlaps
-from steering.worker.readout.ends import EndSets
-from steering.worker.readout.layout import Layout
 from steering.worker.readout.one_product import OneProduct, one_product
 from steering.worker.readout.readout import Readout
 from steering.worker.readout.report import choice_of
@@ -35,15 +39,11 @@ from steering.worker.readout.watch import Watch
 from steering.worker.runners.v1 import V1View
 from steering.worker.runners.v1_speculation import SpeculationSeam
 from steering.worker.runners.view import RunnerView
-from steering.worker.step.batches import Int32, Int64
 from steering.worker.step.contexts import StreamContexts
 from steering.worker.step.drafting import Drafting
 from steering.worker.step.graphs import Source, captured
-from steering.worker.step.plan import StepPlan, plan_step
-from steering.worker.step.request_state import RequestStates
 from steering.worker.step.run import Counters, Step, forward
 from steering.worker.step.scratch import scratch_blocks
-from steering.worker.step.staging import Staging
 from steering.worker.step.values import ValueStreams
 from steering.worker.streams.models import Streams, hidden_width
 

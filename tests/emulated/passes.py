@@ -26,14 +26,14 @@ from steering.worker.adapting import triton as triton_adding
 from steering.worker.adapting.groups import Adapted
 from steering.worker.adapting.lora_seam import LoraSeam
 from steering.worker.adapting.triton import TritonAdding
-from steering.worker.readout.layout import EXTRA, Layout
+from steering.worker.plan import staging
+from steering.worker.plan.batches import Schedule
+from steering.worker.plan.layout import EXTRA, Layout
+from steering.worker.plan.request_state import BatchTables, RequestState
+from steering.worker.plan.step_plan import StepPlan, plan_step
 from steering.worker.readout.readout import Vocabulary
 from steering.worker.step import run as step
-from steering.worker.step import staging
-from steering.worker.step.batches import Schedule
 from steering.worker.step.graphs import Source, StreamGraphs
-from steering.worker.step.plan import StepPlan, plan_step
-from steering.worker.step.request_state import BatchTables, RequestState
 from steering.worker.step.run import Counters, Step
 from tests.emulated import graphs
 from tests.emulated.capture import Capture

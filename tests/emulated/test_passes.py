@@ -13,10 +13,10 @@ import pytest
 import torch
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
-from steering.worker.step.batches import Candidates, StreamBatch, decoding_batch
+from steering.worker.plan.batches import Candidates, StreamBatch, decoding_batch
+from steering.worker.plan.staging import stage
 from steering.worker.step.graph_inputs import Field
 from steering.worker.step.graphs import RESERVE
-from steering.worker.step.staging import stage
 from tests.emulated.graphs import emulated
 from tests.emulated.passes import (
     BATCHES,

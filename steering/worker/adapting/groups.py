@@ -18,7 +18,7 @@ import torch
 from adapters.kernels.gated import Group, Route, Tally
 from adapters.sets import Block, Layout
 from steering.plan import AdapterUse
-from steering.worker.step.batches import Int64
+from steering.worker.plan.batches import Int64
 
 Float32 = npt.NDArray[np.float32]
 

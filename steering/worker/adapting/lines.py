@@ -21,7 +21,7 @@ from adapters.kernels.lines import CONSTANT, Line, Lines
 from adapters.sets import Layout
 from steering.plan import AdapterUse
 from steering.worker.adapting.groups import Adapted, Routed
-from steering.worker.step.batches import Int64
+from steering.worker.plan.batches import Int64
 
 
 class Place(NamedTuple):

@@ -33,7 +33,7 @@ from steering.worker.adapting.groups import Adapted
 from steering.worker.adapting.layers import StreamAdapters
 from steering.worker.adapting.sets import SetManager
 from steering.worker.adapting.triton import Pass, Write, triton_adding
-from steering.worker.step.batches import Int64
+from steering.worker.plan.batches import Int64
 
 
 def keep_compiling(vllm_config: VllmConfig) -> None:

@@ -19,8 +19,8 @@ from vllm.platforms import current_platform
 from adapters.kernels.lines import Lines
 from steering.worker.adapting.groups import Adapted
 from steering.worker.adapting.lines import Place, StreamLines, stream_lines
-from steering.worker.step.batches import Int32, Int64
-from steering.worker.step.staging import to_device
+from steering.worker.plan.batches import Int32, Int64
+from steering.worker.plan.staging import to_device
 
 if TYPE_CHECKING:
     from adapters.kernels.triton_sum import AdapterTables

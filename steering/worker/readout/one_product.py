@@ -18,7 +18,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from steering.worker.readout.layout import Layout
+from steering.worker.plan.layout import Layout
 
 _LOG = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import torch
 
 from steering.kernels.mix import NEVER, Measures, measure, mix, rows_where
 from steering.plan import CRITICAL_KINDS
-from steering.worker.readout.ends import EndSets
-from steering.worker.readout.layout import Control, Layout
+from steering.worker.plan.ends import EndSets
+from steering.worker.plan.layout import Control, Layout
+from steering.worker.plan.step_plan import Classes
 from steering.worker.readout.watch import Watch
-from steering.worker.step.plan import Classes
 
 if TYPE_CHECKING:  # it imports vLLM, which the arithmetic here does not need
     from steering.worker.readout.one_product import OneProduct

@@ -20,15 +20,15 @@ import torch
 
 from steering.plan import BASE, CRITICAL_KINDS, RuleKind
 from steering.worker.adapting.groups import Routed
-from steering.worker.readout.layout import RULE_KIND, RULE_PARAM, Layout
+from steering.worker.plan.batches import Int64
+from steering.worker.plan.layout import RULE_KIND, RULE_PARAM, Layout
+from steering.worker.plan.request_state import BatchTables, RequestState
+from steering.worker.plan.staging import HostCopy
+from steering.worker.plan.step_plan import StepPlan
 from steering.worker.readout.readout import Mixed, Reading, Readout
 from steering.worker.readout.report import ReportBook, StepRecord, Tally, choice_of
 from steering.worker.readout.rows import DrawRows
 from steering.worker.readout.watch import Watch
-from steering.worker.step.batches import Int64
-from steering.worker.step.plan import StepPlan
-from steering.worker.step.request_state import BatchTables, RequestState
-from steering.worker.step.staging import HostCopy
 
 Path = tuple[str, ...]
 """Where a number belongs in the entry of a token."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from steering.worker.step.batches import Int64, Schedule
+from steering.worker.plan.batches import Int64, Schedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from functools import partial
 
 import torch
 
+from steering.worker.plan.staging import Staging
+from steering.worker.plan.step_plan import Classes, StepPlan
 from steering.worker.readout.readout import Readout
 from steering.worker.readout.reporter import Reporter, StagedReport, StepReport
 from steering.worker.readout.rows import DrawRows
-from steering.worker.step.plan import Classes, StepPlan
-from steering.worker.step.staging import Staging
 
 
 @dataclass

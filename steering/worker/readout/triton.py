@@ -14,9 +14,9 @@ from vllm.platforms import current_platform
 
 from steering.kernels.mix import FEW_ROWS, Measures
 from steering.plan import RuleKind
-from steering.worker.readout.layout import Control
+from steering.worker.plan.layout import Control
+from steering.worker.plan.step_plan import Classes
 from steering.worker.readout.readout import Mixed, Readout
-from steering.worker.step.plan import Classes
 
 _LOG = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from steering.worker.step.staging import HostCopy
+from steering.worker.plan.staging import HostCopy
 
 NOTHING_LEFT = 1 << 62
 """The flag of a request whose constraints leave no id; no stream's bit."""

@@ -15,10 +15,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from steering.refused import refused_config
 from steering.wire import unpack
+from steering.worker.plan.batches import Int64, Schedule
+from steering.worker.plan.request_state import RequestStates
 from steering.worker.readout.watch import Watch
 from steering.worker.runners.view import RunnerView, Sampled
-from steering.worker.step.batches import Int64, Schedule
-from steering.worker.step.request_state import RequestStates
 
 
 class V1View(RunnerView):

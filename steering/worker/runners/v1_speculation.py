@@ -17,7 +17,7 @@ from vllm.v1.sample.ops.bad_words import apply_bad_words
 from vllm.v1.sample.ops.penalties import apply_all_penalties
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p, random_sample
 
-from steering.worker.step.batches import Int64
+from steering.worker.plan.batches import Int64
 
 
 def expand(

@@ -18,11 +18,11 @@ from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 from steering.refused import refused_config
 from steering.wire import unpack
+from steering.worker.plan.batches import Int64, Schedule
+from steering.worker.plan.request_state import RequestStates
 from steering.worker.readout.watch import Watch
 from steering.worker.runners.v2_speculator import StreamSpeculator
 from steering.worker.runners.view import RunnerView, Sampled
-from steering.worker.step.batches import Int64, Schedule
-from steering.worker.step.request_state import RequestStates
 
 
 class _Steered:

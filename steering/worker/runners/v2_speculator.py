@@ -18,9 +18,9 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from steering.worker.step.batches import Int64, StreamBatch
-from steering.worker.step.plan import StepPlan
-from steering.worker.step.staging import StagedBatch, stage, to_device
+from steering.worker.plan.batches import Int64, StreamBatch
+from steering.worker.plan.staging import StagedBatch, stage, to_device
+from steering.worker.plan.step_plan import StepPlan
 
 Score = Callable[[torch.Tensor, StagedBatch], torch.Tensor]
 """As `drafting.Score`."""

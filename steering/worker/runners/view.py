@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from steering.worker.plan.batches import Int64, Schedule
 from steering.worker.readout.watch import Watch
-from steering.worker.step.batches import Int64, Schedule
 
 Sampled = Callable[[torch.Tensor], None]
 """Called with [Q, K + 1] int64 what a step drew, on the device: −1 where it drew nothing."""

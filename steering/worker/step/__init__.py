@@ -1,1 +1,1 @@
-"""One engine step: its plan on the host, and the passes of its streams."""
+"""The passes of one engine step: contexts, graphs, candidates and drafts."""

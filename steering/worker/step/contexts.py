@@ -25,8 +25,8 @@ from vllm.forward_context import (
 )
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
-from steering.worker.step.batches import Candidates
-from steering.worker.step.staging import StagedBatch
+from steering.worker.plan.batches import Candidates
+from steering.worker.plan.staging import StagedBatch
 from steering.worker.step.values import broadcast, gather
 
 BlockTable = Callable[[int], tuple[torch.Tensor, int]]

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 
+from steering.worker.plan.batches import Bool, Int32, Int64, StreamBatch
+from steering.worker.plan.request_state import BatchTables
+from steering.worker.plan.staging import StagedBatch, stage
 from steering.worker.runners.v1_speculation import SpeculationSeam
-from steering.worker.step.batches import Bool, Int32, Int64, StreamBatch
-from steering.worker.step.request_state import BatchTables
-from steering.worker.step.staging import StagedBatch, stage
 
 Score = Callable[[torch.Tensor, StagedBatch], torch.Tensor]
 """Runs the draft stream: ([n] token ids of the base, a batch of n one-token rows) → [n, V] float32

@@ -10,7 +10,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from steering.worker.step.batches import Candidates, Int32, StreamBatch
+from steering.worker.plan.batches import Candidates, Int32, StreamBatch
 
 LARGEST = 512
 """Rows of the largest graph, if nobody asks for others; as vLLM's."""

@@ -41,8 +41,8 @@ from vllm.utils.torch_utils import current_stream
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
+from steering.worker.plan.batches import Int32, StreamBatch
 from steering.worker.readout.overlaps import read_as
-from steering.worker.step.batches import Int32, StreamBatch
 from steering.worker.step.contexts import LayerGroup, for_graphs, unsupported
 from steering.worker.step.graph_inputs import Field, graph_sizes, host_inputs
 

@@ -18,13 +18,13 @@ import torch
 from steering.worker.adapting.groups import Adapted
 from steering.worker.adapting.lora_seam import LoraSeam
 from steering.worker.adapting.triton import Pass
+from steering.worker.plan.batches import Candidates, Int64, Schedule, StreamBatch, decoding_batch
+from steering.worker.plan.staging import StagedBatch, Staging, arrays_of
+from steering.worker.plan.step_plan import StepPlan
 from steering.worker.readout.overlaps import read_as
 from steering.worker.readout.readout import Readout
-from steering.worker.step.batches import Candidates, Int64, Schedule, StreamBatch, decoding_batch
 from steering.worker.step.contexts import StreamContexts
 from steering.worker.step.graphs import StreamGraphs
-from steering.worker.step.plan import StepPlan
-from steering.worker.step.staging import StagedBatch, Staging, arrays_of
 from steering.worker.step.values import ValueStreams, candidates_of
 
 

@@ -19,8 +19,8 @@ import torch
 from steering.kernels.mix import NEVER, Ends
 from steering.kernels.values import value_offsets
 from steering.plan import Values
-from steering.worker.step.batches import Bool, Candidates, Int32, Int64, Schedule
-from steering.worker.step.staging import to_device
+from steering.worker.plan.batches import Bool, Candidates, Int32, Int64, Schedule
+from steering.worker.plan.staging import to_device
 
 Asked = tuple[int, Values]
 """(row of the step, what its plan asks for)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from steering.worker.step.batches import Candidates, StreamBatch
+from steering.worker.plan.batches import Candidates, StreamBatch
 from steering.worker.step.graph_inputs import LARGEST, Field, graph_sizes, host_inputs
 
 

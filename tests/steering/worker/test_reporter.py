@@ -14,16 +14,16 @@ from steering.kernels.reference import log_softmax, measure_reference
 from steering.plan import BASE, AdapterUse, Rule, RuleKind, SteeringPlan
 from steering.wire import SteeringPayload
 from steering.worker.adapting.groups import Routed
-from steering.worker.readout.layout import Layout
+from steering.worker.plan.batches import Schedule
+from steering.worker.plan.layout import Layout
+from steering.worker.plan.request_state import BatchTables, request_state
+from steering.worker.plan.staging import HostCopy, Staging
+from steering.worker.plan.step_plan import plan_step
 from steering.worker.readout.readout import Reading, Readout, Vocabulary
 from steering.worker.readout.report import KEPT, ReportBook
 from steering.worker.readout.reporter import Reporter
 from steering.worker.readout.scoring import Scoring
 from steering.worker.readout.watch import Watch
-from steering.worker.step.batches import Schedule
-from steering.worker.step.plan import plan_step
-from steering.worker.step.request_state import BatchTables, request_state
-from steering.worker.step.staging import HostCopy, Staging
 
 SIZE, HIDDEN = 40, 8
 NAMES = (BASE, "chat", "plain")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from steering.kernels.mix import BLOCK, Ends
-from steering.worker.step.staging import to_device
+from steering.worker.plan.staging import to_device
 
 Own = tuple[int, ...]
 """Stop ids of a request that the base does not end a text with, in order."""

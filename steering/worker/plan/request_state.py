@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from steering.plan import BASE, CRITICAL_KINDS, AdapterUse, RuleKind, Values
 from steering.wire import SteeringPayload
-from steering.worker.readout.ends import Own
-from steering.worker.readout.layout import (
+from steering.worker.plan.batches import Bool, Int32, OwnPrompts
+from steering.worker.plan.ends import Own
+from steering.worker.plan.layout import (
     ENDS,
     EXTRA,
     RULE_HEAD,
@@ -27,7 +28,6 @@ from steering.worker.readout.layout import (
     RULE_PARAM,
     RULE_STREAM,
 )
-from steering.worker.step.batches import Bool, Int32, OwnPrompts
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ from typing import Self
 import numpy as np
 
 from steering.plan import CRITICAL_KINDS, RuleKind, Values
-from steering.worker.readout.layout import RULE_HEAD, RULE_KIND
-from steering.worker.step.batches import Schedule, StreamBatch, stream_batch
-from steering.worker.step.request_state import BatchTables
+from steering.worker.plan.batches import Schedule, StreamBatch, stream_batch
+from steering.worker.plan.layout import RULE_HEAD, RULE_KIND
+from steering.worker.plan.request_state import BatchTables
 
 
 @dataclass(frozen=True, slots=True)

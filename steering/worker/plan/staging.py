@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from steering.worker.step.batches import Candidates, StreamBatch
+from steering.worker.plan.batches import Candidates, StreamBatch
 
 _ALIGN = 16
 """Bytes at whose multiples each array begins."""
