@@ -207,7 +207,7 @@ class Driven:
         """Lets one of the authors' forms compute packs; None: our own kernels again."""
         from adapters.kernels import gated, operation
         from load_tests.meteora_forms import FORMS, adding
-        from steering.worker import lora_seam
+        from steering.worker.adapting import lora_seam
 
         def added(groups: Sequence[Any], *_: Any) -> operation.Added:
             return operation.Added(None, tuple(groups))

@@ -31,10 +31,10 @@ import torch
 
 from load_tests.adapter_kernel_bench import Timer
 from steering.plan import CRITICAL_KINDS, RuleKind
-from steering.worker.ends import EndSets
-from steering.worker.layout import Layout
-from steering.worker.readout import Reading, Readout, Vocabulary
-from steering.worker.step_plan import Classes
+from steering.worker.plan.ends import EndSets
+from steering.worker.plan.layout import Layout
+from steering.worker.plan.step_plan import Classes
+from steering.worker.readout.readout import Reading, Readout, Vocabulary
 
 PARAMS = {RuleKind.PLAUSIBLE: 0.1, RuleKind.NUCLEUS: 0.95, RuleKind.CRITICAL: 0.5}
 ENDS = (2, 5)

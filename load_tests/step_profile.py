@@ -95,8 +95,12 @@ def watch_model(clock: Clock, model: Any) -> None:
         clock.patch(model, "forward", "forward: base")
         clock.patch(model, "compute_logits", "unembed: base")
         return
-    from steering.worker import contexts, layout, one_product, readout, request_state, step, v1
     from steering.worker import model as steered
+    from steering.worker.plan import layout, request_state
+    from steering.worker.readout import one_product, readout
+    from steering.worker.runners import v1
+    from steering.worker.step import contexts
+    from steering.worker.step import run as step
 
     for i, name in enumerate(model.names):
         label = name if name == "base" else "companions"

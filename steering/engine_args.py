@@ -22,7 +22,7 @@ BASE_ARCHITECTURES = "coxswain_base_architectures"
 
 WORKER_EXTENSION = "steering.worker.extension.WorkerExtension"
 SCHEDULER = "steering.worker.scheduler.SteeredScheduler"
-DRAFTER = "steering.worker.drafting.Drafter"
+DRAFTER = "steering.worker.step.drafting.Drafter"
 
 
 SCRATCH = 2
@@ -227,7 +227,7 @@ def _compilation(config: Any, *, uncompiled: bool) -> Any:
 
 
 def watched(sources: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-    """The streams that run, base first, then the heads: bit i of `steering.worker.watch`'s flags.
+    """The streams that run, base first, then the heads: the bits of `worker/readout/watch.py`.
 
     Args:
         sources: the streams beside the base, as `StreamSource` fields; None is left out.

@@ -36,7 +36,7 @@ DIFFERENCES: Mapping[str, str] = {
     "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p": _OPTIONAL,
     "vllm.v1.worker.gpu.block_table:BlockTables": (
         "blocks below a sliding window are hidden from the step, which a lagging stream still "
-        "reads; no layer of a stream counts as sliding (`steering/worker/kv_layers.py`)"
+        "reads; no layer of a stream counts as sliding (`steering/worker/streams/kv_layers.py`)"
     ),
     "vllm.v1.worker.gpu.input_batch:InputBatch": (
         "context parallelism keeps its fields elsewhere; it is refused (`steering/refused.py`)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import ClassVar
 
-from steering.worker.answers import Answer
+from steering.worker.adapting.answers import Answer
 from steering.worker.extension import WorkerExtension
 from tests.faulty import error_of, note_broken, wish
 from tests.injected import content, failing, filled

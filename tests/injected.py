@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from steering.worker import lora_sets
+from steering.worker.adapting import sets as lora_sets
 
 Point = Literal["read", "pack", "fill", "half"]
 """read   while the files are read: after some layers

@@ -22,8 +22,8 @@ def register() -> None:
     from vllm.version import __version__
 
     check_version(__version__)
-    from steering.worker import speculator_hook
-    from steering.worker.stream_config import register_hooks
+    from steering.worker.runners import speculator_hook
+    from steering.worker.streams.config import register_hooks
 
     end_with_parent()
     register_hooks()

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from steering.worker.adapter_layers import adapted_layers
-from steering.worker.answers import Answer, answer
+from steering.worker.adapting.answers import Answer, answer
+from steering.worker.adapting.layers import adapted_layers
 
 
 class WorkerExtension:

@@ -13,7 +13,7 @@ from typing import Any
 from vllm.config import VllmConfig
 
 from steering.worker.model import SteeredForCausalLM
-from steering.worker.stream_config import architectures
+from steering.worker.streams.config import architectures
 
 
 class SteeredHybridForCausalLM(SteeredForCausalLM):
@@ -25,7 +25,7 @@ class SteeredHybridForCausalLM(SteeredForCausalLM):
     @staticmethod
     def get_model_state_cls() -> type:
         """What Model Runner V2 keeps of this model's requests, and of the base's states."""
-        from steering.worker.v2 import SteeredHybridModelState
+        from steering.worker.runners.v2 import SteeredHybridModelState
 
         return SteeredHybridModelState
 

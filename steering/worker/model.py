@@ -19,30 +19,33 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from steering.engine_args import watched
-from steering.worker import heads, lora_seam, lora_sets, overlaps, ranks
-from steering.worker.batches import Int32, Int64
-from steering.worker.contexts import StreamContexts
-from steering.worker.drafting import Drafting
-from steering.worker.ends import EndSets
-from steering.worker.graphs import Source, captured
-from steering.worker.layout import Layout
-from steering.worker.one_product import OneProduct, one_product
-from steering.worker.readout import Readout
-from steering.worker.report import choice_of
-from steering.worker.reporter import Reporter
-from steering.worker.request_state import RequestStates
-from steering.worker.runner import RunnerView
-from steering.worker.scoring import Scoring
-from steering.worker.scratch import scratch_blocks
-from steering.worker.speculation_seam import SpeculationSeam
-from steering.worker.staging import Staging
-from steering.worker.step import Counters, Step, forward
-from steering.worker.step_plan import StepPlan, plan_step
-from steering.worker.streams import Streams, hidden_width
-from steering.worker.triton_readout import TritonReadout, readout_class
-from steering.worker.v1 import V1View
-from steering.worker.values import ValueStreams
-from steering.worker.watch import Watch
+from steering.worker import ranks
+from steering.worker.adapting import lora_seam
+from steering.worker.adapting import sets as lora_sets
+from steering.worker.plan.batches import Int32, Int64
+from steering.worker.plan.ends import EndSets
+from steering.worker.plan.layout import Layout
+from steering.worker.plan.request_state import RequestStates
+from steering.worker.plan.staging import Staging
+from steering.worker.plan.step_plan import StepPlan, plan_step
+from steering.worker.readout import heads, overlaps
+from steering.worker.readout.one_product import OneProduct, one_product
+from steering.worker.readout.readout import Readout
+from steering.worker.readout.report import choice_of
+from steering.worker.readout.reporter import Reporter
+from steering.worker.readout.scoring import Scoring
+from steering.worker.readout.triton import TritonReadout, readout_class
+from steering.worker.readout.watch import Watch
+from steering.worker.runners.v1 import V1View
+from steering.worker.runners.v1_speculation import SpeculationSeam
+from steering.worker.runners.view import RunnerView
+from steering.worker.step.contexts import StreamContexts
+from steering.worker.step.drafting import Drafting
+from steering.worker.step.graphs import Source, captured
+from steering.worker.step.run import Counters, Step, forward
+from steering.worker.step.scratch import scratch_blocks
+from steering.worker.step.values import ValueStreams
+from steering.worker.streams.models import Streams, hidden_width
 
 
 class SteeredForCausalLM(nn.Module):
@@ -164,8 +167,8 @@ class SteeredForCausalLM(nn.Module):
             seam = SpeculationSeam(runner)
             self._drafting = Drafting(self._draft, tokens, model.max_model_len, score, seam)
         else:
-            from steering.worker.v2 import V2View
-            from steering.worker.v2_drafting import DeviceDrafting
+            from steering.worker.runners.v2 import V2View
+            from steering.worker.runners.v2_speculator import DeviceDrafting
 
             assert isinstance(view, V2View)
             drafting = DeviceDrafting(self._draft, tokens, model.max_model_len, score)
@@ -223,7 +226,7 @@ class SteeredForCausalLM(nn.Module):
     @staticmethod
     def get_model_state_cls() -> type:
         """What Model Runner V2 keeps of this model's requests."""
-        from steering.worker.v2 import SteeredModelState
+        from steering.worker.runners.v2 import SteeredModelState
 
         return SteeredModelState
 
@@ -314,6 +317,6 @@ def _view_of(runner: Any, states: RequestStates) -> RunnerView:
     """The view of either of vLLM's runners; V2 has a model state."""
     if not hasattr(runner, "model_state"):
         return V1View(runner, states)
-    from steering.worker.v2 import V2View
+    from steering.worker.runners.v2 import V2View
 
     return V2View(runner)

@@ -23,8 +23,8 @@ from vllm.v1.request import RequestStatus
 from steering import broken
 from steering.engine_args import watched
 from steering.wire import unpack
-from steering.worker.scratch import scratch_blocks
-from steering.worker.watch import named
+from steering.worker.readout.watch import named
+from steering.worker.step.scratch import scratch_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class SteeredScheduler(Scheduler):
     """vLLM's scheduler; only lagging requests' block hashes differ, and the room for drafts.
 
-    And requests end whose streams gave no numbers: see `steering.worker.watch`. Made with
+    And requests end whose streams gave no numbers: see `steering.worker.readout.watch`. Made with
     asynchronous scheduling it is a `SteeredAsyncScheduler`.
     """
 

@@ -62,7 +62,7 @@ def problems(config: Config) -> list[str]:
 
     from server.checks.doctor import diagnose
     from steering.refused import refused_config
-    from steering.worker import lora_seam
+    from steering.worker.adapting import lora_seam
 
     diagnosis = diagnose(config)
     if diagnosis.problems:
@@ -81,7 +81,7 @@ def main() -> None:
     """Writes {platform: {name: problems}} of [name, folder, configuration]s."""
     configs = {n: parse(document, Path(folder), {}) for n, folder, document in json.load(sys.stdin)}
     environment(next(iter(configs.values())))
-    from steering.worker import hybrid, model  # noqa: F401  # as this platform can
+    from steering.worker import model  # noqa: F401  # as this platform can
 
     found = {}
     for platform in PLATFORMS:

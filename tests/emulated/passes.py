@@ -22,17 +22,19 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from adapters.kernels import triton_operation
-from steering.worker import staging, step, triton_adding
-from steering.worker.adapting import Adapted
-from steering.worker.batches import Schedule
-from steering.worker.graphs import Source, StreamGraphs
-from steering.worker.layout import EXTRA, Layout
-from steering.worker.lora_seam import LoraSeam
-from steering.worker.readout import Vocabulary
-from steering.worker.request_state import BatchTables, RequestState
-from steering.worker.step import Counters, Step
-from steering.worker.step_plan import StepPlan, plan_step
-from steering.worker.triton_adding import TritonAdding
+from steering.worker.adapting import triton as triton_adding
+from steering.worker.adapting.groups import Adapted
+from steering.worker.adapting.lora_seam import LoraSeam
+from steering.worker.adapting.triton import TritonAdding
+from steering.worker.plan import staging
+from steering.worker.plan.batches import Schedule
+from steering.worker.plan.layout import EXTRA, Layout
+from steering.worker.plan.request_state import BatchTables, RequestState
+from steering.worker.plan.step_plan import StepPlan, plan_step
+from steering.worker.readout.readout import Vocabulary
+from steering.worker.step import run as step
+from steering.worker.step.graphs import Source, StreamGraphs
+from steering.worker.step.run import Counters, Step
 from tests.emulated import graphs
 from tests.emulated.capture import Capture
 from tests.emulated.graphs import ALLOCATIONS, CUDAGraph

@@ -64,7 +64,8 @@ def like_cuda(
     from vllm.v1.worker.worker_base import CompilationTimes
 
     from adapters.kernels import operation, triton_operation
-    from steering.worker import lora_seam, triton_adding
+    from steering.worker.adapting import lora_seam
+    from steering.worker.adapting import triton as triton_adding
 
     platform = type(current_platform)
 

@@ -17,7 +17,7 @@ import pytest
 from steering import refused
 from steering.engine_args import StreamSource, steered_engine_args
 from steering.errors import DoesNotFit
-from steering.worker import v2
+from steering.worker.runners import v2
 from tests.emulated.plain import runner
 from tests.emulated.platform import like_cuda
 from tests.engine.driver import Case, Engine, logprobs, tokens

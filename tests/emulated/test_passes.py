@@ -13,10 +13,10 @@ import pytest
 import torch
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
-from steering.worker.batches import Candidates, StreamBatch, decoding_batch
-from steering.worker.graph_inputs import Field
-from steering.worker.graphs import RESERVE
-from steering.worker.staging import stage
+from steering.worker.plan.batches import Candidates, StreamBatch, decoding_batch
+from steering.worker.plan.staging import stage
+from steering.worker.step.graph_inputs import Field
+from steering.worker.step.graphs import RESERVE
 from tests.emulated.graphs import emulated
 from tests.emulated.passes import (
     BATCHES,
@@ -103,7 +103,7 @@ def test_what_was_counted_is_right(passes: Passes, name: str) -> None:
 def test_graphs_leave_memory_free(caplog: pytest.LogCaptureFixture) -> None:
     """Four of six fit: the two left out are of the smaller size, whose rows are padded further."""
     free = iter([2 * RESERVE] * 5 + [RESERVE - 1] * 2)
-    with emulated(), caplog.at_level("INFO", "steering.worker.graphs"):
+    with emulated(), caplog.at_level("INFO", "steering.worker.step.graphs"):
         few = Passes((4, 8), lambda: next(free))
     assert "graphs: 4 of 3 streams, 512 MiB taken" in caplog.text
     assert "2 of 6 were left out" in caplog.text

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from adapters.errors import DoesNotFit
 from adapters.formats.base import base_shapes
 from steering.engine_args import adapter_engine_args
-from steering.worker.base_layers import EngineLayers
+from steering.worker.adapting.base_layers import EngineLayers
 from tests.adapters import kinds
 from tests.adapters.kinds import ALL, ATTENTION, GPT2, OPT, adalora, ia3, lora, vera
 from tests.adapters.layers import CheckpointLayers

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from steering.worker.readout import Readout
+from steering.worker.readout.readout import Readout
 from tests.engine.driver import BLOCK, ERRORS, Case, Engine, logprobs, tokens
 from tests.models import SPECIAL, VOCAB_SIZE
 

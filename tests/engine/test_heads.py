@@ -242,7 +242,7 @@ def test_prefix_cache_hits_of_values(headed: Engine) -> None:
 
 def test_nothing_of_a_candidate_remains(headed: Engine) -> None:
     """The blocks that vLLM manages are the same, bit for bit, before and after candidates run."""
-    from steering.worker.values import ValueStreams
+    from steering.worker.step.values import ValueStreams
 
     runner = headed.llm.llm_engine.model_executor.driver_worker.worker.model_runner
     layers = runner.vllm_config.compilation_config.static_forward_context

@@ -19,7 +19,7 @@ from transformers import OPTConfig
 
 from adapters.formats.base import base_shapes
 from steering.engine_args import Speculation, adapter_engine_args
-from steering.worker.base_layers import EngineLayers
+from steering.worker.adapting.base_layers import EngineLayers
 from tests.adapters import kinds
 from tests.adapters.layers import CheckpointLayers
 from tests.engine import test_adapter_kinds as adapter_kinds

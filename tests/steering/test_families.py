@@ -12,7 +12,7 @@ from vllm.config.model import ModelArchConfigConvertorBase
 from steering.errors import DoesNotFit
 from steering.families import EXPERTS, beside_hybrid, is_hybrid, stream_architecture
 from steering.language import LanguagePart, original_prefixes, renamed
-from steering.worker.stream_config import prepare_experts
+from steering.worker.streams.config import prepare_experts
 
 
 def config(architecture: str, **more: Any) -> Any:

@@ -12,12 +12,16 @@ import steering
 ROOT = Path(steering.__file__).parent.parent
 README = (ROOT / "steering" / "README.md").read_text(encoding="utf-8")
 STEPS = re.findall(r"^\| \d+ [\w ]+ \| `([^`]+)` \| `([^`]+)` \|", README, re.MULTILINE)
-FILES = re.findall(r"`([\w/]+\.py)`", README.partition("## Files beside the path")[2])
+BESIDE = README.partition("## Files beside the path")[2]
+FILES = re.findall(r"`([\w/]+\.py)`", BESIDE)
+FOLDERS = re.findall(r"`(worker/\w+)/`", BESIDE)
 
 
 def test_the_tables_are_found() -> None:
     assert len(STEPS) == 13
-    assert len(FILES) == 12
+    assert len(FILES) == 14
+    here = {f"worker/{p.parent.name}" for p in (ROOT / "steering/worker").glob("*/__init__.py")}
+    assert {*FOLDERS} == here
 
 
 @pytest.mark.parametrize(("file", "name"), STEPS)

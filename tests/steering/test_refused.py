@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from steering.engine_args import steered_engine_args
 from steering.errors import DoesNotFit
 from steering.refused import REFUSED, refusals, refused_config
-from steering.worker import v1, v2
+from steering.worker.runners import v1, v2
 from tests.models import make_model
 
 BAD: dict[str, Any] = {

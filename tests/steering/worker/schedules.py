@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from steering.worker.batches import Schedule
+from steering.worker.plan.batches import Schedule
 
 
 def scheduled(starts: Sequence[int], computed: Sequence[int]) -> Schedule:

@@ -28,23 +28,23 @@ from torch.utils._pytree import tree_leaves
 
 from steering.plan import BASE, Report, Rule, RuleKind, SteeringPlan, Values
 from steering.wire import SteeringPayload
-from steering.worker import ends as ends_module
-from steering.worker import reporter as reporter_module
-from steering.worker import staging as staging_module
-from steering.worker import values as values_module
-from steering.worker import watch as watch_module
-from steering.worker.batches import Candidates, Schedule
-from steering.worker.ends import EndSets
-from steering.worker.layout import Layout
-from steering.worker.readout import Reading, Readout, Vocabulary
-from steering.worker.reporter import Reporter
-from steering.worker.request_state import BatchTables, request_state
-from steering.worker.scoring import Scoring
-from steering.worker.staging import Staging
-from steering.worker.step_plan import StepPlan, plan_step
-from steering.worker.triton_readout import TritonReadout
-from steering.worker.values import ValueStreams, candidates_of
-from steering.worker.watch import Watch
+from steering.worker.plan import ends as ends_module
+from steering.worker.plan import staging as staging_module
+from steering.worker.plan.batches import Candidates, Schedule
+from steering.worker.plan.ends import EndSets
+from steering.worker.plan.layout import Layout
+from steering.worker.plan.request_state import BatchTables, request_state
+from steering.worker.plan.staging import Staging
+from steering.worker.plan.step_plan import StepPlan, plan_step
+from steering.worker.readout import reporter as reporter_module
+from steering.worker.readout import watch as watch_module
+from steering.worker.readout.readout import Reading, Readout, Vocabulary
+from steering.worker.readout.reporter import Reporter
+from steering.worker.readout.scoring import Scoring
+from steering.worker.readout.triton import TritonReadout
+from steering.worker.readout.watch import Watch
+from steering.worker.step import values as values_module
+from steering.worker.step.values import ValueStreams, candidates_of
 
 SIZE, HIDDEN, TOP_K, DRAFTS = 160, 16, 5, 2
 NAMES = (BASE, "chat", "plain", "good")

@@ -10,7 +10,7 @@ import torch
 from vllm.model_executor.models.utils import WeightsMapper
 
 from adapters.errors import DoesNotFit
-from steering.worker.adapter_layers import Slice, checkpoint_layers, fit
+from steering.worker.adapting.layers import Slice, checkpoint_layers, fit
 
 NAME = "language_model.model.layers.0.mlp.down_proj"
 

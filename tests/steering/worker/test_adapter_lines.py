@@ -10,8 +10,8 @@ import torch
 from adapters.kernels.lines import CONSTANT, Line
 from adapters.sets import AdapterSet
 from steering.plan import AdapterUse
-from steering.worker.adapter_lines import stream_lines
-from steering.worker.adapting import Adapted
+from steering.worker.adapting.groups import Adapted
+from steering.worker.adapting.lines import stream_lines
 from tests.steering.worker.test_adapting import SETS, SLOTS, STREAMS, random_uses
 
 Gates = list[tuple[float, tuple[int, float, tuple[int, ...]] | None]]

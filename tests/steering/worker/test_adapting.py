@@ -10,7 +10,7 @@ import torch
 from adapters.kernels.gated import Group
 from adapters.sets import AdapterSet, Member
 from steering.plan import AdapterUse
-from steering.worker.adapting import Adapted
+from steering.worker.adapting.groups import Adapted
 
 CPU = torch.device("cpu")
 STREAMS = {"base": "base", "chat": "chat", "twin": "base"}

@@ -11,7 +11,8 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 
 from adapters.errors import DoesNotFit
 from adapters.sets import AdapterSet, Layout, Member
-from steering.worker import base_layers, lora_sets
+from steering.worker.adapting import base_layers
+from steering.worker.adapting import sets as lora_sets
 
 WEIGHT = torch.randn(6, 300, generator=torch.Generator().manual_seed(1))
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from steering.worker.batches import Candidates, OwnPrompts, stream_batch
-from steering.worker.staging import stage, to_device
+from steering.worker.plan.batches import Candidates, OwnPrompts, stream_batch
+from steering.worker.plan.staging import stage, to_device
 from tests.steering.worker.schedules import scheduled
 
 BLOCK = 4

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from steering.worker.speculation_seam import Draws
+from steering.worker.runners.v1_speculation import Draws
 
 
 def runner(allowed: torch.Tensor) -> Any:

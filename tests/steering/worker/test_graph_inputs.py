@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from steering.worker.batches import Candidates, StreamBatch
-from steering.worker.graph_inputs import LARGEST, Field, graph_sizes, host_inputs
+from steering.worker.plan.batches import Candidates, StreamBatch
+from steering.worker.step.graph_inputs import LARGEST, Field, graph_sizes, host_inputs
 
 
 @pytest.mark.parametrize(

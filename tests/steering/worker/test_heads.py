@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from steering.heads import HeadError, find_head
-from steering.worker.heads import Head, body_weights
+from steering.worker.readout.heads import Head, body_weights
 
 WIDTH = 6
 X = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from steering.worker.layout import EXTRA, Layout
+from steering.worker.plan.layout import EXTRA, Layout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from steering.worker.lora_sets import _Reading, arrange
+from steering.worker.adapting.sets import _Reading, arrange
 
 
 class Layer:

@@ -13,10 +13,10 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from steering.worker.layout import EXTRA, Layout
-from steering.worker.one_product import one_product
-from steering.worker.readout import Readout, Vocabulary
-from steering.worker.step_plan import Classes
+from steering.worker.plan.layout import EXTRA, Layout
+from steering.worker.plan.step_plan import Classes
+from steering.worker.readout.one_product import one_product
+from steering.worker.readout.readout import Readout, Vocabulary
 
 SIZE, PADDED = 96, torch.tensor([94, 95])
 

@@ -11,7 +11,11 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.platforms import current_platform
 
 from steering.language import original_prefixes
-from steering.worker.quantisation import CheckpointName, _not_on_cpus, ask_by_checkpoint_names
+from steering.worker.streams.quantisation import (
+    CheckpointName,
+    _not_on_cpus,
+    ask_by_checkpoint_names,
+)
 
 LEFT, KEPT = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
 

@@ -13,7 +13,7 @@ import torch
 
 from adapters.errors import BadAdapter, DoesNotFit, RankFault
 from steering.worker import ranks
-from steering.worker.lora_sets import SetManager
+from steering.worker.adapting.sets import SetManager
 
 Work = Callable[[], Iterator[int]]
 

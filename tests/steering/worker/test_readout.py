@@ -10,9 +10,9 @@ import torch
 
 from steering.kernels.reference import mix_reference
 from steering.plan import BASE, Recipe
-from steering.worker.layout import Layout
-from steering.worker.readout import Readout, Vocabulary
-from steering.worker.step_plan import Classes
+from steering.worker.plan.layout import Layout
+from steering.worker.plan.step_plan import Classes
+from steering.worker.readout.readout import Readout, Vocabulary
 
 SIZE = 40
 PADDED = torch.tensor([38, 39])

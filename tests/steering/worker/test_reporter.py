@@ -13,17 +13,17 @@ import torch
 from steering.kernels.reference import log_softmax, measure_reference
 from steering.plan import BASE, AdapterUse, Rule, RuleKind, SteeringPlan
 from steering.wire import SteeringPayload
-from steering.worker.adapting import Routed
-from steering.worker.batches import Schedule
-from steering.worker.layout import Layout
-from steering.worker.readout import Reading, Readout, Vocabulary
-from steering.worker.report import KEPT, ReportBook
-from steering.worker.reporter import Reporter
-from steering.worker.request_state import BatchTables, request_state
-from steering.worker.scoring import Scoring
-from steering.worker.staging import HostCopy, Staging
-from steering.worker.step_plan import plan_step
-from steering.worker.watch import Watch
+from steering.worker.adapting.groups import Routed
+from steering.worker.plan.batches import Schedule
+from steering.worker.plan.layout import Layout
+from steering.worker.plan.request_state import BatchTables, request_state
+from steering.worker.plan.staging import HostCopy, Staging
+from steering.worker.plan.step_plan import plan_step
+from steering.worker.readout.readout import Reading, Readout, Vocabulary
+from steering.worker.readout.report import KEPT, ReportBook
+from steering.worker.readout.reporter import Reporter
+from steering.worker.readout.scoring import Scoring
+from steering.worker.readout.watch import Watch
 
 SIZE, HIDDEN = 40, 8
 NAMES = (BASE, "chat", "plain")
@@ -207,7 +207,7 @@ def test_routes_are_taken_in_when_they_arrive(monkeypatch: pytest.MonkeyPatch) -
             Late.reads += 1
             return super().read()
 
-    monkeypatch.setattr("steering.worker.reporter.HostCopy", Late)
+    monkeypatch.setattr("steering.worker.readout.reporter.HostCopy", Late)
     use = AdapterUse("pack", top_k=1)
     world = World(None, replace(SUM, adapters=(use,)), replace(SUM, adapters=(use,)))
     counts = torch.tensor([[9, 9], [3, 1], [0, 2]])

@@ -11,9 +11,9 @@ import torch
 
 from steering.plan import Rule, RuleKind, SteeringPlan, Values
 from steering.wire import SteeringPayload, pack, unpack
-from steering.worker.ends import EndSets
-from steering.worker.layout import ENDS, EXTRA, RULE_KIND, RULE_PARAM, RULE_STREAM
-from steering.worker.request_state import BatchTables, RequestStates, request_state
+from steering.worker.plan.ends import EndSets
+from steering.worker.plan.layout import ENDS, EXTRA, RULE_KIND, RULE_PARAM, RULE_STREAM
+from steering.worker.plan.request_state import BatchTables, RequestStates, request_state
 
 STREAMS = ("base", "chat", "plain")
 

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import (
 )
 
 from steering.plan import Report
-from steering.worker.readout import Readout
-from steering.worker.step_plan import Classes
-from steering.worker.triton_readout import TritonReadout
+from steering.worker.plan.step_plan import Classes
+from steering.worker.readout.readout import Readout
+from steering.worker.readout.triton import TritonReadout
 from tests.steering.worker import step_operations
 from tests.steering.worker.step_operations import DRAFTS, PLANS, Recorder, Refused, pretended
 

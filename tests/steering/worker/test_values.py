@@ -11,11 +11,11 @@ import torch
 from steering.kernels.mix import Ends
 from steering.kernels.reference import value_offsets
 from steering.plan import Values
-from steering.worker.batches import Candidates
-from steering.worker.layout import EXTRA, Layout
-from steering.worker.readout import Readout, Vocabulary
-from steering.worker.step_plan import Classes
-from steering.worker.values import ValueStreams, broadcast, candidates_of, gather
+from steering.worker.plan.batches import Candidates
+from steering.worker.plan.layout import EXTRA, Layout
+from steering.worker.plan.step_plan import Classes
+from steering.worker.readout.readout import Readout, Vocabulary
+from steering.worker.step.values import ValueStreams, broadcast, candidates_of, gather
 from tests.steering.worker.schedules import scheduled
 
 SIZE, END = 40, 3

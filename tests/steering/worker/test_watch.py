@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from steering.worker.watch import NOTHING_LEFT, Watch, named
+from steering.worker.readout.watch import NOTHING_LEFT, Watch, named
 
 NAMES = ("base", "chat", "plain", "critic")
 

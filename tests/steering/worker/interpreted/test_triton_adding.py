@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from adapters.kernels import operation, triton_operation
-from steering.worker import triton_adding as module
-from steering.worker.adapting import Adapted
+from steering.worker.adapting import triton as module
+from steering.worker.adapting.groups import Adapted
 from tests.steering.worker.test_adapting import CPU, SETS, SLOTS, STREAMS, random_uses
 
 ROOM, INTO, SIZES = 24, 20, (9, 6)

@@ -10,8 +10,8 @@ import torch
 from vllm.platforms import current_platform
 
 from steering.plan import CRITICAL_KINDS, RuleKind
-from steering.worker.ends import EndSets
-from steering.worker.layout import (
+from steering.worker.plan.ends import EndSets
+from steering.worker.plan.layout import (
     ENDS,
     EXTRA,
     RULE_HEAD,
@@ -20,9 +20,9 @@ from steering.worker.layout import (
     RULE_STREAM,
     Layout,
 )
-from steering.worker.readout import Reading, Readout, Vocabulary
-from steering.worker.step_plan import Classes
-from steering.worker.triton_readout import TritonReadout, readout_class
+from steering.worker.plan.step_plan import Classes
+from steering.worker.readout.readout import Reading, Readout, Vocabulary
+from steering.worker.readout.triton import TritonReadout, readout_class
 
 SIZE, SHORT, HIDDEN, STREAMS, CANDIDATES = 1100, 1060, 8, 3, 4
 PADDED = torch.arange(1090, SIZE)

@@ -1,0 +1,1 @@
+"""The adapters of a step: where they lie, and what each layer adds."""

@@ -1,0 +1,292 @@
+"""Per-request state in the worker: each request's plan as numbers, stacked for the step's batch.
+
+One `RequestStates` per steered model. A request is added before its first step and removed after
+its last; its state never changes, and nothing of it stays. While the same requests stay in the
+batch the tables are reused as they are: no per-request Python in steady decode.
+
+Letters: Q requests of this step, S streams (base first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from steering.plan import BASE, CRITICAL_KINDS, AdapterUse, RuleKind, Values
+from steering.wire import SteeringPayload
+from steering.worker.plan.batches import Bool, Int32, OwnPrompts
+from steering.worker.plan.ends import Own
+from steering.worker.plan.layout import (
+    ENDS,
+    EXTRA,
+    RULE_HEAD,
+    RULE_KIND,
+    RULE_PARAM,
+    RULE_STREAM,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestState:
+    """One request's plan, ready for the tables.
+
+    Args:
+        control: [S + EXTRA] float32, the row's control columns (ends left 0).
+        uses: [S] which streams run.
+        offsets: [S] by how many tokens each stream's prompt is shorter than the request's.
+        prompts: per stream its own prompt, or None.
+        tag: the report this request belongs to, '' for none.
+        tokens: whether the report wants every token.
+        adapters: the request's adapters.
+        values: what value streams add, or None.
+        heads: heads whose numbers the report has.
+        ends: ids that end its text beside the base's, if its rule or values ask.
+    """
+
+    control: npt.NDArray[np.float32]
+    uses: npt.NDArray[np.bool_]
+    offsets: Int32
+    prompts: tuple[Int32 | None, ...]
+    tag: str = ""
+    tokens: bool = False
+    adapters: tuple[AdapterUse, ...] = ()
+    values: Values | None = None
+    heads: tuple[str, ...] = ()
+    ends: Own = ()
+
+
+def request_state(
+    payload: SteeringPayload | None,
+    prompt_len: int,
+    streams: Sequence[str],
+    heads: Sequence[str] = (),
+    ends: Own = (),
+) -> RequestState:
+    """The state of a request.
+
+    Args:
+        payload: what the request carries; None for a plain request.
+        prompt_len: tokens of the vLLM request's prompt, its padding included, without an earlier
+            reply.
+        streams: names of the streams that run, base first.
+        heads: names of the classifier heads.
+        ends: ids that end its text beside the base's.
+
+    Raises:
+        KeyError, ValueError: the plan names a stream or a head that this model lacks (the front
+            end checks names).
+    """
+    size = len(streams)
+    control = np.zeros(size + EXTRA, np.float32)
+    control[0] = 1.0
+    uses = np.zeros(size, np.bool_)
+    uses[0] = True
+    prompts: list[Int32 | None] = [None] * size
+    if payload is None:
+        return RequestState(control, uses, np.zeros(size, np.int32), tuple(prompts))
+    index = {name: i for i, name in enumerate(streams)}
+    plan = payload.plan
+    control[0], uses[0] = 0.0, False
+    for name in plan.bodies:
+        uses[index[name]] = True
+    for name, weight in plan.weights:
+        control[index[name]] = weight
+        uses[index[name]] = True
+    control[size + RULE_KIND] = float(plan.rule.kind)
+    control[size + RULE_STREAM] = index[plan.rule.stream] if plan.rule.kind else 0
+    control[size + RULE_PARAM] = plan.rule.param
+    if plan.rule.kind in CRITICAL_KINDS:
+        control[size + RULE_HEAD] = heads.index(plan.rule.head)
+    offsets = np.full(size, payload.pad, np.int32)
+    for name, token_ids in plan.prompts:
+        if name != BASE:
+            prompts[index[name]] = np.asarray(token_ids, np.int32)
+            offsets[index[name]] = prompt_len - len(token_ids)
+    tokens = plan.report == "tokens"
+    asks = plan.rule.kind in CRITICAL_KINDS or plan.values is not None
+    return RequestState(
+        control,
+        uses,
+        offsets,
+        tuple(prompts),
+        payload.tag,
+        tokens,
+        plan.adapters,
+        plan.values,
+        plan.heads,
+        ends if asks else (),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTables:
+    """The states of this step's requests, in the step's order.
+
+    Args:
+        control: [Q, S + EXTRA] float32.
+        uses: [Q, S] bool.
+        offsets: [Q, S] int32.
+        prompts: [S] the streams' own prompts, None for a stream without any.
+        adapters: [Q] the requests' adapters.
+        reported: (row, state) of requests that report.
+        valued: (row, values) of requests that value streams add to.
+        ends: the sets of ids that end a text, beside the base's; the first is empty.
+        steered: whether any row leaves the base's path or reports.
+        has_rules: whether any row has a rule other than the plain sum, or values.
+        uniform_sum: whether every row sums the same streams, the base and more.
+        full_batch: [S] streams that run exactly what vLLM scheduled: every row, from its first
+            token.
+        shares_batch_with: [S] the first stream that runs the same tokens at the same positions.
+    """
+
+    control: npt.NDArray[np.float32]
+    uses: Bool
+    offsets: Int32
+    prompts: tuple[OwnPrompts | None, ...]
+    adapters: tuple[tuple[AdapterUse, ...], ...]
+    reported: tuple[tuple[int, RequestState], ...]
+    valued: tuple[tuple[int, Values], ...]
+    ends: tuple[Own, ...]
+    steered: bool
+    has_rules: bool
+    uniform_sum: bool
+    full_batch: tuple[bool, ...]
+    shares_batch_with: tuple[int, ...]
+
+    @classmethod
+    def of(cls, states: Sequence[RequestState], always: bool = False) -> Self:
+        """Stacks the states of a batch.
+
+        Args:
+            states: [Q] of this step's requests, Q ≥ 1.
+            always: whether the base runs every row, used or not: its layers keep a state.
+
+        Raises:
+            ValueError: the base shall lag behind a request although it always runs.
+        """
+        control = np.stack([s.control for s in states])
+        uses = np.stack([s.uses for s in states])
+        offsets = np.stack([s.offsets for s in states])
+        streams = uses.shape[1]
+        reported = tuple((row, s) for row, s in enumerate(states) if s.tag)
+        valued = tuple((row, s.values) for row, s in enumerate(states) if s.values is not None)
+        has_rules = bool((control[:, streams + RULE_KIND] != RuleKind.SUM).any() or valued)
+        plain = np.zeros(streams + EXTRA, np.float32)
+        plain[0] = 1.0
+        steered = bool((control != plain).any() or offsets.any() or reported or valued)
+        sets: dict[Own, int] = {(): 0}
+        control[:, streams + ENDS] = [sets.setdefault(s.ends, len(sets)) for s in states]
+        prompts = tuple(OwnPrompts.of([s.prompts[i] for s in states]) for i in range(streams))
+        own = np.array([p is not None for p in prompts])
+        lags: Bool = np.any(offsets, axis=0)
+        full = uses.all(0) & ~lags & ~own
+        if always:
+            if lags[0]:
+                raise ValueError("a base that keeps a state cannot lag behind its request")
+            full[0] = True
+        return cls(
+            control=control,
+            uses=uses,
+            offsets=offsets,
+            prompts=prompts,
+            adapters=tuple(s.adapters for s in states),
+            reported=reported,
+            valued=valued,
+            ends=tuple(sets),
+            steered=steered,
+            has_rules=has_rules,
+            uniform_sum=not has_rules and _uniform(control[:, :streams], uses),
+            full_batch=tuple(full.tolist()),
+            shares_batch_with=_sharing(uses, offsets, own),
+        )
+
+    def ends_of(self, rows: Sequence[int]) -> npt.NDArray[np.float32]:
+        """[n] which of `ends` some rows have."""
+        return self.control[list(rows), self.uses.shape[1] + ENDS]
+
+
+def _sharing(uses: Bool, offsets: Int32, own: Bool) -> tuple[int, ...]:
+    first: dict[object, int] = {}
+    sharing = []
+    for i in range(own.size):
+        alone = i if own[i] else -1
+        key = uses[:, i].tobytes(), offsets[:, i].tobytes(), alone
+        sharing.append(first.setdefault(key, i))
+    return tuple(sharing)
+
+
+def _uniform(coef: npt.NDArray[np.float32], uses: Bool) -> bool:
+    return bool(((coef != 0) == uses[0]).all() and uses[0, 0] and uses[0, 1:].any())
+
+
+@dataclass
+class RequestStates:
+    """The states of the requests that vLLM's runner holds, and the tables of its current batch.
+
+    Args:
+        streams: names of the streams that run, base first.
+        heads: names of the classifier heads.
+        own: what stop ids add to those at which the base ends a text.
+        always: see `BatchTables.of`.
+    """
+
+    streams: tuple[str, ...]
+    heads: tuple[str, ...] = ()
+    own: Callable[[Iterable[int]], Own] = tuple
+    always: bool = False
+    _states: dict[str, RequestState] = field(default_factory=dict)
+    _ids: tuple[str, ...] = ()
+    _tables: BatchTables | None = None
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._states
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def add_request(
+        self,
+        request_id: str,
+        payload: SteeringPayload | None,
+        prompt_len: int,
+        stops: Iterable[int],
+    ) -> None:
+        """Takes a request in, in place of one of the same id.
+
+        Args:
+            request_id: vLLM's id.
+            payload: what it carries; None for a plain request.
+            prompt_len: tokens of the vLLM request's prompt, padding and an earlier reply included.
+            stops: ids at which it stops.
+
+        Raises:
+            KeyError, ValueError: as `request_state`.
+        """
+        length = prompt_len - (payload.reply if payload else 0)
+        own = self.own(stops)
+        self._states[request_id] = request_state(payload, length, self.streams, self.heads, own)
+        self._tables = None
+
+    def remove_request(self, request_id: str) -> None:
+        """Forgets a request."""
+        self._states.pop(request_id, None)
+        self._tables = None
+
+    def apply(self, request_ids: Sequence[str]) -> BatchTables:
+        """The tables of a step that runs these requests, in that order.
+
+        Raises:
+            KeyError: one was not added.
+        """
+        ids = tuple(request_ids)
+        if self._tables is None or ids != self._ids:
+            self._tables = BatchTables.of([self._states[i] for i in ids], self.always)
+            self._ids = ids
+        return self._tables

@@ -1,0 +1,115 @@
+"""The plan of one step: everything about it that is known on the host before it runs.
+
+`plan_step` is a pure function of what vLLM scheduled and of the requests' states. What runs the
+step, reads it out and reports reads the plan, so nothing of that has to ask the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from steering.plan import CRITICAL_KINDS, RuleKind, Values
+from steering.worker.plan.batches import Schedule, StreamBatch, stream_batch
+from steering.worker.plan.layout import RULE_HEAD, RULE_KIND
+from steering.worker.plan.request_state import BatchTables
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """What occurs among the rows of a step. The read-out launches nothing for the rest.
+
+    Args:
+        active: [S] streams that run.
+        rules: rules that occur, but the plain sum.
+        heads: indices of the classifier heads that these rules read.
+        valued: whether value streams add to any row.
+        uniform_sum: whether every row sums the same streams, the base and more.
+    """
+
+    active: tuple[bool, ...]
+    rules: frozenset[RuleKind] = frozenset()
+    heads: tuple[int, ...] = ()
+    valued: bool = False
+    uniform_sum: bool = False
+
+    @classmethod
+    def all(cls, streams: int, heads: int = 0) -> Self:
+        """Classes of rows about which nothing is known: vLLM's dummy runs."""
+        return cls((True,) * streams, frozenset(RuleKind), tuple(range(heads)), True)
+
+    @classmethod
+    def of(cls, active: tuple[bool, ...], tables: BatchTables) -> Self:
+        """The classes of the rows of a step's requests."""
+        if not tables.has_rules:
+            return cls(active, uniform_sum=tables.uniform_sum)
+        extra = tables.control[:, len(active) :]
+        kinds = extra[:, RULE_KIND].astype(np.int64)
+        critical = np.isin(kinds, [*CRITICAL_KINDS])
+        return cls(
+            active,
+            frozenset(map(RuleKind, np.unique(kinds))) - {RuleKind.SUM},
+            tuple(np.unique(extra[critical, RULE_HEAD]).astype(np.int64).tolist()),
+            bool(tables.valued),
+        )
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether any row has a rule other than the plain sum, or values."""
+        return bool(self.rules) or self.valued
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step.
+
+    Args:
+        schedule: what vLLM scheduled.
+        tables: the states of its requests.
+        batches: [S] what each stream runs; None where it runs nothing, or all that was scheduled.
+            Streams that share a batch have the same object.
+        classes: what occurs among its rows.
+        valued: (row, values) of requests that draw in this step and that value streams add to.
+    """
+
+    schedule: Schedule
+    tables: BatchTables
+    batches: tuple[StreamBatch | None, ...]
+    classes: Classes
+    valued: tuple[tuple[int, Values], ...]
+
+    @property
+    def distinct(self) -> list[StreamBatch]:
+        """The batches, each once."""
+        return list({id(b): b for b in self.batches if b is not None}.values())
+
+
+def plan_step(schedule: Schedule, tables: BatchTables) -> StepPlan:
+    """The plan of a step.
+
+    Args:
+        schedule: what vLLM scheduled.
+        tables: of the same requests, in the same order.
+    """
+    streams = tables.uses.shape[1]
+    batches: list[StreamBatch | None] = []
+    for i in range(streams):
+        if tables.full_batch[i]:
+            batches.append(None)
+        elif (first := tables.shares_batch_with[i]) < i:
+            batches.append(batches[first])
+        else:
+            uses, offsets = tables.uses[:, i], tables.offsets[:, i]
+            batches.append(stream_batch(schedule, uses, offsets, tables.prompts[i]))
+    active = tuple(
+        full or batch is not None for full, batch in zip(tables.full_batch, batches, strict=True)
+    )
+    return StepPlan(
+        schedule,
+        tables,
+        tuple(batches),
+        Classes.of(active, tables),
+        tuple((row, values) for row, values in tables.valued if schedule.draws[row]),
+    )

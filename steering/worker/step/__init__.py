@@ -1,0 +1,1 @@
+"""The passes of one engine step: contexts, graphs, candidates and drafts."""

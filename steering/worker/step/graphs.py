@@ -1,0 +1,384 @@
+"""Captured graphs: a stream's pass over rows of one token each, launched as a whole.
+
+vLLM's own graphs hold one forward pass over the step as scheduled. Ours hold one stream's pass
+over whichever rows use it, padded to one of a few numbers of rows, so steps in which requests use
+different streams are replayed too. A graph finds all that changes with the step at fixed places:
+
+    inputs   [S, 6, N] int32, written by the step's one copy from the host (`graph_inputs`)
+    ids      [T] int32, the step's own token ids
+    tables   vLLM's block tables of the step
+    adapters their tables (`triton_adding`), if there are any
+
+Each pass is two graphs, since attention backends prepare themselves between them: the first reads
+the inputs into what the second and the backends read. Padded rows have no KV slot, and what comes
+out for them is thrown away.
+
+Checked on vLLM 0.32.0, Model Runner V2, emulated; has not been run on a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.distributed import parallel_state
+from vllm.forward_context import (
+    get_forward_context,
+    override_forward_context,
+    set_forward_context,
+)
+from vllm.model_executor.offloader.base import get_offloader
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import current_stream
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+
+from steering.worker.plan.batches import Int32, StreamBatch
+from steering.worker.readout.overlaps import read_as
+from steering.worker.step.contexts import LayerGroup, for_graphs, unsupported
+from steering.worker.step.graph_inputs import Field, graph_sizes, host_inputs
+
+_LOG = logging.getLogger(__name__)
+
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""([n] int32 ids, [n] int64 positions) → [n, H] hidden states."""
+
+RESERVE = 512 << 20
+"""Bytes of the device that graphs leave free."""
+
+
+@dataclass
+class _Group:
+    """A stream's layers that share attention metadata, and what they read.
+
+    Args:
+        layers: with builders that only this stream's graphs use.
+        table: [≥ Q, B] int32 vLLM's block table of each step.
+        size: tokens per block.
+        blocks: [N, B] int32 the rows' blocks.
+        slots: [N] int64 their KV slots.
+    """
+
+    layers: LayerGroup
+    table: torch.Tensor
+    size: int
+    blocks: torch.Tensor
+    slots: torch.Tensor
+
+
+@dataclass
+class _Stream:
+    """One stream: its buffers, and its graphs by number of rows."""
+
+    forward: Forward
+    read_as: torch.Tensor | None
+    groups: list[_Group]
+    inputs: torch.Tensor
+    ids: torch.Tensor
+    positions: torch.Tensor
+    tokens: torch.Tensor
+    launching: Callable[[], AbstractContextManager[None]]
+    out: torch.Tensor | None = None
+    graphs: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a stream's graphs are made of.
+
+    Args:
+        forward: its model.
+        layers: KV layer → name under which the model asks for it.
+        read_as: [V] int64 its id for each of the base's; None where they are alike.
+        launching: makes layers launch the adapters' kernels.
+    """
+
+    forward: Forward
+    layers: dict[str, str]
+    read_as: torch.Tensor | None
+    launching: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+class StreamGraphs:
+    """The graphs of all streams.
+
+    Args:
+        runner: vLLM's, V2, after its KV cache was initialised.
+        tables: per KV cache group ([≥ Q, B] int32 block table at a fixed place, tokens per block).
+        kernel_block_sizes: per KV cache group, tokens per block as kernels see them.
+        streams: [S].
+        sizes: padded numbers of rows, ascending.
+    """
+
+    def __init__(
+        self,
+        runner: Any,
+        tables: Sequence[tuple[torch.Tensor, int]],
+        kernel_block_sizes: Sequence[int],
+        streams: Sequence[Source],
+        sizes: Sequence[int],
+    ) -> None:
+        self._device: torch.device = runner.device
+        self._config = for_graphs(runner.vllm_config, sizes)
+        self._longest: int = runner.vllm_config.model_config.max_model_len
+        self._layers = runner.vllm_config.compilation_config.static_forward_context
+        self._tables, self._sizes, most = tables, tuple(sizes), sizes[-1]
+        tokens = runner.vllm_config.scheduler_config.max_num_batched_tokens
+        self._inputs = self._new(len(streams), len(Field), most)
+        self._step_ids = self._new(tokens)
+        self._starts = torch.arange(most + 1, dtype=torch.int32, device=self._device)
+        self._counts = torch.arange(most + 1, dtype=torch.int32)
+        self._streams: dict[int, _Stream] = {}
+        self._left_out: dict[int, str] = {}
+        for i, source in enumerate(streams):
+            groups = LayerGroup.all(runner, kernel_block_sizes, source.layers, self._config)
+            if why := unsupported(groups, self._config):
+                self._left_out[i] = why
+            else:
+                self._streams[i] = self._stream(i, source, groups)
+        self.replays = dict.fromkeys(range(len(streams)), 0)
+        """Passes that were replayed, by stream."""
+
+    def _new(self, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self._device)
+
+    def _stream(self, i: int, source: Source, groups: Sequence[LayerGroup]) -> _Stream:
+        most = self._sizes[-1]
+        own = []
+        for group in groups:
+            table, size = self._tables[group.kv_group]
+            slots = torch.full((most,), PAD_SLOT_ID, dtype=torch.int64, device=self._device)
+            own.append(_Group(group, table, size, self._new(most, table.shape[1]), slots))
+        read_as = source.read_as
+        return _Stream(
+            source.forward,
+            None if read_as is None else read_as.to(self._device),
+            own,
+            self._inputs[i],
+            self._new(most),
+            self._new(most, dtype=torch.int64),
+            self._new(most, dtype=torch.int64),
+            source.launching,
+        )
+
+    # --- before serving -------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def capture(self, free: Callable[[], int] | None = None) -> None:
+        """Captures, the largest first: smaller ones find room in the memory of larger ones.
+
+        Stops once less than `RESERVE` is free. Fewer rows are then padded up to the next size that
+        there is, and streams without any run as they would without graphs.
+
+        Args:
+            free: bytes of the device that are free.
+        """
+        free = free or _free_memory
+        before, left = free(), [(n, i) for n in reversed(self._sizes) for i in self._streams]
+        self._step_ids.zero_()
+        with parallel_state.graph_capture(device=self._device):
+            while left and free() >= RESERVE:
+                size, i = left.pop(0)
+                self._capture(self._streams[i], size)
+        taken = (before - free()) / 2**20
+        count = sum(len(stream.graphs) for stream in self._streams.values())
+        _LOG.info("graphs: %d of %d streams, %.0f MiB taken", count, len(self._streams), taken)
+        for i, why in self._left_out.items():
+            _LOG.warning("graphs: stream %d runs without: %s", i, why)
+        if left:
+            _LOG.warning(
+                "graphs: %d of %d were left out, since less than %d MiB of the device are free: "
+                "lower gpu_memory_utilization, max_num_seqs or cudagraph_capture_sizes",
+                len(left), count + len(left), RESERVE >> 20,
+            )  # fmt: skip
+
+    def _capture(self, stream: _Stream, size: int) -> None:
+        stream.inputs.fill_(-1)
+        stream.inputs[Field.LENGTH].fill_(1)
+        pool, ends = current_platform.get_global_graph_pool(), np.ones(size, np.int32)
+        first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self._read(stream, size)
+        with self._context(stream, self._metadata(stream, size, ends, capture=True), size):
+            found = self._forward(stream, size)  # also what backends do once
+        if stream.out is None:
+            stream.out = found.new_zeros(self._sizes[-1], found.shape[1])
+        get_offloader().sync_prev_onload()
+        with torch.cuda.graph(first, pool, stream=current_stream()):
+            self._read(stream, size)
+        # The first pass may have changed what the builders hold.
+        with (
+            self._context(stream, self._metadata(stream, size, ends, capture=True), size),
+            torch.cuda.graph(second, pool, stream=current_stream()),
+        ):
+            stream.out[:size].copy_(self._forward(stream, size))
+            get_offloader().join_after_forward()
+        stream.graphs[size] = first, second
+
+    # --- in a step ------------------------------------------------------------------------------
+
+    def size_for(self, i: int, batch: StreamBatch | None) -> int:
+        """The padded number of rows with which stream i's batch is replayed; 0 if it cannot be."""
+        if batch is None or i not in self._streams or batch.tokens.size != batch.rows.size:
+            return 0
+        sizes = [n for n in self._streams[i].graphs if n >= batch.rows.size]
+        return min(sizes, default=0)
+
+    def inputs(self, batches: Mapping[int, StreamBatch], scratch: int) -> Int32:
+        """As `host_inputs`, of these graphs' size."""
+        return host_inputs(batches, scratch, len(self._inputs), self._sizes[-1])
+
+    def put(self, inputs: torch.Tensor, ids: torch.Tensor) -> None:
+        """Puts what the graphs read in its place, before the passes of a step.
+
+        Args:
+            inputs: what `inputs` returned, on the device.
+            ids: [T] int32 that `Field.TOKEN` counts in.
+        """
+        self._inputs.copy_(inputs, non_blocking=True)
+        self._step_ids[: ids.shape[0]].copy_(ids)
+
+    def put_own(self, i: int, ids: torch.Tensor, positions: torch.Tensor | None = None) -> None:
+        """Has stream i read other ids, which are its own, in place of the step's.
+
+        Args:
+            i: stream.
+            ids: [n] int32.
+            positions: [n] int64 of the rows; None: as the host said.
+        """
+        rows, count = self._inputs[i], ids.shape[0]
+        rows[Field.OWN_ID, :count].copy_(ids)
+        if positions is not None:
+            rows[Field.POSITION, :count].copy_(positions)
+            torch.add(rows[Field.POSITION, :count], 1, out=rows[Field.LENGTH, :count])
+
+    def run(self, i: int, batch: StreamBatch, size: int) -> torch.Tensor:
+        """[n, H] the hidden states of stream i's n rows; valid until the stream's next pass."""
+        stream = self._streams[i]
+        first, second = stream.graphs[size]
+        first.replay()
+        ends = np.zeros(size, np.int32)
+        ends[: batch.rows.size] = batch.lengths
+        # What the second graph reads of this lies in the builders' and our buffers.
+        self._metadata(stream, size, ends, capture=False)
+        get_offloader().sync_prev_onload()
+        second.replay()
+        self.replays[i] += 1
+        assert stream.out is not None
+        return stream.out[: batch.rows.size]
+
+    def tokens(self, i: int, batch: StreamBatch) -> torch.Tensor:
+        """[n] int64 where stream i's rows lie in the step, once they ran."""
+        return self._streams[i].tokens[: batch.rows.size]
+
+    # --- what the graphs hold -------------------------------------------------------------------
+
+    def _read(self, stream: _Stream, size: int) -> None:
+        """Makes of a stream's inputs what its model and its attention backends read."""
+        rows = stream.inputs[:, :size]
+        tokens = rows[Field.TOKEN].clamp(min=0).long()
+        own, position = rows[Field.OWN_ID], rows[Field.POSITION].long()
+        ids = read_as(self._step_ids[tokens], stream.read_as)
+        stream.tokens[:size].copy_(tokens)
+        stream.ids[:size].copy_(torch.where(own >= 0, own, ids))
+        stream.positions[:size].copy_(position.clamp(min=0))
+        requests, scratch = rows[Field.REQUEST].clamp(min=0).long(), rows[Field.BLOCK]
+        for group in stream.groups:
+            blocks, p = group.table[requests], position.clamp(min=0)
+            last = p[:, None] // group.size
+            block = torch.where(scratch >= 0, scratch, blocks.gather(1, last)[:, 0])
+            group.blocks[:size].copy_(blocks.scatter(1, last, block[:, None]))
+            slots = block.long() * group.size + p % group.size
+            group.slots[:size].copy_(torch.where(position >= 0, slots, PAD_SLOT_ID))
+
+    def _forward(self, stream: _Stream, size: int) -> torch.Tensor:
+        with stream.launching():
+            return stream.forward(stream.ids[:size], stream.positions[:size])
+
+    def _metadata(
+        self, stream: _Stream, size: int, ends: npt.NDArray[np.int32], *, capture: bool
+    ) -> list[Any]:
+        """Has the backends prepare themselves; per group of layers, their metadata."""
+        found = []
+        for group in stream.groups:
+            common = CommonAttentionMetadata(
+                query_start_loc=self._starts[: size + 1],
+                query_start_loc_cpu=self._counts[: size + 1],
+                seq_lens=stream.inputs[Field.LENGTH, :size],
+                seq_lens_cpu_upper_bound=torch.from_numpy(ends),
+                num_reqs=size,
+                num_actual_tokens=size,
+                max_query_len=1,
+                # A graph must suit every step, so it is captured as if for the longest text.
+                max_seq_len=self._longest if capture else int(ends.max()),
+                block_table_tensor=group.blocks[:size],
+                slot_mapping=group.slots[:size],
+            )
+            attention = group.layers.attention
+            build = attention.build_metadata
+            if capture:
+                build = attention.build_metadata_for_cudagraph_capture
+            found.append(build(common))
+        return found
+
+    @contextmanager
+    def _context(self, stream: _Stream, metadata: Sequence[Any], size: int) -> Iterator[None]:
+        """The forward context of a stream's layers, by the names that its model asks for."""
+        built, slots, layers = {}, {}, {}
+        for group, own in zip(stream.groups, metadata, strict=True):
+            for kv_layer, name in group.layers.layers:
+                built[name], slots[name] = own, group.slots[:size]
+                layers[name] = self._layers[kv_layer]
+        with set_forward_context(
+            built,
+            self._config,
+            num_tokens=size,
+            slot_mapping=slots,
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+        ):
+            inner = copy(get_forward_context())
+            inner.no_compile_layers = {**inner.no_compile_layers, **layers}
+            with override_forward_context(inner):
+                yield
+
+
+def captured(
+    runner: Any,
+    tables: Sequence[tuple[torch.Tensor, int]] | None,
+    kernel_block_sizes: Sequence[int],
+    streams: Sequence[Source],
+) -> StreamGraphs | None:
+    """The graphs of an engine; None if it shall have none, or cannot.
+
+    Args:
+        runner: as for `StreamGraphs`.
+        tables: likewise; None if they move from step to step.
+        kernel_block_sizes: likewise.
+        streams: likewise.
+    """
+    config = runner.vllm_config
+    able = current_platform.support_static_graph_mode() and tables is not None
+    if not able or config.model_config.enforce_eager:
+        return None
+    asked = config.compilation_config.cudagraph_capture_sizes
+    asked = asked or config.additional_config["coxswain"].get("graph_sizes")
+    sizes = graph_sizes(asked, config.scheduler_config.max_num_seqs)
+    assert tables is not None
+    found = StreamGraphs(runner, tables, kernel_block_sizes, streams, sizes)
+    found.capture()
+    return found
+
+
+def _free_memory() -> int:
+    """Bytes of the current device that are free."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    free: int = torch.accelerator.get_memory_info()[0]
+    return free

@@ -1,0 +1,225 @@
+"""Value streams: V of each of the base's most likely next tokens, as if it had been drawn.
+
+A candidate is one more token behind the value stream's prefix. All candidates of a step run as one
+batch of one-token rows. Each row reads the prefix from the request's own KV blocks but for the
+last, which is replaced by a *scratch* block behind the blocks that vLLM manages: a copy of the
+request's last, not yet full block, into which the candidate's KV is written. So nothing of a
+candidate remains, and the cost is one row per candidate. Lives in the worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from steering.kernels.mix import NEVER, Ends
+from steering.kernels.values import value_offsets
+from steering.plan import Values
+from steering.worker.plan.batches import Bool, Candidates, Int32, Int64, Schedule
+from steering.worker.plan.staging import to_device
+
+Asked = tuple[int, Values]
+"""(row of the step, what its plan asks for)."""
+
+Run = Callable[[int, torch.Tensor, Candidates], torch.Tensor]
+"""(stream, [m] token ids, where they run) → [m, H] hidden states."""
+
+Note = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""(stream, [m] numbers, [m] int64 rows of the step): one that is NaN or infinite is a fault."""
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""[m, H] hidden states → [m] float32."""
+
+
+@dataclass(frozen=True)
+class Additions:
+    """What is added to the scores of n rows.
+
+    Args:
+        ids: [n, K] int64 candidates; 0 where a row has fewer than K.
+        added: [n, K] float32; 0 there.
+    """
+
+    ids: torch.Tensor
+    added: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ValueStreams:
+    """Evaluates candidates.
+
+    Args:
+        heads: stream index → its value head.
+        index: stream name → index.
+        read_as: stream index → [V] int64, the stream's id for each of the base's, or None.
+        chunk: candidates that run at once: as many as there are scratch blocks.
+    """
+
+    heads: dict[int, Head]
+    index: dict[str, int]
+    read_as: dict[int, torch.Tensor | None]
+    chunk: int
+
+    def add(
+        self,
+        asked: Sequence[Asked],
+        scores: torch.Tensor,
+        hidden: Callable[[int], torch.Tensor],
+        schedule: Schedule,
+        offsets: Int32,
+        run: Run,
+        ends: Ends | None,
+        note: Note,
+    ) -> Additions:
+        """The additions of the rows that draw a token in this step.
+
+        Args:
+            asked: n rows.
+            scores: [n, V] the base's raw scores there; −∞ where an id is no token.
+            hidden: stream index → [n, H] its hidden states at the rows' last tokens.
+            schedule: what vLLM scheduled.
+            offsets: [Q, S] by how many tokens streams' prompts are shorter.
+            run: runs candidates through a stream.
+            ends: of the n rows, the ids that end a text; None for none.
+            note: gets each stream's values, to look for numbers that are none.
+        """
+        rows = np.array([row for row, _ in asked])
+        counts = np.array([min(values.top_k, scores.shape[-1]) for _, values in asked])
+        valid = np.arange(counts.max()) < counts[:, None]
+        rules = np.array([values.ends for _, values in asked])
+        parts = [
+            _Part.of(asked, self.index, stream, schedule, offsets, valid) for stream in self.heads
+        ]
+        parts = [part for part in parts if part.chosen.size]
+        arrays = [a for part in parts for a in (part.chosen, rows[part.chosen], part.beta, part.at)]
+        staged = to_device([valid, rules == "prefix", rules == "zero", *arrays], scores.device)
+        counted, from_prefix, left_out = staged[:3]
+        ids = scores.topk(valid.shape[1]).indices
+        ending = torch.zeros_like(counted)
+        if ends is not None:
+            ending = ends.of(slice(None), scores.shape[-1]).gather(1, ids)
+        added = torch.zeros(ids.shape, dtype=torch.float32, device=scores.device)
+        for n, part in enumerate(parts):
+            chosen, step_rows, beta, at = staged[3 + 4 * n : 7 + 4 * n]
+            head = self.heads[part.stream]
+            after = self._after(part, head, ids[chosen], at, run)
+            prefix = head(hidden(part.stream)[chosen])
+            note(part.stream, after.sum(-1) + prefix, step_rows)
+            added[chosen] += beta[:, None] * value_offsets(
+                after,
+                prefix,
+                counted[chosen],
+                ending[chosen],
+                from_prefix[chosen],
+                left_out[chosen],
+            )
+        return Additions(ids.masked_fill(~counted, 0), added)
+
+    def _after(
+        self, part: _Part, head: Head, ids: torch.Tensor, at: torch.Tensor, run: Run
+    ) -> torch.Tensor:
+        """V after each candidate, [n, K] float32; 0 where there is none.
+
+        Args:
+            part: of a value stream.
+            head: its head.
+            ids: [n, K] candidates.
+            at: [m] which of the n K there are.
+            run: runs them.
+        """
+        tokens, table = ids.flatten()[at], self.read_as[part.stream]
+        if table is not None:
+            tokens = table[tokens]
+        values = []
+        for start in range(0, part.at.size, self.chunk):
+            some = slice(start, start + self.chunk)
+            batch = Candidates.of(part.rows[some], part.lengths[some])
+            values.append(head(run(part.stream, tokens[some], batch)))
+        after = torch.zeros(ids.numel(), dtype=torch.float32, device=ids.device)
+        after[at] = torch.cat(values)
+        return after.view(ids.shape)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one value stream runs in a step, known on the host: n rows and m candidates.
+
+    Args:
+        stream: which.
+        chosen: [n] which of the step's valued rows.
+        beta: [n] float32 its strength there.
+        at: [m] the candidates' places among n rows of K.
+        rows: [m] the request that each extends.
+        lengths: [m] of its prefix: the candidate's position.
+    """
+
+    stream: int
+    chosen: Int64
+    beta: npt.NDArray[np.float32]
+    at: Int64
+    rows: Int64
+    lengths: Int32
+
+    @classmethod
+    def of(
+        cls,
+        asked: Sequence[Asked],
+        index: dict[str, int],
+        stream: int,
+        schedule: Schedule,
+        offsets: Int32,
+        valid: Bool,
+    ) -> _Part:
+        """Other arguments as of `ValueStreams.add`.
+
+        Args:
+            asked: n rows.
+            index: stream name → index.
+            stream: which stream.
+            schedule: what vLLM scheduled.
+            offsets: [Q, S].
+            valid: [n, K] which candidates there are.
+        """
+        strength = [
+            next((b for name, b in values.strengths if index[name] == stream), 0.0)
+            for _, values in asked
+        ]
+        beta = np.array(strength, np.float32)
+        chosen = np.flatnonzero(beta)
+        at = np.flatnonzero(valid[chosen])
+        rows = np.array([row for row, _ in asked])[chosen][at // valid.shape[1]]
+        lengths = (schedule.computed + schedule.lengths - offsets[:, stream])[rows]
+        return cls(stream, chosen, beta[chosen], at, rows, lengths)
+
+
+Runs = list[tuple[slice, int]]
+"""(rows, block): the block is copied to each of the rows. Whole blocks: within one, backends lay
+tokens out as they like."""
+
+
+def broadcast(cache: torch.Tensor, scratch: torch.Tensor, runs: Runs) -> None:
+    """Copies blocks of `cache` to rows of `scratch`: a copy for each run, no byte twice."""
+    for rows, block in runs:
+        scratch[rows] = cache[block]
+
+
+def gather(cache: torch.Tensor, scratch: torch.Tensor, blocks: torch.Tensor) -> None:
+    """The same in one launch, which on a GPU costs less than one for each run.
+
+    Args:
+        cache: whole cache of a layer.
+        scratch: its scratch blocks.
+        blocks: [m ≤ scratch] int64 the block that each row copies. A row whose block has not begun
+            copies what it never reads.
+    """
+    scratch[: blocks.numel()] = cache[blocks]
+
+
+def candidates_of(scores: torch.Tensor, padded: torch.Tensor | None) -> torch.Tensor:
+    """The base's scores as candidates are chosen by, [n, V] float32: rows of padding never are."""
+    scores = scores.float()
+    return scores if padded is None else scores.index_fill(-1, padded, NEVER)

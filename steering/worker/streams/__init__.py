@@ -1,0 +1,1 @@
+"""The streams of an engine: their models, configurations and attention layers."""
