@@ -135,14 +135,14 @@ def _graphed() -> Iterator[None]:
 
 @contextmanager
 def _said() -> Iterator[list[str]]:
-    """What the graphs' module logs inside."""
+    """What the worker logs inside."""
     lines: list[str] = []
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    logger, handler = logging.getLogger("steering.worker.graphs"), Handler()
+    logger, handler = logging.getLogger("steering.worker"), Handler()
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
