@@ -5,6 +5,7 @@ models in place of those it names, all checks, and vLLM's own configuration of t
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -112,8 +113,16 @@ def problems(
     """Platform → where → why the server would not start."""
     asked = [(name, *stand_in(document)) for name, document in SHOWN.items()]
     command = [sys.executable, "-W", "ignore", "-m", "tests.deploy.as_cuda"]
+    # The engine tests set vLLM's environment for their own process.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     done = subprocess.run(
-        command, input=json.dumps(asked), capture_output=True, text=True, cwd=ROOT, timeout=240
+        command,
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=alone,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, dict[str, list[str]]] = json.loads(done.stdout.splitlines()[-1])
