@@ -229,7 +229,7 @@ class Engine:
             payload = SteeringPayload(
                 plan, pad, tag if plan.report != "off" else "", len(case.reply)
             )
-            params["extra_args"] = pack(payload)
+            params["extra_args"] = {**params.get("extra_args", {}), **pack(payload)}
             params["logit_bias"] = with_bans(params.get("logit_bias"), plan)
         prompt = TokensPrompt(prompt_token_ids=ids, cache_salt=salt + key or None)
         self.llm.llm_engine.add_request(tag, prompt, SamplingParams(**params), lora_request=lora)
