@@ -34,7 +34,6 @@ def test_the_greeting_says_what_is_served_and_its_curl_line_works(server: Server
         "chat, plain, twin",
         "big-chat",
         "proxy_tuning",
-        "VLLM_USE_V2_MODEL_RUNNER",
     ):
         assert word in log
     line = next(line for line in log.splitlines() if line.strip().startswith("try"))
