@@ -9,7 +9,7 @@ from adapters.errors import AdapterError
 from server.errors import from_adapters, response
 
 EXPECTED = {
-    "ServerFault": 500,
+    "ServerFault": 500, "RankFault": 500,
     "EngineAway": 503,
     "NoAdapter": 404, "Conflict": 409, "TooLarge": 413, "BadAdapter": 422, "DoesNotFit": 422,
     "BadSource": 400, "StoreFull": 507, "NoRoom": 503, "SourceAway": 503, "RegistryAway": 503,
