@@ -349,7 +349,10 @@ def _entry(state: RequestState, row: dict[str, Any]) -> dict[str, Any]:
         entry["token_id"] = int(row["token_id"])
         entry |= {name: row[name] for name in ("base_logprob", "steered_logprob")}
         row["choices"][BASE]["id"] = row["base_choice"]
+        # The base first, as people read it.
+        names = [BASE, *(name for name in row["choices"] if name != BASE)]
         entry["choices"] = {
-            name: (int(best["id"]), best["logprob"]) for name, best in row["choices"].items()
+            name: (int(row["choices"][name]["id"]), row["choices"][name]["logprob"])
+            for name in names
         }
     return entry
