@@ -272,7 +272,8 @@ def serve(config: Config) -> int:
         The exit status.
     """
     notes = environment(config)
-    say(f"coxswain: opening http://{config.server.host}:{config.server.port}; {'; '.join(notes)}")
+    where = f"http://{config.server.host}:{config.server.port}"
+    say("; ".join([f"coxswain: opening {where}", *notes]))
     try:
         return asyncio.run(Run(config).run())
     except (StartFailed, ConfigInvalid) as error:
