@@ -14,8 +14,8 @@ from load_tests.gpu_check.sections import Clock, Finding
 from steering.kernels.reference import Scores, measure_reference
 from steering.kernels.triton_mix import Rule, read_out
 from steering.plan import RuleKind
-from tests.adapters.mixed import Layer, Part, Set
-from tests.adapters.steps import KINDS, SETS, TOLERANCE, step
+from tests.adapters.mixed import KINDS, Layer, Part, Set
+from tests.adapters.steps import SETS, TOLERANCE, step
 from tests.steering.kernels.rows import Batch
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32

@@ -15,8 +15,8 @@ from load_tests.gpu_check.place import DEVICE, GPU, graphs, no_waits
 from load_tests.gpu_check.sections import Clock, Finding
 from steering.kernels.mix import Ends, Measures
 from steering.kernels.triton_mix import Rule, read_out
-from tests.adapters.mixed import Layer
-from tests.adapters.steps import KINDS, SETS, step
+from tests.adapters.mixed import KINDS, Layer
+from tests.adapters.steps import SETS, step
 from tests.steering.kernels.rows import Batch
 
 BOTH = {0: SETS[1], 1: SETS[3], 2: KINDS[2], 3: KINDS[3]}

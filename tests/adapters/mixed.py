@@ -327,3 +327,16 @@ def _terms(parts: Set, asks: Sequence[Ask], a: Float, b: Float, x: Float) -> lis
                 )
             )
     return terms
+
+
+KINDS: dict[int, Set] = {
+    0: (Part((4,)),),
+    1: (Part((0,), constants=(True,)),),
+    2: (Part((0,), diagonals=(True,)), Part((17,)), Part((5,), False, (True,), (True,))),
+    3: (
+        Part((1, 0, 2, 3), True, (False, True, True, False), (True, True, False, False)),
+        Part((3,), diagonals=(True,)),
+        Part((2, 1), True, (), (True, True)),
+    ),
+}
+"""A's rows of constants and diagonals are NaN: no kernel may multiply them."""

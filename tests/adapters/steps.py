@@ -17,17 +17,6 @@ SETS: dict[int, Set] = {
     2: (Part((2,)), Part((1, 3, 2, 2, 1), routed=True)),
     3: (Part((2, 2, 2), routed=True), Part((4,)), Part((1,) * 7, routed=True)),
 }
-KINDS: dict[int, Set] = {
-    0: (Part((4,)),),
-    1: (Part((0,), constants=(True,)),),
-    2: (Part((0,), diagonals=(True,)), Part((17,)), Part((5,), False, (True,), (True,))),
-    3: (
-        Part((1, 0, 2, 3), True, (False, True, True, False), (True, True, False, False)),
-        Part((3,), diagonals=(True,)),
-        Part((2, 1), True, (), (True, True)),
-    ),
-}
-"""A's rows of constants and diagonals are NaN: no kernel may multiply them."""
 
 
 def asked(random: np.random.Generator, parts: Set) -> list[Ask]:

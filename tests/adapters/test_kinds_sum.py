@@ -15,21 +15,11 @@ from adapters.kernels import native, operation
 from adapters.kernels.gated import Bundle, Group, InPlace, add_adapters, bundled
 from adapters.kernels.lines import Lines
 from adapters.kernels.reference import Float, Term, adapter_sum
-from tests.adapters.mixed import Ask, Layer, Part, Set, groups, line, over_ranks
+from tests.adapters.mixed import KINDS, Ask, Layer, Part, Set, groups, line, over_ranks
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 """Of the largest value; the gates are float32 in every dtype."""
 
-KINDS: dict[int, Set] = {
-    0: (Part((4,)),),
-    1: (Part((0,), constants=(True,)),),
-    2: (Part((0,), diagonals=(True,)), Part((17,)), Part((5,), False, (True,), (True,))),
-    3: (
-        Part((1, 0, 2, 3), True, (False, True, True, False), (True, True, False, False)),
-        Part((3,), diagonals=(True,)),
-        Part((2, 1), True, (), (True, True)),
-    ),
-}
 """A's rows of constants and diagonals are NaN: no kernel may multiply them."""
 
 SIZES = [(1, (1,)), (7, (5, 3, 3)), (64, (64, 32, 32)), (129, (257,)), (63, (31, 33))]

@@ -11,8 +11,8 @@ import torch
 
 from adapters.kernels.lines import Lines
 from adapters.kernels.triton_sum import CLASSES, AdapterTables, Blocks, add_adapters
-from tests.adapters.mixed import Layer, gates
-from tests.adapters.steps import KINDS, SETS, step
+from tests.adapters.mixed import KINDS, Layer, gates
+from tests.adapters.steps import SETS, step
 from tests.emulated.graphs import CUDAGraph, emulated, graph
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.emulated.plain import runner
 from tests.emulated.platform import scheduling
-from tests.engine.driver import BLOCK, Case, Engine, logprobs, tokens
+from tests.engine.driver import BLOCK, STREAMS, Case, Engine, logprobs, tokens
 from tests.engine.test_exactness import SPECS, TOLERANCE, assert_exact, mixed_cases, prompt
 from tests.models import VOCAB_SIZE
 
@@ -24,19 +24,11 @@ BLOCKS = 28
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """The streams of the engine suite, in less memory than its requests want."""
-    streams: dict[str, tuple[str, int] | str] = {
-        "chat": ("qwen2", VOCAB_SIZE),
-        "third": ("qwen3", VOCAB_SIZE),
-        "plain": ("gpt2", VOCAB_SIZE),
-        "opt": ("opt", VOCAB_SIZE),
-        "short": ("llama", VOCAB_SIZE - 10),
-        "twin": "base",
-    }
     with scheduling(asynchronous=True):
         found = Engine(
             tmp_path_factory.mktemp("models"),
             ("llama", VOCAB_SIZE),
-            streams,
+            STREAMS,
             async_scheduling=True,
             num_gpu_blocks_override=BLOCKS,
         )

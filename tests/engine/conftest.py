@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engine.driver import Engine
+from tests.engine.driver import STREAMS, Engine
 from tests.models import VOCAB_SIZE
 
 
@@ -17,18 +17,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
     One companion lacks the tokenizer's last 10 ids.
     """
-    streams: dict[str, tuple[str, int] | str] = {
-        "chat": ("qwen2", VOCAB_SIZE),
-        "third": ("qwen3", VOCAB_SIZE),
-        "plain": ("gpt2", VOCAB_SIZE),
-        "opt": ("opt", VOCAB_SIZE),
-        "short": ("llama", VOCAB_SIZE - 10),
-        "twin": "base",
-    }
     found = Engine(
         tmp_path_factory.mktemp("models"),
         ("llama", VOCAB_SIZE),
-        streams,
+        STREAMS,
         one_product=[["chat", "plain"], ["third", "twin"]],
     )
     yield found

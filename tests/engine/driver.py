@@ -37,13 +37,23 @@ from steering.wire import SteeringPayload, pack
 from tests.adapters.models import Applied
 from tests.adapters.models import adapted as adapted_model
 from tests.engine.heads import Headed
-from tests.models import make_model
+from tests.models import VOCAB_SIZE, make_model
 from tests.reference import Mix, Step, decode, load, over_vocabularies
 
 BLOCK = 32
 """Tokens per KV block: small, so that many tests cross block boundaries."""
 
 METHODS = discover()
+
+STREAMS: Mapping[str, tuple[str, int] | str] = {
+    "chat": ("qwen2", VOCAB_SIZE),
+    "third": ("qwen3", VOCAB_SIZE),
+    "plain": ("gpt2", VOCAB_SIZE),
+    "opt": ("opt", VOCAB_SIZE),
+    "short": ("llama", VOCAB_SIZE - 10),
+    "twin": "base",
+}
+"""Companions of other architectures, one that lacks the tokenizer's last 10 ids, and a twin."""
 
 ERRORS: list[float] = []
 """Of every log-probability that was compared, nats; the session's summary shows the largest."""

@@ -25,7 +25,7 @@ from tests.adapters.layers import CheckpointLayers
 from tests.engine import test_adapter_kinds as adapter_kinds
 from tests.engine import test_heads as heads
 from tests.engine import test_speculation as speculation
-from tests.engine.driver import BLOCK, ERRORS, Case, Engine, Use, logprobs, tokens
+from tests.engine.driver import BLOCK, ERRORS, STREAMS, Case, Engine, Use, logprobs, tokens
 from tests.engine.test_exactness import TOLERANCE, assert_exact, prompt
 from tests.injected import Injected, failing, filled
 from tests.models import ARCHITECTURES, MAX_LENGTH, VOCAB_SIZE
@@ -173,19 +173,11 @@ def test_sets_that_are_read_ahead_are_the_same(engine: Engine) -> None:
 @pytest.fixture(scope="module")
 def steered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """All companions, heads of every kind, and a companion that drafts."""
-    streams: dict[str, tuple[str, int] | str] = {
-        "chat": ("qwen2", VOCAB_SIZE),
-        "third": ("qwen3", VOCAB_SIZE),
-        "plain": ("gpt2", VOCAB_SIZE),
-        "opt": ("opt", VOCAB_SIZE),
-        "short": ("llama", VOCAB_SIZE - 10),
-        "twin": "base",
-    }
     with patch.dict(ARCHITECTURES, opt=_opt):
         found = Engine(
             tmp_path_factory.mktemp("models"),
             ("llama", VOCAB_SIZE + 12),
-            streams,
+            STREAMS,
             heads.make_heads,
             speculation=Speculation("chat", speculation.DRAFTS),
             **TWO,

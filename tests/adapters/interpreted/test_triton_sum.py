@@ -14,8 +14,8 @@ from adapters.kernels.gated import InPlace
 from adapters.kernels.lines import Lines
 from adapters.kernels.reference import Float
 from adapters.kernels.triton_sum import AdapterTables, add_adapters
-from tests.adapters.mixed import Ask, Layer, Part, Set, gates, line, over_ranks
-from tests.adapters.steps import KINDS, SETS, TOLERANCE, asked, step
+from tests.adapters.mixed import KINDS, Ask, Layer, Part, Set, gates, line, over_ranks
+from tests.adapters.steps import SETS, TOLERANCE, asked, step
 
 
 @pytest.fixture(autouse=True)
