@@ -37,7 +37,7 @@ def run(page: Page) -> None:
 def finished(page: Page) -> None:
     """Waits for the end of a run, and for its report."""
     expect(page.get_by_role("button", name="Stop")).to_be_disabled()
-    expect(page.locator("#said")).to_have_text(re.compile("^Done"), timeout=10_000)
+    expect(page.locator("#said")).to_have_text(re.compile("^Done"), timeout=60_000)
 
 
 def tokens(page: Page) -> Locator:
