@@ -89,12 +89,12 @@ class Driven:
 
         from adapters.formats.inspect import inspect
         from load_tests.adapter_files import shapes
-        from steering.adapters import Chosen, adapt
+        from steering.adapters import ResolvedAdapter, adapt
         from steering.plan import SteeringPlan
         from steering.wire import SteeringPayload, pack
 
         artefact = inspect(folder, shapes(), max_rank=512)
-        chosen = Chosen(artefact, artefact.digest())
+        chosen = ResolvedAdapter(artefact, artefact.digest())
         plan, adapters = adapt(SteeringPlan("base"), [chosen], {"base": "base"})
         assert adapters is not None
         return LoRARequest(**adapters.lora_request()), pack(SteeringPayload(plan))

@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Any
-
-import jinja2
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
-from vllm.entrypoints.serve import create_error_response
-from vllm.exceptions import VLLMError
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from adapters.errors import AdapterError
 from server import errors
-from server.adapting.leases import Leasing
+from server.context import LEFT, context_of
 from server.errors import HttpError
-from server.operation.observer import LEFT
+from server.requests.failures import MEANT, http_error
 from server.routes import adapters, admin, metrics, openai, openapi, playground
 from server.routes.collector import Present
 from server.serving import Serving
 from server.validation import problems
-from steering.errors import SteeringError
-
-logger = logging.getLogger("coxswain")
 
 
-async def _http_error(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HttpError)
-    return errors.response(error)
-
-
-async def _steering_error(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, SteeringError)
-    return errors.response(errors.from_steering(error))
-
-
-async def _adapter_error(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, AdapterError)
-    return errors.response(errors.from_adapters(error))
+async def _error(request: Request, error: Exception) -> Response:
+    """Errors that say whose fault they are, and bugs, which are logged."""
+    found = http_error(error)
+    context_of(request.scope).refusal = found.reason
+    return errors.response(found)
 
 
 async def _routing_error(request: Request, error: Exception) -> Response:
@@ -68,27 +49,9 @@ async def _invalid_body(_request: Request, error: Exception) -> JSONResponse:
     return errors.response(HttpError(400, message, param=param))
 
 
-async def _vllm_error(_request: Request, error: Exception) -> JSONResponse:
-    """Errors that vLLM raises for a caller's fault, and some of its own."""
-    found = create_error_response(error)
-    return errors.response(errors.from_vllm(found.error.model_dump()))
-
-
-async def _engine_error(_request: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, EngineDeadError):
-        return errors.response(HttpError(503, "The engine has died; the server is ending.",
-                                         code="dead", retry_after_s=5))  # fmt: skip
-    return errors.response(HttpError(500, "The engine could not finish this request."))
-
-
 async def _left(_request: Request, _error: Exception) -> Response:
     """The client left before its body was complete: nobody reads this."""
     return Response(status_code=LEFT)
-
-
-async def _bug(request: Request, error: Exception) -> JSONResponse:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return errors.response(HttpError(500, "Internal error; the server's log has the details."))
 
 
 def build_app(serving: Serving) -> ASGIApp:
@@ -112,25 +75,10 @@ def build_app(serving: Serving) -> ASGIApp:
     app.include_router(metrics.router)
     if serving.config.playground:
         app.include_router(playground.router)
-    handlers: tuple[tuple[Any, Any], ...] = (
-        (HttpError, _http_error),
-        (SteeringError, _steering_error),
-        (AdapterError, _adapter_error),
-        (ClientDisconnect, _left),
-        (HTTPException, _routing_error),
-        (RequestValidationError, _invalid_body),
-        (EngineDeadError, _engine_error),
-        (EngineGenerateError, _engine_error),
-        (VLLMError, _vllm_error),
-        # vLLM raises these for bad values that it has no class of its own for.
-        (ValueError, _vllm_error),
-        (TypeError, _vllm_error),
-        (OverflowError, _vllm_error),
-        (NotImplementedError, _vllm_error),
-        (jinja2.TemplateError, _vllm_error),
-        (Exception, _bug),
-    )
-    for kind, handler in handlers:
-        app.add_exception_handler(kind, handler)
+    for kind in (*MEANT, Exception):
+        app.add_exception_handler(kind, _error)
+    app.add_exception_handler(ClientDisconnect, _left)
+    app.add_exception_handler(HTTPException, _routing_error)
+    app.add_exception_handler(RequestValidationError, _invalid_body)
     openapi.install(app, serving.methods)
-    return Leasing(app)
+    return app

@@ -18,8 +18,8 @@ from server.adapting.service import opened
 from server.checks.adapters import Layers, targets
 from server.checks.diagnosis import Diagnosis
 from server.checks.doctor import snapshot
-from server.operation.rates import Rates
-from server.operation.state import Life
+from server.operation.rate_limits import RateLimits
+from server.operation.state import ServerState
 from server.requests.own_prompts import Reader
 from server.requests.profiles import Profiles
 from server.serving import Serving
@@ -78,17 +78,17 @@ def quiet_logs() -> None:
 
 async def assemble(
     config: Config,
-    life: Life,
+    state: ServerState,
     loaded: Loaded,
     closing: AsyncExitStack,
     stage: Callable[[str], None],
-    rates: Rates,
+    rates: RateLimits,
 ) -> Serving:
     """Binds the engine and builds what the routes use.
 
     Args:
         config: the settings.
-        life: the server's phase.
+        state: the server's phase.
         loaded: the engine, and what the checks found out.
         closing: closed before the engine ends.
         stage: told what is under way.
@@ -124,7 +124,7 @@ async def assemble(
     shown = {name: fact.describe() for name, fact in diagnosis.streams.items()}
     return parts.build(
         config,
-        life,
+        state,
         loaded.engine,
         diagnosis.methods,
         profiles,

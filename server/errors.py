@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -31,7 +29,6 @@ from adapters.errors import (
     TooLarge,
 )
 from adapters.errors import DoesNotFit as AdapterDoesNotFit
-from server.trail import trail
 from steering.errors import BadValue, DoesNotFit, NotFound, SteeringError
 
 _TABLE: dict[int, tuple[str, str]] = {
@@ -123,11 +120,14 @@ def body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code or default}}
 
 
+def code_of(error: HttpError) -> str:
+    """The word for programs that an error has in its body."""
+    return str(body(error.status, error.message, code=error.code)["error"]["code"])
+
+
 def response(error: HttpError) -> JSONResponse:
-    """The HTTP answer for an error; a refusal is noted for the metrics."""
+    """The HTTP answer for an error."""
     headers = {}
-    if error.reason is not None:
-        trail().refusal = error.reason
     if error.retry_after_s is not None:
         headers["retry-after"] = str(error.retry_after_s)
     if error.status == 401:
@@ -182,20 +182,10 @@ def from_vllm(error: dict[str, Any]) -> HttpError:
     return HttpError(status, message, param=param, code=code, retry_after_s=retry)
 
 
-@contextmanager
-def answering() -> Iterator[None]:
-    """Around what makes an answer of the engine's: here no error is the caller's fault.
-
-    Raises:
-        RuntimeError: for the errors that elsewhere stand for a bad value of the caller's.
-    """
-    try:
-        yield
-    except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
-        raise RuntimeError("the answer cannot be told") from error
-
-
-def event(error: HttpError) -> str:
-    """The error as a server-sent event: for a stream whose first byte is out."""
+def event(path: str, error: HttpError) -> str:
+    """The error as the end of a stream whose first byte is out, as the path's API has it."""
     content = body(error.status, error.message, error.param, error.code)
+    if path == "/v1/responses":
+        told = {"type": "error", **{k: content["error"][k] for k in ("code", "message", "param")}}
+        return f"event: error\ndata: {json.dumps(told)}\n\n"
     return f"data: {json.dumps(content)}\n\n"

@@ -22,12 +22,12 @@ from adapters.thread import in_thread
 from server.console import Progress, say
 from server.loading import StartFailed, environment, load
 from server.operation import tracing
+from server.operation.access_log import AccessLog, with_ids
 from server.operation.auth import Auth
 from server.operation.gate import Gate
-from server.operation.heads import bounded
-from server.operation.observer import Observer
-from server.operation.rates import Rates
-from server.operation.state import Life
+from server.operation.head_limits import bounded
+from server.operation.rate_limits import RateLimits
+from server.operation.state import ServerState
 from server.settings.config import Config, ConfigInvalid
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ LINGER_S = 3.0
 """How long a server whose engine died still answers, so that probes can read why."""
 
 WATCH_S = 0.2
-"""How often the engine's life is looked at."""
+"""How often the engine's state is looked at."""
 
 SHUTDOWN_S = 5.0
 """How long the engine gets to end by itself."""
@@ -83,11 +83,11 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.life = Life()
-        self.rates = Rates.of(config)
-        self.gate = Gate(self.life, Auth(config), config.server, config.limits, self.rates)
+        self.state = ServerState()
+        self.rates = RateLimits.of(config)
+        self.gate = Gate(self.state, Auth(config), config.server, config.limits, self.rates)
         self.tracing = tracing.start(config.tracing)
-        self.outermost = Observer(self.gate, config.logging, self.tracing)
+        self.outermost = with_ids(AccessLog(self.gate, config.logging, self.tracing))
         self.engine: SteeredLLM | None = None
         self.loading: asyncio.Task[Serving] | None = None
         self.closing = contextlib.AsyncExitStack()
@@ -136,13 +136,13 @@ class Run:
     def _signalled(self) -> None:
         """The first signal asks for an orderly end, the second for an immediate one."""
         self.signals += 1
-        self.life.drain.set()
+        self.state.drain.set()
         if self.signals > 1:
             self.hurry.set()
 
     async def _until_end(self, port: int) -> tuple[int, str]:
         """Serves; returns the exit status and what to say last."""
-        asked = asyncio.create_task(self.life.drain.wait())
+        asked = asyncio.create_task(self.state.drain.wait())
         self.loading = loading = asyncio.create_task(self._load(port))
         await asyncio.wait({asked, loading}, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
@@ -150,7 +150,7 @@ class Run:
         try:
             serving = loading.result()
         except StartFailed as error:
-            self.life.phase, self.life.reason = "dead", str(error)
+            self.state.phase, self.state.reason = "dead", str(error)
             for problem in error.problems:
                 say(f"coxswain: {problem}")
             return 1, "cannot start"
@@ -167,22 +167,22 @@ class Run:
 
     async def _load(self, port: int) -> Serving:
         with Progress() as progress:
-            loaded = await in_thread(lambda: load(self.config, progress, self.life))
+            loaded = await in_thread(lambda: load(self.config, progress, self.state))
             self.engine = loaded.engine
-            self.life.reason = "starting the engine"
-            progress.stage(self.life.reason)
+            self.state.reason = "starting the engine"
+            progress.stage(self.state.reason)
             from vllm.exceptions import GenerationError
 
             from server.adapting.service import PreloadFailed
             from server.assemble import announce, assemble
 
             def stage(text: str) -> None:
-                self.life.reason = text
+                self.state.reason = text
                 progress.stage(text)
 
             try:
                 serving = await assemble(
-                    self.config, self.life, loaded, self.closing, stage, self.rates
+                    self.config, self.state, loaded, self.closing, stage, self.rates
                 )
             except PreloadFailed as error:
                 raise StartFailed(error.problems) from error
@@ -194,7 +194,7 @@ class Run:
         from server.app import build_app
 
         self.gate.inner = build_app(serving)
-        self.life.become_ready()
+        self.state.become_ready()
         say(announce(serving, port, seconds))
         return serving
 
@@ -211,34 +211,34 @@ class Run:
         while True:
             with contextlib.suppress(Exception):  # a dead engine is `_watch`'s business
                 serving.counters.update(await serving.engine.counters())
-                self.life.hear()
+                self.state.hear()
             await asyncio.sleep(self.config.server.counters_every_s)
 
     async def _died(self, reason: str) -> tuple[int, str]:
-        self.life.phase, self.life.reason = "dead", reason
+        self.state.phase, self.state.reason = "dead", reason
         await asyncio.sleep(LINGER_S)
         return 1, f"engine failure: {reason}. Exit status 1."
 
     async def _drain(self, watching: asyncio.Task[str]) -> tuple[int, str]:
         """Tells load balancers, then lets running requests finish."""
-        life, limit = self.life, self.config.server.drain_timeout_s
+        state, limit = self.state, self.config.server.drain_timeout_s
         hurry = asyncio.create_task(self.hurry.wait())
         if notice := self.config.server.drain_notice_s:
-            life.leaving = True
+            state.leaving = True
             say(f"coxswain: not ready from now on; draining in {notice:g} s")
             await asyncio.wait(
                 {hurry, watching}, timeout=notice, return_when=asyncio.FIRST_COMPLETED
             )
-        life.phase, life.reason = "draining", "the server is asked to end"
-        say(f"coxswain: draining, requests in flight: {life.in_flight}, at most {limit:g} s "
+        state.phase, state.reason = "draining", "the server is asked to end"
+        say(f"coxswain: draining, requests in flight: {state.in_flight}, at most {limit:g} s "
             "(a second signal: at once)")  # fmt: skip
-        idle = asyncio.create_task(life.idle.wait())
+        idle = asyncio.create_task(state.idle.wait())
         await asyncio.wait(
             {idle, hurry, watching}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
         )
         if watching.done():
             return await self._died(watching.result())
-        cut = f"; requests cut off: {life.in_flight}" if life.in_flight else ""
+        cut = f"; requests cut off: {state.in_flight}" if state.in_flight else ""
         return 0, f"ended in order{cut}"
 
     async def _stop_engine(self) -> None:

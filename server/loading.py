@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from server.checks.capacity import cpu_cache_bytes
 from server.console import Progress
-from server.operation.state import Life
+from server.operation.state import ServerState
 from server.settings.config import Config, StreamConfig
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _source(name: str, stream: StreamConfig, diagnosis: Diagnosis) -> StreamSour
     return StreamSource(model, stream.same_as, head, stream.on, stream.path)
 
 
-def load(config: Config, progress: Progress, life: Life) -> Loaded:
+def load(config: Config, progress: Progress, state: ServerState) -> Loaded:
     """Checks the configuration and starts the engine. Blocks; runs in a thread.
 
     Raises:
@@ -123,7 +123,7 @@ def load(config: Config, progress: Progress, life: Life) -> Loaded:
     """
 
     def stage(text: str) -> None:
-        life.reason = text
+        state.reason = text
         progress.stage(text)
 
     stage("loading vLLM")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
@@ -14,16 +15,18 @@ from vllm.renderers.online_renderer import OnlineRenderer
 
 from server.adapting.service import Adapters
 from server.engine_vllm import SteeredLLM
-from server.operation.rates import Rates
-from server.operation.state import Life
+from server.operation.rate_limits import RateLimits
+from server.operation.state import ServerState
 from server.requests.models import SteeredModels
 from server.requests.own_prompts import OwnPrompts, Reader
 from server.requests.profiles import Profiles
-from server.requests.steerer import Steerer
+from server.requests.resolve import Resolver
 from server.settings.config import Config
 from server.settings.operating import Rate
 from steering.method import Snapshot
 from steering.plugins import Registry
+
+V = TypeVar("V")
 
 
 class StreamCounters:
@@ -46,11 +49,11 @@ class Serving:
 
     Args:
         config: the settings.
-        life: the server's phase.
+        state: the server's phase.
         engine: the engine client.
         methods: the installed methods.
         profiles: the profiles.
-        steerer: resolves requests.
+        resolver: resolves requests.
         models, chat, completion, responses, tokenization: vLLM's serving classes.
         counters: the worker's counters, as last polled.
         streams: what `/admin/streams` shows, by name.
@@ -59,11 +62,11 @@ class Serving:
     """
 
     config: Config
-    life: Life
+    state: ServerState
     engine: SteeredLLM
     methods: Registry
     profiles: Profiles
-    steerer: Steerer
+    resolver: Resolver
     models: SteeredModels
     chat: OpenAIServingChat
     completion: OpenAIServingCompletion
@@ -72,7 +75,7 @@ class Serving:
     counters: StreamCounters = field(default_factory=StreamCounters)
     streams: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     adapters: Adapters | None = None
-    rates: Rates = field(default_factory=lambda: Rates(Rate()))
+    rates: RateLimits = field(default_factory=lambda: RateLimits(Rate()))
 
     def decode(self, token_id: int) -> str:
         """The text of one of the base's tokens."""
@@ -87,9 +90,29 @@ class Serving:
         )
 
 
+def for_request(serving: V, parts: Serving, asked: str | None, template: str | None) -> V:
+    """One of vLLM's serving objects as one request sees it.
+
+    Args:
+        serving: the server's; it is not changed.
+        parts: the server's.
+        asked: the profile or adapter that the request names as its model, or None.
+        template: the base's chat template for it; None: the server's.
+    """
+    found: Any = copy.copy(serving)
+    found.models = parts.models.for_request(asked)
+    if template is not None:
+        found.chat_template = template
+        if hasattr(found, "online_renderer"):
+            found.online_renderer = copy.copy(found.online_renderer)
+            found.online_renderer.chat_template = template
+    bound: V = found
+    return bound
+
+
 def build(
     config: Config,
-    life: Life,
+    state: ServerState,
     engine: SteeredLLM,
     methods: Registry,
     profiles: Profiles,
@@ -97,13 +120,13 @@ def build(
     readers: Mapping[str, Reader],
     streams: Mapping[str, Mapping[str, Any]],
     adapters: Adapters | None,
-    rates: Rates,
+    rates: RateLimits,
 ) -> Serving:
     """Puts the parts together.
 
     Args:
         config: the settings.
-        life: the server's phase.
+        state: the server's phase.
         engine: up and bound.
         methods: the installed methods.
         profiles: checked.
@@ -116,9 +139,9 @@ def build(
     own_prompts = OwnPrompts(
         readers, engine.model_config.max_model_len - 1, config.steering.chat_templates
     )
-    steerer = Steerer(
+    resolver = Resolver(
         config.name, methods, profiles, snapshot, config.steering.limits,
-        config.steering.inline, own_prompts, adapters,
+        config.steering.inline, own_prompts, adapters, config.limits,
     )  # fmt: skip
     models = SteeredModels(engine, config.name)
     shared: dict[str, Any] = {
@@ -137,11 +160,11 @@ def build(
     details = {"online_renderer": renderer, "enable_prompt_tokens_details": True}
     return Serving(
         config=config,
-        life=life,
+        state=state,
         engine=engine,
         methods=methods,
         profiles=profiles,
-        steerer=steerer,
+        resolver=resolver,
         models=models,
         chat=OpenAIServingChat(engine, models, "assistant", **details, **shared, **parsers),
         completion=OpenAIServingCompletion(engine, models, request_logger=None, **details),

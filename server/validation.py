@@ -152,27 +152,8 @@ def problems(
     return found
 
 
-_SUSPECT = re.compile(rb"NaN|Infinity|[eE]\+?\d{3}|\d{300}|\\u[dD][89a-fA-F]")
-"""Bytes without which a body holds neither an odd number nor half a surrogate pair."""
-
-
-def odd_value(raw: bytes, body: object) -> tuple[str, str] | None:
-    """The first value that JSON or Unicode does not have: (path, what it must be).
-
-    Python's parser accepts `NaN`, reads `1e999` as infinity and keeps lone surrogates. A NaN that
-    reaches the sampler would poison the key-value cache of later requests; a lone surrogate is
-    no text that a tokenizer could read.
-
-    Args:
-        raw: the bytes that `body` was parsed from; they are scanned first, because walking a
-            long list of token ids would take longer than parsing it.
-        body: the parsed JSON.
-    """
-    return _walk(body, "") if _SUSPECT.search(raw) else None
-
-
 DEEPEST = 100
-"""Levels of a body. Python's parser takes as many as its stack has left, and what looks at the body
+"""Levels of a body. The parser takes as many as its stack has left, and what looks at the body
 later has less of it left."""
 
 
@@ -194,25 +175,6 @@ def too_deep(raw: bytes, body: object) -> bool:
             if isinstance(inner, dict | list)
         ]
     return bool(level)
-
-
-def _walk(value: object, path: str) -> tuple[str, str] | None:
-    if isinstance(value, float) and not math.isfinite(value):
-        return path or "body", f"must be a finite number (got {value}); allowed: finite numbers"
-    if isinstance(value, str) and not is_unicode(value):
-        return path or "body", "must be Unicode text, without lone surrogates"
-    children: Iterable[tuple[object, object]] = ()
-    if isinstance(value, dict):
-        if not all(map(is_unicode, value)):
-            return path or "body", "its names must be Unicode text, without lone surrogates"
-        children = value.items()
-    elif isinstance(value, list):
-        children = enumerate(value)
-    for key, child in children:
-        found = _walk(child, f"{path}.{key}" if path else str(key))
-        if found is not None:
-            return found
-    return None
 
 
 def is_unicode(text: str) -> bool:

@@ -12,7 +12,7 @@ from steering.plan import BASE, AdapterUse, SteeringPlan
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ResolvedAdapter:
     """One adapter that a request names.
 
     Args:
@@ -23,6 +23,7 @@ class Chosen:
         top_k: for a pack, members per token; None: the pack's own.
         temperature: for a pack, T; None: the pack's own.
         field: where it stands in the request, for errors, e.g. `adapters.0`.
+        name, version: what the request and reports call it.
     """
 
     artefact: Artefact
@@ -32,11 +33,13 @@ class Chosen:
     top_k: int | None = None
     temperature: float | None = None
     field: str = "adapters"
+    name: str = ""
+    version: str = ""
 
 
 def adapt(
     plan: SteeringPlan,
-    chosen: Sequence[Chosen],
+    resolved: Sequence[ResolvedAdapter],
     owners: Mapping[str, str],
     *,
     weight: tuple[float, float] = (-10.0, 10.0),
@@ -49,7 +52,7 @@ def adapt(
 
     Args:
         plan: the request's, without adapters.
-        chosen: what the request names.
+        resolved: what the request names.
         owners: every stream of this server → the stream whose weights it runs; itself, but for
             a twin its original.
         weight: lowest and highest weight.
@@ -62,7 +65,7 @@ def adapt(
     """
     uses: dict[tuple[str, str], AdapterUse] = {}
     members = []
-    for one in chosen:
+    for one in resolved:
         if one.stream not in owners:
             raise NotFound(
                 "no such stream",
@@ -82,14 +85,14 @@ def adapt(
     if found.rank > max_rank:
         raise BadValue(
             "the adapters' ranks together",
-            field=chosen[0].field.rsplit(".", 1)[0],
+            field=resolved[0].field.rsplit(".", 1)[0],
             value=found.rank,
             allowed=f"≤ {max_rank}",
         )
     return replace(plan, adapters=kept), found
 
 
-def _use(one: Chosen, weight: tuple[float, float]) -> AdapterUse:
+def _use(one: ResolvedAdapter, weight: tuple[float, float]) -> AdapterUse:
     low, high = weight
     if not low <= one.weight <= high:
         raise BadValue(

@@ -77,7 +77,7 @@ def resolve(
     """The plan of one steering object.
 
     Args:
-        spec: the object, profiles folded in (`steering.spec.read_wish`). With `report` alone it
+        spec: the object, profiles folded in (`steering.spec.read_steering`). With `report` alone it
             asks for a report of a request that is not steered.
         methods: methods by name.
         snapshot: the server's streams.

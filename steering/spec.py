@@ -88,7 +88,7 @@ class Profile(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class SteeringRequest:
     """What a request asks for, profiles folded in; not yet checked by its method.
 
     Args:
@@ -102,14 +102,14 @@ class Wish:
     profile: str | None = None
 
 
-def read_wish(
+def read_steering(
     asked: object,
     *,
     profiles: Mapping[str, Profile],
     limits: Limits,
     inline: bool = True,
     model_profile: str | None = None,
-) -> Wish | None:
+) -> SteeringRequest | None:
     """Folds profiles into what the request's `steering` field holds.
 
     Args:
@@ -121,7 +121,7 @@ def read_wish(
         model_profile: the profile that the request named as its `model`, or None.
 
     Returns:
-        The wish, or None if the request asks for no steering.
+        What is asked for; None: no steering.
 
     Raises:
         NotFound: no such profile.
@@ -140,7 +140,7 @@ def read_wish(
             value=dict(overrides),
             allowed=_one_of(profiles, "profile"),
         )
-    return Wish(overrides, limits)
+    return SteeringRequest(overrides, limits)
 
 
 def _parts(asked: object, model_profile: str | None) -> tuple[str | None, Mapping[str, Any]]:
@@ -172,7 +172,7 @@ def _from_profile(
     profiles: Mapping[str, Profile],
     limits: Limits,
     inline: bool,
-) -> Wish:
+) -> SteeringRequest:
     if name not in profiles:
         raise NotFound(
             "no such profile", field=FIELD, value=name, allowed=_one_of(profiles, "profile")
@@ -194,7 +194,7 @@ def _from_profile(
                 allowed=f"only {', '.join(sorted(OVERRIDABLE_ALWAYS))} may be set",
             )
     narrowed = profile.narrow(limits, f"profiles.{name}")
-    return Wish({**profile.spec, **overrides}, narrowed, name)
+    return SteeringRequest({**profile.spec, **overrides}, narrowed, name)
 
 
 def _one_of(names: Mapping[str, object], what: str) -> str:

@@ -172,7 +172,7 @@ class Manager:
         with contextlib.suppress(RegistryAway):
             await self.feed.look()
 
-    # Life.
+    # ServerState.
 
     async def run(self) -> None:
         """Converges until it is cancelled; what is loaded stays with the engine."""

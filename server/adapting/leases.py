@@ -5,12 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-HELD = "coxswain.held"
-"""Key of an `ExitStack` in a request's scope: closed when its response is complete."""
+from contextlib import contextmanager
 
 
 class Leases:
@@ -41,19 +36,3 @@ class Leases:
         while self.used(digest):
             self._ended.clear()
             await self._ended.wait()
-
-
-class Leasing:
-    """ASGI middleware: gives back what a request holds when its response is complete.
-
-    Args:
-        app: the application inside.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with ExitStack() as held:
-            scope[HELD] = held
-            await self.app(scope, receive, send)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +13,12 @@ from adapters.errors import AdapterError, Conflict, NoAdapter, kind_of
 from adapters.registry.manager import Manager
 from adapters.registry.record import Content, Record, State
 from adapters.sets import AdapterSet
-from server.adapting.choice import AdapterWish, Picked, pick, split
+from server.access import Access
 from server.adapting.loader import EngineLoader
 from server.adapting.registry import registry_of
+from server.adapting.resolve import AdapterRef, resolve_adapters, split
 from server.settings.config import AdaptersConfig, Config
-from steering.adapters import adapt
+from steering.adapters import ResolvedAdapter, adapt
 from steering.plan import SteeringPlan
 
 LOOK_S = 0.1
@@ -61,14 +62,15 @@ class Adapters:
         """Whether a request's `model` names an adapter, ready or not."""
         return split(model)[0] in self.manager.records
 
-    def board(
+    def resolve(
         self,
         plan: SteeringPlan,
         model: str | None,
-        wishes: list[AdapterWish],
+        refs: Sequence[AdapterRef],
         weight: tuple[float, float],
+        access: Access,
         held: ExitStack,
-    ) -> tuple[SteeringPlan, AdapterSet | None, list[Picked]]:
+    ) -> tuple[SteeringPlan, AdapterSet | None, list[ResolvedAdapter]]:
         """Puts a request's adapters into its plan; they stay loaded until `held` is closed.
 
         Raises:
@@ -76,13 +78,12 @@ class Adapters:
             NoAdapter: one is not ready here.
             SteeringError: a number is out of range, or they do not go together.
         """
-        picked = pick(model, wishes, self.manager, self.loader)
+        resolved = resolve_adapters(model, refs, access, self.manager, self.loader)
         owners = {name: target.owner for name, target in self.loader.targets.items()}
-        chosen = [one.chosen for one in picked]
-        plan, found = adapt(plan, chosen, owners, weight=weight, max_rank=self.max_rank)
+        plan, found = adapt(plan, resolved, owners, weight=weight, max_rank=self.max_rank)
         if found is not None:
             held.enter_context(self.loader.leases.lease(m.digest for m in found.members))
-        return plan, found, picked
+        return plan, found, resolved
 
     # The admin API.
 
@@ -278,23 +279,23 @@ async def _keep_pinned(found: Adapters) -> None:
 async def _preload(section: AdaptersConfig, found: Adapters) -> None:
     """Asks for the configuration's adapters; what is registered otherwise is replaced."""
     problems = []
-    for i, wish in enumerate(section.preload):
-        asked: Mapping[str, Any] = {"version": wish.version, "stream": wish.stream,
-                                    "pin": wish.pin, "by": "the configuration"}  # fmt: skip
+    for i, one in enumerate(section.preload):
+        asked: Mapping[str, Any] = {"version": one.version, "stream": one.stream,
+                                    "pin": one.pin, "by": "the configuration"}  # fmt: skip
         try:
             try:
-                await found.submit(wish.name, wish.source, replace=False, **asked)
+                await found.submit(one.name, one.source, replace=False, **asked)
             except Conflict:
-                await found.submit(wish.name, wish.source, replace=True, **asked)
+                await found.submit(one.name, one.source, replace=True, **asked)
         except AdapterError as error:
-            problems.append(f"adapters.preload.{i} ({wish.name}): {error}")
+            problems.append(f"adapters.preload.{i} ({one.name}): {error}")
     if problems:
         raise PreloadFailed(problems)
-    for i, wish in enumerate(section.preload):
-        record = await found.until(wish.name)
+    for i, one in enumerate(section.preload):
+        record = await found.until(one.name)
         why = failed(record, found)
         if why is not None:
-            problems.append(f"adapters.preload.{i} ({wish.name}): {why}")
+            problems.append(f"adapters.preload.{i} ({one.name}): {why}")
     if problems:
         raise PreloadFailed(problems)
 

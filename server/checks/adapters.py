@@ -136,18 +136,18 @@ def adapter_problems(config: Config, section: AdaptersConfig, found: Diagnosis) 
     with contextlib.suppress(AdapterError, KeyError):
         known = targets(config, found)
     taken: dict[str, str] = {config.name: "the base", **dict.fromkeys(config.profiles, "a profile")}
-    for i, wish in enumerate(section.preload):
+    for i, one in enumerate(section.preload):
         where = f"adapters.preload.{i}"
-        if wish.name in taken:
-            lines.append(f"{where}.name: taken by {taken[wish.name]} (got {wish.name!r})")
-        taken[wish.name] = "another adapter"
-        lines += [f"{where}.{line}" for line in _preload(section, wish, known)]
+        if one.name in taken:
+            lines.append(f"{where}.name: taken by {taken[one.name]} (got {one.name!r})")
+        taken[one.name] = "another adapter"
+        lines += [f"{where}.{line}" for line in _preload(section, one, known)]
     compilation = config.engine.get("compilation_config")
     mode = compilation.get("mode") if isinstance(compilation, Mapping) else None
     if mode not in (None, 0, "0", "NONE") and adapters_run_uncompiled():
         lines.append(f"engine.compilation_config.mode: refused (got {mode!r}): on this platform "
                      "engines with adapters are not compiled; leave it out")  # fmt: skip
-    pins = sum(wish.pin for wish in section.preload)
+    pins = sum(one.pin for one in section.preload)
     if pins >= section.max_loaded:
         lines.append(f"adapters.preload: {pins} are pinned; allowed: fewer than "
                      f"adapters.max_loaded, {section.max_loaded}")  # fmt: skip
@@ -155,24 +155,24 @@ def adapter_problems(config: Config, section: AdaptersConfig, found: Diagnosis) 
 
 
 def _preload(
-    section: AdaptersConfig, wish: PreloadConfig, known: dict[str, Target]
+    section: AdaptersConfig, one: PreloadConfig, known: dict[str, Target]
 ) -> Iterator[str]:
     try:
-        check_name(wish.name, "name")
-        check_name(wish.version, "version")
-        source = parse_source(wish.source)
+        check_name(one.name, "name")
+        check_name(one.version, "version")
+        source = parse_source(one.source)
         Allowed(tuple(map(Path, section.roots)), section.remotes).check(source)
     except AdapterError as error:
         yield str(error)
         return
     if not known:
         return
-    if wish.stream not in known:
-        yield f"stream: no such stream (got {wish.stream!r}); allowed: {', '.join(known)}"
+    if one.stream not in known:
+        yield f"stream: no such stream (got {one.stream!r}); allowed: {', '.join(known)}"
     elif source.kind == "local":
         try:
-            inspect(Path(source.place), known[wish.stream].shapes, max_rank=section.max_rank)
+            inspect(Path(source.place), known[one.stream].shapes, max_rank=section.max_rank)
         except AdapterError as error:
             yield f"source: {error}"
         except OSError as error:
-            yield f"source: {error.strerror}: {wish.source}"
+            yield f"source: {error.strerror}: {one.source}"

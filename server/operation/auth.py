@@ -9,17 +9,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 from starlette.datastructures import Headers
 
+from server.access import EVERYTHING, Access
 from server.errors import HttpError
 from server.settings.config import HASHED, Config, LimitedKey
 from server.settings.operating import Rate
-from server.trail import ANYONE
 
 _ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 """Paths beside `/admin` that need the admin key: vLLM's own."""
@@ -46,58 +44,8 @@ def _host_of(header: str) -> str:
     return urlsplit(f"//{header}").hostname or ""
 
 
-@dataclass(frozen=True)
-class Access:
-    """What the current request's key may use. None: everything.
-
-    Args:
-        profiles: names.
-        adapters: names.
-        caller: fingerprint of the key.
-        rate: what it may take per minute; None: what the section `limits` says.
-    """
-
-    profiles: frozenset[str] | None = None
-    adapters: frozenset[str] | None = None
-    caller: str = field(default=ANYONE, compare=False)
-    rate: Rate | None = field(default=None, compare=False)
-
-    def check_steering(self, profile: str | None) -> None:
-        """Lets steering pass or raises.
-
-        Args:
-            profile: where it comes from; None: it is the caller's own.
-
-        Raises:
-            HttpError: 403.
-        """
-        if self.profiles is None or profile in self.profiles:
-            return
-        if profile is None:
-            raise HttpError(403, "This API key may use its profiles only, not steering of its "
-                            "own.", param="steering", reason="forbidden")  # fmt: skip
-        raise HttpError(403, f"This API key may not use the profile {profile!r}.",
-                        param="steering", reason="forbidden")  # fmt: skip
-
-    def check_adapter(self, name: str) -> None:
-        """Lets an adapter pass or raises.
-
-        Raises:
-            HttpError: 403.
-        """
-        if self.adapters is not None and name not in self.adapters:
-            raise HttpError(403, f"This API key may not use the adapter {name!r}.",
-                            param="adapters", reason="forbidden")  # fmt: skip
-
-
-EVERYTHING = Access()
-
-access: ContextVar[Access] = ContextVar("access", default=EVERYTHING)
-"""Of the key that the current request came with; set by the gate."""
-
-
 class Auth:
-    """Checks keys in constant time; says which of the two doors a path belongs to.
+    """Checks keys in constant time; says whether a path is administration's.
 
     Args:
         config: sections `auth` and `server`.
@@ -118,7 +66,7 @@ class Auth:
         """Lets a request pass, and says what it may use; or raises.
 
         Raises:
-            HttpError: 401 without a valid key, 403 for the wrong kind of key or a closed door.
+            HttpError: 401 without a valid key, 403 for the wrong kind of key or a part that is off.
         """
         if is_admin(path):
             self._check_admin(headers)

@@ -8,11 +8,11 @@ from contextlib import aclosing
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from server.trail import Trail
+from server.context import RequestContext
 
 
 async def counted(
-    outputs: AsyncGenerator[RequestOutput, None], noted: Trail, params: SamplingParams
+    outputs: AsyncGenerator[RequestOutput, None], context: RequestContext, params: SamplingParams
 ) -> AsyncGenerator[RequestOutput, None]:
     """Passes outputs on and counts their tokens, also those of a request that is broken off."""
     delta = params.output_kind == RequestOutputKind.DELTA
@@ -22,10 +22,10 @@ async def counted(
         async for output in outputs:
             if first:
                 first = False
-                noted.prompt_tokens += len(output.prompt_token_ids or ())
+                context.prompt_tokens += len(output.prompt_token_ids or ())
             for choice in output.outputs:
                 drawn = len(choice.token_ids)
                 # Of a stream's outputs each tells what is new, of others each tells all.
-                noted.drew(drawn if delta else drawn - before.get(choice.index, 0))
+                context.count_drawn(drawn if delta else drawn - before.get(choice.index, 0))
                 before[choice.index] = drawn
             yield output

@@ -6,16 +6,20 @@ the same form. Standard error stays free for what the operating system and nativ
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
+from asgi_correlation_id import correlation_id
 from pythonjsonlogger.json import JsonFormatter
 
+from server import errors
 from server.console import JsonHandler
+from server.context import RequestContext
 from server.settings.operating import LoggingConfig
-from server.trail import Trail, trail
 
 logger = logging.getLogger("coxswain.requests")
 
@@ -31,10 +35,20 @@ class _WithId(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Always true."""
-        identifier = trail().id
+        identifier = correlation_id.get()
         if identifier and not hasattr(record, "request_id"):
             record.request_id = identifier
         return True
+
+
+_PLAIN = re.compile(r"[!-~]+")
+"""Text that can stand in a line of fields as it is: nothing in it ends a field or a line."""
+
+
+def _written(value: object) -> str:
+    """A field's value; what a client could forge lines or fields with is written as JSON."""
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) and '"' not in text else json.dumps(text)
 
 
 class _Text(logging.Formatter):
@@ -44,7 +58,7 @@ class _Text(logging.Formatter):
         """The line."""
         text = super().format(record)
         fields: dict[str, object] = getattr(record, "fields", {})
-        return " ".join([text, *(f"{name}={value}" for name, value in fields.items())])
+        return " ".join([text, *(f"{name}={_written(value)}" for name, value in fields.items())])
 
 
 class _Json(JsonFormatter):
@@ -80,34 +94,35 @@ def setup(config: LoggingConfig) -> None:
     ours.handlers, ours.propagate = [handler], False
 
 
-def request_line(noted: Trail, config: LoggingConfig, method: str, path: str, status: int) -> None:
+def request_line(context: RequestContext, config: LoggingConfig, method: str, path: str) -> None:
     """Writes an inference request's line, if the configuration asks for it.
 
     Args:
-        noted: what is known of the request.
+        context: what is known of the request.
         config: section `logging`.
         method: of HTTP.
         path: of the request.
-        status: of its answer; 499: the client left before.
     """
     if not config.requests:
         return
-    first = noted.first_token_s
+    first = context.first_token_s
     fields: dict[str, object] = {
-        "request_id": noted.id,
+        "request_id": context.id,
         "http": f"{method} {path}",
-        "status": status,
-        "seconds": round(noted.seconds, 4),
+        "status": context.status,
+        "sent_status": context.sent_status,
+        "failure": errors.code_of(context.failure) if context.failure is not None else None,
+        "seconds": round(context.seconds, 4),
         "first_token_s": None if first is None else round(first, 4),
-        "caller": noted.caller,
-        "model": noted.model,
-        "method": noted.method,
-        "profile": noted.profile,
-        "adapters": list(noted.digests),
-        "prompt_tokens": noted.prompt_tokens,
-        "output_tokens": noted.output_tokens,
-        "refusal": noted.refusal,
+        "caller": context.access.caller,
+        "model": context.model,
+        "method": context.method,
+        "profile": context.profile,
+        "adapters": list(context.digests),
+        "prompt_tokens": context.prompt_tokens,
+        "output_tokens": context.output_tokens,
+        "refusal": context.refusal,
     }
     if config.prompts:
-        fields["prompt"] = noted.prompt
+        fields["prompt"] = context.prompt
     logger.info("request", extra={"fields": fields})

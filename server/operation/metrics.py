@@ -10,7 +10,7 @@ from typing import Any
 
 from prometheus_client import Counter, Histogram
 
-from server.trail import NONE, Trail
+from server.context import NONE, RequestContext
 
 OTHER = "other"
 """Profile and adapter of requests that came when there were `MOST` combinations already."""
@@ -32,7 +32,7 @@ _FAST = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 REQUESTS = Counter(
     "coxswain_requests",
     "Inference requests by steering method, profile, adapter and HTTP status (499: the client "
-    "left).",
+    "left; of an answer that broke off: the error's).",
     [*_WHO, "status"],
 )
 SECONDS = Histogram(
@@ -115,14 +115,14 @@ class Names:
         self._most = most
         self._known: set[tuple[str, str, str]] = set()
 
-    def of(self, trail: Trail) -> tuple[str, str, str]:
+    def of(self, context: RequestContext) -> tuple[str, str, str]:
         """The labels method, profile, adapter of a request."""
-        labels = (trail.method, trail.profile, trail.adapter)
+        labels = (context.method, context.profile, context.adapter)
         if labels in self._known:
             return labels
         if len(self._known) >= self._most:
             profile, adapter = (NONE if name == NONE else OTHER for name in labels[1:])
-            return trail.method, profile, adapter
+            return context.method, profile, adapter
         self._known.add(labels)
         return labels
 
@@ -130,30 +130,29 @@ class Names:
 names = Names()
 
 
-def observe(trail: Trail, status: int) -> None:
+def observe(context: RequestContext) -> None:
     """Counts an inference request that has ended.
 
     Args:
-        trail: what is known of it.
-        status: of its answer; 499: the client left before.
+        context: what is known of it.
     """
-    who = names.of(trail)
-    REQUESTS.labels(*who, str(status)).inc()
-    SECONDS.labels(*who).observe(trail.seconds)
-    if trail.first_token_s is not None:
-        FIRST_TOKEN.labels(*who).observe(trail.first_token_s)
-    TOKENS.labels(*who, "prompt").inc(trail.prompt_tokens)
-    TOKENS.labels(*who, "output").inc(trail.output_tokens)
+    who = names.of(context)
+    REQUESTS.labels(*who, str(context.status)).inc()
+    SECONDS.labels(*who).observe(context.seconds)
+    if context.first_token_s is not None:
+        FIRST_TOKEN.labels(*who).observe(context.first_token_s)
+    TOKENS.labels(*who, "prompt").inc(context.prompt_tokens)
+    TOKENS.labels(*who, "output").inc(context.output_tokens)
 
 
-def measured(trail: Trail, report: Mapping[str, Mapping[str, Any]]) -> None:
+def measured(context: RequestContext, report: Mapping[str, Mapping[str, Any]]) -> None:
     """Counts what the worker measured for one prompt of a request.
 
     Args:
-        trail: of the request.
+        context: of the request.
         report: by choice.
     """
-    method, profile, _ = names.of(trail)
+    method, profile, _ = names.of(context)
     for choice in report.values():
         MEASURED.labels(method, profile).inc(choice["tokens"])
         CHANGED.labels(method, profile).inc(choice["changed"])

@@ -11,7 +11,7 @@ Phase = Literal["starting", "ready", "draining", "dead"]
 
 
 @dataclass
-class Life:
+class ServerState:
     """One per process, touched from the event loop only.
 
     Args:

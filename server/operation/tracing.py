@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from server import errors
+from server.context import NONE, RequestContext
 from server.settings.config import ConfigInvalid
 from server.settings.operating import TracingConfig
-from server.trail import NONE, Trail
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -48,29 +49,32 @@ class Tracing:
         self._propagator.inject(below, context=set_span_in_context(span))
         return span, below
 
-    def end(self, span: Span, noted: Trail, status: int) -> None:
+    def end(self, span: Span, context: RequestContext) -> None:
         """Puts what is known of a request into its span, and ends it."""
         from opentelemetry.trace import Status, StatusCode
 
         found: dict[str, Any] = {
-            "http.response.status_code": status,
-            "coxswain.request_id": noted.id,
-            "coxswain.caller": noted.caller,
-            "coxswain.method": noted.method,
-            "coxswain.profile": noted.profile,
-            "coxswain.adapter": noted.adapter,
-            "coxswain.adapter_digests": list(noted.digests),
-            "gen_ai.request.model": noted.model or "",
-            "gen_ai.usage.input_tokens": noted.prompt_tokens,
-            "gen_ai.usage.output_tokens": noted.output_tokens,
+            "http.response.status_code": context.sent_status,
+            "coxswain.request_id": context.id,
+            "coxswain.caller": context.access.caller,
+            "coxswain.method": context.method,
+            "coxswain.profile": context.profile,
+            "coxswain.adapter": context.adapter,
+            "coxswain.adapter_digests": list(context.digests),
+            "gen_ai.request.model": context.model or "",
+            "gen_ai.usage.input_tokens": context.prompt_tokens,
+            "gen_ai.usage.output_tokens": context.output_tokens,
         }
-        if noted.first_token_s is not None:
-            found["coxswain.first_token_s"] = noted.first_token_s
-        if noted.refusal is not None:
-            found["coxswain.refusal"] = noted.refusal
+        if context.first_token_s is not None:
+            found["coxswain.first_token_s"] = context.first_token_s
+        if context.refusal is not None:
+            found["coxswain.refusal"] = context.refusal
+        if context.failure is not None:
+            found["error.type"] = errors.code_of(context.failure)
         span.set_attributes({k: v for k, v in found.items() if v not in ("", NONE)})
-        if status >= _SERVER_FAULT:
-            span.set_status(Status(StatusCode.ERROR))
+        if context.status >= _SERVER_FAULT:
+            why = context.failure.message if context.failure is not None else None
+            span.set_status(Status(StatusCode.ERROR, why))
         span.end()
 
     def close(self) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from contextvars import ContextVar
 from typing import Any
 
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
-
-asked_model: ContextVar[str | None] = ContextVar("asked_model", default=None)
-"""The profile or adapter that the current request named as its model, once it is known to be
-there: its answer carries that name. None for the base."""
 
 
 class SteeredModels(OpenAIServingModels):
@@ -26,14 +22,26 @@ class SteeredModels(OpenAIServingModels):
     def __init__(self, engine: Any, name: str) -> None:
         # vLLM would show the base's folder as its root: no business of clients.
         super().__init__(engine, [BaseModelPath(name, name)])
+        self._asked: str | None = None
+
+    def for_request(self, asked: str | None) -> SteeredModels:
+        """The list as one request sees it.
+
+        Args:
+            asked: the profile or adapter that it names as its model, and that is there: its answer
+                carries that name. None: the base.
+        """
+        found = copy.copy(self)
+        found._asked = asked
+        return found
 
     def is_base_model(self, model_name: str) -> bool:
         """Whether a name needs no adapter of vLLM's: ours travel with the plan."""
-        return model_name == asked_model.get() or bool(super().is_base_model(model_name))
+        return model_name == self._asked or bool(super().is_base_model(model_name))
 
     def model_name(self, lora_request: Any = None) -> str:
         """The name that the current response carries."""
-        return asked_model.get() or str(super().model_name(lora_request))
+        return self._asked or str(super().model_name(lora_request))
 
     async def show(self, names: Sequence[str]) -> ModelList:
         """The base and further models.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field, PrivateAttr
+from pydantic import BaseModel, Field, ModelWrapValidatorHandler, model_validator
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -13,12 +13,9 @@ from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
 )
-from vllm.sampling_params import SamplingParams
 
-from server.adapting.choice import AdapterWish
-from server.requests.steered import Steered
+from server.adapting.resolve import AdapterRef
 from steering.errors import BadValue
-from steering.wire import KEY
 
 MOST_ADAPTERS = 64
 """Adapters of one request; their ranks are limited too."""
@@ -34,44 +31,39 @@ HARMLESS = frozenset(
 common clients send them."""
 
 
-class TemplateMixin(BaseModel):
-    """A request whose profile may bring the base's chat template."""
+class ReadableMixin(BaseModel):
+    """A request whose validators, vLLM's, may trip over what they do not find in it."""
 
-    _template: str | None = PrivateAttr(None)
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read(cls, body: Any, read: ModelWrapValidatorHandler[Self]) -> Self:
+        """VLLM's validators, some of which run before the types are checked."""
+        try:
+            return read(body)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"a part of the request is empty, missing or of the wrong type: {error}"
+            ) from error
 
-    def build_chat_params(self, default_template: str | None, default_format: Any) -> Any:
-        """As vLLM's; the profile's template takes the place of the server's default."""
-        return super().build_chat_params(  # type: ignore[misc]
-            self._template or default_template, default_format
-        )
 
-
-class SteeringMixin(BaseModel):
-    """The field, and the way of its resolved form into the sampling parameters."""
+class SteeringMixin(ReadableMixin):
+    """The fields that are ours."""
 
     # The real schema needs the installed methods; `server.routes.openapi` puts it in. The value is
-    # checked by `server.requests.steerer`, whose errors name the field, the value and the range.
+    # checked by `server.requests.resolve`, whose errors name the field, the value and the range.
     steering: Any = Field(
         None,
         description="Steering for this request: a profile's name, or a method with its options. "
         "With a profile as the model, an object overrides the profile's options.",
     )
-    adapters: Annotated[list[AdapterWish], Field(max_length=MOST_ADAPTERS)] | None = Field(
+    adapters: Annotated[list[AdapterRef], Field(max_length=MOST_ADAPTERS)] | None = Field(
         None,
         description="Adapters for this request, with weights; beside the one that `model` may "
         "name.",
     )
-    _steered: Steered | None = PrivateAttr(None)
-
-    def to_sampling_params(self, *args: Any, **options: Any) -> SamplingParams:
-        """As vLLM's, with the request's steering on board."""
-        params = super().to_sampling_params(*args, **options)  # type: ignore[misc]
-        if self._steered is not None:
-            params.extra_args = {**(params.extra_args or {}), KEY: self._steered}
-        return params
 
 
-class SteeredChatRequest(SteeringMixin, TemplateMixin, ChatCompletionRequest):
+class SteeredChatRequest(SteeringMixin, ChatCompletionRequest):
     """Body of POST /v1/chat/completions."""
 
 
@@ -79,12 +71,16 @@ class SteeredCompletionRequest(SteeringMixin, CompletionRequest):
     """Body of POST /v1/completions."""
 
 
-class SteeredResponsesRequest(SteeringMixin, TemplateMixin, ResponsesRequest):
+class SteeredResponsesRequest(SteeringMixin, ResponsesRequest):
     """Body of POST /v1/responses."""
 
 
-class TokenizeMessages(TemplateMixin, TokenizeChatRequest):
+class TokenizeMessages(ReadableMixin, TokenizeChatRequest):
     """Body of POST /tokenize with messages."""
+
+
+class TokenizeText(ReadableMixin, TokenizeCompletionRequest):
+    """Body of POST /tokenize with a text."""
 
 
 def refuse_unknown(request: BaseModel) -> None:
@@ -102,5 +98,5 @@ def refuse_unknown(request: BaseModel) -> None:
         raise BadValue(f"unknown field{hint}", field=name)
 
 
-TokenizeAny = TokenizeCompletionRequest | TokenizeMessages
+TokenizeAny = TokenizeText | TokenizeMessages
 SteeredRequest = SteeredChatRequest | SteeredCompletionRequest | SteeredResponsesRequest

@@ -12,8 +12,8 @@ from adapters.errors import Conflict
 from server.adapting.service import Adapters, described, failed
 from server.errors import HttpError, from_adapters
 from server.operation.auth import admin_name
-from server.operation.gate import strict_json
 from server.routes.answers import takes
+from server.routes.body import strict_json
 from server.serving import Serving
 from server.validation import problems
 

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from server.errors import HttpError
-from server.operation.gate import strict_json
 from server.routes.answers import ADDED, takes
+from server.routes.body import strict_json
 from server.serving import Serving
 from steering.errors import NotFound
 from steering.spec import Profile
@@ -110,9 +110,9 @@ async def status(raw_request: Request) -> Response:
     model = parts.engine.model_config
     return JSONResponse(
         {
-            "status": parts.life.phase,
-            "uptime_s": round(parts.life.age_s, 3),
-            "in_flight": parts.life.in_flight,
+            "status": parts.state.phase,
+            "uptime_s": round(parts.state.age_s, 3),
+            "in_flight": parts.state.in_flight,
             "base": parts.config.name,
             "streams": [name for name in parts.streams if name != "base"],
             "profiles": list(parts.profiles),
@@ -136,6 +136,6 @@ def _version(distribution: str) -> str | None:
 @router.post("/drain", status_code=202)
 async def drain(raw_request: Request) -> Response:
     """Starts an orderly end: running requests finish, new ones get 503, then the process ends."""
-    life = _serving(raw_request).life
-    life.drain.set()
-    return JSONResponse({"status": "draining", "in_flight": life.in_flight}, 202)
+    state = _serving(raw_request).state
+    state.drain.set()
+    return JSONResponse({"status": "draining", "in_flight": state.in_flight}, 202)

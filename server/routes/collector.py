@@ -61,23 +61,23 @@ def _labelled(
 
 
 def _server(parts: Serving) -> Iterator[Metric]:
-    life = parts.life
+    state = parts.state
     yield _labelled(
         GaugeMetricFamily, "phase", "1 for the phase in which the server is, else 0.", ["phase"],
-        [([phase], float(phase == life.phase)) for phase in get_args(Phase)],
+        [([phase], float(phase == state.phase)) for phase in get_args(Phase)],
     )  # fmt: skip
-    yield _gauge("in_flight", "Inference requests whose answer is not complete.", life.in_flight)
+    yield _gauge("in_flight", "Inference requests whose answer is not complete.", state.in_flight)
     yield _gauge(
         "in_flight_limit", "How many there may be (`server.max_in_flight`).",
         parts.config.server.max_in_flight,
     )  # fmt: skip
-    yield _gauge("start_seconds", "How long the start took, in seconds.", life.start_s)
+    yield _gauge("start_seconds", "How long the start took, in seconds.", state.start_s)
     yield _gauge(
         "rates_local", "1 while callers are counted in this replica alone, because Redis is away.",
         float(parts.rates.away),
     )  # fmt: skip
     yield _gauge(
-        "engine_silent_seconds", "Time since the engine answered last, in seconds.", life.silent_s
+        "engine_silent_seconds", "Time since the engine answered last, in seconds.", state.silent_s
     )
 
 

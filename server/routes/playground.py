@@ -12,9 +12,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from server.access import Access
 from server.adapting.service import Adapters
+from server.context import context_of
 from server.errors import HttpError
-from server.operation.auth import access
 from server.serving import Serving
 from steering.spec import Profile
 
@@ -61,30 +62,32 @@ async def part(name: str) -> Response:
 async def offers(raw_request: Request) -> Response:
     """What the caller's key may use: profiles, methods with their options, streams, adapters."""
     parts: Serving = raw_request.app.state.serving
-    steerer, allowed = parts.steerer, access.get()
-    own = steerer.inline and allowed.profiles is None
-    limits = steerer.limits
+    resolver, access = parts.resolver, context_of(raw_request.scope).access
+    own = resolver.inline and access.profiles is None
+    limits = resolver.limits
     return JSONResponse(
         {
-            "base": steerer.base_name,
+            "base": resolver.base_name,
             "chat": parts.has_template,
             "max_model_len": parts.engine.model_config.max_model_len,
             "own_methods": own,
-            "options": steerer.inline,
+            "options": resolver.inline,
             "limits": {"strength": limits.strength, "weight": limits.weight,
                        "top_k": limits.top_k, "best_of": limits.best_of},
             "profiles": [
                 _profile(name, profile)
-                for name, profile in steerer.profiles.items()
-                if allowed.profiles is None or name in allowed.profiles
+                for name, profile in resolver.profiles.items()
+                if access.profiles is None or name in access.profiles
             ],
             "methods": [
                 {"name": name, "description": (method.__doc__ or "").strip().split("\n")[0],
                  "options": method.config.model_json_schema()}
-                for name, method in steerer.methods.items()
+                for name, method in resolver.methods.items()
             ],
             "streams": _streams(parts) if own else [],
-            "adapters": _adapters(parts.adapters) if parts.adapters and steerer.inline else [],
+            "adapters": _adapters(parts.adapters, access)
+            if parts.adapters and resolver.inline
+            else [],
         }
     )  # fmt: skip
 
@@ -104,18 +107,17 @@ def _profile(name: str, profile: Profile) -> dict[str, Any]:
 def _streams(parts: Serving) -> list[dict[str, Any]]:
     configured = parts.config.streams
     found = []
-    for name, head in parts.steerer.snapshot.streams.items():
+    for name, head in parts.resolver.snapshot.streams.items():
         same_as = configured[name].same_as if name in configured else None
         found.append({"name": name, "head": head, "same_as": same_as})
     return found
 
 
-def _adapters(adapters: Adapters) -> list[dict[str, Any]]:
-    allowed = access.get().adapters
+def _adapters(adapters: Adapters, access: Access) -> list[dict[str, Any]]:
     found = []
     for name in adapters.names:
         record = adapters.manager.records.get(name)
-        if record is None or (allowed is not None and name not in allowed):
+        if record is None or (access.adapters is not None and name not in access.adapters):
             continue
         facts = record.want.facts
         found.append({"name": name, "version": record.want.version, "stream": record.want.stream,

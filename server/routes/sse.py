@@ -1,63 +1,130 @@
-"""Server-sent events of the OpenAI API: what we add to vLLM's streams, and how they start."""
+"""Server-sent events: what we add to vLLM's streams, how they start, and how they end."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
+
 from server import errors
+from server.context import RequestContext
+from server.requests.failures import http_error
 
 DONE = "data: [DONE]\n\n"
 _ERROR = 'data: {"error"'
+_LAST = ("response.completed", "response.incomplete")
+_FIRST = ("event: response.created", "event: response.in_progress")
+"""Events that a stream of the Responses API has before the engine knows of the request."""
+
+Events = AsyncGenerator[str, None]
+Reports = Callable[[], "dict[str, Any] | None"]
+"""Gives the `steering` object once the request is finished; None if there is none."""
 
 
-async def opened(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """A stream whose first event is there.
-
-    vLLM checks some parameters only when the engine takes the request. Waiting for the first
-    event before the headers leave turns what is wrong into a 4xx answer instead of an error
-    inside a stream that began with 200.
-
-    Raises:
-        HttpError: the stream begins with an error.
-    """
-    try:
-        first = await anext(events)
-    except StopAsyncIteration:
-        first = DONE
-    if first.startswith(_ERROR):
-        await events.aclose()
-        raise errors.from_vllm(json.loads(first.removeprefix("data: "))["error"])
-    return _rest(first, events)
-
-
-async def _rest(first: str, events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    async with aclosing(events):
-        yield first
-        async for event in events:
-            if event.startswith(_ERROR):
-                error = json.loads(event.removeprefix("data: "))["error"]
-                event = errors.event(errors.from_vllm(error))
-            yield event
-
-
-async def with_report(
-    events: AsyncGenerator[str, None], report: Callable[[], dict[str, Any] | None]
-) -> AsyncGenerator[str, None]:
-    """A stream with one more chunk before the end: no choices, and the `steering` object.
+async def completion_events(events: Events, report: Reports | None) -> Events:
+    """A stream of chat or text completions, with one more chunk before its end: no choices, and the
+    `steering` object.
 
     Args:
         events: vLLM's.
-        report: the object once the request is finished; None if it did not finish.
+        report: None: the response gets none.
+
+    Raises:
+        HttpError: instead of an event that tells of an error.
     """
     head: dict[str, Any] | None = None
     async with aclosing(events):
         async for event in events:
-            if event == DONE and head is not None and (found := report()) is not None:
+            if event.startswith(_ERROR):
+                raise errors.from_vllm(json.loads(event.removeprefix("data: "))["error"])
+            if event == DONE and report and head is not None and (found := report()) is not None:
                 yield f"data: {json.dumps({**head, 'choices': [], 'steering': found})}\n\n"
-            elif head is None and event.startswith("data: {") and not event.startswith(_ERROR):
+            elif report and head is None and event.startswith("data: {"):
                 chunk = json.loads(event.removeprefix("data: "))
                 head = {key: chunk.get(key) for key in ("id", "object", "created", "model")}
             yield event
+
+
+async def response_events(events: AsyncGenerator[Any, None], report: Reports) -> Events:
+    """A stream of the Responses API; its last event carries the `steering` object."""
+    async with aclosing(events):
+        async for event in events:
+            kind = getattr(event, "type", "unknown")
+            data = event.model_dump(mode="json", by_alias=True)
+            if kind in _LAST and (found := report()) is not None:
+                data["response"]["steering"] = found
+            yield f"event: {kind}\ndata: {json.dumps(data)}\n\n"
+
+
+async def streamed(
+    events: Events, request: Request, context: RequestContext, every_s: float, *, wait: bool
+) -> StreamingResponse:
+    """The response of a stream.
+
+    vLLM checks some parameters only when the engine takes the request. Waiting for the first event
+    that the engine had a part in, before the headers leave, turns what is wrong into a 4xx answer
+    instead of an error inside a stream that began with 200. A proxy would take a long silence for
+    the end, so the wait has one; from then on comments keep the connection.
+
+    Args:
+        events: they raise what ends them.
+        request: whose they are.
+        context: of the request.
+        every_s: seconds of silence after which a comment is sent; 0: never.
+        wait: whether to wait for the first event at all.
+
+    Raises:
+        Exception: the stream begins with an error.
+    """
+    begin = asyncio.create_task(_begin(events))
+    context.resources.callback(begin.cancel)  # a response that nobody begins to read
+    try:
+        if wait:
+            await asyncio.wait({begin}, timeout=every_s or None)
+            if begin.done():
+                begin.result()
+    except BaseException:
+        await _end(begin, events)
+        raise
+    body = with_sse_keep_alive(_told(begin, events, request.url.path, context), every_s)
+    return StreamingResponse(body, media_type="text/event-stream")
+
+
+async def _begin(events: Events) -> list[str]:
+    """The events up to the first one that the engine had a part in."""
+    found = []
+    async for event in events:
+        found.append(event)
+        if not event.startswith(_FIRST):
+            break
+    return found
+
+
+async def _told(
+    begin: asyncio.Task[list[str]], events: Events, path: str, context: RequestContext
+) -> Events:
+    """The events; an error, which the status cannot tell any more, is the last of them."""
+    try:
+        for event in await begin:
+            yield event
+        async for event in events:
+            yield event
+    except Exception as error:
+        found = http_error(error)
+        context.fail(found)
+        yield errors.event(path, found)
+    finally:
+        await _end(begin, events)
+
+
+async def _end(begin: asyncio.Task[list[str]], events: Events) -> None:
+    """Ends what makes the events; it cannot be closed while it makes one."""
+    begin.cancel()
+    await asyncio.wait({begin})
+    await events.aclose()

@@ -79,6 +79,14 @@ class ServerConfig(Section):
         description="How long a request's head may take to arrive, in seconds; longer: 408, and "
         "the connection is closed.",
     )
+    sse_keep_alive_s: float = Field(
+        15.0,
+        ge=0,
+        le=3600,
+        description="After how many seconds of silence a stream sends a comment, so that proxies "
+        "do not take it for dead; a stream waits so long for its first token before its headers "
+        "leave. 0: no comments, and the headers wait.",
+    )
     engine_timeout_s: float = Field(
         60.0,
         gt=0,
@@ -106,7 +114,8 @@ class LimitsConfig(Rate):
     max_replies: int = Field(
         1024,
         ge=1,
-        description="Replies of one request: its prompts times `n`; more: 400.",
+        description="Replies that one request may draw: its prompts times `n`, times what "
+        "`best_of_n` draws for each; more: 400.",
     )
     request_timeout_s: float = Field(
         600.0,

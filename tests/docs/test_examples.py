@@ -17,7 +17,7 @@ from steering.method import Snapshot
 from steering.plan import SteeringPlan
 from steering.plugins import discover
 from steering.resolve import resolve
-from steering.spec import read_wish
+from steering.spec import read_steering
 from tests.test_readme import CURL, PAGES, ROOT, Example, examples
 
 METHODS = discover()
@@ -33,7 +33,7 @@ def zoo() -> Config:
 def plan_of(body: dict[str, Any], config: Config) -> SteeringPlan | None:
     """What the zoo's server would make of a request."""
     streams: Snapshot = snapshot(config)
-    wish = read_wish(
+    wish = read_steering(
         body.get("steering"),
         profiles=config.profiles,
         limits=config.steering.limits,

@@ -23,7 +23,7 @@ from adapters.formats.artefact import Artefact
 from adapters.formats.base import plain_shapes
 from adapters.formats.inspect import inspect
 from adapters.sets import AdapterSet
-from steering.adapters import Chosen, adapt
+from steering.adapters import ResolvedAdapter, adapt
 from steering.bans import with_bans
 from steering.engine_args import Speculation, StreamSource, steered_engine_args
 from steering.kernels.reference import mix_reference
@@ -204,7 +204,7 @@ class Engine:
         if not case.adapters:
             return plan, None
         chosen = [
-            Chosen(
+            ResolvedAdapter(
                 self.adapters[use.name],
                 self.digests[use.name],
                 use.stream,

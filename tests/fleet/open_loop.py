@@ -31,7 +31,7 @@ LARGE = 70_000
 
 
 @dataclass(frozen=True)
-class Wish:
+class SteeringRequest:
     """One request.
 
     Args:
@@ -49,7 +49,7 @@ class Wish:
     fresh: bool
 
     @classmethod
-    def drawn(cls, dice: random.Random, large: float) -> Wish:
+    def drawn(cls, dice: random.Random, large: float) -> SteeringRequest:
         """A wish; `large` is the share of large ones."""
         stream = dice.random() < 0.75
         length = LONG if stream and dice.random() < 0.5 else TOKENS
@@ -120,20 +120,20 @@ class OpenLoop:
         ):
             due = time.monotonic()
             while not self.over.is_set():
-                wish = Wish.drawn(dice, self.large)
+                wish = SteeringRequest.drawn(dice, self.large)
                 group.create_task(self._ask(fresh if wish.fresh else kept, wish, due))
                 due += dice.expovariate(self.rate)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self.over.wait(), max(due - time.monotonic(), 0))
 
-    async def _ask(self, client: httpx.AsyncClient, wish: Wish, due: float) -> None:
+    async def _ask(self, client: httpx.AsyncClient, wish: SteeringRequest, due: float) -> None:
         try:
             self.seen.append(await self._answer(client, wish, due))
         except (AssertionError, httpx.HTTPError) as error:
             after = time.monotonic() - due
             self.failed.append(f"{wish} failed after {after:.2f} s: {error!r}")
 
-    async def _answer(self, client: httpx.AsyncClient, wish: Wish, due: float) -> Seen:
+    async def _answer(self, client: httpx.AsyncClient, wish: SteeringRequest, due: float) -> Seen:
         lines: list[str] = []
         times: list[float] = []
         async with client.stream("POST", "/v1/completions", json=wish.body) as answer:

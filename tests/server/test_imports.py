@@ -10,18 +10,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LIGHT = (
-    "main", "launch", "loading", "console", "errors", "trail", "validation",
+    "main", "launch", "loading", "access", "console", "context", "errors", "validation",
     "settings.config", "settings.file", "settings.flags", "settings.operating",
     "settings.reference",
     "checks.capacity", "checks.checkpoints", "checks.diagnosis", "checks.doctor",
     "checks.templates",
     "commands.adapters", "commands.methods", "commands.profiles", "commands.status",
     "commands.train",
-    "operation.auth", "operation.exchange", "operation.gate", "operation.metrics",
-    "operation.observer", "operation.rates", "operation.state",
-    "requests.own_prompts", "requests.profiles", "requests.sandbox", "requests.steered",
-    "requests.steerer",
-    "routes.openapi", "routes.sse",
+    "operation.auth", "operation.limits", "operation.gate", "operation.metrics",
+    "operation.access_log", "operation.rate_limits", "operation.state",
+    "requests.own_prompts", "requests.profiles", "requests.sandbox", "requests.report",
+    "requests.resolve",
+    "routes.openapi",
 )  # fmt: skip
 
 

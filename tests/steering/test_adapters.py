@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapters.formats.artefact import Artefact, Gate, Part, Place
-from steering.adapters import Chosen, adapt
+from steering.adapters import ResolvedAdapter, adapt
 from steering.errors import BadValue, NotFound, SteeringError
 from steering.plan import AdapterUse, SteeringPlan
 
@@ -30,10 +30,10 @@ PLAN = SteeringPlan("base")
 
 def test_adapters_enter_the_plan_sorted_and_the_set_by_owner() -> None:
     chosen = [
-        Chosen(PACK, "p", top_k=1),
-        Chosen(LORA, "l", "twin", 0.5),
-        Chosen(LORA, "l", "chat", -1),
-        Chosen(LORA, "l"),
+        ResolvedAdapter(PACK, "p", top_k=1),
+        ResolvedAdapter(LORA, "l", "twin", 0.5),
+        ResolvedAdapter(LORA, "l", "chat", -1),
+        ResolvedAdapter(LORA, "l"),
     ]
     plan, found = adapt(PLAN, chosen, OWNERS)
     assert plan.adapters == (
@@ -55,12 +55,14 @@ def test_adapters_enter_the_plan_sorted_and_the_set_by_owner() -> None:
 
 def test_no_adapter_and_a_weight_of_zero_are_the_base() -> None:
     assert adapt(PLAN, [], OWNERS) == (PLAN, None)
-    assert adapt(PLAN, [Chosen(LORA, "l", weight=0.0)], OWNERS) == (PLAN, None)
+    assert adapt(PLAN, [ResolvedAdapter(LORA, "l", weight=0.0)], OWNERS) == (PLAN, None)
 
 
 def test_one_set_serves_all_weights() -> None:
     def found(*weights: float) -> object:
-        one, two = (Chosen(LORA, name, weight=w) for name, w in zip("ab", weights, strict=True))
+        one, two = (
+            ResolvedAdapter(LORA, name, weight=w) for name, w in zip("ab", weights, strict=True)
+        )
         return adapt(PLAN, [one, two], OWNERS)[1]
 
     assert found(1.0, 0.5) == found(-2.0, 3.0) == found(0.0, 1.0)
@@ -70,10 +72,10 @@ def test_sets_differ_by_content_and_owner() -> None:
     sets = [
         adapt(PLAN, chosen, OWNERS)[1]
         for chosen in (
-            [Chosen(LORA, "a")],
-            [Chosen(LORA, "b")],
-            [Chosen(LORA, "a", "chat")],
-            [Chosen(LORA, "a"), Chosen(LORA, "b")],
+            [ResolvedAdapter(LORA, "a")],
+            [ResolvedAdapter(LORA, "b")],
+            [ResolvedAdapter(LORA, "a", "chat")],
+            [ResolvedAdapter(LORA, "a"), ResolvedAdapter(LORA, "b")],
         )
     ]
     requests = [s.lora_request() for s in sets if s]
@@ -84,13 +86,13 @@ def test_sets_differ_by_content_and_owner() -> None:
 def test_prefix_caches_are_told_apart_by_adapters_and_numbers() -> None:
     chosen = [
         [],
-        [Chosen(LORA, "a")],
-        [Chosen(LORA, "a", weight=0.5)],
-        [Chosen(LORA, "b")],
-        [Chosen(LORA, "a", "chat")],
-        [Chosen(PACK, "a")],
-        [Chosen(PACK, "a", top_k=1)],
-        [Chosen(PACK, "a", temperature=1.0)],
+        [ResolvedAdapter(LORA, "a")],
+        [ResolvedAdapter(LORA, "a", weight=0.5)],
+        [ResolvedAdapter(LORA, "b")],
+        [ResolvedAdapter(LORA, "a", "chat")],
+        [ResolvedAdapter(PACK, "a")],
+        [ResolvedAdapter(PACK, "a", top_k=1)],
+        [ResolvedAdapter(PACK, "a", temperature=1.0)],
     ]
     keys = [adapt(PLAN, c, OWNERS)[0].cache_key(0) for c in chosen]
     assert keys[0] == ""
@@ -103,26 +105,30 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("chosen", "error", "field"),
     [
-        ([Chosen(LORA, "l", "other", field="adapters.0")], NotFound, "adapters.0.stream"),
-        ([Chosen(LORA, "l", weight=10.5)], BadValue, "adapters.weight"),
-        ([Chosen(LORA, "l", weight=NAN)], BadValue, "adapters.weight"),
-        ([Chosen(LORA, "l", top_k=2)], BadValue, "adapters.top_k"),
-        ([Chosen(LORA, "l", temperature=2.0)], BadValue, "adapters.temperature"),
-        ([Chosen(PACK, "p", top_k=0)], BadValue, "adapters.top_k"),
-        ([Chosen(PACK, "p", top_k=4)], BadValue, "adapters.top_k"),
-        ([Chosen(PACK, "p", temperature=0.0)], BadValue, "adapters.temperature"),
-        ([Chosen(PACK, "p", temperature=NAN)], BadValue, "adapters.temperature"),
-        ([Chosen(LORA, "l"), Chosen(LORA, "l", weight=2.0)], BadValue, "adapters"),
+        ([ResolvedAdapter(LORA, "l", "other", field="adapters.0")], NotFound, "adapters.0.stream"),
+        ([ResolvedAdapter(LORA, "l", weight=10.5)], BadValue, "adapters.weight"),
+        ([ResolvedAdapter(LORA, "l", weight=NAN)], BadValue, "adapters.weight"),
+        ([ResolvedAdapter(LORA, "l", top_k=2)], BadValue, "adapters.top_k"),
+        ([ResolvedAdapter(LORA, "l", temperature=2.0)], BadValue, "adapters.temperature"),
+        ([ResolvedAdapter(PACK, "p", top_k=0)], BadValue, "adapters.top_k"),
+        ([ResolvedAdapter(PACK, "p", top_k=4)], BadValue, "adapters.top_k"),
+        ([ResolvedAdapter(PACK, "p", temperature=0.0)], BadValue, "adapters.temperature"),
+        ([ResolvedAdapter(PACK, "p", temperature=NAN)], BadValue, "adapters.temperature"),
+        (
+            [ResolvedAdapter(LORA, "l"), ResolvedAdapter(LORA, "l", weight=2.0)],
+            BadValue,
+            "adapters",
+        ),
     ],
 )
-def test_refused(chosen: list[Chosen], error: type[SteeringError], field: str) -> None:
+def test_refused(chosen: list[ResolvedAdapter], error: type[SteeringError], field: str) -> None:
     with pytest.raises(error) as caught:
         adapt(PLAN, chosen, OWNERS)
     assert caught.value.field == field
 
 
 def test_too_much_rank_together_is_refused() -> None:
-    chosen = [Chosen(LORA, str(i), field=f"adapters.{i}") for i in range(3)]
+    chosen = [ResolvedAdapter(LORA, str(i), field=f"adapters.{i}") for i in range(3)]
     adapt(PLAN, chosen, OWNERS, max_rank=12)
     with pytest.raises(BadValue, match=r"got 12.*≤ 11"):
         adapt(PLAN, chosen, OWNERS, max_rank=11)

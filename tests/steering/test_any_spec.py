@@ -14,7 +14,7 @@ from steering.method import Limits, Snapshot
 from steering.plan import SteeringPlan
 from steering.plugins import discover
 from steering.resolve import Resolved, parse, resolve
-from steering.spec import Profile, read_wish
+from steering.spec import Profile, read_steering
 from steering.wire import SteeringPayload, pack, unpack
 from tests.specs import Spec, Streams, specs
 from tests.strange import NOT_FINITE, NUMBERS, SURROGATE, deep, replaced, spoiled, values
@@ -41,7 +41,7 @@ LONGEST = 1000
 
 def ask(asked: object, model_profile: str | None = None) -> Resolved | None:
     """As the server does it."""
-    wish = read_wish(asked, profiles=PROFILES, limits=LIMITS, model_profile=model_profile)
+    wish = read_steering(asked, profiles=PROFILES, limits=LIMITS, model_profile=model_profile)
     if wish is None:
         return None
     return resolve(wish.spec, methods=METHODS, snapshot=SNAPSHOT, limits=wish.limits)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from steering.errors import BadValue, NotFound
 from steering.method import Limits
-from steering.spec import Profile, Wish, read_wish
+from steering.spec import Profile, SteeringRequest, read_steering
 
 CHAT = Profile.model_validate(
     {
@@ -28,8 +28,10 @@ FIELDS = {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain", "s
 SERVER = Limits(strength=(0.0, 5.0))
 
 
-def read(asked: object, model: str | None = None, inline: bool = True) -> Wish | None:
-    return read_wish(asked, profiles=PROFILES, limits=SERVER, inline=inline, model_profile=model)
+def read(asked: object, model: str | None = None, inline: bool = True) -> SteeringRequest | None:
+    return read_steering(
+        asked, profiles=PROFILES, limits=SERVER, inline=inline, model_profile=model
+    )
 
 
 def test_no_wish_is_no_steering() -> None:
@@ -50,7 +52,7 @@ def test_no_wish_is_no_steering() -> None:
 )
 def test_a_profile_can_be_named_in_three_ways(asked: object, model: str | None) -> None:
     wish = read(asked, model)
-    assert wish == Wish(FIELDS, Limits(strength=(0.0, 2.0)), "chat-70b")
+    assert wish == SteeringRequest(FIELDS, Limits(strength=(0.0, 2.0)), "chat-70b")
 
 
 @pytest.mark.parametrize(
@@ -65,14 +67,14 @@ def test_an_override_replaces_the_profiles_field(asked: object, model: str | Non
 
 
 def test_an_object_of_its_own_has_the_servers_limits() -> None:
-    assert read(FIELDS) == Wish(FIELDS, SERVER)
+    assert read(FIELDS) == SteeringRequest(FIELDS, SERVER)
 
 
 def test_an_unknown_profile_lists_the_known() -> None:
     with pytest.raises(NotFound, match="one of: chat-70b, other"):
         read("nobody")
     with pytest.raises(NotFound, match="there is no profile"):
-        read_wish("nobody", profiles={}, limits=SERVER)
+        read_steering("nobody", profiles={}, limits=SERVER)
 
 
 @pytest.mark.parametrize(

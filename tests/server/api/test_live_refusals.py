@@ -95,24 +95,21 @@ def test_bad_steering_is_refused_before_anything_runs(
 
 
 @pytest.mark.parametrize(
-    ("raw", "param"),
+    "raw",
     [
-        ('{"steering": {"method": "proxy_tuning", "strength": NaN}}', "steering.strength"),
-        ('{"steering": {"method": "mix", "weights": {"chat": 1e999}}}', "steering.weights.chat"),
-        ('{"model": "big", "prompt": "a", "temperature": NaN}', "temperature"),
-        ('{"model": "big", "prompt": "a", "logit_bias": {"1": Infinity}}', "logit_bias.1"),
-        ('{"model": "big", "prompt": "\\ud800"}', "prompt"),
-        ('{"model": "big", "prompt": ', None),
+        '{"steering": {"method": "proxy_tuning", "strength": NaN}}',
+        '{"steering": {"method": "mix", "weights": {"chat": 1e999}}}',
+        '{"model": "big", "prompt": "a", "logit_bias": {"1": Infinity}}',
+        '{"model": "big", "prompt": "\\ud800"}',
+        '{"model": "big", "prompt": ',
     ],
 )
-def test_what_is_not_json_is_refused(
-    server: Server, neighbour: Running, raw: str, param: str | None
-) -> None:
+def test_what_is_not_json_is_refused(server: Server, neighbour: Running, raw: str) -> None:
     answer = httpx.post(
         f"{server.url}/v1/completions", content=raw, headers={"content-type": "application/json"}
     )
     assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == param
+    assert "not valid JSON" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

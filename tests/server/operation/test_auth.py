@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from starlette.datastructures import Headers
 
+from server.access import EVERYTHING, Access
+from server.context import RequestContext
 from server.errors import HttpError
-from server.operation.auth import EVERYTHING, Access, Auth, access
+from server.operation.auth import Auth
 from server.requests.own_prompts import OwnPrompts
 from server.requests.profiles import Profiles
-from server.requests.steerer import Steerer
+from server.requests.resolve import Resolver
+from server.requests.resolved import ParsedRequest
 from server.settings.config import Config, ConfigInvalid
 from server.settings.file import parse
 from steering.method import Limits, Snapshot
@@ -85,15 +86,11 @@ def test_a_limited_key_knows_its_limits() -> None:
         assert caught.value.status == 403
 
 
-@dataclass
-class Asked:
-    model: str | None = None
-    steering: Any = None
-    adapters: Any = None
-    vllm_xargs: Any = None
+def asked(model: str | None = None, steering: Any = None) -> ParsedRequest:
+    return ParsedRequest(model, steering, (), list)
 
 
-def steerer() -> Steerer:
+def resolver() -> Resolver:
     """With two profiles and no engine: nothing here is tokenised."""
     parsed = parse(
         {"model": "m", "streams": {"s": {"model": "x"}},
@@ -105,36 +102,34 @@ def steerer() -> Steerer:
     )  # fmt: skip
     profiles = Profiles(parsed.profiles, base_name="m", methods=methods, snapshot=snapshot,
                         limits=limits)  # fmt: skip
-    return Steerer("m", methods, profiles, snapshot, limits, True, cast(OwnPrompts, None))
+    return Resolver("m", methods, profiles, snapshot, limits, True, cast(OwnPrompts, None))
 
 
 OWN = {"method": "mix", "weights": {"base": 1, "s": 0.1}}
 
 
 @pytest.mark.parametrize(
-    ("asked", "passes"),
+    ("request_", "passes"),
     [
-        (Asked("m"), True),
-        (Asked("p"), True),
-        (Asked("m", "p"), True),
-        (Asked("m", {"profile": "p", "report": True}), True),
-        (Asked("q"), False),
-        (Asked("m", "q"), False),
-        (Asked("m", {"report": True}), True),
-        (Asked("m", {"profile": "q"}), False),
-        (Asked("m", OWN), False),
+        (asked("m"), True),
+        (asked("p"), True),
+        (asked("m", "p"), True),
+        (asked("m", {"profile": "p", "report": True}), True),
+        (asked("q"), False),
+        (asked("m", "q"), False),
+        (asked("m", {"report": True}), True),
+        (asked("m", {"profile": "q"}), False),
+        (asked("m", OWN), False),
     ],
 )
-def test_a_limited_key_gets_its_profiles_and_the_plain_base(asked: Asked, passes: bool) -> None:
-    found = steerer()
-    found.resolve(asked, ExitStack())
-    token = access.set(Access(profiles=frozenset({"p"})))
-    try:
-        if passes:
-            found.resolve(asked, ExitStack())
-        else:
-            with pytest.raises(HttpError) as caught:
-                found.resolve(asked, ExitStack())
-            assert caught.value.status == 403
-    finally:
-        access.reset(token)
+async def test_a_limited_key_gets_its_profiles_and_the_plain_base(
+    request_: ParsedRequest, passes: bool
+) -> None:
+    await resolver().resolve(request_, RequestContext())
+    limited = RequestContext(access=Access(profiles=frozenset({"p"})))
+    if passes:
+        await resolver().resolve(request_, limited)
+        return
+    with pytest.raises(HttpError) as caught:
+        await resolver().resolve(request_, limited)
+    assert caught.value.status == 403

@@ -74,7 +74,7 @@ def test_prometheus_reads_the_server_and_evaluates_everything(
         until(lambda: asked(url, "query", query='up{job="coxswain"} == 1')["result"])
         complete(operated, STEERED)
         complete(operated, {**BODY, "model": "b"})
-        # Rates need some looks at what has changed.
+        # RateLimits need some looks at what has changed.
         time.sleep(5 * EVERY_S)
         found = until(lambda: evaluated(url))
         assert {rule["name"]: (rule["health"], rule["state"]) for rule in found} == {

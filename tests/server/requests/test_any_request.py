@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from adapters.formats.artefact import TEMPERATURES, Artefact, Gate, Part, Place
-from server.adapting.choice import AdapterWish
+from server.adapting.resolve import AdapterRef
 from server.errors import HttpError, response
-from server.operation.gate import strict_json
 from server.requests.profiles import Profiles
+from server.routes.body import strict_json
 from server.validation import DEEPEST, problems
-from steering.adapters import Chosen, adapt
+from steering.adapters import ResolvedAdapter, adapt
 from steering.errors import BadValue, SteeringError
 from steering.method import Limits, Snapshot
 from steering.plan import BARE
@@ -116,7 +116,7 @@ def test_a_body_has_so_many_levels_at_most(levels: int) -> None:
 
 # ---- the field `adapters` -----------------------------------------------------------------
 
-WISHES = TypeAdapter(list[AdapterWish])
+REFS = TypeAdapter(list[AdapterRef])
 KEYS = ("name", "weight", "top_k", "temperature", "stream")
 PLACES = (Place("f", "a"), Place("f", "b"))
 LORA = Artefact(Path("/l"), "lora", ("l",), ({"m": Part(*PLACES, 0, 4, 1.0)},), {}, ("f",))
@@ -141,11 +141,11 @@ SOUND = st.lists(
 def wished(asked: Any) -> bool:
     """As the server does it, with a LoRA `l` and a pack `p`; whether it is taken."""
     try:
-        wishes = WISHES.validate_python(asked)
+        refs = REFS.validate_python(asked)
         chosen = [
-            Chosen(PACK if wish.name == "p" else LORA, wish.name, "base", wish.weight, wish.top_k,
-                   wish.temperature, f"adapters.{i}")
-            for i, wish in enumerate(wishes)
+            ResolvedAdapter(PACK if ref.name == "p" else LORA, ref.name, "base", ref.weight,
+                            ref.top_k, ref.temperature, f"adapters.{i}")
+            for i, ref in enumerate(refs)
         ]  # fmt: skip
         plan, _ = adapt(BARE, chosen, OWNERS, max_rank=16)
     except (ValidationError, SteeringError) as error:
@@ -183,9 +183,9 @@ def test_sound_adapters_are_taken(asked: Any) -> None:
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 1e39, 1e308, 0, -1])
 def test_a_temperature_that_float32_does_not_have_is_refused(temperature: float) -> None:
     with pytest.raises(ValidationError):
-        WISHES.validate_python([{"name": "p", "temperature": temperature}])
+        REFS.validate_python([{"name": "p", "temperature": temperature}])
     with pytest.raises(BadValue, match=r"temperature.*allowed: \[1e-06, 1e\+06\]"):
-        adapt(BARE, [Chosen(PACK, "p", temperature=temperature)], OWNERS)
+        adapt(BARE, [ResolvedAdapter(PACK, "p", temperature=temperature)], OWNERS)
 
 
 # ---- profiles over the admin API -----------------------------------------------------------

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
-from server.adapting.choice import AdapterWish
+from server.context import RequestContext
 from server.errors import HttpError
 from server.requests.own_prompts import Conversation, OwnPrompts, Reader
 from server.requests.profiles import MOST, Profiles
+from server.requests.report import summary
+from server.requests.resolve import Resolver
+from server.requests.resolved import ParsedRequest, ResolvedRequest
 from server.requests.sandbox import Sandbox
-from server.requests.steered import Steered, summary
-from server.requests.steerer import Steerer, Traits
 from steering.errors import BadValue, NotFound, SteeringError
 from steering.method import Limits, OwnPrompt, Snapshot
-from steering.plan import SteeringPlan
+from steering.plan import BARE, SteeringPlan
 from steering.plugins import discover
 from steering.spec import Profile
 from tests.models import CHAT_TEMPLATE, make_tokenizer
@@ -181,66 +181,58 @@ def test_profiles_are_checked_and_counted() -> None:
         found.put("one-more", PROXY)
 
 
-class Request:
-    """What a route's request has, for the steerer."""
-
-    def __init__(self, steering: Any = None, model: str | None = "big", xargs: Any = None) -> None:
-        self.steering, self.model, self.vllm_xargs = steering, model, xargs
-        self.adapters: list[AdapterWish] | None = None
-
-
-def steerer(inline: bool = True, **configured: dict[str, Any]) -> Steerer:
+def resolver(inline: bool = True, **configured: dict[str, Any]) -> Resolver:
     methods = discover()
-    return Steerer("big", methods, profiles(**configured), SNAPSHOT, Limits(), inline,
-                   own_prompts())  # fmt: skip
+    return Resolver("big", methods, profiles(**configured), SNAPSHOT, Limits(), inline,
+                    own_prompts())  # fmt: skip
 
 
-async def prepared(found: Steerer, steering: Any, *talks: Conversation | None) -> Steered:
-    wished = found.resolve(Request(steering), ExitStack())
-    assert wished is not None
-    return await found.prepare(wished, Traits(lambda: talks or (TALK,)))
+async def resolved(
+    steering: Any = None,
+    *talks: Conversation | None,
+    model: str | None = "big",
+    found: Resolver | None = None,
+    **more: Any,
+) -> ResolvedRequest:
+    parsed = ParsedRequest(model, steering, (), lambda: talks or (TALK,), **more)
+    return await (found or resolver()).resolve(parsed, RequestContext())
 
 
 async def test_each_prompt_of_a_batch_gets_its_own_rendering() -> None:
     talks = [Conversation([{"role": "user", "content": c}]) for c in ("one", "two")]
     template = {"prompts": {"chat": {"chat_template": "<{{ messages[0].content }}>"}}}
-    found = await prepared(steerer(), {**PROXY, **template}, *talks)
+    found = await resolved({**PROXY, **template}, *talks)
     texts = [TOKENIZER.decode(dict(plan.prompts)["chat"]) for plan in found.plans]
     assert texts == ["<one>", "<two>"]
-    same = await prepared(steerer(), {**PROXY, "prompts": {"chat": {"prompt": "x"}}}, *talks)
+    same = await resolved({**PROXY, "prompts": {"chat": {"prompt": "x"}}}, *talks)
     assert len(same.plans) == 1
 
 
-def test_an_unsteered_request_has_no_plan() -> None:
-    assert steerer().resolve(Request(), ExitStack()) is None
+async def test_an_unsteered_request_has_the_base_s_plan() -> None:
+    found = await resolved()
+    assert found.plans == [BARE]
+    assert not found.plan.steers and not found.reporting
 
 
-def test_unknown_models_and_smuggled_freight_are_refused() -> None:
+async def test_unknown_models_are_refused() -> None:
     with pytest.raises(HttpError) as caught:
-        steerer().resolve(Request(model="nope"), ExitStack())
+        await resolved(model="nope")
     assert caught.value.status == 404
-    with pytest.raises(BadValue, match=r"vllm_xargs\.coxswain"):
-        steerer().resolve(Request(xargs={"coxswain": "x"}), ExitStack())
 
 
-def test_profiles_only_servers_refuse_methods() -> None:
-    found = steerer(inline=False, mine=PROXY)
+async def test_profiles_only_servers_refuse_methods() -> None:
+    found = resolver(inline=False, mine=PROXY)
     with pytest.raises(BadValue, match="profiles only"):
-        found.resolve(Request(PROXY), ExitStack())
-    assert found.resolve(Request("mine"), ExitStack())
-    assert found.resolve(Request({"report": True}, model="mine"), ExitStack())
+        await resolved(PROXY, found=found)
+    assert (await resolved("mine", found=found)).plan.steers
+    assert (await resolved({"report": True}, model="mine", found=found)).reporting
 
 
 async def test_combinations_without_meaning_are_refused() -> None:
-    found = steerer()
-    wished = found.resolve(Request(PROXY), ExitStack())
-    assert wished is not None
     with pytest.raises(BadValue, match="use_beam_search"):
-        await found.prepare(wished, Traits(lambda: [TALK], beam_search=True))
-    wished = found.resolve(Request({**PROXY, "prompts": {"chat": {"prompt": "x"}}}), ExitStack())
-    assert wished is not None
+        await resolved(PROXY, beam_search=True)
     with pytest.raises(BadValue, match=r"steering\.prompts"):
-        await found.prepare(wished, Traits(lambda: [TALK], prompt_logprobs=True))
+        await resolved({**PROXY, "prompts": {"chat": {"prompt": "x"}}}, prompt_logprobs=True)
 
 
 def test_a_summary_adds_up_over_prompts_and_choices() -> None:
@@ -253,9 +245,9 @@ def test_a_summary_adds_up_over_prompts_and_choices() -> None:
                 "passes": {"base": tokens, "chat": tokens}, "detail": [entry],
                 "drafted": 0, "accepted": 0}  # fmt: skip
 
-    steered = Steered([plan], n=2)
-    steered.reports = {1: {"0": tally(2), "1": tally(4)}, 0: {"0": tally(1), "1": tally(1)}}
-    found = summary(steered, str)
+    done = ResolvedRequest([plan], n=2)
+    done.reports = {1: {"0": tally(2), "1": tally(4)}, 0: {"0": tally(1), "1": tally(1)}}
+    found = summary(done, str)
     assert found["tokens"] == 8
     assert found["mean_kl"] == pytest.approx(0.5)
     assert found["share_changed"] == pytest.approx(0.5)

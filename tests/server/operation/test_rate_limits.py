@@ -1,4 +1,4 @@
-"""Rates per key: one count for all replicas with a Redis, one each without; on a real Redis."""
+"""Limits per key and minute: one count for all replicas with a Redis, one each without; on a real Redis."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from redis import Redis
 
 from adapters.registry.embedded import EmbeddedRedis
 from server.errors import HttpError
-from server.operation import rates as module
-from server.operation.rates import Rates
+from server.operation import rate_limits as module
+from server.operation.rate_limits import RateLimits
 from server.settings.operating import Rate
 
 
@@ -28,8 +28,8 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
 
 
 @asynccontextmanager
-async def replicas(url: str | None, namespace: str, **rate: int) -> AsyncIterator[list[Rates]]:
-    found = [Rates(Rate(**rate), url, namespace) for _ in range(2)]
+async def replicas(url: str | None, namespace: str, **rate: int) -> AsyncIterator[list[RateLimits]]:
+    found = [RateLimits(Rate(**rate), url, namespace) for _ in range(2)]
     try:
         yield found
     finally:
@@ -37,14 +37,14 @@ async def replicas(url: str | None, namespace: str, **rate: int) -> AsyncIterato
             await each.close()
 
 
-async def refusal(rates: Rates, caller: str = "a", rate: Rate | None = None) -> HttpError:
+async def refusal(rates: RateLimits, caller: str = "a", rate: Rate | None = None) -> HttpError:
     with pytest.raises(HttpError) as caught:
         await rates.admit(caller, rate)
     assert caught.value.status == 429
     return caught.value
 
 
-async def settled(rates: Rates) -> None:
+async def settled(rates: RateLimits) -> None:
     await asyncio.gather(*rates._charging)
 
 
@@ -157,7 +157,7 @@ async def test_while_redis_is_away_each_replica_counts_for_itself(
 
 
 async def test_without_limits_redis_is_not_asked() -> None:
-    rates = Rates(Rate(), "redis://127.0.0.1:1/0")
+    rates = RateLimits(Rate(), "redis://127.0.0.1:1/0")
     await rates.admit("a", None)
     rates.charge("a", None, 10)
     assert not rates.away

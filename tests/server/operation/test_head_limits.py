@@ -12,7 +12,7 @@ import uvicorn
 from prometheus_client import REGISTRY
 from starlette.types import Receive, Scope, Send
 
-from server.operation.heads import MOST_BYTES, bounded
+from server.operation.head_limits import MOST_BYTES, bounded
 from server.settings.operating import ServerConfig
 
 BEGUN = b"GET / HTTP/1.1\r\nhost: x\r\n"

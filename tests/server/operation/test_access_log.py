@@ -16,14 +16,14 @@ from prometheus_client import REGISTRY
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from server.context import RequestContext, context_of
 from server.launch import Run
 from server.operation import metrics, tracing
+from server.operation.access_log import AccessLog, with_ids
 from server.operation.gate import Gate
 from server.operation.metrics import Names
-from server.operation.observer import Observer
 from server.settings.config import ConfigInvalid
 from server.settings.operating import LoggingConfig, TracingConfig
-from server.trail import Trail, request_id, trail
 from tests.server.operation.collector import Collector, attributes, grpc_collector
 from tests.server.operation.test_gate import bearer, gate, parsed_config
 
@@ -33,25 +33,27 @@ BODY = {"prompt": "a secret", "model": "m"}
 
 async def steered(scope: Scope, receive: Receive, send: Send) -> None:
     """Stands for the application: finds out what a request asks for, and answers."""
-    noted = trail()
-    noted.method, noted.profile, noted.prompt = "mix", "p", BODY["prompt"]
-    noted.uses([("one", "d1"), ("two", "d2")])
-    noted.prompt_tokens = 3
-    noted.drew(2)
+    context = context_of(scope)
+    context.method, context.profile, context.prompt = "mix", "p", BODY["prompt"]
+    context.use_adapters([("one", "d1"), ("two", "d2")])
+    context.prompt_tokens = 3
+    context.count_drawn(2)
     headers = {k.decode(): v.decode() for k, v in scope["headers"]}
     await JSONResponse({key: headers.get(key) for key in ("x-request-id", "traceparent")})(
         scope, receive, send
     )
 
 
-def observed(app: Gate | None = None, **options: Any) -> Observer:
+def observed(app: Gate | None = None, **options: Any) -> AccessLog:
     app = app or gate()
     app.inner = steered
-    return Observer(app, **options)
+    return AccessLog(app, **options)
 
 
-def client(app: Observer) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1")
+def client(app: AccessLog) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        transport=httpx.ASGITransport(with_ids(app)), base_url="http://127.0.0.1"
+    )
 
 
 def sample(name: str, **labels: str) -> float:
@@ -69,9 +71,13 @@ async def test_an_id_is_taken_over_returned_and_passed_on() -> None:
 
 
 @pytest.mark.parametrize("given", [None, "", "a b", "x" * 129, 'a"b', "ä"])
-def test_ids_that_cannot_be_written_everywhere_are_replaced(given: str | None) -> None:
-    assert request_id(given) != given
-    assert request_id("ok:1.2_3-4") == "ok:1.2_3-4"
+async def test_ids_that_cannot_be_written_everywhere_are_replaced(given: str | None) -> None:
+    headers = httpx.Headers([] if given is None else [(b"x-request-id", given.encode())])
+    async with client(observed()) as http:
+        answer = await http.get("/health", headers=headers)
+        assert len(answer.headers["x-request-id"]) == 32
+        kept = await http.get("/health", headers={"x-request-id": "ok:1.2_3-4"})
+        assert kept.headers["x-request-id"] == "ok:1.2_3-4"
 
 
 async def test_requests_are_counted_with_what_was_found_out_about_them() -> None:
@@ -112,17 +118,19 @@ def test_every_reason_has_a_series_from_the_start(reason: str) -> None:
 
 def test_names_that_come_and_go_do_not_make_series_without_end() -> None:
     names = Names(most=3)
-    found = [names.of(Trail(method="mix", profile=f"p{i}", adapter="none")) for i in range(5)]
+    found = [
+        names.of(RequestContext(method="mix", profile=f"p{i}", adapter="none")) for i in range(5)
+    ]
     assert found[:3] == [("mix", f"p{i}", "none") for i in range(3)]
     assert found[3:] == [("mix", "other", "none")] * 2
-    assert names.of(Trail(method="mix", profile="p0")) == ("mix", "p0", "none")
+    assert names.of(RequestContext(method="mix", profile="p0")) == ("mix", "p0", "none")
 
 
 def test_a_report_that_is_infinite_or_rounds_below_zero_keeps_the_counter_rising() -> None:
     choice = {"tokens": 1, "changed": 0, "passes": {"base": 1}, "drafted": 0, "accepted": 0}
     before = sample("coxswain_kl_nats_total", method="odd", profile="none")
     for kl in (float("inf"), -1e-9, 0.25):
-        metrics.measured(Trail(method="odd"), {"0": {**choice, "kl_sum": kl}})
+        metrics.measured(RequestContext(method="odd"), {"0": {**choice, "kl_sum": kl}})
     assert sample("coxswain_kl_nats_total", method="odd", profile="none") == before + 0.25
 
 
@@ -153,10 +161,10 @@ import logging, warnings
 from server.console import Progress, say
 from server.operation.logs import logger, setup
 from server.settings.operating import LoggingConfig
-from server.trail import Trail, begin
+from asgi_correlation_id import correlation_id
 setup(LoggingConfig(format="{form}", requests=True))
 say("coxswain: ready")
-begin(Trail("id-1"))
+correlation_id.set("id-1")
 logger.info("request", extra={{"fields": {{"status": 200}}}})
 logging.getLogger("elsewhere").warning("odd")
 try:

@@ -1,4 +1,4 @@
-"""What steering must know about a request, read from each API's own request class."""
+"""What came, read from each API's own request class: a `ParsedRequest`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import Any
 from vllm.entrypoints.openai.responses.utils import construct_input_messages
 from vllm.renderers.chat_utils import parse_chat_messages
 
+from server.errors import HttpError
 from server.requests.own_prompts import Conversation
 from server.requests.protocol import (
     SteeredChatRequest,
     SteeredCompletionRequest,
     SteeredResponsesRequest,
+    SteeringMixin,
 )
-from server.requests.steerer import Traits
+from server.requests.resolved import ParsedRequest
 from server.serving import Serving
+from steering.errors import BadValue
+from steering.wire import KEY
 
 
 def _conversation(messages: Any, parts: Serving, options: Mapping[str, Any]) -> Conversation:
@@ -24,7 +28,7 @@ def _conversation(messages: Any, parts: Serving, options: Mapping[str, Any]) -> 
     return Conversation(parsed, options)
 
 
-def chat_traits(request: SteeredChatRequest, parts: Serving) -> Traits:
+def parse_chat(request: SteeredChatRequest, parts: Serving) -> ParsedRequest:
     """Of a chat request."""
     options: dict[str, Any] = {
         **(request.chat_template_kwargs or {}),
@@ -36,9 +40,11 @@ def chat_traits(request: SteeredChatRequest, parts: Serving) -> Traits:
     for key in ("chat_template", "tokenize"):
         options.pop(key, None)
     asked = request.max_completion_tokens
-    return Traits(
+    return _parsed(
+        request,
         conversations=lambda: [_conversation(request.messages, parts, options)],
         max_tokens=asked if asked is not None else request.max_tokens,
+        max_tokens_field="max_tokens" if asked is None else "max_completion_tokens",
         n=request.n or 1,
         beam_search=bool(request.use_beam_search),
         prompt_logprobs=request.prompt_logprobs is not None
@@ -46,7 +52,7 @@ def chat_traits(request: SteeredChatRequest, parts: Serving) -> Traits:
     )
 
 
-def completion_traits(request: SteeredCompletionRequest, parts: Serving) -> Traits:
+def parse_completion(request: SteeredCompletionRequest, parts: Serving) -> ParsedRequest:
     """Of a text completion: each prompt is one message of a user."""
 
     def conversations() -> list[Conversation | None]:
@@ -56,7 +62,8 @@ def completion_traits(request: SteeredCompletionRequest, parts: Serving) -> Trai
             for text in texts
         ]
 
-    return Traits(
+    return _parsed(
+        request,
         conversations=conversations,
         max_tokens=request.max_tokens if "max_tokens" in request.model_fields_set else None,
         n=request.n or 1,
@@ -67,8 +74,9 @@ def completion_traits(request: SteeredCompletionRequest, parts: Serving) -> Trai
     )
 
 
-def responses_traits(request: SteeredResponsesRequest, parts: Serving) -> Traits:
+def parse_responses(request: SteeredResponsesRequest, parts: Serving) -> ParsedRequest:
     """Of a request to the Responses API."""
+    _need_parser(request, parts)
 
     def conversations() -> list[Conversation | None]:
         messages = construct_input_messages(
@@ -76,10 +84,28 @@ def responses_traits(request: SteeredResponsesRequest, parts: Serving) -> Traits
         )
         return [_conversation(messages, parts, {"add_generation_prompt": True})]
 
-    return Traits(
+    return _parsed(
+        request,
         conversations=conversations,
         max_tokens=request.max_output_tokens,
+        max_tokens_field="max_output_tokens",
     )
+
+
+def _parsed(request: SteeringMixin, **traits: Any) -> ParsedRequest:
+    """Raises BadValue: the place in which plans travel is taken."""
+    asked: Any = request
+    if isinstance(asked.vllm_xargs, Mapping) and KEY in asked.vllm_xargs:
+        raise BadValue("use the `steering` field", field=f"vllm_xargs.{KEY}")
+    return ParsedRequest(asked.model, request.steering, request.adapters or (), **traits)
+
+
+def _need_parser(request: Any, parts: Serving) -> None:
+    """Refuses tools that nothing would call; vLLM does so for chat, not for the Responses API."""
+    if request.tools and request.tool_choice != "none" and not parts.config.chat.tool_call_parser:
+        raise HttpError(400, "tools: this server's configuration names no "
+                        "`chat.tool_call_parser`, so no tool would be called; leave tools out or "
+                        'ask for tool_choice "none"', param="tools")  # fmt: skip
 
 
 def _prompts(prompt: Any) -> Sequence[Any]:

@@ -105,7 +105,7 @@ class _Here:
         self.tokens.setdefault(caller, _Window()).add(tokens)
 
 
-class Rates:
+class RateLimits:
     """One per replica, on its event loop. Replicas with the same Redis and namespace share counts.
 
     While Redis is away each replica counts for itself, with the same limits: callers are neither
@@ -132,7 +132,7 @@ class Rates:
             self._scripts = {text: self._redis.register_script(text) for text in (_ADMIT, _CHARGE)}
 
     @classmethod
-    def of(cls, config: Config) -> Rates:
+    def of(cls, config: Config) -> RateLimits:
         """What callers may take, counted where the configuration says.
 
         Raises:

@@ -1,98 +1,38 @@
-"""One HTTP request's steering on its way through vLLM: from the route to the engine and back."""
+"""The `steering` object of a response: what was done, and what the worker measured of it."""
 
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-from adapters.sets import AdapterSet
-from server.adapting.choice import Picked
+from server.requests.resolved import ResolvedRequest
 from steering.plan import AdapterUse, RuleKind, SteeringPlan
 
-Report = Mapping[str, Mapping[str, Any]]
-"""What the worker measured for one prompt, by choice index (as text)."""
 
-
-@dataclass
-class Steered:
-    """Rides in `SamplingParams.extra_args` inside the API process; packed for the worker by
-    `engine_vllm`. One per HTTP request; owned by the event loop.
-
-    Args:
-        plans: the plan of each of the request's prompts, in order; a single one holds for all.
-        profile: the profile it came from, or None.
-        max_tokens: what the caller asked for explicitly, or None.
-        n: choices per prompt.
-        adapter_set: the adapters of the plans as the engine wants them; None: there are none.
-        picked: the adapters that the request names.
-    """
-
-    plans: Sequence[SteeringPlan]
-    profile: str | None = None
-    max_tokens: int | None = None
-    n: int = 1
-    adapter_set: AdapterSet | None = None
-    picked: Sequence[Picked] = ()
-    tag: str = field(default_factory=lambda: secrets.token_hex(8))
-    reports: dict[int, Report] = field(default_factory=dict)
-    """Prompt index → the worker's report, once the prompt is finished."""
-    measured: bool = False
-    """Whether it is measured for the metrics alone: the response tells nothing of it."""
-    _started: int = 0
-
-    @property
-    def plan(self) -> SteeringPlan:
-        """The first prompt's plan; the others differ in own prompts only."""
-        return self.plans[0]
-
-    @property
-    def reporting(self) -> bool:
-        """Whether the response gets a `steering` object."""
-        return self.plan.report != "off" and not self.measured
-
-    def measure(self) -> None:
-        """Has it measured for the metrics, if it is steered and brings no report of its own."""
-        if self.plan.steers and self.plan.report == "off":
-            self.plans = [replace(plan, report="summary") for plan in self.plans]
-            self.measured = True
-
-    def next_prompt(self) -> int:
-        """The index of the prompt that is handed to the engine now."""
-        index = self._started
-        self._started += 1
-        return index
-
-    def plan_of(self, index: int) -> SteeringPlan:
-        """The plan of prompt `index`."""
-        return self.plans[index] if len(self.plans) > 1 else self.plans[0]
-
-
-def summary(steered: Steered, decode: Callable[[int], str]) -> dict[str, Any]:
+def summary(resolved: ResolvedRequest, decode: Callable[[int], str]) -> dict[str, Any]:
     """The `steering` object of a response.
 
     Args:
-        steered: finished; `reports` holds every prompt's report.
+        resolved: finished; `reports` holds every prompt's report.
         decode: token id → text, by the base's tokenizer.
     """
-    plan = steered.plan
+    plan = resolved.plan
     choices = {
-        prompt * steered.n + int(choice): found
-        for prompt, report in sorted(steered.reports.items())
+        prompt * resolved.n + int(choice): found
+        for prompt, report in sorted(resolved.reports.items())
         for choice, found in sorted(report.items(), key=lambda item: int(item[0]))
     }
     found: dict[str, Any] = {"method": plan.method}
-    if steered.profile is not None:
-        found["profile"] = steered.profile
+    if resolved.profile is not None:
+        found["profile"] = resolved.profile
     found["strengths"] = dict(plan.weights)
     if plan.values is not None:
         found["values"] = {"strengths": dict(plan.values.strengths), "top_k": plan.values.top_k}
     found["streams"] = list(plan.streams)
     reports = list(choices.values())
     if plan.adapters:
-        found["adapters"] = [_adapter(steered, use, reports) for use in plan.adapters]
+        found["adapters"] = [_adapter(resolved, use, reports) for use in plan.adapters]
     found |= _totals(reports)
     if plan.rule.kind is RuleKind.CRITICAL:
         found["share_critical"] = _share(reports, "critical")
@@ -116,13 +56,17 @@ def summary(steered: Steered, decode: Callable[[int], str]) -> dict[str, Any]:
 
 
 def _adapter(
-    steered: Steered, use: AdapterUse, reports: Sequence[Mapping[str, Any]]
+    resolved: ResolvedRequest, use: AdapterUse, reports: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """One adapter of the request; for a pack, how often tokens were routed to which member."""
     key = (use.stream, use.digest)
-    one = next(p for p in steered.picked if (p.content.stream, p.content.digest) == key)
-    found = one.describe(use)
+    one = next(p for p in resolved.adapters if (p.stream, p.digest) == key)
+    found: dict[str, Any] = {
+        "name": one.name, "version": one.version, "digest": one.digest, "stream": one.stream,
+        "weight": use.weight,
+    }  # fmt: skip
     if one.artefact.gates:
+        found |= {"top_k": use.top_k, "temperature": use.temperature}
         counts = [0] * len(one.artefact.members)
         for report in reports:
             routed = report["routed"].get(use.stream, {}).get(use.digest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.requests.boarding import refuse_lag
+from server.requests.engine_request import refuse_lag
 from steering.errors import BadValue
 
 

@@ -12,7 +12,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.operation.gate import Gate
-from tests.server.operation.test_gate import bearer, client, echo, error_of, gate
+from tests.server.operation.test_gate import bearer, client, echo, error_of, gate, request_scope
 
 
 def timed(**limits: float) -> Gate:
@@ -43,7 +43,7 @@ async def test_a_request_that_takes_too_long_is_told_504_and_ends() -> None:
     assert answer.status_code == 504
     assert error_of(answer)["code"] == "request_timeout"
     assert "limits.request_timeout_s (0.2 s)" in error_of(answer)["message"]
-    assert app.life.in_flight == 0
+    assert app.state.in_flight == 0
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses"])
@@ -59,7 +59,7 @@ async def test_a_stream_that_takes_too_long_ends_with_an_error(path: str) -> Non
     code = told["code"] if path == "/v1/responses" else told["error"]["code"]
     assert code == "request_timeout"
     assert last.startswith("event: error") == (path == "/v1/responses")
-    assert app.life.in_flight == 0
+    assert app.state.in_flight == 0
 
 
 async def test_an_answer_in_time_is_left_alone() -> None:
@@ -77,7 +77,7 @@ async def test_a_body_that_does_not_come_is_told_408_and_the_connection_is_close
 
     app = timed(body_timeout_s=0.2)
     app.inner = echo
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    scope = request_scope()
     parts = dripping()
     sent = []
 
@@ -91,7 +91,7 @@ async def test_a_body_that_does_not_come_is_told_408_and_the_connection_is_close
     assert sent[0]["status"] == 408
     assert (b"connection", b"close") in sent[0]["headers"]  # type: ignore[operator]
     assert json.loads(sent[1]["body"])["error"]["code"] == "body_timeout"  # type: ignore[arg-type]
-    assert app.life.in_flight == 0
+    assert app.state.in_flight == 0
 
 
 async def test_while_leaving_connections_are_closed_after_their_answer() -> None:
@@ -109,13 +109,13 @@ async def test_while_leaving_connections_are_closed_after_their_answer() -> None
         app.inner = slow
         early = asyncio.create_task(http.post("/v1/completions"))
         await begun.wait()
-        app.life.leaving = True
+        app.state.leaving = True
         ready = await http.get("/ready")
         assert ready.status_code == 503
         assert ready.json()["status"] == "ready"
         go_on.set()
         taken = await http.get("/v1/models")
-        app.life.phase = "draining"
+        app.state.phase = "draining"
         refused = await http.get("/v1/models")
     assert taken.status_code == 200 and refused.status_code == 503
     for answer in (ready, await early, taken, refused):
@@ -126,12 +126,12 @@ async def test_an_engine_that_does_not_answer_makes_the_server_not_ready_until_i
     app = gate(server={"engine_timeout_s": 5})
     async with client(app) as http:
         assert (await http.get("/ready")).status_code == 200
-        app.life.heard -= 6
+        app.state.heard -= 6
         answer = await http.get("/ready")
         assert answer.status_code == 503
         assert answer.json()["reason"] == "the engine has not answered for 6 s"
         assert (await http.get("/health")).status_code == 200
-        app.life.hear()
+        app.state.hear()
         assert (await http.get("/ready")).status_code == 200
 
 

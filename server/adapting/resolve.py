@@ -1,0 +1,82 @@
+"""What a request says about adapters, and what it stands for here and now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from adapters.errors import NoAdapter
+from adapters.formats.artefact import TEMPERATURES
+from adapters.registry.manager import Manager
+from server.access import Access
+from server.adapting.loader import EngineLoader
+from steering.adapters import ResolvedAdapter
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class AdapterRef(BaseModel):
+    """One adapter of a request."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="The adapter's name, or `name@version`.")
+    weight: Number = Field(1.0, description="What it is multiplied by; 0 leaves it out.")
+    top_k: Annotated[int, Field(strict=True, ge=1)] | None = Field(
+        None, description="MeteoRA packs: adapters that each token is routed to; default: the "
+        "pack's own.",
+    )  # fmt: skip
+    temperature: Annotated[Number, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])] | None = Field(
+        None, description="MeteoRA packs: T of the gate's softmax (the paper's composite tasks "
+        "use 15 to 30); default: the pack's own.",
+    )  # fmt: skip
+
+
+def resolve_adapters(
+    model: str | None,
+    refs: Sequence[AdapterRef],
+    access: Access,
+    manager: Manager,
+    loader: EngineLoader,
+) -> list[ResolvedAdapter]:
+    """The adapters that a request names.
+
+    Args:
+        model: the adapter that it names as its model, or None.
+        refs: its `adapters` field.
+        access: what its key may use.
+        manager: what the names stand for.
+        loader: what is in their files.
+
+    Raises:
+        HttpError: 403, the key may not use one.
+        NoAdapter: one is not ready here.
+    """
+    asked = [("model", "model", AdapterRef(name=model))] if model else []
+    asked += [(f"adapters.{i}", f"adapters.{i}.name", ref) for i, ref in enumerate(refs)]
+    return [_resolve(field, where, ref, access, manager, loader) for field, where, ref in asked]
+
+
+def _resolve(
+    field: str, where: str, ref: AdapterRef, access: Access, manager: Manager, loader: EngineLoader
+) -> ResolvedAdapter:
+    name, version = split(ref.name)
+    access.check_adapter(name)
+    try:
+        content = manager.lookup(name, version).content
+    except NoAdapter as error:
+        raise NoAdapter(error.message, field=where, value=ref.name,
+                        allowed=error.allowed) from error  # fmt: skip
+    assert content.digest is not None
+    return ResolvedAdapter(
+        loader.artefact(content), content.digest, content.stream, ref.weight, ref.top_k,
+        ref.temperature, field, content.name, content.version,
+    )  # fmt: skip
+
+
+def split(model: str) -> tuple[str, str | None]:
+    """(name, version) of `name` or `name@version`."""
+    name, at, version = model.partition("@")
+    return name, version if at else None

@@ -1,0 +1,114 @@
+"""What the engine gets: the prompt lengthened, the plan packed, the prefix cache kept apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
+
+from steering.bans import with_bans
+from steering.errors import BadValue
+from steering.plan import SteeringPlan
+from steering.prompts import align
+from steering.wire import SteeringPayload, pack
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One prompt as `AsyncLLM.generate` takes it, and what is undone on its outputs.
+
+    Args:
+        prompt: token ids with what vLLM's front end knows of them.
+        params: of the request.
+        id: of the request.
+        options: the other arguments.
+        base_ids: the base's own prompt.
+        pad: tokens put in front of it.
+        tag: names its report; '' for none.
+    """
+
+    prompt: Any
+    params: SamplingParams
+    id: str
+    options: Mapping[str, Any]
+    base_ids: Sequence[int] = ()
+    pad: int = 0
+    tag: str = ""
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt's token ids.
+
+        Raises:
+            BadValue: it has none.
+        """
+        if not isinstance(self.prompt, dict) or "prompt_token_ids" not in self.prompt:
+            raise BadValue("steering needs a prompt of text or token ids", field="prompt")
+        return list(self.prompt["prompt_token_ids"])
+
+    def unpad(self, output: RequestOutput) -> None:
+        """Makes an output speak of the base's own prompt."""
+        if not self.pad:
+            return
+        output.prompt_token_ids = list(self.base_ids)
+        if output.num_cached_tokens is not None:
+            output.num_cached_tokens = max(0, output.num_cached_tokens - self.pad)
+
+
+def prepare(
+    request: EngineRequest, plan: SteeringPlan, tag: str, reply: Sequence[int] = ()
+) -> EngineRequest:
+    """Puts a plan into a request; its `params` are changed in place.
+
+    Args:
+        request: as vLLM's front end made it.
+        plan: complete.
+        tag: for its report; '' for none.
+        reply: ids behind the prompt that every stream reads.
+
+    Raises:
+        BadValue: the prompt has no token ids.
+    """
+    base_ids, params = request.prompt_ids, request.params
+    ids, pad = align(base_ids, plan)
+    payload = SteeringPayload(plan, pad, tag, len(reply))
+    params.extra_args = {**(params.extra_args or {}), **pack(payload)}
+    params.logit_bias = with_bans(params.logit_bias, plan)
+    prompt = {**request.prompt, "prompt_token_ids": [*ids, *reply]}
+    if key := plan.cache_key(pad):
+        prompt["cache_salt"] = salted(prompt.get("cache_salt"), key)
+    return replace(request, prompt=prompt, base_ids=base_ids, pad=pad, tag=tag)
+
+
+def refuse_lag(pad: int, hybrid: bool) -> None:
+    """Refuses own prompts that the base would lag behind, if its layers keep a state.
+
+    Args:
+        pad: by how many tokens the longest prompt of the request is longer than the base's.
+        hybrid: whether the base is such a model.
+
+    Raises:
+        BadValue: the base would lag.
+    """
+    if hybrid and pad:
+        raise BadValue(
+            f"a stream's own prompt has {pad} tokens more than the base's; this base keeps a state "
+            "that cannot lag behind a longer prompt",
+            field="steering.prompts",
+            allowed="prompts that are not longer than the base's",
+        )
+
+
+def salted(user_salt: str | None, cache_key: str) -> str:
+    """The prefix-cache salt of a steered request.
+
+    A stream's KV is only valid for requests that ran that stream; the caller's own salt keeps
+    its effect.
+    """
+    parts = json.dumps([user_salt, cache_key]).encode()
+    return "coxswain-" + hashlib.sha256(parts).hexdigest()[:40]

@@ -1,0 +1,222 @@
+"""From what came to what it stands for on this server. All checks happen here, before any answer.
+
+The routes call `Resolver.resolve`; what it raises becomes a 4xx answer, also for streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from server.access import Access
+from server.adapting.service import Adapters
+from server.context import RequestContext
+from server.errors import HttpError
+from server.operation.limits import check_counts
+from server.requests.own_prompts import Conversation, OwnPrompts
+from server.requests.profiles import Profiles
+from server.requests.resolved import ParsedRequest, ResolvedRequest
+from server.settings.operating import LimitsConfig
+from steering.adapters import ResolvedAdapter
+from steering.errors import BadValue
+from steering.method import Limits, OwnPrompt, Snapshot
+from steering.plan import BARE
+from steering.resolve import Methods, Resolved, resolve
+from steering.spec import FIELD, OVERRIDABLE_ALWAYS, SteeringRequest, read_steering
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a request's `model` stands for.
+
+    Args:
+        name: as the request wrote it; None for the base.
+        profile: a profile's name, or None.
+        adapter: an adapter's name, with its version if the request gave one, or None.
+    """
+
+    name: str | None = None
+    profile: str | None = None
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Resolver:
+    """Resolves what requests ask for. One per server; owned by the event loop.
+
+    Args:
+        base_name: what clients call the base.
+        methods: the installed methods.
+        profiles: the profiles.
+        snapshot: the streams.
+        limits: the server's ranges.
+        inline: callers may bring methods of their own.
+        own_prompts: tokenises prompts of streams.
+        adapters: the server's; None: it has none.
+        most: section `limits`: what one request may take.
+    """
+
+    base_name: str
+    methods: Methods
+    profiles: Profiles
+    snapshot: Snapshot
+    limits: Limits
+    inline: bool
+    own_prompts: OwnPrompts
+    adapters: Adapters | None = None
+    most: LimitsConfig = field(default_factory=LimitsConfig)
+
+    def model_of(self, model: str | None, access: Access) -> Model:
+        """What a request's `model` stands for.
+
+        Raises:
+            HttpError: 404, no such model; 403, the key may not use it.
+        """
+        if not model or model == self.base_name:
+            return Model()
+        if model in self.profiles:
+            access.check_steering(model)
+            return Model(model, profile=model)
+        if self.adapters is not None and self.adapters.known(model):
+            return Model(model, adapter=model)
+        known = ", ".join(self.served(access))
+        raise HttpError(404, f"model: no such model (got {model!r}); served: {known}",
+                        param="model", code="model_not_found")  # fmt: skip
+
+    def served(self, access: Access) -> list[str]:
+        """Names of the models that a key may use."""
+        profiles = [n for n in self.profiles if access.profiles is None or n in access.profiles]
+        names = self.adapters.names if self.adapters is not None else []
+        adapters = [n for n in names if access.adapters is None or n in access.adapters]
+        return [self.base_name, *profiles, *adapters]
+
+    async def resolve(self, parsed: ParsedRequest, context: RequestContext) -> ResolvedRequest:
+        """The request's plans, limits checked and prompts tokenised; its adapters stay loaded until
+        the context's resources are closed.
+
+        Raises:
+            HttpError: 404, no such model; 403, the key may not use this steering or adapter.
+            SteeringError: what is wrong with a field, or does not go together.
+            NoAdapter: an adapter is not ready here.
+        """
+        model = self.model_of(parsed.model, context.access)
+        context.model, context.method = model.name, BARE.method
+        asked = self._steering(parsed, model, context.access)
+        request, found = asked or (SteeringRequest({}, self.limits), _bare())
+        context.method = found.plan.method
+        context.profile = request.profile or context.profile
+        found, result = self._with_adapters(parsed, model, request, found, context)
+        context.use_adapters([(one.name, one.digest) for one in result.adapters])
+        _check(parsed, found)
+        best = found.plan.best
+        check_counts(
+            self.most, prompts=parsed.prompts, n=parsed.n, drawn=best.n if best else 1,
+            max_tokens=parsed.max_tokens, field=parsed.max_tokens_field,
+        )  # fmt: skip
+        if found.prompts:
+            result.plans = [
+                found.with_prompts(await self._ids(request, found.prompts, conversation))
+                for conversation in await self._distinct(found, parsed)
+            ]
+        return result
+
+    def _steering(
+        self, parsed: ParsedRequest, model: Model, access: Access
+    ) -> tuple[SteeringRequest, Resolved] | None:
+        """The plan of the `steering` field and the profile; None without either."""
+        request = read_steering(
+            parsed.steering,
+            profiles=self.profiles,
+            limits=self.limits,
+            inline=self.inline,
+            model_profile=model.profile,
+        )
+        if request is None:
+            return None
+        if request.profile is not None or request.spec.keys() != OVERRIDABLE_ALWAYS:
+            access.check_steering(request.profile)
+        return request, resolve(
+            request.spec, methods=self.methods, snapshot=self.snapshot, limits=request.limits
+        )
+
+    def _with_adapters(
+        self,
+        parsed: ParsedRequest,
+        model: Model,
+        request: SteeringRequest,
+        found: Resolved,
+        context: RequestContext,
+    ) -> tuple[Resolved, ResolvedRequest]:
+        """The plan with the request's adapters."""
+        profile = self.profiles.get(request.profile) if request.profile else None
+        template = profile.chat_template if profile is not None else None
+        plan, adapter_set = found.plan, None
+        adapters: Sequence[ResolvedAdapter] = ()
+        if parsed.adapters or model.adapter is not None:
+            if self.adapters is None:
+                raise BadValue("this server has no adapters (its configuration lacks the section "
+                               "`adapters`)", field="adapters")  # fmt: skip
+            if parsed.adapters and not self.inline:
+                raise BadValue("this server takes an adapter as the `model` only",
+                               field="adapters")  # fmt: skip
+            plan, adapter_set, adapters = self.adapters.resolve(
+                plan, model.adapter, parsed.adapters, request.limits.weight, context.access,
+                context.resources,
+            )  # fmt: skip
+        result = ResolvedRequest(
+            [plan], request.profile, template, parsed.max_tokens, parsed.max_tokens_field,
+            parsed.n, adapter_set, adapters,
+        )  # fmt: skip
+        return replace(found, plan=plan), result
+
+    @staticmethod
+    async def _distinct(found: Resolved, parsed: ParsedRequest) -> Sequence[Conversation | None]:
+        """The conversations for which own prompts differ: one, unless a template renders them."""
+        if any(p.chat_template is not None for p in found.prompts.values()):
+            return await asyncio.to_thread(parsed.conversations)
+        return [None]
+
+    async def _ids(
+        self,
+        request: SteeringRequest,
+        prompts: Mapping[str, OwnPrompt],
+        conversation: Conversation | None,
+    ) -> dict[str, tuple[int, ...]]:
+        profile = self.profiles.get(request.profile) if request.profile else None
+        given = profile.spec.get("prompts") if profile else None
+        trusted = given is not None and request.spec.get("prompts") == given
+        return await self.own_prompts.token_ids(
+            prompts,
+            conversation,
+            field=FIELD,
+            default_template=profile.chat_template if profile else None,
+            trusted=trusted,
+        )
+
+
+def _bare() -> Resolved:
+    return Resolved(BARE, MappingProxyType({}))
+
+
+def _check(parsed: ParsedRequest, found: Resolved) -> None:
+    """Refuses what does not go together.
+
+    Raises:
+        BadValue: it names the field.
+    """
+    plan = found.plan
+    if parsed.beam_search and (plan.steers or plan.adapters or plan.report != "off"):
+        raise BadValue("not possible together with steering or adapters", field="use_beam_search")
+    if parsed.prompt_logprobs and found.prompts:
+        raise BadValue("log-probabilities of the prompt are undefined where a stream reads a "
+                       "prompt of its own", field=f"{FIELD}.prompts")  # fmt: skip
+    if parsed.prompt_logprobs and plan.values is not None:
+        raise BadValue("log-probabilities of the prompt go with no value stream: candidates "
+                       "are evaluated where a token is drawn", field=FIELD)  # fmt: skip
+    if plan.best is not None and parsed.n > 1:
+        raise BadValue("best_of_n returns one reply", field="n", value=parsed.n, allowed="1")
+    if plan.best is not None and parsed.prompt_logprobs:
+        raise BadValue("log-probabilities of the prompt go with no choice among replies",
+                       field=FIELD)  # fmt: skip
