@@ -1,4 +1,4 @@
-"""Limits per key and minute: one count for all replicas with a Redis, one each without; on a real Redis."""
+"""Limits per key and minute: one count for all replicas with a Redis, one each without."""
 
 from __future__ import annotations
 
