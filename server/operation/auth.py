@@ -1,22 +1,17 @@
-"""Who may call what: API keys for inference, the admin key for administration.
-
-Only hashes of keys are kept. Keys are long and random, so a plain SHA-256 is enough: there is
-nothing to guess, and a slow hash would be paid for at every request.
-"""
+"""Who may call what: API keys for inference, the admin key for administration."""
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import ipaddress
 from urllib.parse import urlsplit
 
-from pydantic import SecretStr
 from starlette.datastructures import Headers
 
 from server.access import EVERYTHING, Access
 from server.errors import HttpError
-from server.settings.config import HASHED, Config, LimitedKey
+from server.settings.auth import LimitedKey, digests_of_header
+from server.settings.config import Config
 from server.settings.operating import Rate
 
 _ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
@@ -54,7 +49,7 @@ class Auth:
     def __init__(self, config: Config) -> None:
         self._api = [_api_key(entry, config.limits) for entry in config.auth.api_keys]
         admin = config.auth.admin_key
-        self._admin = _digest_of(admin) if admin else None
+        self._admin = admin.get_secret_value() if admin else None
         self._loopback = is_loopback(config.server.host)
 
     @property
@@ -83,8 +78,7 @@ class Auth:
 
     def _check_admin(self, headers: Headers) -> None:
         if self._admin is not None:
-            given = _bearer(headers)
-            if given and hmac.compare_digest(_digest(given), self._admin):
+            if any(hmac.compare_digest(one, self._admin) for one in _bearer(headers)):
                 return
             if self._find(headers) is not None:
                 raise HttpError(403, "This API key is not the admin key.", reason="forbidden")
@@ -107,50 +101,37 @@ class Auth:
 
     def _find(self, headers: Headers) -> Access | None:
         """The access of the API key that was given; the time does not tell which it was."""
-        given = _bearer(headers)
-        digest, found = _digest(given), None
+        given, found = _bearer(headers), None
         for known, allowed in self._api:
-            if hmac.compare_digest(digest, known) and given:
+            if any(hmac.compare_digest(one, known) for one in given):
                 found = allowed
         return found
 
 
-def _api_key(entry: SecretStr | LimitedKey, default: Rate) -> tuple[bytes, Access]:
-    if isinstance(entry, SecretStr):
-        digest = _digest_of(entry)
-        return digest, Access(caller=_fingerprint(digest))
+def _api_key(entry: LimitedKey, default: Rate) -> tuple[bytes, Access]:
     profiles, adapters = (
         None if names is None else frozenset(names) for names in (entry.profiles, entry.adapters)
     )
-    digest = _digest_of(entry.key)
+    known = entry.key.get_secret_value()
     rates = {
         name: getattr(entry if name in entry.model_fields_set else default, name)
         for name in Rate.model_fields
     }
-    return digest, Access(profiles, adapters, _fingerprint(digest), Rate(**rates))
+    return known, Access(profiles, adapters, _fingerprint(known), Rate(**rates))
 
 
-def _digest_of(key: SecretStr) -> bytes:
-    text = key.get_secret_value()
-    if text.startswith(HASHED):
-        return bytes.fromhex(text.removeprefix(HASHED))
-    return _digest(text.encode())
+def _fingerprint(known: bytes) -> str:
+    return known.hex()[:8]
 
 
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
-
-
-def _fingerprint(digest: bytes) -> str:
-    return digest.hex()[:8]
-
-
-def _bearer(headers: Headers) -> bytes:
+def _bearer(headers: Headers) -> tuple[bytes, ...]:
+    """Hashes of the key that was given, one for each way in which it may be meant; or none."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    return key.strip().encode() if scheme.lower() == "bearer" else b""
+    key = key.strip()
+    return digests_of_header(key) if scheme.lower() == "bearer" and key else ()
 
 
 def admin_name(headers: Headers) -> str:
     """Whom records name as their cause: a fingerprint of the key, or a caller without one."""
     given = _bearer(headers)
-    return f"key {_fingerprint(_digest(given))}" if given else "local"
+    return f"key {_fingerprint(given[0])}" if given else "local"

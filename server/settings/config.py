@@ -8,25 +8,27 @@ Needs pydantic only.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Field, SecretStr, model_validator
+from pydantic import Field, model_validator
 
+from server.settings.auth import AuthConfig
 from server.settings.operating import (
     LimitsConfig,
     LoggingConfig,
     MetricsConfig,
-    Rate,
     Section,
     ServerConfig,
     TracingConfig,
 )
-from server.validation import is_unicode
 from steering.method import Limits
 from steering.spec import Profile, Range
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
 """Names of streams and profiles: they appear in URLs and metric labels."""
+
+ALIAS = re.compile(f"{NAME.pattern}(/{NAME.pattern})?")
+"""Names of aliases: hub ids too."""
 
 RESERVED_ENGINE = {
     "model": "use the top-level `model`",
@@ -138,6 +140,17 @@ class AdaptersConfig(Section):
         (),
         description="Adapters to load at start. One that cannot be served ends the start; one "
         "that is registered otherwise is replaced.",
+    )
+    load_on_request: bool = Field(
+        False,
+        description="Whether an adapter that a request names and nobody has registered is looked "
+        "for in `request_sources`, and loaded.",
+    )
+    request_sources: tuple[str, ...] = Field(
+        (),
+        description="Folders, and beginnings of sources elsewhere, in which `load_on_request` "
+        "looks for `<source>/<name>`, in this order; each inside `roots` or `remotes`. `hf://`: "
+        "names are `owner/name`. Absent: `roots`, then `remotes`.",
     )
     max_loaded: int = Field(
         8,
@@ -262,56 +275,6 @@ class SteeringConfig(Section):
         return Limits(self.strength, self.weight, self.max_top_k, self.max_best_of)
 
 
-def _usable_key(key: SecretStr) -> SecretStr:
-    text = key.get_secret_value()
-    if not text.strip():
-        raise ValueError("a key must not be empty")
-    if not is_unicode(text):
-        raise ValueError("a key must be Unicode text")
-    if text.startswith(HASHED) and not re.fullmatch(r"[0-9a-f]{64}", text.removeprefix(HASHED)):
-        raise ValueError(f"after {HASHED} come 64 lower-case hex digits")
-    return key
-
-
-HASHED = "sha256:"
-"""What a hashed key in the configuration begins with."""
-
-Key = Annotated[SecretStr, AfterValidator(_usable_key)]
-"""A key as it is, or `sha256:` and the hex SHA-256 of it."""
-
-
-class LimitedKey(Rate):
-    """A key in `auth.api_keys` with limits of its own. A rate that is not given is that of the
-    section `limits`; `null`: no limit.
-    """
-
-    key: Key = Field(description="The key, or `sha256:` and its hash.")
-    profiles: tuple[str, ...] | None = Field(
-        None,
-        description="The profiles it may use, by name; it may then send no steering of its own. "
-        "The base without steering stays open to it. Absent: all profiles, and its own steering.",
-    )
-    adapters: tuple[str, ...] | None = Field(
-        None, description="The adapters it may use, by name. Absent: all."
-    )
-
-
-class AuthConfig(Section):
-    """Keys. An empty list and no key mean: no authentication."""
-
-    api_keys: tuple[Key | LimitedKey, ...] = Field(
-        (),
-        description="Keys for `/v1/*` and tokenisation (environment: `COXSWAIN_API_KEYS`, "
-        "separated by commas). Each is the key itself, or `sha256:` and the hex SHA-256 of it "
-        "(`printf %s KEY | sha256sum`), or an object with limits.",
-    )
-    admin_key: Key | None = Field(
-        None,
-        description="Key for `/admin/*` (environment: `COXSWAIN_ADMIN_KEY`), plain or `sha256:…`. "
-        "Without one the admin API answers only when the server is bound to loopback.",
-    )
-
-
 class ChatConfig(Section):
     """How chat requests are rendered and read."""
 
@@ -328,6 +291,11 @@ class ChatConfig(Section):
         description="vLLM tool parser for the base, e.g. `hermes`; turns on tool choice `auto`.",
     )
     reasoning_parser: str | None = Field(None, description="vLLM reasoning parser for the base.")
+    default_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Variables that chat templates get where a request does not set them in its "
+        "`chat_template_kwargs`, e.g. `{enable_thinking: false}`.",
+    )
 
 
 class Config(Section):
@@ -339,6 +307,11 @@ class Config(Section):
     )
     served_model_name: str | None = Field(
         None, description="What clients call the base. Absent: the last part of `model`."
+    )
+    aliases: dict[str, str] = Field(
+        default_factory=dict,
+        description="More names that clients may use: the name, and the base, profile or adapter "
+        "that it stands for.",
     )
     streams: dict[str, StreamConfig] = Field(
         default_factory=dict, description="The streams beside the base, by name."

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from server.settings.config import NAME, RESERVED_ENGINE, Config, ConfigInvalid
+from server.settings.config import ALIAS, NAME, RESERVED_ENGINE, Config, ConfigInvalid
 from server.validation import is_unicode, problems
 from steering.errors import BadValue
 from steering.plan import BASE
@@ -28,6 +28,17 @@ def _names(config: Config) -> list[BadValue]:
                     BadValue("not a usable name", field=f"{section}.{name}", value=name,
                              allowed="letters, digits, . _ : -; at most 64 characters")
                 )  # fmt: skip
+    for name, target in config.aliases.items():
+        field = f"aliases.{name}"
+        if not ALIAS.fullmatch(name):
+            found.append(
+                BadValue("not a usable name", field=field, value=name,
+                         allowed="letters, digits, . _ : - and one /; at most 64 characters a part")
+            )  # fmt: skip
+        if name == config.name or name in config.profiles:
+            found.append(BadValue("the name is taken", field=field))
+        if target in config.aliases:
+            found.append(BadValue("an alias of an alias", field=field, value=target))
     if BASE in config.streams:
         found.append(BadValue("the name is taken: it is the base model", field=f"streams.{BASE}"))
     if config.name in config.profiles:
@@ -146,6 +157,11 @@ _LOCATED: tuple[tuple[tuple[str, ...], Callable[..., object]], ...] = (
     (("streams", "*", "path"), _located),
     (("adapters", "roots"), _directories),
     (("adapters", "store"), _directories),
+    (("adapters", "request_sources", "*"), _located),
+    (("server", "uds"), _directories),
+    (("server", "tls", "certificate"), _directories),
+    (("server", "tls", "key"), _directories),
+    (("server", "tls", "client_ca"), _directories),
     (("adapters", "preload", "*", "source"), _located),
     (("registry", "directory"), _directories),
     (("chat", "template"), _template),
@@ -276,5 +292,5 @@ def load(path: Path, environ: Mapping[str, str] | None = None) -> Config:
         yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError,
     ) as error:  # fmt: skip
         # All but the first: what PyYAML lets slip for `!!int x`, `2026-13-01` and the like.
-        raise ConfigInvalid([f"{path}: not YAML: {' '.join(str(error).split())}"]) from error
+        raise ConfigInvalid([f"{path}: not YAML: {' '.join(str(error).split())[:600]}"]) from error
     return parse(document, path.resolve().parent, environ)

@@ -4,6 +4,7 @@ what it tells of itself. See `server.settings.config`.
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -38,11 +39,102 @@ class Rate(Section):
         return self.requests_per_minute is not None or self.tokens_per_minute is not None
 
 
+class CorsConfig(Section):
+    """Which pages of other origins browsers let in."""
+
+    origins: tuple[str, ...] = Field(
+        min_length=1,
+        description="Origins, e.g. `https://chat.example.org`; `*`: any.",
+    )
+    methods: tuple[str, ...] = Field(
+        ("*",), min_length=1, description="HTTP methods that their pages may use; `*`: any."
+    )
+    headers: tuple[str, ...] = Field(
+        ("*",),
+        min_length=1,
+        description="Request headers that their pages may send; `*`: any, `Authorization` too.",
+    )
+    credentials: bool = Field(
+        False, description="Whether browsers send cookies along; not together with origin `*`."
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> CorsConfig:
+        for origin in self.origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+|null", origin):
+                raise ValueError(
+                    f"origins: {origin[:80]!r} is no origin; it is scheme://host[:port], without "
+                    "a path"
+                )
+        if self.credentials and "*" in self.origins:
+            raise ValueError("credentials: name the origins; with `*` any page could act for its "
+                             "visitors")  # fmt: skip
+        return self
+
+
+class TlsConfig(Section):
+    """HTTPS by the server itself."""
+
+    certificate: str = Field(description="File of the certificate chain, PEM.")
+    key: str = Field(description="File of its private key, PEM, without a password.")
+    client_ca: str | None = Field(
+        None, description="File of the certificates that clients' certificates are checked with."
+    )
+    clients: Literal["ignored", "optional", "required"] = Field(
+        "ignored", description="Whether clients show a certificate of `client_ca`."
+    )
+    ciphers: str | None = Field(
+        None, description="Ciphers for TLS 1.2, in OpenSSL's words. Absent: Python's choice."
+    )
+    refresh: bool = Field(False, description="Whether the files are read again when they change.")
+
+    @model_validator(mode="after")
+    def _checked(self) -> TlsConfig:
+        if self.clients != "ignored" and self.client_ca is None:
+            raise ValueError(f"clients: {self.clients} needs `client_ca`")
+        return self
+
+
 class ServerConfig(Section):
     """The HTTP side."""
 
     host: str = Field("127.0.0.1", description="Address to bind.")
     port: int = Field(8000, ge=0, le=65535, description="Port to bind; 0: any free one.")
+    uds: str | None = Field(
+        None, description="Unix socket to listen on, in place of `host` and `port`."
+    )
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+        description="Path under which a proxy shows the server, e.g. `/llm`; requests may come "
+        "with or without it.",
+    )
+    tls: TlsConfig | None = Field(
+        None,
+        description="HTTPS by the server itself. Absent: HTTP, e.g. behind a proxy that ends TLS.",
+    )
+    cors: CorsConfig | None = Field(
+        None, description="Which pages of other origins browsers let in. Absent: none."
+    )
+    unknown_fields: Literal["ignore", "refuse"] = Field(
+        "ignore",
+        description="What becomes of top-level fields of a request that nobody knows. Unknown "
+        "fields inside `steering` and `adapters` are errors either way.",
+    )
+    sse_keep_alive_s: float = Field(
+        15.0,
+        gt=0,
+        le=3600,
+        description="A stream that has had nothing to send for so long sends a comment, in "
+        "seconds, so that nobody between server and client closes it.",
+    )
+    template_workers: int = Field(
+        2,
+        ge=1,
+        le=16,
+        description="Processes that render chat templates of callers. One caller's templates run "
+        "one after another.",
+    )
     max_body_bytes: int = Field(
         4 * 1024 * 1024, ge=1024, description="Largest request body, in bytes; larger: 413."
     )

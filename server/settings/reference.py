@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from server.settings import config, operating
+from server.settings import auth, config, operating
 from steering.spec import Profile, ProfileLimits
 
 _HEAD = """\
@@ -49,9 +49,11 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("profiles.NAME.limits", ProfileLimits),
     ("steering", config.SteeringConfig),
     ("steering.speculation", config.SpeculationConfig),
-    ("auth", config.AuthConfig),
-    ("auth.api_keys[]", config.LimitedKey),
+    ("auth", auth.AuthConfig),
+    ("auth.api_keys[]", auth.LimitedKey),
     ("server", operating.ServerConfig),
+    ("server.tls", operating.TlsConfig),
+    ("server.cors", operating.CorsConfig),
     ("limits", operating.LimitsConfig),
     ("metrics", operating.MetricsConfig),
     ("logging", operating.LoggingConfig),

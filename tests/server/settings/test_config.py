@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import SecretStr
 
-from server.settings import config
+from server.settings import auth, config, operating
+from server.settings.auth import digest, digests_of_header
 from server.settings.config import Config, ConfigInvalid
 from server.settings.file import load, parse
 from server.settings.operating import Section
@@ -83,6 +84,19 @@ def test_the_documented_example_is_accepted() -> None:
         ({"model": "a", "server": {"drain_notice_s": -1}}, "server.drain_notice_s: is too small"),
         ({"model": "a", "auth": {"api_keys": [{"key": "k", "tokens_per_minute": 0}]}},
          "tokens_per_minute"),
+        ({"model": "a", "aliases": {"a": "b"}}, "aliases.a: the name is taken"),
+        ({"model": "a", "aliases": {"x": "y", "y": "a"}}, "aliases.x: an alias of an alias"),
+        ({"model": "a", "aliases": {"x/y/z": "a"}}, "aliases.x/y/z: not a usable name"),
+        ({"model": "a", "server": {"cors": {"origins": []}}}, "server.cors.origins: has too few"),
+        ({"model": "a", "server": {"cors": {"origins": ["x.org"]}}}, "'x.org' is no origin"),
+        ({"model": "a", "server": {"cors": {"origins": ["*"], "credentials": True}}},
+         "server.cors: credentials: name the origins"),
+        ({"model": "a", "server": {"tls": {"certificate": "c"}}}, "server.tls.key: is required"),
+        ({"model": "a", "server": {"tls": {"certificate": "c", "key": "k", "clients": "required"}}},
+         "server.tls: clients: required needs `client_ca`"),
+        ({"model": "a", "server": {"root_path": "llm/"}}, "server.root_path: has another form"),
+        ({"model": "a", "server": {"unknown_fields": "x"}}, "server.unknown_fields: is not one"),
+        ({"model": "a", "auth": {"api_keys": [{"key": "k", "group": ""}]}}, "group: has another"),
         ({"model": "a", "profiles": {"p": {"method": "m", "chat_template": "gone.jinja"}}},
          "profiles.p.chat_template: neither a template text nor a file"),
     ],
@@ -114,12 +128,29 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 
 
 def test_keys_come_from_the_environment_and_do_not_show() -> None:
-    environ = {"COXSWAIN_API_KEYS": "one, two", "COXSWAIN_ADMIN_KEY": "three"}
+    environ = {"COXSWAIN_API_KEYS": "key-1, key-2", "COXSWAIN_ADMIN_KEY": "key-3"}
     found = parse({"model": "a", "auth": {"api_keys": ["file"]}}, Path("/"), environ)
-    assert found.auth.api_keys == (SecretStr("one"), SecretStr("two"))
+    hashes = [entry.key.get_secret_value() for entry in found.auth.api_keys]
+    assert hashes == [digest(b"key-1"), digest(b"key-2")]
     assert found.auth.admin_key is not None
-    assert found.auth.admin_key.get_secret_value() == "three"
-    assert "two" not in repr(found)
+    assert found.auth.admin_key.get_secret_value() == digest(b"key-3")
+    assert b"key-" not in pickle.dumps(found) and "key-" not in repr(found)
+
+
+@pytest.mark.parametrize("key", [" k", "k ", "a\nb", "a\tb", "\x7f"])
+def test_a_key_that_no_header_carries_is_refused(key: str) -> None:
+    assert "auth.admin_key: a key must have no" in refused(
+        {"model": "a", "auth": {"admin_key": key}}
+    )
+
+
+def test_a_key_outside_ascii_is_known_however_it_is_sent() -> None:
+    found = parse({"model": "a", "auth": {"admin_key": "clé-ß"}}, Path("/"), {})
+    assert found.auth.admin_key is not None
+    known = found.auth.admin_key.get_secret_value()
+    for sent in ("utf-8", "latin-1"):
+        assert known in digests_of_header("clé-ß".encode(sent).decode("latin-1"))
+    assert known not in digests_of_header("cle-ss")
 
 
 @pytest.mark.parametrize("text", ["model: a\nmodel: b\n", "model: [", "just text", ""])
@@ -144,8 +175,10 @@ def test_settings_are_frozen() -> None:
 def _all_fields() -> list[tuple[str, str, Any]]:
     sections = [
         c
-        for c in vars(config).values()
-        if isinstance(c, type) and issubclass(c, Section) and c is not Config
+        for module in (config, auth, operating)
+        for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, Section) and c.__module__ == module.__name__
+        if c is not Config
     ]
     return [
         (section.__name__, name, info)
