@@ -121,13 +121,6 @@ class ServerConfig(Section):
         description="What becomes of top-level fields of a request that nobody knows. Unknown "
         "fields inside `steering` and `adapters` are errors either way.",
     )
-    sse_keep_alive_s: float = Field(
-        15.0,
-        gt=0,
-        le=3600,
-        description="A stream that has had nothing to send for so long sends a comment, in "
-        "seconds, so that nobody between server and client closes it.",
-    )
     template_workers: int = Field(
         2,
         ge=1,
