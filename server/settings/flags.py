@@ -1,60 +1,209 @@
-"""vLLM's command-line flags behind `coxswain serve`: they win over the file's `engine` section."""
+"""`coxswain serve`'s command line: flags of ours and of vLLM, over the file and the environment."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import dataclasses
+import difflib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
-from pydantic import ValidationError
+from server.settings.config import RESERVED_ENGINE, ConfigInvalid
+from server.settings.file import merged
+from server.settings.vllm_flags import FLAGS, NO_EFFECT, NO_LONGER, REFUSED
 
-from server.settings.config import RESERVED_ENGINE, Config, ConfigInvalid
-from server.settings.operating import ServerConfig
-from server.validation import problems
+logger = logging.getLogger("coxswain")
 
 
-def engine_flags(argv: list[str]) -> dict[str, Any]:
-    """The engine arguments that were given, and only those.
+def add_flags(parser: argparse.ArgumentParser, described: dict[str, str]) -> None:
+    """Adds the flags that set something of ours, in groups.
 
     Args:
-        argv: e.g. `['--max-model-len', '4096']`.
-
-    Raises:
-        ConfigInvalid: a flag that vLLM does not have, or that is ours.
+        parser: of `coxswain serve`.
+        described: sentences by setting, for the help.
     """
-    if not argv:
-        return {}
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    groups: dict[str, Any] = {}
+    for flag in FLAGS:
+        group = groups.get(flag.group) or parser.add_argument_group(flag.group)
+        groups[flag.group] = group
+        text = described.get(flag.setting, "") or flag.note
+        where = f" ({flag.setting})" if flag.setting else ""
+        more: dict[str, Any] = {
+            "text": {"metavar": "X"},
+            "texts": {"nargs": "+", "action": "extend", "metavar": "X"},
+            "json": {"type": _json, "metavar": "JSON"},
+            "switch": {"action": argparse.BooleanOptionalAction},
+        }[flag.form]
+        group.add_argument(f"--{flag.name}", default=argparse.SUPPRESS, dest=f"flag.{flag.dest}",
+                           help=(text + where).replace("%", "%%"), **more)  # fmt: skip
 
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(exit_on_error=False))
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
+
+def _json(text: str) -> object:
     try:
-        given, unknown = parser.parse_known_args(argv)
-    except (argparse.ArgumentError, ValueError) as error:
-        raise ConfigInvalid([f"command line: {error}"]) from error
-    if unknown:
-        raise ConfigInvalid([f"command line: vLLM has no flag {unknown[0]}"])
-    found = dict(vars(given))
-    for name in found:
-        if name in RESERVED_ENGINE:
-            raise ConfigInvalid([f"--{name.replace('_', '-')}: {RESERVED_ENGINE[name]}"])
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON (got {text[:80]!r}): {error}") from error
+
+
+def dashed(argv: Sequence[str]) -> list[str]:
+    """Flags with `_` for `-` as vLLM takes them too: `--max_model_len`."""
+    found = []
+    for one in argv:
+        name, sign, value = one.partition("=")
+        head, dot, rest = name.partition(".")
+        flag = head.startswith("--") and len(head) > 2
+        found.append((head.replace("_", "-") + dot + rest + sign + value) if flag else one)
     return found
 
 
-def with_overrides(
-    config: Config, host: str | None, port: int | None, engine: dict[str, Any]
-) -> Config:
-    """The settings with what the command line says.
+def from_flags(given: argparse.Namespace) -> dict[str, Any]:
+    """What the flags set, nested as in the configuration file.
 
     Raises:
-        ConfigInvalid: a port that cannot be.
+        ConfigInvalid: a value cannot be read.
     """
-    given = {"host": host, "port": port}
-    said = {name: value for name, value in given.items() if value is not None}
+    found: dict[str, Any] = {}
+    for flag in FLAGS:
+        value = getattr(given, f"flag.{flag.dest}", None)
+        if value is None:
+            continue
+        try:
+            setting = flag.read(value) if flag.read else value
+            nested = _nested(flag.setting, setting) if flag.setting else _ELSE[flag.dest](value)
+        except ValueError as error:
+            raise ConfigInvalid([f"--{flag.name}: {error}"]) from error
+        found = merged(found, nested)
+    return found
+
+
+def _nested(path: str, value: object) -> dict[str, Any]:
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _names(names: list[str]) -> dict[str, Any]:
+    first, *others = names
+    return {"served_model_name": first, **({"aliases": dict.fromkeys(others, first)} if others
+                                           else {})}  # fmt: skip
+
+
+def _adapters(on: bool) -> dict[str, Any]:
+    return {"adapters": {} if on else None}
+
+
+def _modules(modules: list[str]) -> dict[str, Any]:
+    """`--lora-modules`; each source is allowed, because the operator names it."""
+    section: dict[str, list[Any]] = {"preload": [], "roots": [], "remotes": []}
+    for text in modules:
+        name, sign, path = text.partition("=")
+        if text.startswith("{"):
+            entry = json.loads(text)
+            name, sign, path = str(entry.get("name", "")), "=", str(entry.get("path", ""))
+        if not (name and sign and path):
+            raise ValueError(f"neither NAME=PATH nor JSON with name and path (got {text[:80]!r})")
+        folder = (Path.cwd() / Path(path).expanduser()).absolute()
+        source = path if "://" in path else str(folder) if folder.is_dir() else f"hf://{path}"
+        section["preload"].append({"name": name, "source": source})
+        section["remotes" if "://" in source else "roots"].append(source)
+    return {"adapters": {key: value for key, value in section.items() if value}}
+
+
+_ELSE: dict[str, Any] = {
+    "served_model_name": _names,
+    "enable_auto_tool_choice": lambda on: {},
+    "enable_lora": _adapters,
+    "lora_modules": _modules,
+}
+"""What flags do that set no single setting."""
+
+
+def check_tool_choice(given: argparse.Namespace, parser: str | None) -> None:
+    """`--enable-auto-tool-choice` against what the configuration has.
+
+    Raises:
+        ConfigInvalid: no parser reads the calls, or it is off while one does.
+    """
+    asked = getattr(given, "flag.enable_auto_tool_choice", None)
+    if asked is not None and asked != (parser is not None):
+        raise ConfigInvalid(
+            ["--enable-auto-tool-choice: needs chat.tool_call_parser (--tool-call-parser)"]
+            if asked
+            else ["--no-enable-auto-tool-choice: leave chat.tool_call_parser out"]
+        )
+
+
+def engine_flags(argv: list[str]) -> dict[str, Any]:
+    """The engine arguments that were given, and only those. Imports vLLM.
+
+    Args:
+        argv: what `add_flags` left, e.g. `['--max-model-len', '4096']`.
+
+    Raises:
+        ConfigInvalid: a flag that nobody has, that is refused, or whose value cannot be read.
+    """
+    if not argv:
+        return {}
+    parser, fields = vllm_parser(), engine_fields()
+    defaults = {action.dest: action.default for action in parser._actions}
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
     try:
-        server = ServerConfig.model_validate({**config.server.model_dump(), **said})
-    except ValidationError as error:
-        found = problems([dict(e) for e in error.errors()])
-        raise ConfigInvalid([f"command line: --{problem}" for problem in found]) from error
-    return config.model_copy(update={"server": server, "engine": {**config.engine, **engine}})
+        found = dict(vars(parser.parse_args(argv)))
+    except (argparse.ArgumentError, ValueError, IndexError) as error:
+        raise ConfigInvalid([f"command line: {error}"]) from error
+    wrong, engine = [], {}
+    for name, value in found.items():
+        flag = f"--{name.replace('_', '-')}"
+        why = REFUSED.get(name) or RESERVED_ENGINE.get(name)
+        if name == "model_tag":
+            wrong.append(f"command line: {value}: give CONFIG, or a model, first")
+        elif why and (name in RESERVED_ENGINE or value != defaults[name]):
+            wrong.append(f"{flag}: {why}")
+        elif name in NO_EFFECT:
+            logger.warning("%s has no effect: %s", flag, NO_EFFECT[name])
+        elif not why and name not in fields:
+            wrong.append(f"{flag}: this flag of vLLM is not known here")
+        elif not why:
+            engine[name] = value
+    if wrong:
+        raise ConfigInvalid(wrong)
+    return engine
+
+
+def vllm_parser() -> Any:
+    """VLLM's own parser of `vllm serve`, which does not end the process."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def _pull_args_from_config(self, args: list[str]) -> list[str]:
+            return args  # `--config` is refused, not read
+
+        def error(self, message: str) -> NoReturn:
+            first = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
+            if message.startswith("unrecognized arguments: "):
+                raise ConfigInvalid([f"command line: {_unknown(first, self)}"])
+            raise ConfigInvalid([f"command line: {message}"])
+
+    return make_arg_parser(Parser(exit_on_error=False, add_help=False, allow_abbrev=False))
+
+
+def engine_fields() -> frozenset[str]:
+    """Names of the engine arguments that vLLM has. Imports vLLM."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    return frozenset(field.name for field in dataclasses.fields(AsyncEngineArgs))
+
+
+def _unknown(flag: str, parser: argparse.ArgumentParser) -> str:
+    why = NO_LONGER.get(flag.lstrip("-").replace("-", "_"))
+    if why is not None:
+        return f"there is no flag {flag} any more: {why}"
+    known = [*(f"--{one.name}" for one in FLAGS), *parser._option_string_actions]
+    near = difflib.get_close_matches(flag, known, n=1)
+    return f"there is no flag {flag}" + (f"; is it {near[0]}?" if near else "")

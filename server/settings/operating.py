@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from server.settings.paths import Absolute
+
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, nothing changes after the start."""
@@ -75,9 +77,9 @@ class CorsConfig(Section):
 class TlsConfig(Section):
     """HTTPS by the server itself."""
 
-    certificate: str = Field(description="File of the certificate chain, PEM.")
-    key: str = Field(description="File of its private key, PEM, without a password.")
-    client_ca: str | None = Field(
+    certificate: Absolute = Field(description="File of the certificate chain, PEM.")
+    key: Absolute = Field(description="File of its private key, PEM, without a password.")
+    client_ca: Absolute | None = Field(
         None, description="File of the certificates that clients' certificates are checked with."
     )
     clients: Literal["ignored", "optional", "required"] = Field(
@@ -100,7 +102,7 @@ class ServerConfig(Section):
 
     host: str = Field("127.0.0.1", description="Address to bind.")
     port: int = Field(8000, ge=0, le=65535, description="Port to bind; 0: any free one.")
-    uds: str | None = Field(
+    uds: Absolute | None = Field(
         None, description="Unix socket to listen on, in place of `host` and `port`."
     )
     root_path: str = Field(

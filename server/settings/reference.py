@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -36,10 +38,12 @@ engine: {max_model_len: 4096, dtype: bfloat16}
 
 | environment | meaning |
 |---|---|
-| `COXSWAIN_API_KEYS` | keys for `/v1/*` and tokenisation, separated by commas; wins over the file |
-| `COXSWAIN_ADMIN_KEY` | key for `/admin/*`; wins over the file |
+| `COXSWAIN_API_KEYS` | keys for `/v1/*` and tokenisation, separated by commas (else `VLLM_API_KEY`) |
+| `COXSWAIN_ADMIN_KEY` | key for `/admin/*` |
+| `COXSWAIN_SECTION__KEY` | any setting below a section, e.g. `COXSWAIN_SERVER__PORT=9000`; lists and objects are JSON |
 
-`coxswain serve CONFIG --max-model-len 4096 …`: any vLLM engine flag; it wins over `engine`.
+The environment wins over the file, and flags over both: `coxswain serve CONFIG --port 9000
+--max-model-len 4096 …` takes the [flags of `vllm serve`](vllm-flags.md).
 """
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
@@ -87,6 +91,19 @@ def _text(name: str, info: FieldInfo) -> str:
         if title == name:
             return (model.__doc__ or "").strip().split("\n")[0]
     return ""
+
+
+_SENTENCE = re.compile(r"(?<!e\.g)\. ")
+
+
+def descriptions() -> dict[str, str]:
+    """The first sentence of each setting's description, by its dotted path."""
+    found = {}
+    for title, model in SECTIONS:
+        for name, info in model.model_fields.items():
+            path = name if title.startswith("(") else f"{title}.{name}"
+            found[path] = _SENTENCE.split(_text(name, info))[0].rstrip(".")
+    return found
 
 
 def reference() -> str:
