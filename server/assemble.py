@@ -18,6 +18,7 @@ from server.adapting.service import opened
 from server.checks.adapters import Layers, targets
 from server.checks.diagnosis import Diagnosis
 from server.checks.doctor import snapshot
+from server.operation.listening import address
 from server.operation.rate_limits import RateLimits
 from server.operation.state import ServerState
 from server.requests.own_prompts import Reader
@@ -151,6 +152,7 @@ def announce(serving: Serving, port: int, seconds: float) -> str:
     if serving.adapters is not None:
         names = ", ".join(serving.adapters.names) or "(none yet: `coxswain adapters --help`)"
         adapters = [f"  adapters  {names}"]
+    where = address(config.server, port)
     return "\n".join(
         [
             f"coxswain: ready after {seconds:.1f} s",
@@ -159,17 +161,10 @@ def announce(serving: Serving, port: int, seconds: float) -> str:
             f"  profiles  {profiles}",
             f"  methods   {', '.join(serving.methods)}",
             *adapters,
-            *([f"  page      {address(config, port)}/playground"] if config.playground else []),
+            *([f"  page      {where}/playground"] if config.playground else []),
             f"  try       {curl(serving, port)}",
         ]
     )
-
-
-def address(config: Config, port: int) -> str:
-    """Where a person on this machine finds the server."""
-    host = "127.0.0.1" if config.server.host in ("0.0.0.0", "::") else config.server.host
-    host = f"[{host}]" if ":" in host else host
-    return f"http://{host}:{port}"
 
 
 def curl(serving: Serving, port: int) -> str:
@@ -183,7 +178,10 @@ def curl(serving: Serving, port: int) -> str:
     else:
         path, body["prompt"] = "completions", "Once upon a time"
     key = ' -H "Authorization: Bearer $COXSWAIN_API_KEY"' if config.auth.api_keys else ""
+    where = address(config.server, port)
+    if (uds := config.server.uds) is not None:
+        where = f"--unix-socket {uds} http://localhost"
     return (
-        f"curl {address(config, port)}/v1/{path} -H 'Content-Type: application/json'{key} "
+        f"curl {where}{config.server.root_path}/v1/{path} -H 'Content-Type: application/json'{key} "
         f"-d '{json.dumps(body)}'"
     )

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import multiprocessing
 import signal
-import socket
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from adapters.errors import AdapterError
 from adapters.thread import in_thread
 from server.console import Progress, say
 from server.loading import StartFailed, environment, load
-from server.operation import tracing
+from server.operation import listening, tracing
 from server.operation.access_log import AccessLog, with_ids
 from server.operation.auth import Auth
 from server.operation.gate import Gate
@@ -54,26 +53,6 @@ class _Http(uvicorn.Server):
         yield
 
 
-def bind(config: Config) -> socket.socket:
-    """The listening socket.
-
-    Raises:
-        StartFailed: the address is taken or not ours.
-    """
-    server = config.server
-    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((server.host, server.port))
-    except OSError as error:
-        sock.close()
-        where = f"{server.host}:{server.port}"
-        raise StartFailed([f"server.port: cannot bind {where}: {error.strerror}"]) from error
-    sock.set_inheritable(False)
-    return sock
-
-
 class Run:
     """One server process, from its first moment to its last. Lives on the event loop.
 
@@ -100,19 +79,29 @@ class Run:
         Returns:
             The exit status: 0 after an orderly end, else 1.
         """
-        sock = bind(self.config)
+        server = self.config.server
+        try:
+            options = listening.tls_options(server.tls)
+            sock = listening.bind(server)
+        except OSError as error:
+            raise StartFailed([str(error)]) from error
         http = _Http(uvicorn.Config(
-            self.outermost, lifespan="off", log_config=None, access_log=False,
-            timeout_keep_alive=self.config.server.keep_alive_s, timeout_graceful_shutdown=2,
-            http=bounded(self.config.server),
+            listening.outermost(self.outermost, server), lifespan="off", log_config=None,
+            access_log=False, timeout_keep_alive=server.keep_alive_s, timeout_graceful_shutdown=2,
+            http=bounded(server), **options,
         ))  # fmt: skip
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         served = asyncio.create_task(http.serve([sock]))
+        if server.tls is not None and server.tls.refresh:
+            refreshing = asyncio.create_task(listening.refresh(http.config, server.tls))
+            self.closing.callback(refreshing.cancel)
         try:
-            status, last_line = await self._until_end(sock.getsockname()[1])
+            port = 0 if server.uds is not None else sock.getsockname()[1]
+            status, last_line = await self._until_end(port)
         finally:
+            listening.cleared(server)
             http.should_exit = True
             # uvicorn shows a traceback for each request that it cuts off.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
@@ -272,8 +261,7 @@ def serve(config: Config) -> int:
         The exit status.
     """
     notes = environment(config)
-    where = f"http://{config.server.host}:{config.server.port}"
-    say("; ".join([f"coxswain: opening {where}", *notes]))
+    say("; ".join([f"coxswain: opening {listening.address(config.server)}", *notes]))
     try:
         return asyncio.run(Run(config).run())
     except (StartFailed, ConfigInvalid) as error:

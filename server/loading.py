@@ -81,6 +81,11 @@ def engine_arguments(config: Config, diagnosis: Diagnosis) -> dict[str, Any]:
     engine = dict(config.engine)
     if config.tracing is not None:
         engine.setdefault("otlp_traces_endpoint", config.tracing.endpoint)
+    # What vLLM's series and errors name the base: never its path.
+    engine["served_model_name"] = config.name
+    if config.chat.reasoning_parser is not None:
+        # Grammars begin where the engine sees the end of the reasoning, as the front end does.
+        engine["reasoning_parser"] = config.chat.reasoning_parser
     engine.setdefault("load_format", "safetensors")
     engine.setdefault("use_tqdm_on_load", False)
     if (cache := cpu_cache_bytes(config, diagnosis)) is not None:

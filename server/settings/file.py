@@ -105,9 +105,20 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     found = dict(below)
     for key, value in above.items():
         under = found.get(key)
-        both = isinstance(value, Mapping) and isinstance(under, Mapping)
-        found[key] = merged(under, value) if both else value
+        if isinstance(value, Mapping) and isinstance(under, Mapping):
+            value = merged(under, value)
+        found[key] = value
     return found
+
+
+def _with_adapters(below: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command line says over `below`; adapters that it names are added."""
+    data, under, over = merged(below, flags), below.get("adapters"), flags.get("adapters")
+    if isinstance(under, Mapping) and isinstance(over, Mapping):
+        for key in ("preload", "roots", "remotes"):
+            if isinstance(under.get(key), list) and key in over:
+                data["adapters"][key] = [*under[key], *over[key]]
+    return data
 
 
 def parse(
@@ -133,7 +144,7 @@ def parse(
     data = {str(key): value for key, value in document.items()}
     data = merged(data, from_environment(os.environ if environ is None else environ))
     _check_size(flags or {})
-    data = merged(data, flags or {})
+    data = _with_adapters(data, flags or {})
     auth = data.get("auth")
     if isinstance(auth, dict) and isinstance(auth.get("api_keys"), str):
         data["auth"] = {**auth, "api_keys": [auth["api_keys"]]}

@@ -38,9 +38,9 @@ engine: {max_model_len: 4096, dtype: bfloat16}
 
 | environment | meaning |
 |---|---|
-| `COXSWAIN_API_KEYS` | keys for `/v1/*` and tokenisation, separated by commas (else `VLLM_API_KEY`) |
+| `COXSWAIN_API_KEYS` | API keys, separated by commas; else `VLLM_API_KEY` |
 | `COXSWAIN_ADMIN_KEY` | key for `/admin/*` |
-| `COXSWAIN_SECTION__KEY` | any setting below a section, e.g. `COXSWAIN_SERVER__PORT=9000`; lists and objects are JSON |
+| `COXSWAIN_SECTION__KEY` | e.g. `COXSWAIN_SERVER__PORT=9000`; lists and objects: JSON |
 
 The environment wins over the file, and flags over both: `coxswain serve CONFIG --port 9000
 --max-model-len 4096 …` takes the [flags of `vllm serve`](vllm-flags.md).

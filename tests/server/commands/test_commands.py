@@ -40,23 +40,6 @@ def test_problems_are_lines_not_tracebacks(
         assert capsys.readouterr().err.count("coxswain: ") == 1
 
 
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
-        (["--port", "80000"], "command line: --port: is too large (got 80000)"),
-        (["--max-modle-len", "3"], "command line: vLLM has no flag --max-modle-len"),
-        (["--hf-overrides", "{}"], "--hf-overrides: Coxswain sets it"),
-    ],
-)
-def test_bad_flags_are_lines_not_tracebacks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], line: str
-) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text("model: a\n")
-    assert run(["serve", str(file), *flags]) == 1
-    assert line in capsys.readouterr().err
-
-
 def test_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         run(["--help"])

@@ -161,6 +161,25 @@ def test_broken_yaml_is_refused(tmp_path: Path, text: str) -> None:
         load(file, {})
 
 
+def test_a_key_given_twice_is_refused_without_its_value(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("model: a\nauth:\n  admin_key: secret-1\n  admin_key: secret-2\n")
+    with pytest.raises(ConfigInvalid) as raised:
+        load(file, {})
+    assert 'line 4: found duplicate key "admin_key"' in str(raised.value)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.timeout(20)
+def test_merges_of_merges_are_refused_at_once(tmp_path: Path) -> None:
+    """Thirteen such lines kept a loader busy for minutes."""
+    file = tmp_path / "c.yaml"
+    lines = [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 4)}]}}\n" for i in range(1, 25)]
+    file.write_text("model: m\na0: &a0 {x: 1, y: 2}\n" + "".join(lines))
+    with pytest.raises(ConfigInvalid, match=r"line 3: `<<` is YAML 1\.1"):
+        load(file, {})
+
+
 def test_a_missing_file_is_a_problem_not_a_traceback(tmp_path: Path) -> None:
     with pytest.raises(ConfigInvalid, match="No such file"):
         load(tmp_path / "gone.yaml", {})
