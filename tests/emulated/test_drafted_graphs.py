@@ -1,0 +1,83 @@
+"""Steps that draft and verify, from graphs: with adapters, own prompts and values beside them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from steering.engine_args import Speculation, adapter_engine_args
+from tests.adapters.make import make_lora
+from tests.emulated.platform import like_cuda
+from tests.emulated.steered import check, engine_in, mix, step_of
+from tests.engine.driver import Case, Engine, Use
+from tests.engine.heads import valued
+from tests.engine.test_speculation import accepted
+from tests.models import VOCAB_SIZE
+
+pytestmark = pytest.mark.engine
+
+DRAFTS = 2
+VALUED = {"method": "value_augmented", "values": [{"stream": "value", "strength": 2.0}], "top_k": 4}
+CASES = (
+    Case(range(10, 30), mix(chat=1.5, twin=-0.5), max_tokens=9),
+    Case(range(10, 40), max_tokens=8),
+    Case(
+        range(50, 80),
+        mix(chat=1.0),
+        {"chat": range(100, 117)},
+        adapters=(Use("one"), Use("chat", stream="chat")),
+        max_tokens=8,
+    ),
+    Case(range(7, 20), mix(chat=4.0), adapters=(Use("chat", 0.5, stream="chat"),), arrives=2),
+)
+"""All but the second draft; the last one's drafts are accepted more often than not."""
+
+
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = tmp_path_factory.mktemp("drafting")
+    with like_cuda("NONE", (3, 12)):
+        found = engine_in(
+            folder,
+            {"chat": ("qwen2", VOCAB_SIZE), "twin": "base"},
+            heads=lambda folder, _: {"value": valued(folder / "value", "qwen2", 21)},
+            speculation=Speculation("chat", DRAFTS),
+            **adapter_engine_args(3, 24),
+        )
+        base, chat = found.folders["base"], found.folders["chat"]
+        found.load_adapters({"one": make_lora(folder / "one", base, seed=1)})
+        found.load_adapters({"chat": make_lora(folder / "lora-chat", chat, seed=3)}, "chat")
+        yield found
+        del found
+        gc.collect()
+
+
+def test_every_stream_is_replayed_over_drafts(drafting: Engine) -> None:
+    step = step_of(drafting)
+    assert {shape.width for shape in step.graphs._streams[0].graphs} == {1, 1 + DRAFTS}
+    offered, kept = accepted(drafting)
+    passes = dict(step.counters.passes)
+    check(drafting, CASES, drafting.run(CASES))
+    eager = [
+        step.counters.passes[name] - passes[name] - step.graphs.replays[i]
+        for i, name in enumerate(step.names[:3])
+    ]
+    # The first step of the three prompts, and of the late one: drafts behind them are replayed.
+    assert all(0 < count <= 4 for count in eager)
+    assert all(step.graphs.replays[i] >= 4 for i in range(3))
+    now_offered, now_kept = accepted(drafting)
+    assert now_offered > offered and now_kept > kept
+
+
+def test_values_beside_drafts(drafting: Engine) -> None:
+    step = step_of(drafting)
+    value = step.names.index("value")
+    cases = [Case(range(20, 29), VALUED, max_tokens=4), CASES[0]]
+    before = step.graphs.replays[value]
+    outputs = drafting.run(cases)
+    assert step.graphs.replays[value] > before
+    check(drafting, cases[1:], outputs[1:])
+    alone = drafting.run(cases[:1], salt="alone")
+    assert [o.outputs[0].token_ids for o in alone] == [outputs[0].outputs[0].token_ids]
