@@ -21,16 +21,16 @@ pytestmark = pytest.mark.engine
 DRAFTS = 2
 VALUED = {"method": "value_augmented", "values": [{"stream": "value", "strength": 2.0}], "top_k": 4}
 CASES = (
-    Case(range(10, 30), mix(chat=1.5, twin=-0.5), max_tokens=9),
-    Case(range(10, 40), max_tokens=8),
+    Case(range(10, 18), mix(chat=1.5, twin=-0.5), max_tokens=7),
+    Case(range(10, 16), max_tokens=4),
     Case(
-        range(50, 80),
+        range(50, 59),
         mix(chat=1.0),
-        {"chat": range(100, 117)},
+        {"chat": range(100, 106)},
         adapters=(Use("one"), Use("chat", stream="chat")),
-        max_tokens=8,
+        max_tokens=7,
     ),
-    Case(range(7, 20), mix(chat=4.0), adapters=(Use("chat", 0.5, stream="chat"),), arrives=2),
+    Case(range(7, 12), mix(chat=4.0), max_tokens=6, arrives=2),
 )
 """All but the second draft; the last one's drafts are accepted more often than not."""
 
@@ -38,7 +38,7 @@ CASES = (
 @pytest.fixture(scope="module")
 def drafting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     folder = tmp_path_factory.mktemp("drafting")
-    with like_cuda("NONE", (3, 12)):
+    with like_cuda("NONE", (12,)):
         found = engine_in(
             folder,
             {"chat": ("qwen2", VOCAB_SIZE), "twin": "base"},
@@ -66,7 +66,7 @@ def test_every_stream_is_replayed_over_drafts(drafting: Engine) -> None:
     ]
     # The first step of the three prompts, and of the late one: drafts behind them are replayed.
     assert all(0 < count <= 4 for count in eager)
-    assert all(step.graphs.replays[i] >= 4 for i in range(3))
+    assert all(step.graphs.replays[i] >= 3 for i in range(3))
     now_offered, now_kept = accepted(drafting)
     assert now_offered > offered and now_kept > kept
 
@@ -74,7 +74,7 @@ def test_every_stream_is_replayed_over_drafts(drafting: Engine) -> None:
 def test_values_beside_drafts(drafting: Engine) -> None:
     step = step_of(drafting)
     value = step.names.index("value")
-    cases = [Case(range(20, 29), VALUED, max_tokens=4), CASES[0]]
+    cases = [Case(range(20, 25), VALUED, max_tokens=3), CASES[0]]
     before = step.graphs.replays[value]
     outputs = drafting.run(cases)
     assert step.graphs.replays[value] > before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -97,13 +98,19 @@ SPECS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+ON_V2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+"""Its host does not wait for the step, so where one product has summed streams it names them all.
+"""
+
+
 def ended(output: Any, stream: str) -> bool:
     choice = output.outputs[0]
-    return (
-        choice.finish_reason == "error"
-        and f"The stream '{stream}' {broken.NO_NUMBERS}" in choice.stop_reason
-        and not list(choice.token_ids)
-    )
+    if choice.finish_reason != "error" or list(choice.token_ids):
+        return False
+    several = f"'{stream}' at least one {broken.NO_NUMBERS}"
+    if ON_V2 and choice.stop_reason.startswith("Of the streams") and several in choice.stop_reason:
+        return True
+    return f"The stream '{stream}' {broken.NO_NUMBERS}" in choice.stop_reason
 
 
 def test_a_damaged_unembedding_is_named_on_every_path(engine: Engine) -> None:

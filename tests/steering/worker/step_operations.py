@@ -9,6 +9,7 @@ counted, not run.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -233,7 +234,7 @@ def run(scoring: Scoring, recorder: Recorder, plan: StepPlan) -> None:
     z = scoring(torch.empty(rows, width, dtype=layout.dtype, device=recorder.device))
     assert z is not None and z.shape == (rows, SIZE)
     count = len(plan.schedule.drafts)
-    readout.watch.left(z[:count])
+    readout.watch.left(z[:count].amax(-1) == -math.inf)
     readout.watch.send()
     ids = torch.empty(count, 1 + DRAFTS, dtype=torch.int64, device=recorder.device)
     scoring.reporter.sampled(ids)
