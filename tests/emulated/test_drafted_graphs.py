@@ -7,12 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from steering import broken
 from steering.engine_args import Speculation, adapter_engine_args
 from tests.adapters.make import make_lora
 from tests.emulated.platform import like_cuda
 from tests.emulated.steered import check, engine_in, mix, step_of
-from tests.engine.driver import Case, Engine, Use
+from tests.engine.driver import Case, Engine, Use, tokens
 from tests.engine.heads import valued
+from tests.engine.test_heads import assert_exact
 from tests.engine.test_speculation import accepted
 from tests.models import VOCAB_SIZE
 
@@ -72,12 +74,20 @@ def test_every_stream_is_replayed_over_drafts(drafting: Engine) -> None:
 
 
 def test_values_beside_drafts(drafting: Engine) -> None:
+    """Requests with values verify none, though the runner offers drafts for every request."""
     step = step_of(drafting)
     value = step.names.index("value")
     cases = [Case(range(20, 25), VALUED, max_tokens=3), CASES[0]]
     before = step.graphs.replays[value]
     outputs = drafting.run(cases)
     assert step.graphs.replays[value] > before
-    check(drafting, cases[1:], outputs[1:])
-    alone = drafting.run(cases[:1], salt="alone")
-    assert [o.outputs[0].token_ids for o in alone] == [outputs[0].outputs[0].token_ids]
+    assert_exact(drafting, cases, outputs)
+
+
+def test_constraints_that_leave_nothing_are_found_among_drafts(drafting: Engine) -> None:
+    nothing = {"allowed_token_ids": [40], "min_tokens": 1, "stop_token_ids": [40]}
+    cases = [Case(range(7, 12), mix(chat=4.0), max_tokens=4, params=nothing), CASES[1]]
+    ended, other = drafting.run(cases)
+    assert (ended.outputs[0].finish_reason, tokens(ended)) == ("error", [])
+    assert ended.outputs[0].stop_reason == broken.NOTHING_LEFT
+    check(drafting, cases[1:], [other])
