@@ -18,6 +18,7 @@ os.environ.update(
 )
 # `tests/emulated` drives the same engine on Model Runner V2.
 os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+ON_V2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
 
 from adapters.formats.artefact import Artefact
 from adapters.formats.base import plain_shapes

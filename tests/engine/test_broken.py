@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from steering import broken
-from tests.engine.driver import BLOCK, Case, Engine, tokens
+from tests.engine.driver import BLOCK, ON_V2, Case, Engine, tokens
 from tests.engine.heads import Headed, probe, valued
 from tests.engine.test_exactness import assert_exact
 from tests.models import SPECIAL, VOCAB_SIZE
@@ -98,12 +97,10 @@ SPECS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-ON_V2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
-"""Its host does not wait for the step, so where one product has summed streams it names them all.
-"""
-
-
 def ended(output: Any, stream: str) -> bool:
+    """Whether an error names the stream. V2's host does not wait for the step, so where one product
+    has summed several it names them all.
+    """
     choice = output.outputs[0]
     if choice.finish_reason != "error" or list(choice.token_ids):
         return False
