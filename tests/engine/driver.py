@@ -18,7 +18,6 @@ os.environ.update(
 )
 # `tests/emulated` drives the same engine on Model Runner V2.
 os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-ON_V2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
 
 from adapters.formats.artefact import Artefact
 from adapters.formats.base import plain_shapes
@@ -40,6 +39,8 @@ from tests.adapters.models import adapted as adapted_model
 from tests.engine.heads import Headed
 from tests.models import VOCAB_SIZE, make_model
 from tests.reference import Mix, Step, decode, load, over_vocabularies
+
+ON_V2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
 
 BLOCK = 32
 """Tokens per KV block: small, so that many tests cross block boundaries."""
