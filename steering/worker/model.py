@@ -40,9 +40,10 @@ from steering.worker.runners.v1 import V1View
 from steering.worker.runners.v1_speculation import SpeculationSeam
 from steering.worker.runners.view import RunnerView
 from steering.worker.step.contexts import StreamContexts
-from steering.worker.step.drafting import Drafting
+from steering.worker.step.drafting import Drafting, Drafts
 from steering.worker.step.graphs import Source, captured
-from steering.worker.step.run import Counters, Step, forward
+from steering.worker.step.passes import Counters, forward
+from steering.worker.step.run import Step
 from steering.worker.step.scratch import scratch_blocks
 from steering.worker.step.values import ValueStreams
 from steering.worker.streams.models import Streams, hidden_width
@@ -118,13 +119,14 @@ class SteeredForCausalLM(nn.Module):
             Watch(watched(self._sources)),
         )
 
-    def _build_values(self, scratch: int) -> ValueStreams:
+    def _build_values(self, scratch: int, size: int) -> ValueStreams:
         index = {name: self.names.index(name) for name in self._value_heads}
         return ValueStreams(
             {index[name]: head for name, head in self._value_heads.items()},
             index,
             {i: self._readout.vocabularies[i].read_as for i in index.values()},
             scratch,
+            size,
         )
 
     def bind(self, runner: Any) -> None:
@@ -142,16 +144,17 @@ class SteeredForCausalLM(nn.Module):
             adapters.warm_up()
         self._readout = replace(self._readout, one_product=self._one_product(runner))
         self._scoring.readout = self._readout
+        sources = self._graph_sources(layers, adapters)
         self._step = Step(
-            self.names,
-            self._streams.original,
-            self._forwards,
-            self._readout,
-            self._build_values(scratch),
-            contexts,
-            adapters,
-            self.counters,
-            captured(runner, view.fixed_block_tables, sizes, self._graph_sources(layers, adapters)),
+            names=self.names,
+            original=self._streams.original,
+            models=self._forwards,
+            readout=self._readout,
+            contexts=contexts,
+            adapters=adapters,
+            counters=self.counters,
+            graphs=captured(runner, view.fixed_block_tables, sizes, sources),
+            values=self._build_values(scratch, runner.vllm_config.model_config.get_vocab_size()),
         )
         if self._draft:
             self._begin_drafting(runner, view)
@@ -162,20 +165,22 @@ class SteeredForCausalLM(nn.Module):
     def _begin_drafting(self, runner: Any, view: RunnerView) -> None:
         assert self._step is not None
         model, tokens = runner.vllm_config.model_config, runner.vllm_config.num_speculative_tokens
-        score = partial(self._step.draft_scores, self._draft, size=model.get_vocab_size())
+        size = model.get_vocab_size()
         if isinstance(view, V1View):
+            score = partial(self._step.draft_scores, self._draft, size=size)
             seam = SpeculationSeam(runner)
             self._drafting = Drafting(self._draft, tokens, model.max_model_len, score, seam)
         else:
             from steering.worker.runners.v2 import V2View
-            from steering.worker.runners.v2_speculator import DeviceDrafting
 
             assert isinstance(view, V2View)
-            drafting = DeviceDrafting(self._draft, tokens, model.max_model_len, score)
+            step = self._step
+            drafts = step.drafts = Drafts(self._draft, tokens, model.max_model_len, size)
 
             def draft(newest: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-                self._count_drafts(dict.fromkeys(drafting.rows(self._ran).tolist(), tokens))
-                return drafting(self._ran, newest, ids)
+                rows, _ = drafts.rows(self._ran)
+                self._count_drafts(dict.fromkeys(rows.tolist(), tokens))
+                return step.draft(newest, ids)
 
             view.draft_with(draft)
 
@@ -193,7 +198,8 @@ class SteeredForCausalLM(nn.Module):
         for i, name in enumerate(self.names):
             launching = nullcontext if adapters is None else partial(adapters.launching, name)
             table = self._readout.vocabularies[i].read_as
-            found.append(Source(partial(forward, self._forwards[i]), layers[i], table, launching))
+            run = partial(forward, self._forwards[i])
+            found.append(Source(name, run, layers[i], table, launching))
         return found
 
     def _one_product(self, runner: Any) -> OneProduct | None:

@@ -49,6 +49,8 @@ class SteeredScheduler(Scheduler):
         self.num_lookahead_tokens = self.num_spec_tokens
         self._watched = watched(self.vllm_config.additional_config["coxswain"]["streams"])
         self._flags: dict[str, int] = {}
+        # Requests that value streams add to.
+        self._valued: set[str] = set()
         # Blocks that hold no numbers, until nobody uses them; and those to clean in the next step.
         self._unclean: set[int] = set()
         self._to_zero: list[int] = []
@@ -58,11 +60,23 @@ class SteeredScheduler(Scheduler):
         """Queues a request, its block hashes made private beyond what it may share."""
         parameters = request.sampling_params
         payload = unpack(parameters.extra_args) if parameters is not None else None
+        if payload is not None and payload.plan.values is not None:
+            self._valued.add(request.request_id)
         if payload is not None and request._block_hasher is not None:
             shared = payload.shared_tokens(request.num_prompt_tokens - payload.reply)
             if shared is not None:
                 _make_private(request, shared // self.hash_block_size)
         super().add_request(request)
+
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        """Takes drafts in; not for requests whose values are evaluated at one position per step.
+
+        Model Runner V2 offers drafts for every request.
+        """
+        super().update_draft_token_ids(draft_token_ids)
+        self._valued.intersection_update(self.requests)
+        for request_id in self._valued:
+            self.requests[request_id].spec_token_ids = []
 
     def schedule(self, *args: Any, **options: Any) -> Any:
         """Schedules a step. Blocks that held no numbers are zeroed in it before others get them:

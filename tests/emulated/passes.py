@@ -22,19 +22,26 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from adapters.kernels import triton_operation
+from steering.plan import Values
 from steering.worker.adapting import triton as triton_adding
 from steering.worker.adapting.groups import Adapted
 from steering.worker.adapting.lora_seam import LoraSeam
 from steering.worker.adapting.triton import TritonAdding
-from steering.worker.plan import staging
+from steering.worker.plan import ends, staging
 from steering.worker.plan.batches import Schedule
+from steering.worker.plan.ends import EndSets
 from steering.worker.plan.layout import EXTRA, Layout
 from steering.worker.plan.request_state import BatchTables, RequestState
+from steering.worker.plan.staging import StagedBatch
 from steering.worker.plan.step_plan import StepPlan, plan_step
 from steering.worker.readout.readout import Vocabulary
-from steering.worker.step import run as step
+from steering.worker.step import passes as step
+from steering.worker.step.drafting import Drafts
+from steering.worker.step.graph_inputs import Shape
 from steering.worker.step.graphs import Source, StreamGraphs
-from steering.worker.step.run import Counters, Step
+from steering.worker.step.passes import Counters
+from steering.worker.step.run import Step
+from steering.worker.step.values import ValueStreams, gather
 from tests.emulated import graphs
 from tests.emulated.capture import Capture
 from tests.emulated.graphs import ALLOCATIONS, CUDAGraph
@@ -42,6 +49,7 @@ from tests.steering.worker.test_adapting import SETS, SLOTS, random_uses
 
 NAMES = ("base", "chat", "twin")
 WIDTH, TABLE, BLOCKS, SIZE = 8, 40, 6, 16
+DRAFTS, TOP_K = 3, 4
 CPU = torch.device("cpu")
 
 
@@ -79,6 +87,9 @@ class Model:
         draw = partial(torch.randn, generator=gen)
         self.table, self.weight = draw(TABLE, WIDTH), draw(WIDTH, WIDTH)
         self.a, self.b = [draw(len(SETS), 1, 24, WIDTH)], [draw(len(SETS), 1, WIDTH, 24)]
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ self.table.T
 
     def __call__(self, input_ids: Any, positions: Any, **_: Any) -> torch.Tensor:
         x = self.table[input_ids] + positions[:, None]
@@ -129,7 +140,7 @@ def counting() -> Iterator[Counted]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(CUDAGraph, "replay", replayed))
         stack.enter_context(patch.object(graphs, "_launch", launched))
-        for module in (staging, triton_adding):
+        for module in (staging, triton_adding, ends):
             stack.enter_context(patch.object(module, "to_device", to_device))
         capture.begin()
         stack.callback(capture.end)
@@ -152,11 +163,14 @@ class Passes:
     Args:
         sizes: padded numbers of rows that graphs are captured for.
         free: bytes of the device that are free.
+        drafts: that steps verify, and `chat` draws.
     """
 
-    def __init__(self, sizes: Sequence[int], free: Callable[[], int] = lambda: 1 << 40) -> None:
+    def __init__(
+        self, sizes: Sequence[int], free: Callable[[], int] = lambda: 1 << 40, drafts: int = 0
+    ) -> None:
         triton_operation.register("CPU")
-        most = sizes[-1]
+        lines, most = sizes[-1], sizes[-1] * (1 + drafts)
         models = [Model(0), Model(1), None]
         models[2] = models[0]
         layers = [{f"{name}.0": f"{name}.0"} for name in NAMES]
@@ -172,39 +186,65 @@ class Passes:
         )
         # Of the step as scheduled; streams have theirs from the plan.
         self.positions = torch.zeros(most, dtype=torch.int64)
-        self.table = torch.arange(most * BLOCKS, dtype=torch.int32).view(most, BLOCKS)
-        adding = TritonAdding(NAMES, CPU, most, most, len(SETS), 24)
+        self.table = torch.arange(lines * BLOCKS, dtype=torch.int32).view(lines, BLOCKS)
+        adding = TritonAdding(NAMES, CPU, most, lines, len(SETS), 24)
         seam = LoraSeam.__new__(LoraSeam)
         seam.triton = adding
         sources = [
-            Source(partial(step.forward, model), layers[i], None, partial(adding.launching, name))
+            Source(
+                name, partial(step.forward, model), layers[i], None, partial(adding.launching, name)
+            )
             for i, (name, model) in enumerate(zip(NAMES, models, strict=True))
         ]
-        self.graphs = StreamGraphs(runner, [(self.table, SIZE)], [SIZE], sources, sizes)
+        shapes = [Shape(size, width) for width in {1, 1 + drafts} for size in sizes]
+        shapes.sort(key=lambda shape: shape.tokens)
+        self.graphs = StreamGraphs(runner, [(self.table, SIZE)], [SIZE], sources, shapes)
         with patch.object(StreamGraphs, "_context", lambda *_: _nothing()), _no_devices():
             self.graphs.capture(free)
-        layout = Layout((WIDTH,) * 3, torch.float32)
+        layout = Layout((WIDTH,) * 3, torch.float32, TOP_K)
         readout = SimpleNamespace(
             layout=layout,
             vocabularies=[Vocabulary()] * 3,
+            padded=None,
+            ends=EndSets((3,), TABLE),
+            watch=SimpleNamespace(requests=lambda *_: None),
             draft_scores=lambda i, hidden, size: hidden,
         )
+        cache = torch.zeros(lines * BLOCKS + 256, SIZE)
+
+        def begin_candidates(_stream: int, batch: StagedBatch) -> None:
+            """As on a GPU, for one layer."""
+            blocks = self.table[batch.rows, batch.positions // SIZE].long()
+            gather(cache, cache[-256:], blocks)
+
+        contexts = SimpleNamespace(scratch=0, device=CPU, begin_candidates=begin_candidates)
+        values = ValueStreams({1: lambda h: h.sum(-1)}, {"chat": 1}, {1: None}, 256, TABLE)
         none = dict.fromkeys(NAMES, 0)
         original = {"base": "base", "chat": "chat", "twin": "base"}
         self.step = Step(
-            NAMES, original, models, readout, None, SimpleNamespace(scratch=0), seam,  # type: ignore[arg-type]
-            Counters(dict(none), dict(none)), self.graphs,
-        )  # fmt: skip
+            names=NAMES,
+            original=original,
+            models=models,
+            readout=readout,  # type: ignore[arg-type]
+            contexts=contexts,  # type: ignore[arg-type]
+            adapters=seam,
+            counters=Counters(dict(none), dict(none)),
+            graphs=self.graphs,
+            values=values,
+        )
+        self.step.drafts = Drafts(1, drafts, 64, TABLE) if drafts else None
 
     def run(
         self, plan: StepPlan, ids: torch.Tensor, adapted: Adapted | None = None
     ) -> torch.Tensor:
         """The hidden states of a step."""
         self.step.adapted, self.step._schedule = adapted, plan.schedule
+        self.step._drafting = None
         positions = self.positions[: ids.shape[0]]
         if not plan.tables.steered:
             return self.step.base(ids, positions, None, staging.Staging())
-        return self.step.steered(plan, ids, positions, plan.tables.control, staging.Staging())
+        control = np.repeat(plan.tables.control, plan.schedule.lengths, axis=0)
+        return self.step.steered(plan, ids, positions, control, staging.Staging())
 
 
 @contextmanager
@@ -223,14 +263,16 @@ def _no_devices() -> Iterator[None]:
         yield
 
 
-def request(weights: Mapping[int, float], own: int = 0) -> RequestState:
+def request(
+    weights: Mapping[int, float], own: int = 0, values: Values | None = None
+) -> RequestState:
     """A request that sums some streams; its twin lags by `own` tokens."""
     control = np.zeros(len(NAMES) + EXTRA, np.float32)
     uses, offsets = np.zeros(len(NAMES), np.bool_), np.zeros(len(NAMES), np.int32)
     for stream, weight in weights.items():
         control[stream], uses[stream] = weight, True
     offsets[2] = own
-    return RequestState(control, uses, offsets, (None,) * len(NAMES))
+    return RequestState(control, uses, offsets, (None,) * len(NAMES), values=values)
 
 
 ALL = {0: 1.0, 1: 0.5, 2: -0.5}
@@ -242,15 +284,20 @@ BATCHES: dict[str, Callable[[int], RequestState]] = {
 }
 
 
-def plan_of(states: Sequence[RequestState], computed: int) -> StepPlan:
-    """A step in which every request decodes one token."""
+def valued(_: int) -> RequestState:
+    """A request whose candidates `chat` values."""
+    return request({0: 1.0, 1: 0.0}, values=Values((("chat", 1.0),), TOP_K))
+
+
+def plan_of(states: Sequence[RequestState], computed: int, drafts: int = 0) -> StepPlan:
+    """A step in which every request decodes one token, and verifies some."""
     count = len(states)
     schedule = Schedule(
         [str(i) for i in range(count)],
-        np.arange(count + 1, dtype=np.int32),
+        np.arange(0, count * (1 + drafts) + 1, 1 + drafts, dtype=np.int32),
         np.full(count, computed, np.int32),
         np.ones(count, np.bool_),
-        np.zeros(count, np.int32),
+        np.full(count, drafts, np.int32),
     )
     return plan_step(schedule, BatchTables.of(states))
 

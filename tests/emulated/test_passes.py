@@ -6,6 +6,7 @@ import os
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,15 @@ import pytest
 import torch
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
-from steering.worker.plan.batches import Candidates, StreamBatch, decoding_batch
-from steering.worker.plan.staging import stage
-from steering.worker.step.graph_inputs import Field
+from steering.worker.plan.batches import Candidates, whole_batch
+from steering.worker.step.graph_inputs import Field, Shape
 from steering.worker.step.graphs import RESERVE
 from tests.emulated.graphs import emulated
 from tests.emulated.passes import (
     BATCHES,
+    DRAFTS,
     SIZE,
+    TOP_K,
     Counted,
     Passes,
     adapters_of,
@@ -28,6 +30,7 @@ from tests.emulated.passes import (
     counting,
     plan_of,
     request,
+    valued,
 )
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu-steps.md"
@@ -37,10 +40,16 @@ ROWS = (16, 64)
 @pytest.fixture(scope="module")
 def passes() -> Iterator[Passes]:
     with emulated():
-        yield Passes(ROWS)
+        yield Passes((*ROWS, TOP_K * ROWS[-1]))
 
 
-def counted(passes: Passes) -> dict[tuple[str, int], Counted]:
+@pytest.fixture(scope="module")
+def speculating() -> Iterator[Passes]:
+    with emulated():
+        yield Passes(ROWS, drafts=DRAFTS)
+
+
+def counted(passes: Passes, speculating: Passes) -> dict[tuple[str, int], Counted]:
     """By kind of batch and number of rows, of a step that follows one of the same requests."""
     found = {}
     for rows in ROWS:
@@ -56,6 +65,18 @@ def counted(passes: Passes) -> dict[tuple[str, int], Counted]:
             passes.run(plan, ids, adapted)
         with counting() as found["mixed, adapters of the same requests", rows]:
             passes.run(again(plan), ids, adapted)
+        plan = plan_of([valued(row) for row in range(rows)], 20)
+        passes.run(plan, ids)
+        with counting() as found["values of candidates", rows]:
+            passes.run(again(plan), ids)
+        plan = plan_of([BATCHES["mixed"](row) for row in range(rows)], 20, DRAFTS)
+        newest, drawn = torch.full((rows,), 24), torch.arange(rows) % 40
+        for name, own in (("", None), (", with adapters", adapted)):
+            speculating.run(plan, ids.repeat(1 + DRAFTS), own)
+            speculating.step.draft(newest, drawn)
+            with counting() as found[f"mixed, {DRAFTS} drafts verified and drawn{name}", rows]:
+                speculating.run(again(plan), ids.repeat(1 + DRAFTS), own)
+                speculating.step.draft(newest, drawn)
     return found
 
 
@@ -70,8 +91,8 @@ def table(found: dict[tuple[str, int], Counted]) -> str:
     return "\n".join(lines)
 
 
-def test_the_page_says_what_was_counted(passes: Passes) -> None:
-    found = counted(passes)
+def test_the_page_says_what_was_counted(passes: Passes, speculating: Passes) -> None:
+    found = counted(passes, speculating)
     assert all(one.copies == 1 for one in found.values())
     page = PAGE.read_text()
     pattern = re.compile(r"(?<=<!-- passes -->\n).*?(?=\n<!-- end -->)", re.S)
@@ -109,8 +130,8 @@ def test_graphs_leave_memory_free(caplog: pytest.LogCaptureFixture) -> None:
     assert "2 of 6 were left out" in caplog.text
     assert "gpu_memory_utilization" in caplog.text
     plan = plan_of([request({0: 1.0, 1: 0.5}) for _ in range(3)], 20)
-    batch = decoding_batch(plan.schedule, 3)
-    assert [few.graphs.size_for(i, batch) for i in range(3)] == [4, 8, 8]
+    batch = whole_batch(plan.schedule, 3)
+    assert [few.graphs.shape_for(i, batch) for i in range(3)] == [(4, 1), (8, 1), (8, 1)]
     out = few.run(plan, torch.arange(3, dtype=torch.int32))
     want = few.step.models[1](torch.arange(3), torch.full((3,), 20))
     assert torch.equal(out[:, few.step.readout.layout.columns(1)], want)
@@ -120,34 +141,95 @@ def test_without_memory_nothing_is_captured(caplog: pytest.LogCaptureFixture) ->
     with emulated():
         none = Passes((4, 8), lambda: 0)
     plan = plan_of([request({0: 1.0})], 20)
-    assert none.graphs.size_for(0, decoding_batch(plan.schedule, 1)) == 0
+    assert none.graphs.shape_for(0, whole_batch(plan.schedule, 1)) is None
     assert "6 of 6 were left out" in caplog.text
 
 
-def test_drafts_read_positions_that_only_the_device_knows(passes: Passes) -> None:
+def test_drafts_read_positions_that_only_the_device_knows(speculating: Passes) -> None:
     """The host has bounds; ids, positions, lengths and slots are the device's."""
-    passes.run(plan_of([request({0: 1.0, 1: 1.0}) for _ in range(5)], 30), torch.zeros(5).int())
-    rows, bounds = np.array([0, 2, 3]), np.array([40, 40, 40], np.int32)
-    [staged] = stage([StreamBatch.of(rows, bounds)], torch.device("cpu"))
-    where, ids = torch.tensor([33, 17, 31]), torch.tensor([4, 9, 2])
+    passes, drafting = speculating, [0, 2, 3]
+    states = [request({0: 1.0, 1: 1.0} if row in drafting else {0: 1.0}) for row in range(5)]
+    passes.run(plan_of(states, 30, DRAFTS), torch.zeros(5 * (1 + DRAFTS)).int())
+    newest = torch.tensor([33, 30, 31, 32, 30])
+    own, where = torch.tensor([4, 7, 9, 2, 8]), newest[drafting]
     before = dict(passes.graphs.replays)
-    found = passes.step.draft_scores(1, ids, staged.at(where), 0)
-    assert passes.graphs.replays[1] == before[1] + 1
-    assert torch.equal(found, passes.step.models[1](ids, where))
+    found = passes.step.draft(newest, own)
+    assert passes.graphs.replays[1] == before[1] + DRAFTS
+    want, ids = own[:, None].repeat(1, DRAFTS), own[drafting]
+    for k in range(DRAFTS):
+        ids = passes.step.models[1](ids, where + k).argmax(-1)
+        want[drafting, k] = ids
+    assert torch.equal(found, want)
+    # Those of the last draft.
     [group] = passes.graphs._streams[1].groups
-    blocks = passes.table[torch.from_numpy(rows)].gather(1, where[:, None] // SIZE)[:, 0]
-    assert group.slots[:3].tolist() == (blocks * SIZE + where % SIZE).tolist()
+    last = where + DRAFTS - 1
+    blocks = passes.table[drafting].gather(1, last[:, None] // SIZE)[:, 0]
+    assert group.slots[:3].tolist() == (blocks * SIZE + last % SIZE).tolist()
     assert (group.slots[3:16] == PAD_SLOT_ID).all()
-    assert passes.graphs._inputs[1, Field.LENGTH, :4].tolist() == [34, 18, 32, 0]
+    assert passes.graphs._inputs[1, Field.LENGTH, :4].tolist() == [*(last + 1).tolist(), 0]
+    assert torch.equal(passes.step.draft(newest, own), own[:, None].repeat(1, DRAFTS))
+
+
+@pytest.mark.parametrize("rows", [3, 16])
+def test_steps_that_verify_drafts_are_replayed(speculating: Passes, rows: int) -> None:
+    """Each stream at positions of its own; whoever has another number of tokens is not."""
+    passes, width = speculating, 1 + DRAFTS
+    plan = plan_of([BATCHES["mixed"](row) for row in range(rows)], 13, DRAFTS)
+    ids = torch.arange(rows * width, dtype=torch.int32) % 40
+    before = dict(passes.graphs.replays)
+    out = passes.run(plan, ids)
+    assert all(passes.graphs.replays[i] == before[i] + 1 for i in range(3))
+    layout, offsets = passes.step.readout.layout, torch.from_numpy(plan.tables.offsets)
+    for i, model in enumerate(passes.step.models):
+        used = torch.from_numpy(plan.tables.uses[:, i]).repeat_interleave(width)
+        at = (13 - offsets[:, i])[:, None] + torch.arange(width)
+        want = model(ids[used], at.flatten()[used])
+        assert torch.equal(out[used][:, layout.columns(i)], want)
+        assert not out[~used][:, layout.columns(i)].any()
+        batch = plan.batches[i] or whole_batch(plan.schedule, rows * width)
+        assert batch is not None
+        [group] = passes.graphs._streams[i].groups
+        position = torch.from_numpy(batch.positions)
+        row = torch.from_numpy(batch.rows[batch.token_rows])
+        slots = passes.table[row, position // SIZE] * SIZE + position % SIZE
+        count, padded = position.numel(), passes.graphs.shape_for(i, batch)
+        assert padded is not None and padded.tokens == 16 * width
+        assert group.slots[: padded.tokens].tolist() == [
+            *slots.tolist(), *[PAD_SLOT_ID] * (padded.tokens - count)
+        ]  # fmt: skip
+
+
+def test_rows_of_other_numbers_of_tokens_are_not_replayed(speculating: Passes) -> None:
+    plan = plan_of([BATCHES["pure"](row) for row in range(4)], 20, DRAFTS - 1)
+    batch = whole_batch(plan.schedule, 4 * DRAFTS)
+    assert batch is not None and batch.width == DRAFTS
+    assert speculating.graphs.shape_for(0, batch) is None
+    uneven = replace(batch, starts=np.array([0, 1, 6, 9, 12], np.int32))
+    assert uneven.width == 0 and speculating.graphs.shape_for(0, uneven) is None
+
+
+def test_candidates_are_valued_as_if_they_had_been_drawn(passes: Passes) -> None:
+    plan = plan_of([valued(row) for row in range(5)], 20)
+    ids = torch.arange(5, dtype=torch.int32) * 3
+    before, layout = passes.graphs.replays[1], passes.step.readout.layout
+    out = passes.run(plan, ids)
+    assert passes.graphs.replays[1] == before + 2
+    base, chat = passes.step.models[:2]
+    control = layout.read_control(out)
+    best = base.compute_logits(base(ids, torch.full((5,), 20))).topk(TOP_K).indices
+    assert torch.equal(control.ids.long(), best)
+    after = chat(best.flatten(), torch.full((5 * TOP_K,), 21)).sum(-1).view(5, TOP_K)
+    assert not (best == 3).any()  # no end of a text
+    assert torch.allclose(control.added, after - after.mean(-1, keepdim=True), atol=1e-5)
 
 
 def test_candidates_are_written_into_blocks_of_their_own(passes: Passes) -> None:
     batch = Candidates.of(np.array([1, 1, 4]), np.array([18, 18, 5], np.int32))
-    size, scratch = passes.graphs.size_for(0, batch), 900
-    inputs = torch.from_numpy(passes.graphs.inputs({0: batch}, scratch))
-    passes.graphs.put(inputs, torch.zeros(3, dtype=torch.int32))
+    shape, scratch = passes.graphs.shape_for(0, batch), 900
+    assert shape == Shape(16, 1)
+    passes.graphs.put_later(0, torch.from_numpy(passes.graphs.inputs_of(batch, scratch)))
     passes.graphs.put_own(0, torch.tensor([7, 8, 9], dtype=torch.int32))
-    found = passes.graphs.run(0, batch, size)
+    found = passes.graphs.run(0, batch, shape)
     want = passes.step.models[0](torch.tensor([7, 8, 9]), torch.tensor([18, 18, 5]))
     assert torch.equal(found, want)
     [group] = passes.graphs._streams[0].groups

@@ -40,6 +40,8 @@ from tests.engine.heads import Headed
 from tests.models import VOCAB_SIZE, make_model
 from tests.reference import Mix, Step, decode, load, over_vocabularies
 
+ON_V2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+
 BLOCK = 32
 """Tokens per KV block: small, so that many tests cross block boundaries."""
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from steering import broken
-from tests.engine.driver import BLOCK, Case, Engine, tokens
+from tests.engine.driver import BLOCK, ON_V2, Case, Engine, tokens
 from tests.engine.heads import Headed, probe, valued
 from tests.engine.test_exactness import assert_exact
 from tests.models import SPECIAL, VOCAB_SIZE
@@ -98,12 +98,16 @@ SPECS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def ended(output: Any, stream: str) -> bool:
+    """Whether an error names the stream. V2's host does not wait for the step, so where one product
+    has summed several it names them all.
+    """
     choice = output.outputs[0]
-    return (
-        choice.finish_reason == "error"
-        and f"The stream '{stream}' {broken.NO_NUMBERS}" in choice.stop_reason
-        and not list(choice.token_ids)
-    )
+    if choice.finish_reason != "error" or list(choice.token_ids):
+        return False
+    several = f"'{stream}' at least one {broken.NO_NUMBERS}"
+    if ON_V2 and choice.stop_reason.startswith("Of the streams") and several in choice.stop_reason:
+        return True
+    return f"The stream '{stream}' {broken.NO_NUMBERS}" in choice.stop_reason
 
 
 def test_a_damaged_unembedding_is_named_on_every_path(engine: Engine) -> None:

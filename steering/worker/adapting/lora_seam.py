@@ -160,7 +160,7 @@ class LoraSeam:
         if self.triton is not None:
             self.triton.warm_up([*self._sets.wrapped.values()])
 
-    def writes(self, adapted: Adapted | None, passes: Sequence[Pass]) -> list[Write]:
+    def writes(self, adapted: Adapted | None, passes: Sequence[Pass]) -> list[tuple[int, Write]]:
         """See `TritonAdding.writes`; nothing where torch does the work."""
         return [] if self.triton is None else self.triton.writes(adapted, passes)
 

@@ -77,19 +77,29 @@ class Write:
     Args:
         stream: whose.
         arrays: the tables, and where in the counts each pack's routes will lie.
-        lines: of the pass; None if nothing is added.
         total: as in `Pass`.
         counting: whether routes are counted.
+        held: what the stream's tables hold then.
     """
 
     stream: str
     arrays: tuple[Int32 | Int64, ...]
-    lines: StreamLines | None
     total: int
     counting: bool
+    held: _Held
+
+    @property
+    def lines(self) -> StreamLines | None:
+        """Of the pass; None if nothing is added."""
+        return self.held.lines
 
 
-_Held = tuple[Any, Any, StreamLines | None]
+class _Held(NamedTuple):
+    """What a stream's tables hold: for whose uses, by which key, which lines."""
+
+    uses: Any = None
+    key: Any = None
+    lines: StreamLines | None = None
 
 
 class TritonAdding:
@@ -122,45 +132,53 @@ class TritonAdding:
             name: AdapterTables(device, tokens, lines, slots, ranks) for name in streams
         }
         self._device = device
-        # What each stream's tables hold: for whose uses, by which key, which lines.
-        self._held: dict[str, tuple[Any, Any, StreamLines | None]] = dict.fromkeys(
-            streams, (None, None, None)
-        )
+        self._held = dict.fromkeys(streams, _Held())
         self._places: dict[str, list[tuple[Place, torch.Tensor, torch.Tensor]]] = {}
 
-    def writes(self, adapted: Adapted | None, passes: Sequence[Pass]) -> list[Write]:
+    def writes(self, adapted: Adapted | None, passes: Sequence[Pass]) -> list[tuple[int, Write]]:
         """What has to be written before some passes run; nothing where it is there already.
 
         While the same requests decode nothing of it changes; but counts of routes are a step's own.
 
         Args:
             adapted: the adapters of this step's requests; None if there are none.
-            passes: of different streams.
+            passes: in the order in which they run; of one stream there may be several.
+
+        Returns:
+            (index of a pass, what is to be `put` before it).
         """
-        found = []
-        for one in passes:
-            uses, held, held_lines = self._held[one.stream]
-            if adapted is None:
-                if held_lines is not None:
-                    found.append(self._write(one, None, False))
-                    self._held[one.stream] = None, None, None
+        found, held = [], {one.stream: self._held[one.stream] for one in passes}
+        for number, one in enumerate(passes):
+            before, after = held[one.stream], self._wanted(adapted, one, held[one.stream])
+            if after is before:
                 continue
-            key = one.owner, tuple(adapted.slots.items()), one.requests.tobytes(), one.total
-            if not adapted.counting and uses is adapted.uses and held == key:
-                continue
-            lines = stream_lines(adapted, one.stream, one.owner, one.requests)
-            if lines is not None or held_lines is not None:
-                found.append(self._write(one, lines, adapted.counting))
-            self._held[one.stream] = None if adapted.counting else adapted.uses, key, lines
+            held[one.stream] = after
+            if after.lines is not None or before.lines is not None:
+                counting = adapted is not None and adapted.counting
+                found.append((number, self._write(one, after, counting)))
+            elif before is self._held[one.stream]:  # empty as it is, which need not be found again
+                self._held[one.stream] = after
         return found
 
-    def _write(self, one: Pass, lines: StreamLines | None, counting: bool) -> Write:
+    @staticmethod
+    def _wanted(adapted: Adapted | None, one: Pass, held: _Held) -> _Held:
+        """What the tables must hold for a pass; `held` itself if that is there."""
+        if adapted is None:
+            return held if held.lines is None else _Held()
+        key = one.owner, tuple(adapted.slots.items()), one.requests.tobytes(), one.total
+        if not adapted.counting and held.uses is adapted.uses and held.key == key:
+            return held
+        lines = stream_lines(adapted, one.stream, one.owner, one.requests)
+        return _Held(None if adapted.counting else adapted.uses, key, lines)
+
+    def _write(self, one: Pass, held: _Held, counting: bool) -> Write:
+        lines = held.lines
         packed = self._tables[one.stream].packed(_table(lines), one.total, counting)
         places = lines.places() if lines is not None and counting else []
         arrays: list[Int32 | Int64] = [packed]
         for place in places:
             arrays += [place.requests, place.numbers]
-        return Write(one.stream, tuple(arrays), lines, one.total, counting)
+        return Write(one.stream, tuple(arrays), one.total, counting, held)
 
     def put(self, write: Write, there: Sequence[torch.Tensor]) -> None:
         """Puts tables in their place.
@@ -175,6 +193,7 @@ class TritonAdding:
         places = write.lines.places() if write.lines is not None and write.counting else []
         own = zip(places, rest[::2], rest[1::2], strict=True)
         self._places[write.stream] = list(own)
+        self._held[write.stream] = write.held
 
     def routed(self, adapted: Adapted, stream: str) -> None:
         """Notes where the tokens of a stream's pass were routed, once it ran."""
@@ -194,9 +213,9 @@ class TritonAdding:
     @contextmanager
     def adapting(self, adapted: Adapted, one: Pass, *, written: bool = False) -> Iterator[None]:
         """As `LoraSeam.adapting`; what is not written yet goes by a copy of its own."""
-        for write in () if written else self.writes(adapted, [one]):
+        for _, write in () if written else self.writes(adapted, [one]):
             self.put(write, to_device(write.arrays, self._device))
-        if self._held[one.stream][2] is None:
+        if self._held[one.stream].lines is None:
             yield
             return
         with self.launching(one.stream):

@@ -101,6 +101,12 @@ class StreamBatch:
     own_at: Int64 = field(default_factory=lambda: NONE)
     own_ids: Int64 = field(default_factory=lambda: NONE)
 
+    @property
+    def width(self) -> int:
+        """Tokens of each row; 0 where rows have different numbers of them."""
+        width = self.tokens.size // self.rows.size
+        return width if (np.diff(self.starts) == width).all() else 0
+
     @classmethod
     def of(cls, rows: Int64, ends: Int32) -> Self:
         """A batch of n one-token rows behind prefixes.
@@ -180,15 +186,15 @@ def stream_batch(
     )
 
 
-def decoding_batch(schedule: Schedule, tokens: int) -> StreamBatch | None:
-    """The step as scheduled, as a batch, if every request runs one token; else None.
+def whole_batch(schedule: Schedule, tokens: int) -> StreamBatch | None:
+    """The step as scheduled, as a batch, if every request runs as many tokens; else None.
 
     Args:
         schedule: what vLLM scheduled.
         tokens: of the step, padding included.
     """
-    count = schedule.computed.size
-    if schedule.tokens != count or tokens != count:
+    lengths, count = schedule.lengths, schedule.computed.size
+    if schedule.tokens != tokens or (lengths != lengths[0]).any():
         return None
     return stream_batch(schedule, np.ones(count, np.bool_), np.zeros(count, np.int32), None)
 

@@ -90,13 +90,14 @@ class StagedBatch:
     own_at: torch.Tensor
     own_ids: torch.Tensor
 
-    def at(self, positions: torch.Tensor) -> StagedBatch:
+    def at(self, positions: torch.Tensor, host: StreamBatch) -> StagedBatch:
         """The same one-token rows at positions that only the device knows; the host's are bounds.
 
         Args:
             positions: [n] int64, at most the host's.
+            host: the rows with these bounds.
         """
-        return replace(self, positions=positions, lengths=(positions + 1).int())
+        return replace(self, host=host, positions=positions, lengths=(positions + 1).int())
 
     def blocks(self, table: torch.Tensor, block_size: int, scratch: int) -> torch.Tensor:
         """[n, B] int32 the rows' block ids; of candidates, the last one of row i is scratch + i.

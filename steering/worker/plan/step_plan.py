@@ -92,7 +92,14 @@ def plan_step(schedule: Schedule, tables: BatchTables) -> StepPlan:
     Args:
         schedule: what vLLM scheduled.
         tables: of the same requests, in the same order.
+
+    Raises:
+        RuntimeError: a request that value streams add to verifies drafts: only its last token's
+            candidates would be valued.
     """
+    valued = tuple((row, values) for row, values in tables.valued if schedule.draws[row])
+    if drafted := [schedule.request_ids[row] for row, _ in valued if schedule.drafts[row]]:
+        raise RuntimeError(f"requests with values verify drafts: {drafted}")
     streams = tables.uses.shape[1]
     batches: list[StreamBatch | None] = []
     for i in range(streams):
@@ -111,5 +118,5 @@ def plan_step(schedule: Schedule, tables: BatchTables) -> StepPlan:
         tables,
         tuple(batches),
         Classes.of(active, tables),
-        tuple((row, values) for row, values in tables.valued if schedule.draws[row]),
+        valued,
     )

@@ -15,7 +15,6 @@ that has most, V a vocabulary; bit i of a flag stands for `names[i]`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -69,10 +68,9 @@ class Watch:
         flags = _bad(numbers) * (1 << i)
         self.flags = _or(self.flags, flags, requests, self._requests)
 
-    def left(self, scores: torch.Tensor) -> None:
-        """Looks at [Q, V] what the requests' constraints have left, one row per request."""
-        flags = (scores.amax(-1) == -math.inf) * NOTHING_LEFT
-        self.flags = _or(self.flags, flags, None, self._requests)
+    def left(self, nothing: torch.Tensor) -> None:
+        """Takes [Q] bool, whether a request's constraints have left nothing where it drew."""
+        self.flags = _or(self.flags, nothing * NOTHING_LEFT, None, self._requests)
 
     # --- the rows of the read-out, several of a request under speculation -----------------------
 

@@ -5,6 +5,7 @@ Runs in every process of vLLM, so it imports as little as it can. Checked on vLL
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -35,6 +36,8 @@ def install() -> None:
         return [feature for feature in features if feature != ours]
 
     spec_decode.init_speculator = init_speculator
+    if runner := sys.modules.get("vllm.v1.worker.gpu.model_runner"):  # has the name already
+        vars(runner)["init_speculator"] = init_speculator
     VllmConfig._get_v2_model_runner_unsupported_features = without_ours
 
 

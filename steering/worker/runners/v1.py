@@ -5,6 +5,7 @@ Checked on vLLM 0.32.0 (CPU build).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,7 +127,7 @@ class V1View(RunnerView):
         def constrained(logits: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
             left: torch.Tensor = constrain(logits, *args, **options)
             if left.shape[0] == runner.input_batch.num_reqs:
-                watch.left(left)
+                watch.left(left.amax(-1) == -math.inf)
             return left
 
         def with_flags(*args: Any, **options: Any) -> Any:

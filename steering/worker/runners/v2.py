@@ -5,6 +5,7 @@ Checked on vLLM 0.32.0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,6 +85,10 @@ class V2View(RunnerView):
         _check(runner)
         super().__init__(runner)
         self._state: _Steered = runner.model_state
+        # vLLM makes it for few models; ours has blocks zeroed that held no numbers.
+        if runner.kv_block_zeroer is None:
+            runner._init_kv_zero_meta()
+            runner.kv_block_zeroer.zero_block_ids([0])  # compiles it; the block is nobody's
         self._rows: Int64 = np.empty(0, np.int64)
 
     def schedule(self) -> Schedule | None:
@@ -130,18 +135,30 @@ class V2View(RunnerView):
         self.runner.speculator.draft = draft
 
     def observe(self, watch: Watch, sampled: Sampled) -> None:
-        """See `RunnerView`."""
-        sample = self.runner.sample
+        """See `RunnerView`. The sampler is made to show what constraints left of each row."""
+        runner, left = self.runner, list[torch.Tensor]()
+        sample, constrain = runner.sample, runner.sampler.apply_sampling_params
 
-        def with_reports(*args: Any, **options: Any) -> Any:
-            output, counts, *rest = sample(*args, **options)
+        def with_reports(hidden: torch.Tensor, batch: InputBatch, *args: Any) -> Any:
+            left.clear()
+            output, counts, *rest = sample(hidden, batch, *args)
             ids = output.sampled_token_ids
-            kept = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]
+            places = torch.arange(ids.shape[1], device=ids.device)
+            kept = places < counts[:, None]
+            if left:  # a part of the step's rows each
+                nothing = torch.cat(left)
+                rows = batch.cu_num_logits[:-1, None] + places
+                watch.left((nothing[rows.clamp(max=len(nothing) - 1)] & kept).any(1))
             sampled(ids.masked_fill(~kept, -1))
             output.num_nans = watch.flags
             return output, counts, *rest
 
-        self.runner.sample = with_reports
+        def constrained(*args: Any, **options: Any) -> torch.Tensor:
+            found: torch.Tensor = constrain(*args, **options)
+            left.append(found.amax(-1) == -math.inf)
+            return found
+
+        runner.sample, runner.sampler.apply_sampling_params = with_reports, constrained
 
 
 def _check(runner: GPUModelRunner) -> None:

@@ -13,17 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
-
-from steering.worker.plan.batches import Int64, StreamBatch
-from steering.worker.plan.staging import StagedBatch, stage, to_device
-from steering.worker.plan.step_plan import StepPlan
-
-Score = Callable[[torch.Tensor, StagedBatch], torch.Tensor]
-"""As `drafting.Score`."""
 
 
 class StreamSpeculator(BaseSpeculator):
@@ -76,48 +68,3 @@ class StreamSpeculator(BaseSpeculator):
         rows = input_batch.idx_mapping
         newest = self._states.num_computed_tokens.gpu[rows].long()
         return self.draft(newest, last_sampled[rows].view(-1).long())
-
-
-class DeviceDrafting:
-    """Drafts without asking the device anything.
-
-    Args:
-        stream: index of the stream that drafts.
-        tokens: K.
-        context: tokens of the longest request.
-        score: runs the stream.
-    """
-
-    def __init__(self, stream: int, tokens: int, context: int, score: Score) -> None:
-        self._stream, self._tokens, self._context = stream, tokens, context
-        self._score = score
-
-    def rows(self, plan: StepPlan) -> Int64:
-        """[n] requests that draft: they run the stream, and all drafts fit into the context."""
-        schedule, tables = plan.schedule, plan.tables
-        asks = schedule.draws & tables.uses[:, self._stream]
-        # How many tokens a request has is known on the device only: the host has a bound.
-        asks &= schedule.computed + schedule.lengths + self._tokens < self._context
-        asks[[row for row, _ in tables.valued]] = False
-        return np.flatnonzero(asks)
-
-    def __call__(self, plan: StepPlan, newest: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """[Q, K] int64 drafts.
-
-        Args:
-            plan: of the step that has just run.
-            newest: [Q] int64 index of each request's newest token.
-            ids: [Q] int64 these tokens.
-        """
-        rows, drafts = self.rows(plan), ids[:, None].repeat(1, self._tokens)
-        if not rows.size:
-            return drafts
-        offsets = plan.tables.offsets[rows, self._stream]
-        most = (plan.schedule.computed + plan.schedule.lengths)[rows] - offsets
-        there, lag = to_device([rows, offsets.astype(np.int64)], ids.device)
-        own, ends = ids[there], newest[there] - lag
-        batches = [StreamBatch.of(rows, (most + k).astype(np.int32)) for k in range(self._tokens)]
-        for k, batch in enumerate(stage(batches, ids.device)):
-            own = self._score(own, batch.at(ends + k)).argmax(-1)
-            drafts[there, k] = own
-        return drafts

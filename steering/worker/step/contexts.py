@@ -27,6 +27,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from steering.worker.plan.batches import Candidates
 from steering.worker.plan.staging import StagedBatch
+from steering.worker.step.graph_inputs import Shape
 from steering.worker.step.values import broadcast, gather
 
 BlockTable = Callable[[int], tuple[torch.Tensor, int]]
@@ -102,6 +103,7 @@ class StreamContexts:
         self._runner, self._block_table = runner, block_table
         self._groups = [LayerGroup.all(runner, kernel_block_sizes, of) for of in streams]
         self._twin = [any(kv != name for kv, name in layers.items()) for layers in streams]
+        self.device: torch.device = runner.device
         self.scratch: int = runner.kv_cache_config.num_blocks - scratch
         self._built: tuple[StagedBatch, int, tuple[Any, torch.Tensor]] | None = None
 
@@ -204,7 +206,7 @@ class StreamContexts:
         return group.attention.build_metadata(common), slots
 
 
-def for_graphs(config: VllmConfig, sizes: Sequence[int]) -> VllmConfig:
+def for_graphs(config: VllmConfig, shapes: Sequence[Shape]) -> VllmConfig:
     """The engine's configuration as attention backends must see it to prepare for replays.
 
     Without a graph mode FlashAttention and FlashInfer build some of their metadata in memory that
@@ -212,21 +214,25 @@ def for_graphs(config: VllmConfig, sizes: Sequence[int]) -> VllmConfig:
     """
     found, compilation = copy(config), copy(config.compilation_config)
     compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
-    compilation.cudagraph_capture_sizes = list(sizes)
-    compilation.max_cudagraph_capture_size = sizes[-1]
+    compilation.cudagraph_capture_sizes = sorted({shape.tokens for shape in shapes})
+    compilation.max_cudagraph_capture_size = max(shape.tokens for shape in shapes)
     found.compilation_config = compilation
     return found
 
 
-def unsupported(groups: Sequence[LayerGroup], config: VllmConfig) -> str:
-    """Why a stream cannot be captured; '' if it can."""
+def unsupported(groups: Sequence[LayerGroup], config: VllmConfig, width: int = 1) -> str:
+    """Why a stream's pass over rows of `width` tokens cannot be captured; '' if it can."""
     if not groups:
         return "it has no attention layers"
+    least = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    if width > 1:
+        least = AttentionCGSupport.UNIFORM_BATCH
     for group in groups:
         spec = group.attention.kv_cache_spec
-        builder = type(group.attention.get_metadata_builder())
-        if builder.get_cudagraph_support(config, spec) is AttentionCGSupport.NEVER:
-            return f"{group.attention.backend.get_name()} cannot be captured"
         if not hasattr(spec, "head_size"):
             return "some of its layers keep a state"
+        builder = type(group.attention.get_metadata_builder())
+        if builder.get_cudagraph_support(config, spec).value < least.value:
+            rows = "" if width == 1 else f" over rows of {width} tokens"
+            return f"{group.attention.backend.get_name()} cannot be captured{rows}"
     return ""

@@ -14,6 +14,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from vllm.config import VllmConfig
 from steering.worker.plan.batches import Bool, Int32, Int64, StreamBatch
 from steering.worker.plan.request_state import BatchTables
 from steering.worker.plan.staging import StagedBatch, stage
+from steering.worker.plan.step_plan import StepPlan
 from steering.worker.runners.v1_speculation import SpeculationSeam
 
 Score = Callable[[torch.Tensor, StagedBatch], torch.Tensor]
@@ -84,7 +86,7 @@ class Drafting:
             newest: of each, the index of the last token that it drew.
             token_ids: of each, that token.
         """
-        asks = self._asks(tables, rows, newest)
+        asks = _asks(tables, rows, newest, self._stream, self._tokens, self._context)
         rows, newest = rows[asks], newest[asks]
         if not rows.size:
             self._seam.offer(rows, [], None)
@@ -105,10 +107,40 @@ class Drafting:
         self._seam.offer(rows, found, torch.stack(chances, 1) if chances else None)
         return dict(zip(rows.tolist(), found, strict=True))
 
-    def _asks(self, tables: BatchTables, rows: Int64, newest: Int64) -> Bool:
-        """Which rows draft: those that run the stream, whose KV is then there, and have room for
-        all drafts. Not those whose values are evaluated at one position per step.
+
+@dataclass(frozen=True)
+class Drafts:
+    """How the steps of Model Runner V2 draft: the stream's most likely ids.
+
+    Args:
+        stream: index of the stream that drafts.
+        tokens: K.
+        context: tokens of the longest request.
+        size: V.
+    """
+
+    stream: int
+    tokens: int
+    context: int
+    size: int
+
+    def rows(self, plan: StepPlan) -> tuple[Int64, Int32]:
+        """([n] requests that draft behind a step, [n] bounds of their newest tokens' indices).
+
+        How many tokens a request has is known on the device only.
         """
-        asks: Bool = tables.uses[rows, self._stream] & (newest + self._tokens < self._context)
-        valued = [row for row, _ in tables.valued]
-        return asks & ~np.isin(rows, valued)
+        rows, schedule = np.flatnonzero(plan.schedule.draws), plan.schedule
+        newest = (schedule.computed + schedule.lengths)[rows]
+        asks = _asks(plan.tables, rows, newest, self.stream, self.tokens, self.context)
+        return rows[asks], newest[asks]
+
+
+def _asks(
+    tables: BatchTables, rows: Int64, newest: Int64 | Int32, stream: int, tokens: int, context: int
+) -> Bool:
+    """Which rows draft: those that run the stream, whose KV is then there, and have room for all
+    drafts. Not those whose values are evaluated at one position per step.
+    """
+    asks: Bool = tables.uses[rows, stream] & (newest + tokens < context)
+    valued = [row for row, _ in tables.valued]
+    return asks & ~np.isin(rows, valued)

@@ -1,55 +1,82 @@
 """What the graphs of streams read of a step, row by row, as one array on the host.
 
-Letters: S streams, N rows of the largest graph.
+Letters: S streams, N tokens of the largest graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
 from steering.worker.plan.batches import Candidates, Int32, StreamBatch
 
 LARGEST = 512
-"""Rows of the largest graph, if nobody asks for others; as vLLM's."""
+"""Tokens of the largest graph, if nobody asks for others; as vLLM's."""
+
+
+class Shape(NamedTuple):
+    """Of a graph.
+
+    Args:
+        rows: padded number of rows.
+        width: tokens of each: 1, or 1 + K where K drafts are verified.
+    """
+
+    rows: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows."""
+        return self.rows * self.width
 
 
 class Field(IntEnum):
-    """What a graph reads of each row; −1 for none."""
+    """What a graph reads; −1 for none. Of n rows and T tokens, the first n or T entries."""
 
     REQUEST = 0
+    """Of each row."""
     TOKEN = 1
+    """Of each token, where it lies in the step."""
     OWN_ID = 2
-    """Read in place of the step's token."""
+    """Of each token: read in place of the step's."""
     POSITION = 3
-    """None: a row of padding."""
+    """Of each token. None: padding."""
     LENGTH = 4
-    """Of the row's KV after the step; 0 in padding."""
+    """Of each row's KV after the step; 0 in padding."""
     BLOCK = 5
-    """In place of the row's last block: a candidate's."""
+    """Of each row, in place of its last block: a candidate's."""
 
 
-def graph_sizes(asked: Sequence[int] | None, most: int) -> tuple[int, ...]:
-    """Padded numbers of rows, ascending.
+def graph_shapes(
+    asked: Sequence[int] | None, rows: int, tokens: int, drafts: int
+) -> tuple[Shape, ...]:
+    """The graphs of a stream, ascending by tokens.
 
     Args:
-        asked: vLLM's `cudagraph_capture_sizes`; None or empty for its default.
-        most: requests in a step.
+        asked: vLLM's `cudagraph_capture_sizes`, in tokens; None or empty for its default.
+        rows: the most requests of a step.
+        tokens: the most tokens of a step.
+        drafts: K, verified in a step; 0 without speculation.
     """
-    default = [1, 2, 4, *range(8, 256, 8), *range(256, LARGEST + 1, 16)]
-    sizes = {n for n in asked or default if n <= most}
-    if max(asked or default) >= most:
-        sizes.add(most)
-    return tuple(sorted(sizes))
+    sizes = asked or [1, 2, 4, *range(8, 256, 8), *range(256, LARGEST + 1, 16)]
+    found = set()
+    for width in {1, 1 + drafts}:
+        found |= {Shape(-(-size // width), width) for size in sizes}
+        if max(sizes) >= rows * width:
+            found.add(Shape(rows, width))
+    fit = [s for s in found if s.rows <= rows and s.tokens <= tokens]
+    return tuple(sorted(fit, key=lambda s: (s.tokens, s.width)))
 
 
 def host_inputs(batches: Mapping[int, StreamBatch], scratch: int, streams: int, most: int) -> Int32:
     """[S, 6, N] what some streams' graphs read; for the others nothing but padding.
 
     Args:
-        batches: by stream; of one token per row.
+        batches: by stream; as many tokens in each row.
         scratch: the first block for candidates.
         streams: S.
         most: N.
@@ -57,11 +84,11 @@ def host_inputs(batches: Mapping[int, StreamBatch], scratch: int, streams: int, 
     found = np.full((streams, len(Field), most), -1, np.int32)
     found[:, Field.LENGTH] = 0
     for i, batch in batches.items():
-        rows = batch.rows.size
+        rows, tokens = batch.rows.size, batch.tokens.size
         found[i, Field.REQUEST, :rows] = batch.rows
-        found[i, Field.TOKEN, :rows] = batch.tokens
+        found[i, Field.TOKEN, :tokens] = batch.tokens
         found[i, Field.OWN_ID, batch.own_at] = batch.own_ids
-        found[i, Field.POSITION, :rows] = batch.positions
+        found[i, Field.POSITION, :tokens] = batch.positions
         found[i, Field.LENGTH, :rows] = batch.lengths
         if isinstance(batch, Candidates):
             found[i, Field.BLOCK, :rows] = scratch + np.arange(rows)

@@ -1,8 +1,9 @@
-"""Captured graphs: a stream's pass over rows of one token each, launched as a whole.
+"""Captured graphs: a stream's pass over rows of as many tokens each, launched as a whole.
 
 vLLM's own graphs hold one forward pass over the step as scheduled. Ours hold one stream's pass
 over whichever rows use it, padded to one of a few numbers of rows, so steps in which requests use
-different streams are replayed too. A graph finds all that changes with the step at fixed places:
+different streams are replayed too. Rows have one token, or one and K drafts that are verified. A
+graph finds all that changes with the step at fixed places:
 
     inputs   [S, 6, N] int32, written by the step's one copy from the host (`graph_inputs`)
     ids      [T] int32, the step's own token ids
@@ -44,7 +45,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from steering.worker.plan.batches import Int32, StreamBatch
 from steering.worker.readout.overlaps import read_as
 from steering.worker.step.contexts import LayerGroup, for_graphs, unsupported
-from steering.worker.step.graph_inputs import Field, graph_sizes, host_inputs
+from steering.worker.step.graph_inputs import Field, Shape, graph_shapes, host_inputs
 
 _LOG = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class _Group:
         table: [≥ Q, B] int32 vLLM's block table of each step.
         size: tokens per block.
         blocks: [N, B] int32 the rows' blocks.
-        slots: [N] int64 their KV slots.
+        slots: [N] int64 the tokens' KV slots.
     """
 
     layers: LayerGroup
@@ -76,8 +77,9 @@ class _Group:
 
 @dataclass
 class _Stream:
-    """One stream: its buffers, and its graphs by number of rows."""
+    """One stream: its buffers, and its graphs."""
 
+    name: str
     forward: Forward
     read_as: torch.Tensor | None
     groups: list[_Group]
@@ -87,7 +89,7 @@ class _Stream:
     tokens: torch.Tensor
     launching: Callable[[], AbstractContextManager[None]]
     out: torch.Tensor | None = None
-    graphs: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    graphs: dict[Shape, tuple[Any, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,14 @@ class Source:
     """What a stream's graphs are made of.
 
     Args:
+        name: its name.
         forward: its model.
         layers: KV layer → name under which the model asks for it.
         read_as: [V] int64 its id for each of the base's; None where they are alike.
         launching: makes layers launch the adapters' kernels.
     """
 
+    name: str
     forward: Forward
     layers: dict[str, str]
     read_as: torch.Tensor | None
@@ -115,7 +119,7 @@ class StreamGraphs:
         tables: per KV cache group ([≥ Q, B] int32 block table at a fixed place, tokens per block).
         kernel_block_sizes: per KV cache group, tokens per block as kernels see them.
         streams: [S].
-        sizes: padded numbers of rows, ascending.
+        shapes: of the graphs, ascending by tokens.
     """
 
     def __init__(
@@ -124,26 +128,33 @@ class StreamGraphs:
         tables: Sequence[tuple[torch.Tensor, int]],
         kernel_block_sizes: Sequence[int],
         streams: Sequence[Source],
-        sizes: Sequence[int],
+        shapes: Sequence[Shape],
     ) -> None:
         self._device: torch.device = runner.device
-        self._config = for_graphs(runner.vllm_config, sizes)
+        self._config = for_graphs(runner.vllm_config, shapes)
         self._longest: int = runner.vllm_config.model_config.max_model_len
         self._layers = runner.vllm_config.compilation_config.static_forward_context
-        self._tables, self._sizes, most = tables, tuple(sizes), sizes[-1]
-        tokens = runner.vllm_config.scheduler_config.max_num_batched_tokens
-        self._inputs = self._new(len(streams), len(Field), most)
-        self._step_ids = self._new(tokens)
-        self._starts = torch.arange(most + 1, dtype=torch.int32, device=self._device)
-        self._counts = torch.arange(most + 1, dtype=torch.int32)
+        self._tables, self._most = tables, shapes[-1].tokens
+        self._inputs = self._new(len(streams), len(Field), self._most)
+        self._step_ids = self._new(runner.vllm_config.scheduler_config.max_num_batched_tokens)
+        # Where rows start, by their width.
+        self._starts = {
+            width: torch.arange(0, self._most + 1, width, dtype=torch.int32)
+            for width in {shape.width for shape in shapes}
+        }
+        self._starts_there = {w: starts.to(self._device) for w, starts in self._starts.items()}
         self._streams: dict[int, _Stream] = {}
-        self._left_out: dict[int, str] = {}
+        self._wanted: list[tuple[Shape, int]] = []
+        self._left_out: list[str] = []
         for i, source in enumerate(streams):
             groups = LayerGroup.all(runner, kernel_block_sizes, source.layers, self._config)
-            if why := unsupported(groups, self._config):
-                self._left_out[i] = why
-            else:
-                self._streams[i] = self._stream(i, source, groups)
+            for width in sorted({shape.width for shape in shapes}):
+                if why := unsupported(groups, self._config, width):
+                    self._left_out.append(f"stream {source.name!r} runs without: {why}")
+                    break
+                if i not in self._streams:
+                    self._streams[i] = self._stream(i, source, groups)
+                self._wanted += [(shape, i) for shape in shapes if shape.width == width]
         self.replays = dict.fromkeys(range(len(streams)), 0)
         """Passes that were replayed, by stream."""
 
@@ -151,14 +162,14 @@ class StreamGraphs:
         return torch.zeros(shape, dtype=dtype, device=self._device)
 
     def _stream(self, i: int, source: Source, groups: Sequence[LayerGroup]) -> _Stream:
-        most = self._sizes[-1]
-        own = []
+        most, own = self._most, []
         for group in groups:
             table, size = self._tables[group.kv_group]
             slots = torch.full((most,), PAD_SLOT_ID, dtype=torch.int64, device=self._device)
             own.append(_Group(group, table, size, self._new(most, table.shape[1]), slots))
         read_as = source.read_as
         return _Stream(
+            source.name,
             source.forward,
             None if read_as is None else read_as.to(self._device),
             own,
@@ -182,17 +193,17 @@ class StreamGraphs:
             free: bytes of the device that are free.
         """
         free = free or _free_memory
-        before, left = free(), [(n, i) for n in reversed(self._sizes) for i in self._streams]
+        before, left = free(), sorted(self._wanted, key=lambda one: (-one[0].tokens, one[1]))
         self._step_ids.zero_()
         with parallel_state.graph_capture(device=self._device):
             while left and free() >= RESERVE:
-                size, i = left.pop(0)
-                self._capture(self._streams[i], size)
+                shape, i = left.pop(0)
+                self._capture(self._streams[i], shape)
         taken = (before - free()) / 2**20
         count = sum(len(stream.graphs) for stream in self._streams.values())
         _LOG.info("graphs: %d of %d streams, %.0f MiB taken", count, len(self._streams), taken)
-        for i, why in self._left_out.items():
-            _LOG.warning("graphs: stream %d runs without: %s", i, why)
+        for sentence in self._left_out:
+            _LOG.warning("graphs: %s", sentence)
         if left:
             _LOG.warning(
                 "graphs: %d of %d were left out, since less than %d MiB of the device are free: "
@@ -200,40 +211,46 @@ class StreamGraphs:
                 len(left), count + len(left), RESERVE >> 20,
             )  # fmt: skip
 
-    def _capture(self, stream: _Stream, size: int) -> None:
+    def _capture(self, stream: _Stream, shape: Shape) -> None:
         stream.inputs.fill_(-1)
-        stream.inputs[Field.LENGTH].fill_(1)
-        pool, ends = current_platform.get_global_graph_pool(), np.ones(size, np.int32)
+        stream.inputs[Field.LENGTH].fill_(shape.width)
+        pool = current_platform.get_global_graph_pool()
+        ends = np.full(shape.rows, shape.width, np.int32)
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        self._read(stream, size)
-        with self._context(stream, self._metadata(stream, size, ends, capture=True), size):
-            found = self._forward(stream, size)  # also what backends do once
+        self._read(stream, shape)
+        with self._context(stream, self._metadata(stream, shape, ends, capture=True), shape):
+            found = self._forward(stream, shape)  # also what backends do once
         if stream.out is None:
-            stream.out = found.new_zeros(self._sizes[-1], found.shape[1])
+            stream.out = found.new_zeros(self._most, found.shape[1])
         get_offloader().sync_prev_onload()
         with torch.cuda.graph(first, pool, stream=current_stream()):
-            self._read(stream, size)
+            self._read(stream, shape)
         # The first pass may have changed what the builders hold.
         with (
-            self._context(stream, self._metadata(stream, size, ends, capture=True), size),
+            self._context(stream, self._metadata(stream, shape, ends, capture=True), shape),
             torch.cuda.graph(second, pool, stream=current_stream()),
         ):
-            stream.out[:size].copy_(self._forward(stream, size))
+            stream.out[: shape.tokens].copy_(self._forward(stream, shape))
             get_offloader().join_after_forward()
-        stream.graphs[size] = first, second
+        stream.graphs[shape] = first, second
 
     # --- in a step ------------------------------------------------------------------------------
 
-    def size_for(self, i: int, batch: StreamBatch | None) -> int:
-        """The padded number of rows with which stream i's batch is replayed; 0 if it cannot be."""
-        if batch is None or i not in self._streams or batch.tokens.size != batch.rows.size:
-            return 0
-        sizes = [n for n in self._streams[i].graphs if n >= batch.rows.size]
-        return min(sizes, default=0)
+    def shape_for(self, i: int, batch: StreamBatch | None) -> Shape | None:
+        """Of the graph that is replayed for stream i's batch; None if there is none."""
+        if batch is None or i not in self._streams:
+            return None
+        width, rows = batch.width, batch.rows.size
+        shapes = [s for s in self._streams[i].graphs if s.width == width and s.rows >= rows]
+        return min(shapes, default=None)
 
     def inputs(self, batches: Mapping[int, StreamBatch], scratch: int) -> Int32:
         """As `host_inputs`, of these graphs' size."""
-        return host_inputs(batches, scratch, len(self._inputs), self._sizes[-1])
+        return host_inputs(batches, scratch, len(self._inputs), self._most)
+
+    def inputs_of(self, batch: StreamBatch, scratch: int) -> Int32:
+        """[6, N] the same of one batch, which some stream will run later in the step."""
+        return host_inputs({0: batch}, scratch, 1, self._most)[0]
 
     def put(self, inputs: torch.Tensor, ids: torch.Tensor) -> None:
         """Puts what the graphs read in its place, before the passes of a step.
@@ -245,8 +262,13 @@ class StreamGraphs:
         self._inputs.copy_(inputs, non_blocking=True)
         self._step_ids[: ids.shape[0]].copy_(ids)
 
+    def put_later(self, i: int, inputs: torch.Tensor) -> None:
+        """The same before another pass of stream i; of one batch, from `inputs_of`."""
+        self._inputs[i].copy_(inputs)
+
     def put_own(self, i: int, ids: torch.Tensor, positions: torch.Tensor | None = None) -> None:
-        """Has stream i read other ids, which are its own, in place of the step's.
+        """Has stream i read other ids, which are its own, in place of the step's; of one-token
+        rows.
 
         Args:
             i: stream.
@@ -259,67 +281,68 @@ class StreamGraphs:
             rows[Field.POSITION, :count].copy_(positions)
             torch.add(rows[Field.POSITION, :count], 1, out=rows[Field.LENGTH, :count])
 
-    def run(self, i: int, batch: StreamBatch, size: int) -> torch.Tensor:
-        """[n, H] the hidden states of stream i's n rows; valid until the stream's next pass."""
+    def run(self, i: int, batch: StreamBatch, shape: Shape) -> torch.Tensor:
+        """[T_i, H] the hidden states of stream i's tokens; valid until the stream's next pass."""
         stream = self._streams[i]
-        first, second = stream.graphs[size]
+        first, second = stream.graphs[shape]
         first.replay()
-        ends = np.zeros(size, np.int32)
+        ends = np.zeros(shape.rows, np.int32)
         ends[: batch.rows.size] = batch.lengths
         # What the second graph reads of this lies in the builders' and our buffers.
-        self._metadata(stream, size, ends, capture=False)
+        self._metadata(stream, shape, ends, capture=False)
         get_offloader().sync_prev_onload()
         second.replay()
         self.replays[i] += 1
         assert stream.out is not None
-        return stream.out[: batch.rows.size]
+        return stream.out[: batch.tokens.size]
 
     def tokens(self, i: int, batch: StreamBatch) -> torch.Tensor:
-        """[n] int64 where stream i's rows lie in the step, once they ran."""
-        return self._streams[i].tokens[: batch.rows.size]
+        """[T_i] int64 where stream i's tokens lie in the step, once they ran."""
+        return self._streams[i].tokens[: batch.tokens.size]
 
     # --- what the graphs hold -------------------------------------------------------------------
 
-    def _read(self, stream: _Stream, size: int) -> None:
+    def _read(self, stream: _Stream, shape: Shape) -> None:
         """Makes of a stream's inputs what its model and its attention backends read."""
-        rows = stream.inputs[:, :size]
-        tokens = rows[Field.TOKEN].clamp(min=0).long()
-        own, position = rows[Field.OWN_ID], rows[Field.POSITION].long()
+        count, size = shape.rows, shape.tokens
+        rows, of_tokens = stream.inputs[:, :count], stream.inputs[:, :size]
+        tokens = of_tokens[Field.TOKEN].clamp(min=0).long()
+        own, position = of_tokens[Field.OWN_ID], of_tokens[Field.POSITION].long()
         ids = read_as(self._step_ids[tokens], stream.read_as)
         stream.tokens[:size].copy_(tokens)
         stream.ids[:size].copy_(torch.where(own >= 0, own, ids))
         stream.positions[:size].copy_(position.clamp(min=0))
-        requests, scratch = rows[Field.REQUEST].clamp(min=0).long(), rows[Field.BLOCK]
+        requests, scratch = rows[Field.REQUEST].clamp(min=0).long(), rows[Field.BLOCK, :, None]
         for group in stream.groups:
             blocks, p = group.table[requests], position.clamp(min=0)
-            last = p[:, None] // group.size
-            block = torch.where(scratch >= 0, scratch, blocks.gather(1, last)[:, 0])
-            group.blocks[:size].copy_(blocks.scatter(1, last, block[:, None]))
-            slots = block.long() * group.size + p % group.size
+            written = p.view(count, -1) // group.size
+            block = torch.where(scratch >= 0, scratch, blocks.gather(1, written))
+            group.blocks[:count].copy_(blocks.scatter(1, written, block))
+            slots = block.flatten().long() * group.size + p % group.size
             group.slots[:size].copy_(torch.where(position >= 0, slots, PAD_SLOT_ID))
 
-    def _forward(self, stream: _Stream, size: int) -> torch.Tensor:
+    def _forward(self, stream: _Stream, shape: Shape) -> torch.Tensor:
         with stream.launching():
-            return stream.forward(stream.ids[:size], stream.positions[:size])
+            return stream.forward(stream.ids[: shape.tokens], stream.positions[: shape.tokens])
 
     def _metadata(
-        self, stream: _Stream, size: int, ends: npt.NDArray[np.int32], *, capture: bool
+        self, stream: _Stream, shape: Shape, ends: npt.NDArray[np.int32], *, capture: bool
     ) -> list[Any]:
         """Has the backends prepare themselves; per group of layers, their metadata."""
-        found = []
+        found, width = [], shape.width
         for group in stream.groups:
             common = CommonAttentionMetadata(
-                query_start_loc=self._starts[: size + 1],
-                query_start_loc_cpu=self._counts[: size + 1],
-                seq_lens=stream.inputs[Field.LENGTH, :size],
+                query_start_loc=self._starts_there[width][: shape.rows + 1],
+                query_start_loc_cpu=self._starts[width][: shape.rows + 1],
+                seq_lens=stream.inputs[Field.LENGTH, : shape.rows],
                 seq_lens_cpu_upper_bound=torch.from_numpy(ends),
-                num_reqs=size,
-                num_actual_tokens=size,
-                max_query_len=1,
+                num_reqs=shape.rows,
+                num_actual_tokens=shape.tokens,
+                max_query_len=width,
                 # A graph must suit every step, so it is captured as if for the longest text.
                 max_seq_len=self._longest if capture else int(ends.max()),
-                block_table_tensor=group.blocks[:size],
-                slot_mapping=group.slots[:size],
+                block_table_tensor=group.blocks[: shape.rows],
+                slot_mapping=group.slots[: shape.tokens],
             )
             attention = group.layers.attention
             build = attention.build_metadata
@@ -329,17 +352,17 @@ class StreamGraphs:
         return found
 
     @contextmanager
-    def _context(self, stream: _Stream, metadata: Sequence[Any], size: int) -> Iterator[None]:
+    def _context(self, stream: _Stream, metadata: Sequence[Any], shape: Shape) -> Iterator[None]:
         """The forward context of a stream's layers, by the names that its model asks for."""
         built, slots, layers = {}, {}, {}
         for group, own in zip(stream.groups, metadata, strict=True):
             for kv_layer, name in group.layers.layers:
-                built[name], slots[name] = own, group.slots[:size]
+                built[name], slots[name] = own, group.slots[: shape.tokens]
                 layers[name] = self._layers[kv_layer]
         with set_forward_context(
             built,
             self._config,
-            num_tokens=size,
+            num_tokens=shape.tokens,
             slot_mapping=slots,
             cudagraph_runtime_mode=CUDAGraphMode.NONE,
         ):
@@ -369,9 +392,11 @@ def captured(
         return None
     asked = config.compilation_config.cudagraph_capture_sizes
     asked = asked or config.additional_config["coxswain"].get("graph_sizes")
-    sizes = graph_sizes(asked, config.scheduler_config.max_num_seqs)
+    scheduler, drafts = config.scheduler_config, config.num_speculative_tokens
+    rows, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+    shapes = graph_shapes(asked, rows, tokens, drafts)
     assert tables is not None
-    found = StreamGraphs(runner, tables, kernel_block_sizes, streams, sizes)
+    found = StreamGraphs(runner, tables, kernel_block_sizes, streams, shapes)
     found.capture()
     return found
 

@@ -5,92 +5,35 @@ Lives in the worker; one `Step` per steered model, made once vLLM's runner is th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from steering.worker.adapting.groups import Adapted
-from steering.worker.adapting.lora_seam import LoraSeam
-from steering.worker.adapting.triton import Pass
-from steering.worker.plan.batches import Candidates, Int64, Schedule, StreamBatch, decoding_batch
-from steering.worker.plan.staging import StagedBatch, Staging, arrays_of
+from steering.worker.plan.batches import Candidates, Int64, StreamBatch
+from steering.worker.plan.staging import StagedBatch, Staging
 from steering.worker.plan.step_plan import StepPlan
 from steering.worker.readout.overlaps import read_as
-from steering.worker.readout.readout import Readout
-from steering.worker.step.contexts import StreamContexts
-from steering.worker.step.graphs import StreamGraphs
-from steering.worker.step.values import ValueStreams, candidates_of
+from steering.worker.step.drafting import Drafts
+from steering.worker.step.passes import Again, Passes, Run, forward
+from steering.worker.step.values import ValuePlan, ValueStreams, candidates_of
 
 
-@dataclass
-class Counters:
-    """Cumulative counts since start.
-
-    Args:
-        steps: steps with requests.
-        passes: forward passes by stream.
-        tokens: tokens run by stream.
-    """
-
-    passes: dict[str, int]
-    tokens: dict[str, int]
-    steps: int = 0
-
-    def count(self, stream: str, tokens: int) -> None:
-        """One pass of a stream over some tokens."""
-        self.passes[stream] += 1
-        self.tokens[stream] += tokens
-
-
-class Run(NamedTuple):
-    """One pass of a stream.
+@dataclass(kw_only=True)
+class Step(Passes):
+    """Runs steps. Other arguments as of `Passes`.
 
     Args:
-        stream: index.
-        batch: what it runs; None is the step as scheduled.
-        size: padded rows of the graph that is replayed for it; 0 for none.
-    """
-
-    stream: int
-    batch: StreamBatch | None
-    size: int = 0
-
-
-@dataclass
-class Step:
-    """Runs steps.
-
-    Args:
-        names: [S] of the streams, base first.
-        original: stream → the one whose model it runs.
-        models: [S] the streams' models.
-        readout: has the layout of hidden states, and the vocabularies.
         values: the value streams.
-        contexts: of the streams.
-        adapters: None without LoRA.
-        counters: grow.
-        graphs: None where every pass is launched piece by piece.
     """
 
-    names: Sequence[str]
-    original: dict[str, str]
-    models: Sequence[Any]
-    readout: Readout
     values: ValueStreams
-    contexts: StreamContexts
-    adapters: LoraSeam | None
-    counters: Counters
-    graphs: StreamGraphs | None = None
-    adapted: Adapted | None = field(default=None, init=False)
-    """The adapters of the current step's requests."""
-    _schedule: Schedule | None = field(default=None, init=False)
-    _staged: dict[int, StagedBatch] = field(default_factory=dict, init=False)
+    drafts: Drafts | None = None
+    """How steps draft on Model Runner V2; None where they do not."""
+    _drafting: tuple[Again, torch.Tensor] | None = field(default=None, init=False)
+    """The pass that drafts behind the current step, and [n] int64 by how much its rows lag."""
 
     def begin(self, plan: StepPlan, sets: Int64) -> None:
         """Takes the adapters of a step's requests, which the passes until the next one add.
@@ -104,7 +47,7 @@ class Step:
         """
         uses, counting = plan.tables.adapters, bool(plan.tables.reported)
         self.adapted = self.adapters.adapted(uses, sets, counting) if self.adapters else None
-        self._schedule = plan.schedule
+        self._schedule, self._drafting = plan.schedule, None
         self.counters.steps += 1
 
     def base(
@@ -116,7 +59,7 @@ class Step:
     ) -> torch.Tensor:
         """[T, H_0] the base's hidden states, over the step as scheduled; sends `staging`."""
         [run] = runs = self._runs([(0, None)], positions, graphs=inputs_embeds is None)
-        self._send(staging, runs, input_ids, positions.shape[0], positions.device)
+        self._send(staging, runs, input_ids, positions)
         return self._pass(run, input_ids, positions, inputs_embeds)
 
     def steered(
@@ -140,239 +83,143 @@ class Step:
         out = torch.zeros(positions.shape[0], layout.width, dtype=layout.dtype, device=device)
         active = plan.classes.active
         staging.add([control], lambda there: layout.write_control(out, there[0]))
-        valued: list[torch.Tensor] = []
-        if plan.valued:
-            rows = [row for row, _ in plan.valued]
-            at = (plan.schedule.starts[1:][rows] - 1).astype(np.int64)
-            staging.add([at, plan.tables.ends_of(rows)], valued.extend)
         runs = self._runs([(i, b) for i, b in enumerate(plan.batches) if active[i]], positions)
-        self._send(staging, runs, input_ids, positions.shape[0], device)
+        valued = self._plan_values(plan, staging) if plan.valued else None
+        again = [] if valued is None else [*valued.passes.values()]
+        again += self._plan_drafts(plan, staging)
+        self._send(staging, runs, input_ids, positions, again)
         for run in runs:
             hidden, columns = self._pass(run, input_ids, positions), layout.columns(run.stream)
             if plan.batches[run.stream] is None:
                 out[: hidden.shape[0], columns] = hidden
             else:
                 out[self._tokens(run), columns] = hidden
-        if plan.valued:
-            self._add_values(plan, input_ids, out, *valued)
+        if valued is not None:
+            self._add_values(valued, input_ids.dtype, out)
         return out
 
-    def draft_scores(
-        self, i: int, token_ids: torch.Tensor, batch: StagedBatch, size: int
-    ) -> torch.Tensor:
-        """[n, size] scores of the draft stream behind n requests; see `drafting.Score`."""
-        host, ids = batch.host, read_as(token_ids.int(), self.readout.vocabularies[i].read_as)
-        run = Run(i, host, 0 if self.graphs is None else self.graphs.size_for(i, host))
-        self._send(Staging(), [run], ids, ids.shape[0], ids.device, stage=False)
-        if run.size:
-            assert self.graphs is not None
-            self.graphs.put_own(i, ids, batch.positions)
-            hidden = self._pass(run, ids, batch.positions)
-        else:
-            adapting = self._adapting(run, ids.shape[0], ids.device)
-            with self.contexts.between_steps(i, batch), adapting:
-                hidden = forward(self.models[i], ids, batch.positions)
-            self.counters.count(self.names[i], host.rows.size)
-        return self.readout.draft_scores(i, hidden, size)
+    # --- candidates of value streams ------------------------------------------------------------
 
-    def _runs(
-        self,
-        wanted: Sequence[tuple[int, StreamBatch | None]],
-        positions: torch.Tensor,
-        *,
-        graphs: bool = True,
-    ) -> list[Run]:
-        """Some streams' passes over some batches, each by a graph if one fits.
-
-        Args:
-            wanted: (stream, batch), as in `Run`.
-            positions: [T] of the step; models may want more of each than a number.
-            graphs: whether any may be replayed.
-        """
-        if self.graphs is None or not graphs or positions.dim() != 1:
-            return [Run(*one) for one in wanted]
-        assert self._schedule is not None
-        decoding = decoding_batch(self._schedule, positions.shape[0])
-        found = []
-        for i, batch in wanted:
-            size = self.graphs.size_for(i, own := batch or decoding)
-            found.append(Run(i, own if size else batch, size))
+    def _plan_values(self, plan: StepPlan, staging: Staging) -> _Valued:
+        """What value streams will run behind the step's passes; what that reads goes along."""
+        rows = [row for row, _ in plan.valued]
+        at = (plan.schedule.starts[1:][rows] - 1).astype(np.int64)
+        values = self.values.plan(plan.valued, plan.schedule, plan.tables.offsets)
+        passes = {id(b): self._again(stream, b) for stream, b in values.batches}
+        found = _Valued(values, passes)
+        staging.add([at, plan.tables.ends_of(rows)], found.rows.extend)
+        staging.add(values.arrays, found.arrays.extend)
         return found
 
-    def _send(
-        self,
-        staging: Staging,
-        runs: Sequence[Run],
-        input_ids: torch.Tensor | None,
-        total: int,
-        device: torch.device,
-        *,
-        stage: bool = True,
-    ) -> None:
-        """Brings what some passes read to the device, with what `staging` has already.
-
-        Args:
-            staging: is sent.
-            runs: of different streams.
-            input_ids: [T] of the step; None without graphs.
-            total: T.
-            device: of the streams.
-            stage: whether the batches that no graph runs are not there yet.
-        """
-        self._staged = {}
-        eager = {id(b): b for _, b, size in runs if stage and b is not None and not size}
-        for batch in eager.values():
-            self._stage(staging, batch)
-        if self.adapters is not None and self.adapters.triton is not None:
-            for write in self.adapters.writes(self.adapted, [self._named(r, total) for r in runs]):
-                staging.add(write.arrays, partial(self.adapters.put, write))
-        replayed = {i: batch for i, batch, size in runs if size and batch is not None}
-        if replayed:
-            assert self.graphs is not None and input_ids is not None
-            inputs = self.graphs.inputs(replayed, self.contexts.scratch)
-            put, ids = self.graphs.put, input_ids
-            staging.add([inputs], lambda there: put(there[0], ids))
-        staging.send(device)
-
-    def _stage(self, staging: Staging, batch: StreamBatch) -> None:
-        def note(there: Sequence[torch.Tensor]) -> None:
-            self._staged[id(batch)] = StagedBatch(batch, *there)
-
-        staging.add(arrays_of(batch), note)
-
-    def _tokens(self, run: Run) -> torch.Tensor:
-        """[n] int64 where the rows of a pass lie in the step, once it ran."""
-        assert run.batch is not None
-        if run.size:
-            assert self.graphs is not None
-            return self.graphs.tokens(run.stream, run.batch)
-        return self._staged[id(run.batch)].tokens
-
-    def _pass(
-        self,
-        run: Run,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """[T_i, H] a stream's hidden states of what it runs."""
-        i, batch, size = run
-        if size:
-            assert self.graphs is not None and batch is not None
-            self.counters.count(self.names[i], batch.rows.size)
-            hidden = self.graphs.run(i, batch, size)
-            if self.adapters is not None and self.adapted is not None:
-                self.adapters.routed(self.adapted, self.names[i])
-            return hidden
-        table = self.readout.vocabularies[i].read_as
-        if batch is None:
-            assert self._schedule is not None
-            self.counters.count(self.names[i], self._schedule.tokens)
-            ids = input_ids if input_ids is None else read_as(input_ids, table)
-            with self._running(run, positions):
-                return forward(self.models[i], ids, positions, inputs_embeds)
-        assert input_ids is not None
-        staged = self._staged[id(batch)]
-        ids = read_as(input_ids[staged.tokens], table)
-        if staged.own_at.numel():
-            ids[staged.own_at] = staged.own_ids.to(ids.dtype)
-        self.counters.count(self.names[i], batch.tokens.size)
-        with self._running(run, staged.positions):
-            return forward(self.models[i], ids, staged.positions)
-
-    @contextmanager
-    def _running(self, run: Run, positions: torch.Tensor) -> Iterator[None]:
-        """The context of a pass that is launched piece by piece."""
-        staged = None if run.batch is None else self._staged[id(run.batch)]
-        adapting = self._adapting(run, positions.shape[0], positions.device)
-        with self.contexts.step(run.stream, staged), adapting:
-            yield
-
-    def _add_values(
-        self,
-        plan: StepPlan,
-        input_ids: torch.Tensor,
-        out: torch.Tensor,
-        last: torch.Tensor,
-        which: torch.Tensor,
-    ) -> None:
+    def _add_values(self, valued: _Valued, dtype: torch.dtype, out: torch.Tensor) -> None:
         """Writes what value streams add to the rows that draw a token into `out`.
 
         Args:
-            plan: of the step.
-            input_ids: [T] of the step.
+            valued: of the step; its arrays are there.
+            dtype: of token ids.
             out: [T, width], changed in place.
-            last: [n] int64 the last token of each row, and
-            which: [n] float32 the set of ids that ends its text.
         """
-        layout, schedule, tables = self.readout.layout, plan.schedule, plan.tables
+        layout, (last, which) = self.readout.layout, valued.rows
 
         def hidden(stream: int) -> torch.Tensor:
             return out[last, layout.columns(stream)]
 
         def run(stream: int, tokens: torch.Tensor, batch: Candidates) -> torch.Tensor:
-            return self._candidates(stream, tokens.to(input_ids.dtype), batch)
+            return self._candidates(valued.passes[id(batch)], tokens.to(dtype))
 
         scores = candidates_of(self.models[0].compute_logits(hidden(0)), self.readout.padded)
         ends, note = self.readout.ends.of(which), self.readout.watch.requests
-        offsets = tables.offsets
-        add = self.values.add(plan.valued, scores, hidden, schedule, offsets, run, ends, note)
+        add = self.values.add(valued.plan, valued.arrays, scores, hidden, run, ends, note)
         layout.write_additions(out, last, add.ids, add.added)
 
-    def _candidates(self, i: int, ids: torch.Tensor, batch: Candidates) -> torch.Tensor:
-        """[n, H] stream i's hidden states of candidates, whose ids are its own."""
-        size = self.graphs.size_for(i, batch) if self.graphs is not None else 0
-        run, staging = Run(i, batch, size), Staging()
-        if size:
-            self._stage(staging, batch)
-        self._send(staging, [run], ids, ids.shape[0], ids.device)
-        staged = self._staged[id(batch)]
-        self.contexts.begin_candidates(i, staged)
-        if size:
+    def _candidates(self, one: Again, ids: torch.Tensor) -> torch.Tensor:
+        """[n, H] a value stream's hidden states of candidates, whose ids are its own."""
+        run, staged = one.run, self._begin_again(one)
+        self.contexts.begin_candidates(run.stream, staged)
+        if run.shape:
             assert self.graphs is not None
-            self.graphs.put_own(i, ids)
+            self.graphs.put_own(run.stream, ids)
             return self._pass(run, ids, staged.positions)
-        self.counters.count(self.names[i], batch.rows.size)
-        with self._running(run, staged.positions):
-            return forward(self.models[i], ids, staged.positions)
+        self.counters.count(self.names[run.stream], ids.shape[0])
+        with self._running(run, staged):
+            return forward(self.models[run.stream], ids, staged.positions)
 
-    def _adapting(self, run: Run, total: int, device: torch.device) -> AbstractContextManager[None]:
-        """Makes a stream's layers add its requests' adapters, in a pass whose tables are there."""
-        if self.adapted is None:
-            return nullcontext()
-        assert self.adapters is not None
-        one = self._named(run, total)
-        return self.adapters.adapting(self.adapted, one, device, written=True)
+    # --- drafts ---------------------------------------------------------------------------------
 
-    def _named(self, run: Run, total: int) -> Pass:
-        """A pass as adapters know it.
+    def _plan_drafts(self, plan: StepPlan, staging: Staging) -> list[Again]:
+        """The pass that will draft behind the step, if any request drafts."""
+        if self.drafts is None:
+            return []
+        rows, ends = self.drafts.rows(plan)
+        if not rows.size:
+            return []
+        offsets = plan.tables.offsets[rows, self.drafts.stream]
+        one = self._again(self.drafts.stream, StreamBatch.of(rows, ends - offsets))
+
+        def note(there: Sequence[torch.Tensor]) -> None:
+            self._drafting = one, there[0]
+
+        staging.add([offsets.astype(np.int64)], note)
+        return [one]
+
+    def draft(self, newest: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """[Q, K] int64 drafts behind the step that has just run; nothing asks the device.
 
         Args:
-            run: the pass.
-            total: tokens of the step, padding included.
+            newest: [Q] int64 index of each request's newest token.
+            ids: [Q] int64 these tokens.
         """
-        i, batch, size = run
-        name = self.names[i]
-        if batch is None:
-            assert self._schedule is not None
-            lengths = self._schedule.lengths
-            requests: Int64 = np.repeat(np.arange(lengths.size), lengths)
-            return Pass(name, self.original[name], requests, total)
-        requests = batch.rows[batch.token_rows]
-        return Pass(name, self.original[name], requests, size or requests.size)
+        assert self.drafts is not None
+        i, count = self.drafts.stream, self.drafts.tokens
+        drafts = ids[:, None].repeat(1, count)
+        if self._drafting is None:
+            return drafts
+        (one, lag), self._drafting = self._drafting, None
+        staged = self._begin_again(one)
+        rows, bounds = staged.host.rows, staged.host.positions.astype(np.int32)
+        own, ends = ids[staged.rows], newest[staged.rows] - lag
+        for k in range(count):
+            batch = staged.at(ends + k, StreamBatch.of(rows, bounds + k))
+            run = Run(i, batch.host, one.run.shape)
+            own = self._draft_scores(run, own, batch, self.drafts.size, written=True).argmax(-1)
+            drafts[staged.rows, k] = own
+        return drafts
+
+    def draft_scores(
+        self, i: int, token_ids: torch.Tensor, batch: StagedBatch, size: int
+    ) -> torch.Tensor:
+        """[n, size] scores of the draft stream behind n requests; see `drafting.Score`."""
+        return self._draft_scores(Run(i, batch.host), token_ids, batch, size, written=False)
+
+    def _draft_scores(
+        self, run: Run, token_ids: torch.Tensor, batch: StagedBatch, size: int, *, written: bool
+    ) -> torch.Tensor:
+        i, ids = run.stream, read_as(token_ids.int(), self.readout.vocabularies[run.stream].read_as)
+        if run.shape:
+            assert self.graphs is not None
+            self.graphs.put_own(i, ids, batch.positions)
+            hidden = self._pass(run, ids, batch.positions)
+        else:
+            self.counters.count(self.names[i], ids.shape[0])
+            adapting = self._adapting(run, ids.shape[0], written=written)
+            with self.contexts.between_steps(i, batch), adapting:
+                hidden = forward(self.models[i], ids, batch.positions)
+        return self.readout.draft_scores(i, hidden, size)
 
 
-def forward(
-    model: Any,
-    input_ids: torch.Tensor | None,
-    positions: torch.Tensor,
-    inputs_embeds: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """[T, H] a model's hidden states. By keyword: models differ in what stands between."""
-    hidden: torch.Tensor = model(
-        input_ids=input_ids,
-        positions=positions,
-        intermediate_tensors=None,
-        inputs_embeds=inputs_embeds,
-    )
-    return hidden
+@dataclass(frozen=True)
+class _Valued:
+    """The candidates of a step.
+
+    Args:
+        plan: which there are.
+        passes: id of a batch → the pass that runs it.
+        rows: [n] int64 the last token of each row, and [n] float32 the set of ids that ends its
+            text; once they are there.
+        arrays: the plan's; once they are there.
+    """
+
+    plan: ValuePlan
+    passes: dict[int, Again]
+    rows: list[torch.Tensor] = field(default_factory=list)
+    arrays: list[torch.Tensor] = field(default_factory=list)

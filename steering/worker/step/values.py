@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,6 @@ from steering.kernels.mix import NEVER, Ends
 from steering.kernels.values import value_offsets
 from steering.plan import Values
 from steering.worker.plan.batches import Bool, Candidates, Int32, Int64, Schedule
-from steering.worker.plan.staging import to_device
 
 Asked = tuple[int, Values]
 """(row of the step, what its plan asks for)."""
@@ -57,20 +57,37 @@ class ValueStreams:
         index: stream name → index.
         read_as: stream index → [V] int64, the stream's id for each of the base's, or None.
         chunk: candidates that run at once: as many as there are scratch blocks.
+        size: V.
     """
 
     heads: dict[int, Head]
     index: dict[str, int]
     read_as: dict[int, torch.Tensor | None]
     chunk: int
+    size: int
+
+    def plan(self, asked: Sequence[Asked], schedule: Schedule, offsets: Int32) -> ValuePlan:
+        """What the step's candidates need, but for the ids.
+
+        Args:
+            asked: n rows.
+            schedule: what vLLM scheduled.
+            offsets: [Q, S] by how many tokens streams' prompts are shorter.
+        """
+        counts = np.array([min(values.top_k, self.size) for _, values in asked])
+        valid = np.arange(counts.max()) < counts[:, None]
+        parts = [
+            _Part.of(asked, self.index, stream, schedule, offsets, valid, self.chunk)
+            for stream in self.heads
+        ]
+        return ValuePlan(asked, valid, tuple(part for part in parts if part.chosen.size))
 
     def add(
         self,
-        asked: Sequence[Asked],
+        plan: ValuePlan,
+        staged: Sequence[torch.Tensor],
         scores: torch.Tensor,
         hidden: Callable[[int], torch.Tensor],
-        schedule: Schedule,
-        offsets: Int32,
         run: Run,
         ends: Ends | None,
         note: Note,
@@ -78,32 +95,21 @@ class ValueStreams:
         """The additions of the rows that draw a token in this step.
 
         Args:
-            asked: n rows.
+            plan: of the step, n rows.
+            staged: its arrays, on the device.
             scores: [n, V] the base's raw scores there; −∞ where an id is no token.
             hidden: stream index → [n, H] its hidden states at the rows' last tokens.
-            schedule: what vLLM scheduled.
-            offsets: [Q, S] by how many tokens streams' prompts are shorter.
             run: runs candidates through a stream.
             ends: of the n rows, the ids that end a text; None for none.
             note: gets each stream's values, to look for numbers that are none.
         """
-        rows = np.array([row for row, _ in asked])
-        counts = np.array([min(values.top_k, scores.shape[-1]) for _, values in asked])
-        valid = np.arange(counts.max()) < counts[:, None]
-        rules = np.array([values.ends for _, values in asked])
-        parts = [
-            _Part.of(asked, self.index, stream, schedule, offsets, valid) for stream in self.heads
-        ]
-        parts = [part for part in parts if part.chosen.size]
-        arrays = [a for part in parts for a in (part.chosen, rows[part.chosen], part.beta, part.at)]
-        staged = to_device([valid, rules == "prefix", rules == "zero", *arrays], scores.device)
         counted, from_prefix, left_out = staged[:3]
-        ids = scores.topk(valid.shape[1]).indices
+        ids = scores.topk(plan.valid.shape[1]).indices
         ending = torch.zeros_like(counted)
         if ends is not None:
             ending = ends.of(slice(None), scores.shape[-1]).gather(1, ids)
         added = torch.zeros(ids.shape, dtype=torch.float32, device=scores.device)
-        for n, part in enumerate(parts):
+        for n, part in enumerate(plan.parts):
             chosen, step_rows, beta, at = staged[3 + 4 * n : 7 + 4 * n]
             head = self.heads[part.stream]
             after = self._after(part, head, ids[chosen], at, run)
@@ -134,11 +140,11 @@ class ValueStreams:
         tokens, table = ids.flatten()[at], self.read_as[part.stream]
         if table is not None:
             tokens = table[tokens]
-        values = []
-        for start in range(0, part.at.size, self.chunk):
-            some = slice(start, start + self.chunk)
-            batch = Candidates.of(part.rows[some], part.lengths[some])
-            values.append(head(run(part.stream, tokens[some], batch)))
+        values, start = [], 0
+        for batch in part.batches:
+            some = tokens[start : start + batch.rows.size]
+            values.append(head(run(part.stream, some, batch)))
+            start += batch.rows.size
         after = torch.zeros(ids.numel(), dtype=torch.float32, device=ids.device)
         after[at] = torch.cat(values)
         return after.view(ids.shape)
@@ -153,16 +159,14 @@ class _Part:
         chosen: [n] which of the step's valued rows.
         beta: [n] float32 its strength there.
         at: [m] the candidates' places among n rows of K.
-        rows: [m] the request that each extends.
-        lengths: [m] of its prefix: the candidate's position.
+        batches: the m candidates, as many as run at once in each.
     """
 
     stream: int
     chosen: Int64
     beta: npt.NDArray[np.float32]
     at: Int64
-    rows: Int64
-    lengths: Int32
+    batches: tuple[Candidates, ...]
 
     @classmethod
     def of(
@@ -173,8 +177,9 @@ class _Part:
         schedule: Schedule,
         offsets: Int32,
         valid: Bool,
+        chunk: int,
     ) -> _Part:
-        """Other arguments as of `ValueStreams.add`.
+        """Other arguments as of `ValueStreams.plan`.
 
         Args:
             asked: n rows.
@@ -183,6 +188,7 @@ class _Part:
             schedule: what vLLM scheduled.
             offsets: [Q, S].
             valid: [n, K] which candidates there are.
+            chunk: how many run at once.
         """
         strength = [
             next((b for name, b in values.strengths if index[name] == stream), 0.0)
@@ -193,7 +199,40 @@ class _Part:
         at = np.flatnonzero(valid[chosen])
         rows = np.array([row for row, _ in asked])[chosen][at // valid.shape[1]]
         lengths = (schedule.computed + schedule.lengths - offsets[:, stream])[rows]
-        return cls(stream, chosen, beta[chosen], at, rows, lengths)
+        parts = [slice(start, start + chunk) for start in range(0, at.size, chunk)]
+        batches = tuple(Candidates.of(rows[part], lengths[part]) for part in parts)
+        return cls(stream, chosen, beta[chosen], at, batches)
+
+
+@dataclass(frozen=True)
+class ValuePlan:
+    """The candidates of a step, known on the host before it but for their ids.
+
+    Args:
+        asked: n rows.
+        valid: [n, K] which candidates there are.
+        parts: of the value streams that any row asks.
+    """
+
+    asked: Sequence[Asked]
+    valid: Bool
+    parts: tuple[_Part, ...]
+
+    @property
+    def batches(self) -> list[tuple[int, Candidates]]:
+        """(stream, what it runs), in the order in which they run."""
+        return [(part.stream, batch) for part in self.parts for batch in part.batches]
+
+    @property
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        """What `ValueStreams.add` reads on the device."""
+        rows, rules = (
+            np.array(of) for of in zip(*((r, v.ends) for r, v in self.asked), strict=True)
+        )
+        found: list[npt.NDArray[Any]] = [self.valid, rules == "prefix", rules == "zero"]
+        for part in self.parts:
+            found += [part.chosen, rows[part.chosen], part.beta, part.at]
+        return found
 
 
 Runs = list[tuple[slice, int]]

@@ -9,6 +9,7 @@ counted, not run.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -43,8 +44,7 @@ from steering.worker.readout.reporter import Reporter
 from steering.worker.readout.scoring import Scoring
 from steering.worker.readout.triton import TritonReadout
 from steering.worker.readout.watch import Watch
-from steering.worker.step import values as values_module
-from steering.worker.step.values import ValueStreams, candidates_of
+from steering.worker.step.values import ValuePlan, ValueStreams, candidates_of
 
 SIZE, HIDDEN, TOP_K, DRAFTS = 160, 16, 5, 2
 NAMES = (BASE, "chat", "plain", "good")
@@ -156,7 +156,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
     from steering.kernels import triton_mix  # not every machine has Triton
 
     with ExitStack() as stack:
-        for module in (ends_module, staging_module, values_module):
+        for module in (ends_module, staging_module):
             stack.enter_context(mock.patch.object(module, "to_device", recorder.to_device))
         for module in (reporter_module, watch_module):
             stack.enter_context(mock.patch.object(module, "HostCopy", recorder.host_copy))
@@ -226,31 +226,35 @@ def run(scoring: Scoring, recorder: Recorder, plan: StepPlan) -> None:
     if plan.valued:
         of = [row for row, _ in plan.valued]
         last = plan.schedule.starts[1:][of].astype(np.int64)
-        staging.add([last, plan.tables.ends_of(of)], valued.extend)
+        values = STREAMS.plan(plan.valued, plan.schedule, plan.tables.offsets)
+        staging.add([last, plan.tables.ends_of(of), *values.arrays], valued.extend)
     staging.send(hidden.device)
     if plan.valued:
-        _add_values(scoring, recorder, plan, hidden, *valued)
+        _add_values(scoring, recorder, values, hidden, *valued)
     z = scoring(torch.empty(rows, width, dtype=layout.dtype, device=recorder.device))
     assert z is not None and z.shape == (rows, SIZE)
     count = len(plan.schedule.drafts)
-    readout.watch.left(z[:count])
+    readout.watch.left(z[:count].amax(-1) == -math.inf)
     readout.watch.send()
     ids = torch.empty(count, 1 + DRAFTS, dtype=torch.int64, device=recorder.device)
     scoring.reporter.sampled(ids)
     scoring(hidden[:1])  # of a prompt
 
 
+STREAMS = ValueStreams({3: lambda h: h.float().sum(-1)}, {"good": 3}, {3: None}, 8, SIZE)
+
+
 def _add_values(
     scoring: Scoring,
     recorder: Recorder,
-    plan: StepPlan,
+    plan: ValuePlan,
     hidden: torch.Tensor,
     last: torch.Tensor,
     which: torch.Tensor,
+    *staged: torch.Tensor,
 ) -> None:
     """As `Step._add_values`."""
     readout, layout = scoring.readout, scoring.readout.layout
-    streams = ValueStreams({3: lambda h: h.float().sum(-1)}, {"good": 3}, {3: None}, 8)
 
     def after(_stream: int, tokens: torch.Tensor, _batch: Candidates) -> torch.Tensor:
         return torch.empty(len(tokens), HIDDEN, device=recorder.device)
@@ -258,12 +262,11 @@ def _add_values(
     base = readout._unembed(0, hidden[last, :HIDDEN])
     assert base is not None
     scores = candidates_of(base, readout.padded)
-    add = streams.add(
-        plan.valued,
+    add = STREAMS.add(
+        plan,
+        staged,
         scores,
         lambda stream: hidden[last, layout.columns(stream)],
-        plan.schedule,
-        plan.tables.offsets,
         after,
         readout.ends.of(which),
         readout.watch.requests,

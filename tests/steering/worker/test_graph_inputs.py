@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from steering.worker.plan.batches import Candidates, StreamBatch
-from steering.worker.step.graph_inputs import LARGEST, Field, graph_sizes, host_inputs
+from steering.worker.plan.batches import Candidates, StreamBatch, stream_batch
+from steering.worker.step.graph_inputs import LARGEST, Field, Shape, graph_shapes, host_inputs
+from tests.steering.worker.schedules import scheduled
 
 
 @pytest.mark.parametrize(
@@ -23,13 +24,23 @@ from steering.worker.step.graph_inputs import LARGEST, Field, graph_sizes, host_
 def test_sizes_are_those_asked_for_up_to_the_most_requests(
     asked: list[int] | None, most: int, want: tuple[int, ...]
 ) -> None:
-    assert graph_sizes(asked, most) == want
+    assert graph_shapes(asked, most, 96, 0) == tuple(Shape(rows, 1) for rows in want)
 
 
 def test_sizes_end_somewhere() -> None:
-    sizes = graph_sizes(None, 4096)
-    assert sizes[-1] == LARGEST
-    assert list(sizes) == sorted(set(sizes))
+    shapes = graph_shapes(None, 4096, 8192, 0)
+    assert shapes[-1] == (LARGEST, 1)
+    assert list(shapes) == sorted(set(shapes))
+
+
+def test_where_drafts_are_verified_sizes_are_of_tokens() -> None:
+    """As vLLM has them: the numbers of rows are those that this many tokens fill."""
+    assert graph_shapes([2, 4, 9, 12], 4, 96, 2) == (
+        (2, 1), (1, 3), (4, 1), (2, 3), (3, 3), (4, 3)
+    )  # fmt: skip
+    assert graph_shapes([2, 8], 4, 96, 2) == ((2, 1), (1, 3), (4, 1), (3, 3))
+    assert graph_shapes([24], 8, 20, 2) == ((8, 1),)
+    assert all(shape.tokens <= LARGEST + 3 for shape in graph_shapes(None, 4096, 8192, 3))
 
 
 def test_each_row_has_its_inputs_and_padding_has_none() -> None:
@@ -56,3 +67,15 @@ def test_each_row_has_its_inputs_and_padding_has_none() -> None:
     assert found[2, Field.REQUEST].tolist() == [2, 2, 5, -1]
     assert (found[1, Field.POSITION] == -1).all()
     assert not found[1, Field.LENGTH].any()
+
+
+def test_rows_of_several_tokens() -> None:
+    schedule = scheduled([0, 3, 6], [7, 20])
+    uses, offsets = np.array([True, True]), np.array([2, 0], np.int32)
+    batch = stream_batch(schedule, uses, offsets, None)
+    assert batch is not None and batch.width == 3
+    found = host_inputs({0: batch}, 40, 1, 9)[0]
+    assert found[Field.REQUEST].tolist() == [0, 1, *[-1] * 7]
+    assert found[Field.TOKEN].tolist() == [*range(6), *[-1] * 3]
+    assert found[Field.POSITION].tolist() == [5, 6, 7, 20, 21, 22, *[-1] * 3]
+    assert found[Field.LENGTH].tolist() == [8, 23, *[0] * 7]

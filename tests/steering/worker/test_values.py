@@ -33,6 +33,7 @@ class World:
             index=INDEX,
             read_as={1: None, 2: (torch.arange(SIZE) + 7) % SIZE},
             chunk=chunk,
+            size=SIZE,
         )
 
     def value(self, stream: int, row: int, position: int, token: int) -> float:
@@ -71,7 +72,9 @@ def test_each_row_gets_its_own_candidates_values_and_rules(chunk: int) -> None:
         assert numbers.isfinite().all() and len(numbers) == len(rows)
         noted.append((stream, rows.tolist()))
 
-    found = world.streams.add(asked, scores, world.hidden, step, offsets, world.run, ends, note)
+    plan = world.streams.plan(asked, step, offsets)
+    staged = [torch.from_numpy(array) for array in plan.arrays]
+    found = world.streams.add(plan, staged, scores, world.hidden, world.run, ends, note)
     assert noted == [(1, [0, 2]), (2, [2, 3, 4])]
     for j, (row, values) in enumerate(asked):
         best = scores[j].argsort(descending=True)[: values.top_k]
