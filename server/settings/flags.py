@@ -31,14 +31,14 @@ def add_flags(parser: argparse.ArgumentParser, described: dict[str, str]) -> Non
         groups[flag.group] = group
         text = described.get(flag.setting, "") or flag.note
         where = f" ({flag.setting})" if flag.setting else ""
-        more: dict[str, Any] = {
+        forms: dict[str, dict[str, Any]] = {
             "text": {"metavar": "X"},
             "texts": {"nargs": "+", "action": "extend", "metavar": "X"},
             "json": {"type": _json, "metavar": "JSON"},
             "switch": {"action": argparse.BooleanOptionalAction},
-        }[flag.form]
+        }
         group.add_argument(f"--{flag.name}", default=argparse.SUPPRESS, dest=f"flag.{flag.dest}",
-                           help=(text + where).replace("%", "%%"), **more)  # fmt: skip
+                           help=(text + where).replace("%", "%%"), **forms[flag.form])  # fmt: skip
 
 
 def _json(text: str) -> object:

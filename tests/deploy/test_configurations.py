@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from server.settings.file import _Loader
+from server.settings.yaml_text import read_yaml
 from tests.adapters.make import make_lora
 from tests.deploy.as_cuda import PLATFORMS
 from tests.docs.test_examples import CONFIGURATIONS
@@ -30,11 +30,16 @@ DEPLOY_PAGE = (ROOT / "docs" / "deploy.md").read_text("utf-8")
 Document = dict[str, Any]
 
 
+def _document(file: Path) -> Document:
+    found: Any = read_yaml(file.read_text("utf-8"))
+    return dict(found)
+
+
 def shown() -> Iterator[tuple[str, Document]]:
     """(where, configuration), models and paths as they stand there."""
     yield from CONFIGURATIONS
     for file in (ROOT / "zoo" / "server.yaml", ROOT / "deploy" / "server.yaml"):
-        yield str(file.relative_to(ROOT)), yaml.load(file.read_text("utf-8"), _Loader)
+        yield str(file.relative_to(ROOT)), _document(file)
     for file in VALUES:
         yield f"helm/{file.name}", helm_config(yaml.safe_load(file.read_text("utf-8")))
     (block,) = re.findall(r"^```yaml\n(config:.*?)^```$", DEPLOY_PAGE, re.DOTALL | re.M)

@@ -88,7 +88,8 @@ class V2View(RunnerView):
         # vLLM makes it for few models; ours has blocks zeroed that held no numbers.
         if runner.kv_block_zeroer is None:
             runner._init_kv_zero_meta()
-            runner.kv_block_zeroer.zero_block_ids([0])  # compiles it; the block is nobody's
+            zeroer: Any = runner.kv_block_zeroer
+            zeroer.zero_block_ids([0])  # compiles it; the block is nobody's
         self._rows: Int64 = np.empty(0, np.int64)
 
     def schedule(self) -> Schedule | None:
