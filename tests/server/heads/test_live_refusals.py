@@ -89,23 +89,13 @@ def test_bad_steering_names_field_value_and_range(
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-@pytest.mark.parametrize(
-    ("steering", "field"),
-    [
-        ('{"method": "value_augmented", "values": [{"stream": "value", "strength": %s}]}',
-         "values.0.strength"),
-        ('{"method": "critical_tokens", "threshold": %s}', "threshold"),
-        ('{"method": "best_of_n", "value": "value", "n": %s}', "n"),
-    ],
-)  # fmt: skip
-def test_numbers_that_are_not_finite_are_refused(
-    server: Server, steering: str, field: str, number: str
-) -> None:
-    raw = '{"model": "big", "prompt": "a", "steering": ' + steering % number + "}"
+def test_numbers_that_are_not_finite_are_refused(server: Server, number: str) -> None:
+    steering = f'{{"method": "critical_tokens", "threshold": {number}}}'
+    raw = f'{{"model": "big", "prompt": "a", "steering": {steering}}}'
     kind = {"content-type": "application/json"}
     answer = httpx.post(f"{server.url}/v1/completions", content=raw, headers=kind)
     assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == f"steering.{field}"
+    assert "not valid JSON" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
