@@ -112,6 +112,7 @@ async def assemble(
         methods=diagnosis.methods,
         snapshot=streams,
         limits=config.steering.limits,
+        aliases=config.aliases,
     )
     adapters = None
     if config.adapters is not None:
@@ -119,7 +120,7 @@ async def assemble(
         loaded.engine.residency = loader.residency
 
         def reserved() -> frozenset[str]:
-            return frozenset({config.name, *profiles})
+            return frozenset({config.name, *profiles, *config.aliases})
 
         adapters = await closing.enter_async_context(opened(config, loader, reserved, stage))
     shown = {name: fact.describe() for name, fact in diagnosis.streams.items()}

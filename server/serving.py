@@ -141,13 +141,14 @@ def build(
     )
     resolver = Resolver(
         config.name, methods, profiles, snapshot, config.steering.limits,
-        config.steering.inline, own_prompts, adapters, config.limits,
+        config.steering.inline, own_prompts, adapters, config.limits, config.aliases,
     )  # fmt: skip
-    models = SteeredModels(engine, config.name)
+    models = SteeredModels(engine, config.name, config.aliases)
     shared: dict[str, Any] = {
         "request_logger": None,
         "chat_template": config.chat.template,
         "chat_template_content_format": config.chat.content_format,
+        "default_chat_template_kwargs": config.chat.default_template_kwargs,
     }
     parsers: dict[str, Any] = {
         "enable_auto_tools": config.chat.tool_call_parser is not None,

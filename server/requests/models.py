@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
@@ -17,12 +17,14 @@ class SteeredModels(OpenAIServingModels):
     Args:
         engine: the engine client.
         name: what clients call the base.
+        aliases: more names, which the resolver has looked up before anything here is asked.
     """
 
-    def __init__(self, engine: Any, name: str) -> None:
+    def __init__(self, engine: Any, name: str, aliases: Collection[str] = ()) -> None:
         # vLLM would show the base's folder as its root: no business of clients.
         super().__init__(engine, [BaseModelPath(name, name)])
         self._asked: str | None = None
+        self._aliases = aliases
 
     def for_request(self, asked: str | None) -> SteeredModels:
         """The list as one request sees it.
@@ -37,7 +39,8 @@ class SteeredModels(OpenAIServingModels):
 
     def is_base_model(self, model_name: str) -> bool:
         """Whether a name needs no adapter of vLLM's: ours travel with the plan."""
-        return model_name == self._asked or bool(super().is_base_model(model_name))
+        ours = model_name == self._asked or model_name in self._aliases
+        return ours or bool(super().is_base_model(model_name))
 
     def model_name(self, lora_request: Any = None) -> str:
         """The name that the current response carries."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Literal
 
 from pydantic import ValidationError
@@ -28,6 +28,7 @@ class Profiles(Mapping[str, Profile]):
     Args:
         configured: the configuration's.
         base_name: what clients call the base; no profile may have this name.
+        aliases: more names that are taken.
         methods: the installed methods.
         snapshot: the server's streams.
         limits: the server's ranges.
@@ -44,7 +45,9 @@ class Profiles(Mapping[str, Profile]):
         methods: Methods,
         snapshot: Snapshot,
         limits: Limits,
+        aliases: Collection[str] = (),
     ) -> None:
+        self._aliases = aliases
         self._configured = dict(configured)
         self._put: dict[str, Profile] = {}
         self._base_name = base_name
@@ -85,6 +88,8 @@ class Profiles(Mapping[str, Profile]):
                            allowed="letters, digits, . _ : -; at most 64 characters")  # fmt: skip
         if name == self._base_name:
             raise HttpError(409, f"{name!r} is the name of the base model.", param="name")
+        if name in self._aliases:
+            raise HttpError(409, f"{name!r} is an alias of the configuration.", param="name")
         self._refuse_configured(name)
         if name not in self._put and len(self._put) >= MOST:
             raise HttpError(409, f"There are {MOST} profiles already; delete one first.")
@@ -104,6 +109,8 @@ class Profiles(Mapping[str, Profile]):
             HttpError: 409, the configuration owns it.
             NotFound: there is none.
         """
+        if name in self._aliases:
+            raise HttpError(409, f"{name!r} is an alias of the configuration.", param="name")
         self._refuse_configured(name)
         if name not in self._put:
             raise NotFound("no such profile", field="name", value=name)

@@ -56,6 +56,7 @@ class Resolver:
         own_prompts: tokenises prompts of streams.
         adapters: the server's; None: it has none.
         most: section `limits`: what one request may take.
+        aliases: more names of models, and what each stands for.
     """
 
     base_name: str
@@ -67,6 +68,7 @@ class Resolver:
     own_prompts: OwnPrompts
     adapters: Adapters | None = None
     most: LimitsConfig = field(default_factory=LimitsConfig)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def model_of(self, model: str | None, access: Access) -> Model:
         """What a request's `model` stands for.
@@ -74,7 +76,8 @@ class Resolver:
         Raises:
             HttpError: 404, no such model; 403, the key may not use it.
         """
-        if not model or model == self.base_name:
+        model = self.aliases.get(model, model) if model else None
+        if model is None or model == self.base_name:
             return Model()
         if model in self.profiles:
             access.check_steering(model)
@@ -90,7 +93,8 @@ class Resolver:
         profiles = [n for n in self.profiles if access.profiles is None or n in access.profiles]
         names = self.adapters.names if self.adapters is not None else []
         adapters = [n for n in names if access.adapters is None or n in access.adapters]
-        return [self.base_name, *profiles, *adapters]
+        found = [self.base_name, *profiles, *adapters]
+        return [*found, *(name for name, target in self.aliases.items() if target in found)]
 
     async def resolve(self, parsed: ParsedRequest, context: RequestContext) -> ResolvedRequest:
         """The request's plans, limits checked and prompts tokenised; its adapters stay loaded until

@@ -31,6 +31,7 @@ def _conversation(messages: Any, parts: Serving, options: Mapping[str, Any]) -> 
 def parse_chat(request: SteeredChatRequest, parts: Serving) -> ParsedRequest:
     """Of a chat request."""
     options: dict[str, Any] = {
+        **parts.config.chat.default_template_kwargs,
         **(request.chat_template_kwargs or {}),
         "add_generation_prompt": request.add_generation_prompt,
         "continue_final_message": request.continue_final_message,

@@ -98,6 +98,7 @@ class Server:
         flags: further command-line arguments.
         environ: further environment variables.
         prefix: a command that runs the server as its arguments, in its own place.
+        model: served in place of the configuration.
     """
 
     folder: Path
@@ -105,6 +106,7 @@ class Server:
     flags: tuple[str, ...] = ()
     environ: dict[str, str] = field(default_factory=dict)
     prefix: tuple[str, ...] = ()
+    model: str | None = None
     port: int = field(default_factory=free_port)
     early: list[tuple[str, int, dict[str, Any], dict[str, str]]] = field(default_factory=list)
     """(path, status, body, headers) of answers before it was ready."""
@@ -113,7 +115,14 @@ class Server:
         self.file = self.folder / f"config-{self.port}.yaml"
         self.file.write_text(yaml.safe_dump(self.config))
         self.log = self.folder / f"log-{self.port}.txt"
-        command = [*self.prefix, sys.executable, "-m", "server.main", "serve", str(self.file)]
+        command = [
+            *self.prefix,
+            sys.executable,
+            "-m",
+            "server.main",
+            "serve",
+            self.model or str(self.file),
+        ]
         command += ["--port", str(self.port), *self.flags]
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "COXSWAIN_"))}
         environ["PYTHONPATH"] = str(Path(__file__).parents[2])
