@@ -41,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     _thinking(base)
     (folder / "chat.jinja").write_text(TEMPLATE)
     found = Server(
-        folder, {"auth": {"api_keys": [KEY], "admin_key": KEY}}, model=str(base), flags=(
+        folder, {}, model=str(base), flags=(
             "--served-model-name", "big", "gpt", "org/big", "--api-key", KEY,
             "--chat-template", str(folder / "chat.jinja"),
             "--default-chat-template-kwargs", '{"tone": "quietly and at some length"}',
