@@ -7,8 +7,16 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from types import TracebackType
 from typing import Any, TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress as Bars
+from rich.progress import ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
 
 logger = logging.getLogger("coxswain")
 
@@ -41,15 +49,18 @@ class Progress:
     """
 
     def __init__(self, every_s: float = 10.0) -> None:
-        self._tty = sys.stderr.isatty() and not as_json()
-        self._every_s = 0.2 if self._tty else every_s
+        self._every_s = every_s
         self._stage = ""
         self._began = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
+        self._bar = bar(SpinnerColumn("line"), TEXT, TimeElapsedColumn(), lines=as_json())
+        self._task = self._bar.add_task("")
 
     def __enter__(self) -> Progress:
-        self._thread.start()
+        self._bar.start()
+        if self._bar.disable:
+            self._thread.start()
         return self
 
     def __exit__(
@@ -59,9 +70,7 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self._done.set()
-        self._thread.join(timeout=1)
-        if self._tty:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        self._bar.stop()
 
     @property
     def seconds(self) -> float:
@@ -71,7 +80,8 @@ class Progress:
     def stage(self, text: str) -> None:
         """What is under way from now on."""
         self._stage = text
-        if not self._tty:
+        self._bar.update(self._task, description=text)
+        if self._bar.disable:
             self._show()
 
     def _tick(self) -> None:
@@ -79,26 +89,49 @@ class Progress:
             self._show()
 
     def _show(self) -> None:
-        if self._tty:
-            turn = "|/-\\"[int(self.seconds * 5) % 4]
-            text = f"\r\033[K{turn} {self._stage} … {self.seconds:.0f} s"
-            print(text, end="", file=sys.stderr, flush=True)
-        else:
-            say(f"coxswain: {self._stage} … {self.seconds:.0f} s")
+        say(f"coxswain: {self._stage} … {self.seconds:.0f} s")
+
+
+TEXT = TextColumn("{task.description}", markup=False)
+"""What is under way. Names may hold what would be markup."""
+
+
+def bar(*columns: ProgressColumn, lines: bool = False) -> Bars:
+    """A line on standard error that is rewritten, and gone at the end; disabled on no terminal.
+
+    Args:
+        columns: what it shows.
+        lines: disabled anyway.
+    """
+    console = Console(stderr=True)
+    return Bars(*columns, console=console, transient=True,
+                disable=lines or not console.is_terminal)  # fmt: skip
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Text in columns; the first row is the head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-             for row in rows]  # fmt: skip
-    return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+    found = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in rows[0]:
+        found.add_column(Text(name))
+    for row in rows[1:]:
+        found.add_row(*(Text(cell) for cell in row))
+    return _plain(found)
 
 
 def facts(record: Mapping[str, Any]) -> str:
     """A line for each field of a record."""
-    width = max(map(len, record))
-    return "\n".join(f"{name:<{width}}  {_told(value)}".rstrip() for name, value in record.items())
+    found = Table.grid(padding=(0, 2, 0, 0))
+    for name, value in record.items():
+        found.add_row(Text(name), Text(_told(value)))
+    return _plain(found)
+
+
+def _plain(shown: Table) -> str:
+    """As text, each row in one line however long: programs read it too."""
+    console = Console(width=1 << 16, no_color=True, file=StringIO())
+    with console.capture() as caught:
+        console.print(shown)
+    return "\n".join(line.rstrip() for line in caught.get().splitlines())
 
 
 def _told(value: object) -> str:

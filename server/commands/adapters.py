@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.progress import DownloadColumn, TransferSpeedColumn
+
 from server.commands.admin_client import NOTE, Failed, ask, dump, flags, named, size, talk
-from server.console import facts, table
+from server.console import TEXT, bar, facts, table
 
 if TYPE_CHECKING:
     import httpx
@@ -118,29 +120,22 @@ class _Watched:
 
     def __init__(self) -> None:
         self._said = ""
-        self._bar: Any = None
+        self._bar = bar(TEXT, DownloadColumn(binary_units=True), TransferSpeedColumn())
+        self._task = self._bar.add_task("", total=None)
 
     def __enter__(self) -> _Watched:
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            form = "{desc}: {n_fmt} in {elapsed}, {rate_fmt}"
-            self._bar = tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False,
-                             bar_format=form)  # fmt: skip
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.stop()
 
     def see(self, record: dict[str, Any]) -> None:
         """What is known now."""
         text = _progress(record)
-        if self._bar is not None:
-            self._bar.set_description(f"{record['name']}: {record['state']}", refresh=False)
-            self._bar.n = record["progress_bytes"]
-            self._bar.refresh()
-        elif text != self._said:
+        self._bar.update(self._task, description=f"{record['name']}: {record['state']}",
+                         completed=record["progress_bytes"])  # fmt: skip
+        if self._bar.disable and text != self._said:
             print(text, file=sys.stderr)
         self._said = text
 

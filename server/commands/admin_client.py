@@ -1,6 +1,6 @@
 """What the commands share that talk to a running server: its address, its key, its refusals.
 
-Needs httpx only, and tqdm where something takes long.
+Needs httpx only.
 """
 
 from __future__ import annotations

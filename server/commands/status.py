@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
+
 from server.commands.admin_client import NOTE, ask, dump, flags, talk
-from server.console import facts, table
+from server.console import TEXT, bar, facts, table
 
 if TYPE_CHECKING:
     import httpx
@@ -91,11 +92,9 @@ def _drain(given: argparse.Namespace, client: httpx.Client) -> int:
 def _wait(client: httpx.Client, running: int) -> None:
     """Waits until nothing answers; shows how many requests are still to finish."""
     import httpx
-    from tqdm import tqdm
 
-    form = "draining: {n_fmt} of {total_fmt} requests finished |{bar}| {elapsed}"
-    shown = sys.stderr.isatty() and running > 0
-    with tqdm(total=running, bar_format=form, disable=not shown, leave=False) as bar:
+    with bar(TEXT, MofNCompleteColumn(), BarColumn(), TimeElapsedColumn()) as shown:
+        task = shown.add_task("draining", total=running)
         while True:
             try:
                 left = int(client.get("/ready").json()["in_flight"])
@@ -103,6 +102,5 @@ def _wait(client: httpx.Client, running: int) -> None:
                 return
             except (ValueError, LookupError, TypeError):
                 left = running  # a proxy answers in its place
-            bar.n = running - min(left, running)
-            bar.refresh()
+            shown.update(task, completed=running - min(left, running))
             time.sleep(POLL_S)
