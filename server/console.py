@@ -115,23 +115,16 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         found.add_column(Text(name))
     for row in rows[1:]:
         found.add_row(*(Text(cell) for cell in row))
-    return _plain(found)
+    # Each row in one line, however long: programs read it too.
+    console = Console(width=1 << 16, file=StringIO())
+    console.print(found)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def facts(record: Mapping[str, Any]) -> str:
     """A line for each field of a record."""
-    found = Table.grid(padding=(0, 2, 0, 0))
-    for name, value in record.items():
-        found.add_row(Text(name), Text(_told(value)))
-    return _plain(found)
-
-
-def _plain(shown: Table) -> str:
-    """As text, each row in one line however long: programs read it too."""
-    console = Console(width=1 << 16, no_color=True, file=StringIO())
-    with console.capture() as caught:
-        console.print(shown)
-    return "\n".join(line.rstrip() for line in caught.get().splitlines())
+    width = max(map(len, record))
+    return "\n".join(f"{name:<{width}}  {_told(value)}".rstrip() for name, value in record.items())
 
 
 def _told(value: object) -> str:

@@ -29,7 +29,7 @@ class Settings(Checked):
         batch: examples per step; ≥ 1.
         turns: examples joined into one conversation, up to so many; 1 joins none.
         rate: learning rate of the gates; > 0.
-        adapters_rate: learning rate of the adapters; None leaves them as they are.
+        adapters_rate: learning rate of the adapters; None: they stay as they are.
         warm_up: share of the steps in which the rate rises, 0 to 1; then it falls as a cosine.
         weight_decay: AdamW's, ≥ 0.
         max_tokens: tokens of the longest example; None: the base's positions, 1024 at most.

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
+from adapters.training.critic.settings import CriticSettings
 from server.commands.training.flags import (
-    add_held_out,
-    add_running,
-    add_sampling,
+    add_common,
+    add_settings,
+    add_template,
     device,
+    read_settings,
     served_by,
     template_of,
 )
@@ -60,9 +61,15 @@ The key is read from COXSWAIN_API_KEYS (the first of them) where --key is not gi
 More: docs/train-critic.md
 """
 
-_SAME = ("body", "out", "label", "data", "prompts", "adapter", "probe", "hidden", "rank", "samples",
-         "max_tokens", "temperature", "top_p", "epochs", "batch", "rate", "warm_up",
-         "weight_decay", "pos_weight", "held_out", "seed", "save_every", "dtype")  # fmt: skip
+_GROUPS = {
+    "what goes in and out": ("label", "label_timeout_s", "body", "adapter", "out"),
+    "the replies": ("prompts", "data", "samples", "max_tokens", "temperature", "top_p"),
+    "the classifier": ("probe", "hidden", "rank"),
+    "the training": (
+        "epochs", "batch", "rate", "pos_weight", "held_out", "warm_up", "weight_decay", "seed",
+        "save_every", "dtype",
+    ),
+}  # fmt: skip
 
 
 def add(recipes: Any) -> None:
@@ -74,101 +81,9 @@ def add(recipes: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_files(parser)
-    _add_replies(parser)
-    _add_classifier(parser)
-    _add_training(parser)
-
-
-def _add_files(parser: argparse.ArgumentParser) -> None:
-    option = parser.add_argument_group("what goes in and out").add_argument
-    option("--label", required=True, metavar="RULE", help="what is critical; see below")
-    option(
-        "--body",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="the model that the classifier reads with, safetensors; with --probe the aligned one",
-    )
-    option(
-        "--adapter",
-        type=Path,
-        metavar="FOLDER",
-        help="PEFT LoRA adapter that the aligned stream is served with; for --probe",
-    )
-    option(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="the classifier; all work lies beside it in FOLDER.training until it is complete",
-    )
-
-
-def _add_replies(parser: argparse.ArgumentParser) -> None:
-    option = parser.add_argument_group("the replies").add_argument
-    add_sampling(option, samples=4, max_tokens=256)
-    option("--prompts", type=Path, metavar="FILE", help="JSONL; what is sampled from")
-    option("--data", type=Path, metavar="FILE", help="JSONL of ready replies, in place of these")
-    option(
-        "--chat-template",
-        type=Path,
-        metavar="FILE",
-        help="Jinja template for messages in --data (default: the body's own)",
-    )
-    option(
-        "--label-timeout",
-        type=float,
-        default=10.0,
-        metavar="S",
-        help="seconds that the rule may take for one reply (default: 10)",
-    )
-
-
-def _add_classifier(parser: argparse.ArgumentParser) -> None:
-    option = parser.add_argument_group("the classifier").add_argument
-    option("--probe", action="store_true", help="a linear head on the frozen body's hidden states")
-    option("--hidden", type=int, metavar="N", help="with --probe: a hidden layer of N units")
-    option(
-        "--rank",
-        type=int,
-        metavar="N",
-        help="without --probe: trains a LoRA of the body (default: all of its weights)",
-    )
-
-
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    option = parser.add_argument_group("the training").add_argument
-    option(
-        "--epochs",
-        type=int,
-        metavar="N",
-        help="passes over the replies (default: 20 with --probe, else 3)",
-    )
-    option("--batch", type=int, default=16, metavar="N", help="replies per step (default: 16)")
-    option(
-        "--rate",
-        type=float,
-        metavar="X",
-        help="highest learning rate (default: 1e-3 with --probe, 2e-4 with --rank, else 2e-5)",
-    )
-    option(
-        "--pos-weight",
-        type=_weight,
-        default=1.0,
-        metavar="X",
-        help="weight of critical tokens in the loss; auto: as many times as they are rarer. Other "
-        "values than 1 shift all probabilities (default: 1)",
-    )
-    add_held_out(option)
-    add_running(option, warm_up=0.05, weight_decay=0.01, save_every=200)
-
-
-def _weight(text: str) -> float | str:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not a number or auto (got {text!r})") from error
+    add_settings(parser, CriticSettings, _GROUPS)
+    add_template(parser)
+    add_common(parser, samples=True)
 
 
 def run(given: argparse.Namespace) -> int:
@@ -181,7 +96,6 @@ def run(given: argparse.Namespace) -> int:
         AdapterError: something given cannot be used.
     """
     from adapters.training.critic.measures import table
-    from adapters.training.critic.settings import CriticSettings
     from adapters.training.critic.train import train
     from adapters.training.errors import BadRecipe
 
@@ -193,12 +107,8 @@ def run(given: argparse.Namespace) -> int:
                 value=str(value),
                 allowed="not with --data",
             )
-    settings = CriticSettings(
-        served=served_by(given) if given.data is None else None,
-        label_timeout_s=given.label_timeout,
-        device=device(given),
-        **{key: getattr(given, key) for key in _SAME},
-    )
+    served = served_by(given) if given.data is None else None
+    settings = read_settings(CriticSettings, given, served=served, device=device(given))
     found = train(settings, template_of(given), say=lambda line: print(line, file=sys.stderr))
     if found["held_out"] is not None:
         print(table(found["held_out"]))

@@ -1,116 +1,147 @@
-"""Flags that several recipes share, and what they name."""
+"""Command lines of recipes, made from their settings: each field is a flag, with the field's type,
+default and description.
+"""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from adapters.training.checked import flag
 from server.commands.admin_client import URL
 
-Option = Callable[..., Any]
-"""`add_argument` of a parser, or of a group of it."""
+CHOICES = {"dtype": ("float32", "bfloat16")}
+
+_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
-def add_sampling(option: Option, *, samples: int, max_tokens: int) -> None:
-    """The server that replies are sampled from, and how.
-
-    Args:
-        option: where they are added.
-        samples: default of --samples.
-        max_tokens: default of --max-tokens.
-    """
-    option(
-        "--server",
-        default=os.environ.get("COXSWAIN_URL", URL),
-        metavar="URL",
-        help=f"a running Coxswain (default: COXSWAIN_URL, else {URL})",
-    )
-    option("--key", metavar="KEY", help="an API key; better in COXSWAIN_API_KEYS")
-    option(
-        "--model", metavar="NAME", help="base, profile or adapter that replies (default: the base)"
-    )
-    option(
-        "--request",
-        metavar="JSON",
-        default="{}",
-        help='further fields of each request, e.g. \'{"steering": {…}, "adapters": […]}\'',
-    )
-    option(
-        "--samples",
-        type=int,
-        default=samples,
-        metavar="N",
-        help=f"replies for each prompt (default: {samples})",
-    )
-    option(
-        "--max-tokens",
-        type=int,
-        default=max_tokens,
-        metavar="N",
-        help=f"the longest reply (default: {max_tokens})",
-    )
-    option("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
-    option("--top-p", type=float, default=1.0, metavar="P", help="default: 1")
-    option(
-        "--concurrency", type=int, default=8, metavar="N", help="requests at a time (default: 8)"
-    )
-
-
-def add_held_out(option: Option) -> None:
-    """How much of the prompts is kept for measuring."""
-    option(
-        "--held-out",
-        type=float,
-        default=0.1,
-        metavar="X",
-        help="share of the prompts that is measured on, not trained on (default: 0.1)",
-    )
-
-
-def add_running(
-    option: Option, *, warm_up: float, weight_decay: float, save_every: int, written: str = ""
+def add_settings(
+    parser: argparse.ArgumentParser,
+    settings: type[Any],
+    groups: Mapping[str, Sequence[str]],
+    named: Mapping[str, str] | None = None,
 ) -> None:
-    """How any recipe runs.
+    """Adds a flag for each field that a group names.
 
     Args:
-        option: where they are added.
-        warm_up: default of --warm-up.
-        weight_decay: default of --weight-decay.
-        save_every: default of --save-every.
-        written: what decides the dtype of the result, for the help.
+        parser: of the recipe.
+        settings: a dataclass with types, defaults, and a sentence for each field in its docstring.
+        groups: fields, by the heading under which `--help` shows them.
+        named: flags of fields that are `{name: path}`, given once for each.
     """
-    option(
-        "--warm-up",
-        type=float,
-        default=warm_up,
-        metavar="X",
-        help=f"share of the steps in which the rate rises, then cosine (default: {warm_up:g})",
-    )
-    option(
-        "--weight-decay",
-        type=float,
-        default=weight_decay,
-        metavar="X",
-        help=f"AdamW's (default: {weight_decay:g})",
-    )
-    option("--seed", type=int, default=0, metavar="N", help="default: 0")
-    option(
-        "--save-every",
-        type=int,
-        default=save_every,
-        metavar="N",
-        help=f"steps between checkpoints (default: {save_every})",
-    )
+    hints, told = get_type_hints(settings), _sentences(settings)
+    known = {field.name: field for field in fields(settings)}
+    for title, names in groups.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            default = known[name].default
+            needed, text = default is MISSING, told[name]
+            if not needed and default is not None and default is not False:
+                text += f" (default: {default:g})" if isinstance(default, float) else (
+                    f" (default: {default})")  # fmt: skip
+            group.add_argument(
+                (named or {}).get(name, flag(name)), dest=name, required=needed,
+                default=None if needed else default, help=text.replace("%", "%%"),
+                **_form(hints[name], name),
+            )  # fmt: skip
+
+
+def _form(hint: Any, name: str) -> dict[str, Any]:
+    """How argparse reads a type."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    union = get_origin(hint) in (Union, UnionType)
+    words = tuple(word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
+    kind = kinds[0] if union else hint
+    if kind is bool:
+        return {"action": "store_true"}
+    if get_origin(kind) is dict:
+        return {"action": "append", "metavar": "NAME=PATH", "type": _named}
+    if name in CHOICES:
+        return {"choices": CHOICES[name]}
+
+    def read(text: str) -> object:
+        return text if text in words else kind(text)
+
+    read.__name__ = " or ".join([kind.__name__, *words])  # argparse tells it of a wrong value
+    return {"type": read, "metavar": _METAVARS[kind]}
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, sign, path = text.partition("=")
+    if not (name and sign and path):
+        raise argparse.ArgumentTypeError(f"not NAME=PATH (got {text!r})")
+    return name, Path(path)
+
+
+def _sentences(settings: type[Any]) -> dict[str, str]:
+    """The docstring's sentence about each field."""
+    _, _, section = (inspect.getdoc(settings) or "").partition("Args:\n")
+    entries = re.split(r"^    (\w+): ", section, flags=re.MULTILINE)[1:]
+    found = dict(zip(entries[::2], entries[1::2], strict=True))
+    return {name: " ".join(text.split()).rstrip(".").replace("None: ", "default: ")
+            for name, text in found.items()}  # fmt: skip
+
+
+def read_settings(settings: type[Any], given: argparse.Namespace, **more: Any) -> Any:
+    """The settings that a command line gives.
+
+    Args:
+        settings: the dataclass.
+        given: the flags.
+        more: fields that are no flags.
+
+    Raises:
+        BadRecipe: a name is given twice.
+    """
+    found = {field.name: getattr(given, field.name) for field in fields(settings)
+             if field.name not in more}  # fmt: skip
+    for name, value in found.items():
+        if isinstance(value, list):
+            found[name] = _unique(name, value)
+    return settings(**found, **more)
+
+
+def _unique(name: str, pairs: list[tuple[str, Path]]) -> dict[str, Path]:
+    from adapters.training.errors import BadRecipe
+
+    names = [one for one, _ in pairs]
+    for one in names:
+        if names.count(one) > 1:
+            key = flag(name.removesuffix("s"))
+            raise BadRecipe("given twice", field=f"{key} {one}", allowed="each name once")
+    return dict(pairs)
+
+
+def add_common(parser: argparse.ArgumentParser, *, samples: bool) -> None:
+    """Flags that are no settings: the device, and the server that replies are sampled from."""
+    option = parser.add_argument_group("how it runs").add_argument
     option("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
-    option(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16"),
-        help=f"of the arithmetic; what is trained stays float32{written} (default: float32)",
-    )
+    if not samples:
+        return
+    option = parser.add_argument_group("the server that replies").add_argument
+    option("--server", default=os.environ.get("COXSWAIN_URL", URL), metavar="URL",
+           help=f"a running Coxswain (default: COXSWAIN_URL, else {URL})")  # fmt: skip
+    option("--key", metavar="KEY", help="an API key; better in COXSWAIN_API_KEYS")
+    option("--model", metavar="NAME",
+           help="base, profile or adapter that replies (default: the base)")  # fmt: skip
+    option("--request", metavar="JSON", default="{}",
+           help="further fields of each request, e.g. '{\"steering\": {…}}'")  # fmt: skip
+    option("--concurrency", type=int, default=8, metavar="N",
+           help="requests at a time (default: 8)")  # fmt: skip
+
+
+def add_template(parser: argparse.ArgumentParser) -> None:
+    """`--chat-template`, for recipes that render messages."""
+    parser.add_argument("--chat-template", type=Path, metavar="FILE",
+                        help="Jinja template for messages (default: the model's own)")  # fmt: skip
 
 
 def device(given: argparse.Namespace) -> str:

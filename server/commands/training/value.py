@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
+from adapters.training.value.settings import ValueSettings
 from server.commands.training.flags import (
-    add_held_out,
-    add_running,
-    add_sampling,
+    add_common,
+    add_settings,
     device,
+    read_settings,
     served_by,
 )
 
@@ -64,6 +64,16 @@ More: docs/train-value.md
 """
 
 
+_GROUPS = {
+    "what goes in and out": ("prompts", "reward", "reward_timeout_s", "body", "out"),
+    "the samples": ("samples", "max_tokens", "temperature", "top_p"),
+    "the fit": (
+        "rank", "alpha", "lambda_", "gamma", "epochs", "batch", "rate", "held_out", "warm_up",
+        "weight_decay", "seed", "save_every", "dtype",
+    ),
+}  # fmt: skip
+
+
 def add(recipes: Any) -> None:
     """Adds the recipe to the sub-commands of `coxswain train`."""
     parser = recipes.add_parser(
@@ -73,86 +83,8 @@ def add(recipes: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_inputs(parser)
-    option = parser.add_argument_group("the samples").add_argument
-    add_sampling(option, samples=16, max_tokens=64)
-    _add_training(parser)
-
-
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    option = parser.add_argument_group("what goes in and out").add_argument
-    option("--prompts", type=Path, required=True, metavar="FILE", help="JSONL, see below")
-    option(
-        "--reward",
-        required=True,
-        metavar="REWARD",
-        help="FILE.py:FUNCTION, a classifier's folder, or an address",
-    )
-    option(
-        "--reward-timeout",
-        type=float,
-        default=30.0,
-        metavar="S",
-        help="seconds that a function or a server may take for one reward (default: 30)",
-    )
-    option(
-        "--body",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="the language model that becomes the value model; its tokenizer is the base's",
-    )
-    option(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="the value model; work lies beside it in FOLDER.training",
-    )
-
-
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    option = parser.add_argument_group("the fit").add_argument
-    option(
-        "--rank",
-        type=int,
-        metavar="R",
-        help="trains a LoRA of this rank on the body (default: the whole body)",
-    )
-    option("--alpha", type=float, metavar="X", help="the LoRA's α (default: 2 × rank)")
-    option(
-        "--lambda",
-        type=float,
-        default=0.95,
-        metavar="X",
-        dest="lambda_",
-        help="λ; 1 learns from the rewards alone (default: 0.95, the authors')",
-    )
-    option(
-        "--gamma",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="γ; below 1 a reward counts less the later it comes (default: 1)",
-    )
-    option(
-        "--epochs", type=int, default=2, metavar="N", help="passes over the replies (default: 2)"
-    )
-    option("--batch", type=int, default=32, metavar="N", help="replies per step (default: 32)")
-    option("--rate", type=float, default=1e-4, metavar="X", help="learning rate (default: 1e-4)")
-    add_held_out(option)
-    add_running(
-        option,
-        warm_up=0.05,
-        weight_decay=0.0,
-        save_every=100,
-        written=", and the body's file decides what is written",
-    )
-
-
-_SAME = ("prompts", "reward", "body", "out", "rank", "alpha", "samples", "max_tokens",
-         "temperature", "top_p", "lambda_", "gamma", "epochs", "batch", "rate", "warm_up",
-         "weight_decay", "held_out", "seed", "save_every", "dtype")  # fmt: skip
+    add_settings(parser, ValueSettings, _GROUPS)
+    add_common(parser, samples=True)
 
 
 def run(given: argparse.Namespace) -> int:
@@ -165,15 +97,9 @@ def run(given: argparse.Namespace) -> int:
         AdapterError: something given cannot be used, or the server or the reward fails.
     """
     from adapters.training.value.fit import shown
-    from adapters.training.value.settings import ValueSettings
     from adapters.training.value.train import train
 
-    settings = ValueSettings(
-        served=served_by(given),
-        reward_timeout_s=given.reward_timeout,
-        device=device(given),
-        **{key: getattr(given, key) for key in _SAME},
-    )
+    settings = read_settings(ValueSettings, given, served=served_by(given), device=device(given))
     found = train(settings, say=lambda line: print(line, file=sys.stderr))
     served = (
         f"{{model: {settings.out}, head: value}}"
