@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from adapters.errors import RegistryAway
 from adapters.registry.record import Record
-from adapters.registry.registry import Registry
+from adapters.registry.store import Store
 from adapters.sources.fetch import Fetched, Fetcher
 from adapters.sources.source import parse_source
 from adapters.thread import in_thread
@@ -21,15 +21,29 @@ class SupersededError(Exception):
 
 
 class Fetching:
-    """Fetches in a thread, tells the registry how far it is, and stops when the work is lost.
+    """Fetches in threads, tells how far it is, and stops when the work is lost.
+
+    What is copied from a disk does not wait for what comes over a network.
 
     Args:
         fetcher: gets files.
-        registry: where the progress is told.
+        store: where the progress is told.
+        ours: whether some work is still ours, as far as this replica knows.
+        downloads: from elsewhere, at the same time.
+        copies: from local folders, at the same time.
     """
 
-    def __init__(self, fetcher: Fetcher, registry: Registry) -> None:
-        self._fetcher, self._registry = fetcher, registry
+    def __init__(
+        self, fetcher: Fetcher, store: Store, ours: Callable[[Record], bool], *,
+        downloads: int, copies: int,
+    ) -> None:  # fmt: skip
+        self._fetcher, self._store, self._ours = fetcher, store, ours
+        self._downloads, self._copies = asyncio.Semaphore(downloads), asyncio.Semaphore(copies)
+
+    def turn(self, source: str) -> asyncio.Semaphore:
+        """What a fetch from a source has to wait for."""
+        local = parse_source(source).kind == "local"
+        return self._copies if local else self._downloads
 
     async def fetch(self, source: str, job: Record | None = None) -> Fetched:
         """In a thread. Nobody waits for it when this is cancelled or the job is superseded: it ends
@@ -37,7 +51,7 @@ class Fetching:
 
         Args:
             source: where from.
-            job: whose progress is told to the registry.
+            job: whose progress is told.
 
         Raises:
             SupersededError: the job is not ours any more.
@@ -71,15 +85,10 @@ class Fetching:
                 telling.cancel()
 
     async def _tell(self, job: Record, done: Callable[[], int]) -> None:
-        """Tells the registry how much is fetched; returns when the job is superseded."""
-        said = 0
+        """Tells how much is fetched; returns when the job is superseded."""
         while True:
             await asyncio.sleep(_PROGRESS_S)
-            now = done()
+            if not self._ours(job):
+                return
             with contextlib.suppress(RegistryAway):
-                if now == said:
-                    ours = await self._registry.holds(job)
-                else:
-                    ours = await self._registry.progress(job, said := now) is not None
-                if not ours:
-                    return
+                await self._store.tell_progress(job.name, job.job, done())
