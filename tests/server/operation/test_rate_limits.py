@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 from redis import Redis
 
+from adapters.registry.address import parse_address
 from server.errors import HttpError
 from server.operation import rate_limits as module
 from server.operation.rate_limits import RateLimits
@@ -29,7 +30,9 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 @asynccontextmanager
 async def replicas(url: str | None, namespace: str, **rate: int) -> AsyncIterator[list[RateLimits]]:
-    found = [RateLimits(Rate(**rate), url, namespace) for _ in range(2)]
+    found = [
+        RateLimits(Rate(**rate), parse_address(url) if url else None, namespace) for _ in range(2)
+    ]
     try:
         yield found
     finally:
@@ -157,7 +160,7 @@ async def test_while_redis_is_away_each_replica_counts_for_itself(
 
 
 async def test_without_limits_redis_is_not_asked() -> None:
-    rates = RateLimits(Rate(), "redis://127.0.0.1:1/0")
+    rates = RateLimits(Rate(), parse_address("redis://127.0.0.1:1/0"))
     await rates.admit("a", None)
     rates.charge("a", None, 10)
     assert not rates.away
