@@ -34,8 +34,8 @@ class Position(NamedTuple):
 
     Args:
         registry: id of the registry, made with it.
-        writes: how many came before; says where in the log to look, and nothing else: a registry that was
-            restored counts them again.
+        writes: how many came before; says where in the log to look, and nothing else: a registry
+            that was restored counts them again.
         token: of the last write.
     """
 

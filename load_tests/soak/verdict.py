@@ -142,7 +142,6 @@ def _memory(found: Mapping[str, Any]) -> list[Checked]:
     return out
 
 
-
 def _end(found: Mapping[str, Any]) -> list[Checked]:
     end: Mapping[str, Any] = found["end"]
     if "idle" not in end:
