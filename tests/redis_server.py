@@ -72,7 +72,10 @@ class RedisServer:
         """Starts it and returns when it answers, its data loaded."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.socket.unlink(missing_ok=True)
-        lines = "".join(f'{key} "{value}"\n' for key, value in self._settings.items())
+        lines = "".join(
+            f"{key} {value}\n" if " " in value else f'{key} "{value}"\n'
+            for key, value in self._settings.items()
+        )
         self._run(lines)
 
     def _run(self, lines: str, *flags: str) -> None:

@@ -53,6 +53,8 @@ class ReadingLoader:
         self.pause_s = pause_s
         self.loads = 0
         self.unloads = 0
+        self.asked: list[tuple[str, bool]] = []
+        """Names, and whether the engine had to have them at once."""
         self.broken: Exception | None = None
         self.held: dict[str | None, asyncio.Event] = {}
         """Digests whose requests take until the event is set."""
@@ -60,6 +62,7 @@ class ReadingLoader:
         self._stays: set[tuple[str, str | None, str]] = set()
 
     async def load(self, content: Content, folder: Path, *, now: bool = True) -> Facts:
+        self.asked.append((content.name, now))
         key = (content.name, content.digest, content.stream)
         assert key not in self.engine or key not in self._stays, f"{key} is loaded already"
         assert content.name not in self._busy, f"{content.name}: overlapping calls"
