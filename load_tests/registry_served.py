@@ -1,6 +1,6 @@
 """`python -m load_tests.registry_served PAUSES serve …`: a server whose event loop is timed.
 
-A task wakes every 2 ms; each time that it comes more than 5 ms late, a line goes to the file PAUSES:
+A task wakes every 2 ms; each time that it comes more than 5 ms late, a line goes to PAUSES:
 Unix time, seconds late, and how many of them the loop's own thread was computing.
 """
 
