@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 
-from adapters.errors import RegistryAway
-from adapters.registry.record import Record
+from adapters.errors import AdapterError, FilesLost, RegistryAway
+from adapters.registry.record import Content, Record
 from adapters.registry.store import Store
 from adapters.sources.fetch import Fetched, Fetcher
 from adapters.sources.source import parse_source
@@ -83,6 +84,33 @@ class Fetching:
             fetching.cancel()
             if telling is not None:
                 telling.cancel()
+
+    async def stored(self, want: Content) -> Path:
+        """A content's files, unread if they are here: they are read when the engine needs them.
+
+        Raises:
+            AdapterError: they are not, and cannot be had.
+        """
+        assert want.digest is not None
+        return self._fetcher.store.folder(want.digest) or await self.folder(want)
+
+    async def folder(self, want: Content) -> Path:
+        """A content's files, checked; fetched again where they are missing or were changed.
+
+        Raises:
+            AdapterError: they cannot be had.
+        """
+        assert want.digest is not None
+        with contextlib.suppress(AdapterError):
+            return await asyncio.to_thread(self._fetcher.store.verify, want.digest)
+        async with self.turn(want.source):
+            fetched = await self.fetch(want.source)
+        if fetched.digest != want.digest:
+            raise FilesLost(
+                f"its files are not here, and {want.source} has other content now (digest "
+                f"{fetched.digest[:12]}…, registered {want.digest[:12]}…)", field="source"
+            )  # fmt: skip
+        return fetched.folder
 
     async def _tell(self, job: Record, done: Callable[[], int]) -> None:
         """Tells how much is fetched; returns when the job is superseded."""

@@ -22,6 +22,7 @@ import msgspec
 
 from adapters.errors import (
     AdapterError,
+    BadAdapter,
     FilesLost,
     NoAdapter,
     RegistryAway,
@@ -89,7 +90,7 @@ class Manager:
         self._wake = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._leaving: dict[asyncio.Task[None], Content] = {}
-        self._mender = Mender(fetcher.store, self._named, self._folder)
+        self._mender = Mender(fetcher.store, self._named, self._fetching.folder)
 
     # What requests and the admin API ask.
 
@@ -240,20 +241,16 @@ class Manager:
             task = asyncio.create_task(self._steps(name), name=f"adapter {name}")
             self._tasks[name] = task
             task.add_done_callback(lambda done: self._done(name, done))
-        elif self._rests(name):
-            self._unsettled.pop(name, None)
-
-    def _rests(self, name: str) -> bool:
-        """Whether an adapter with nothing to do has none until its record changes."""
+            return
         record = self.records.get(name)
-        working = record is not None and record.state in (*WORKING, "unloading")
-        return not working and name not in self._failed
+        waits = record is not None and record.state in (*WORKING, "unloading")
+        if not waits and name not in self._failed:
+            self._unsettled.pop(name, None)  # until its record changes
 
     def _done(self, name: str, task: asyncio.Task[None]) -> None:
         del self._tasks[name]
         self._unsettled[name] = None
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("adapter %s: unexpected", name, exc_info=error)
+        _tell(name, task)
 
     def _next(self, name: str) -> Step:
         record, here = self.records.get(name), self._here.get(name)
@@ -269,9 +266,9 @@ class Manager:
 
     async def _steps(self, name: str) -> None:
         """Steps until there is nothing to do, or Redis is away: its return starts them again."""
-        while (step := self._next(name)) != "nothing":
-            record = self.records.get(name)
-            try:
+        try:
+            while (step := self._next(name)) != "nothing":
+                record = self.records.get(name)
                 if step == "drop":
                     self._leave(self._here.pop(name).content)
                     continue
@@ -279,31 +276,30 @@ class Manager:
                 await self._step(step, record)
                 if step != "follow":  # that changes nothing but this replica
                     await self.feed.look()
-            except RegistryAway as error:
-                logger.debug("adapter %s: %s", name, error)
-                return
+        except RegistryAway as error:
+            logger.debug("adapter %s: %s", name, error)
 
     async def _step(self, step: Step, record: Record) -> None:
-        if step == "take":
-            await self.registry.take(record)
-        elif step == "forget":
-            # A record that is gone means memory that is given back.
-            gone = [task for task, left in self._leaving.items() if left.name == record.name]
-            await asyncio.gather(*gone)
-            await self.registry.forget(record)
-        elif step == "work":
-            await self._work(record)
-        elif step == "follow":
-            await self._follow(record)
+        match step:
+            case "take":
+                await self.registry.take(record)
+            case "forget":
+                # A record that is gone means memory that is given back.
+                gone = [task for task, left in self._leaving.items() if left.name == record.name]
+                await asyncio.gather(*gone)
+                await self.registry.forget(record)
+            case "work":
+                await self._work(record)
+            case "follow":
+                await self._follow(record)
 
     # The steps.
 
     async def _work(self, job: Record) -> None:
         """Fetch, load, ready; the record says how far it is and, if it fails, why."""
         try:
-            self._switch(await self._fetch_and_load(job))
-        except SupersededError:
-            return
+            with contextlib.suppress(SupersededError):
+                self._switch(await self._fetch_and_load(job))
         except RegistryAway:
             raise
         except Exception as error:
@@ -343,14 +339,12 @@ class Manager:
         want = record.serving
         assert want is not None
         try:
-            async with self._checking:
-                folder = await self._stored(want)
-                if folder is not None:
-                    await self._loader.load(want, folder, now=record.pinned)
-            if folder is None:
-                folder = await self._folder(want)
-                async with self._checking:
-                    await self._loader.load(want, folder, now=record.pinned)
+            folder = await self._fetching.stored(want)
+            try:
+                await self._check(record, folder)
+            except BadAdapter:  # are these still the bytes that were registered?
+                folder = await self._fetching.folder(want)
+                await self._check(record, folder)
         except Exception as error:
             fault = fault_of(record.name, error)
             again_s = time.monotonic() + _RETRY_S if passing(fault) else None
@@ -359,24 +353,10 @@ class Manager:
             return
         self._switch(Loaded(want, folder))
 
-    async def _stored(self, want: Content) -> Path | None:
-        """The content's files if they are here. Their bytes are read when the engine needs them."""
-        assert want.digest is not None
-        return await asyncio.to_thread(self._fetcher.store.folder, want.digest)
-
-    async def _folder(self, want: Content) -> Path:
-        """The content's files, checked; fetched again where they are missing or were changed."""
-        assert want.digest is not None
-        with contextlib.suppress(AdapterError):
-            return await asyncio.to_thread(self._fetcher.store.verify, want.digest)
-        async with self._fetching.turn(want.source):
-            fetched = await self._fetching.fetch(want.source)
-        if fetched.digest != want.digest:
-            raise FilesLost(
-                f"its files are not here, and {want.source} has other content now (digest "
-                f"{fetched.digest[:12]}…, registered {want.digest[:12]}…)", field="source"
-            )  # fmt: skip
-        return fetched.folder
+    async def _check(self, record: Record, folder: Path) -> None:
+        assert record.serving is not None
+        async with self._checking:
+            await self._loader.load(record.serving, folder, now=record.pinned)
 
     def _ours(self, job: Record) -> bool:
         record = self.records.get(job.name)
@@ -400,9 +380,7 @@ class Manager:
         task.add_done_callback(self._left)
 
     def _left(self, task: asyncio.Task[None]) -> None:
-        content = self._leaving.pop(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("adapter %s: unexpected", content.name, exc_info=error)
+        _tell(self._leaving.pop(task).name, task)
 
     async def _collect(self) -> None:
         while True:
@@ -425,6 +403,12 @@ class Manager:
         recorded = [record.digests() for record in self.records.values()]
         used = [*(loaded.content for loaded in self._here.values()), *self._leaving.values()]
         return frozenset().union(*recorded, {c.digest for c in used if c.digest})
+
+
+def _tell(name: str, task: asyncio.Task[None]) -> None:
+    """Logs an error of which nobody thought."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("adapter %s: unexpected", name, exc_info=error)
 
 
 def _still(record: Record | None) -> Record:
