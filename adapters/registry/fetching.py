@@ -21,6 +21,17 @@ class SupersededError(Exception):
     """Our work is not wanted any more: replaced, unloaded or taken over."""
 
 
+def still(record: Record | None) -> Record:
+    """The record after a change of ours.
+
+    Raises:
+        SupersededError: None, the work was not ours any more.
+    """
+    if record is None:
+        raise SupersededError
+    return record
+
+
 class Fetching:
     """Fetches in threads, tells how far it is, and stops when the work is lost.
 

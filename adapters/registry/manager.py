@@ -20,18 +20,11 @@ from types import MappingProxyType
 
 import msgspec
 
-from adapters.errors import (
-    AdapterError,
-    BadAdapter,
-    FilesLost,
-    NoAdapter,
-    RegistryAway,
-    passing,
-)
+from adapters.errors import AdapterError, BadAdapter, FilesLost, NoAdapter, RegistryAway, passing
 from adapters.registry.decide import Step, decide
-from adapters.registry.failure import Failure, fault_of
+from adapters.registry.failure import Failure, fault_of, log_unexpected
 from adapters.registry.feed import Feed
-from adapters.registry.fetching import Fetching, SupersededError
+from adapters.registry.fetching import Fetching, SupersededError, still
 from adapters.registry.loader import Loaded, Loader
 from adapters.registry.mending import Mender
 from adapters.registry.record import WORKING, Content, Record, check_name
@@ -250,7 +243,7 @@ class Manager:
     def _done(self, name: str, task: asyncio.Task[None]) -> None:
         del self._tasks[name]
         self._unsettled[name] = None
-        _tell(name, task)
+        log_unexpected(name, task)
 
     def _next(self, name: str) -> Step:
         record, here = self.records.get(name), self._here.get(name)
@@ -311,23 +304,23 @@ class Manager:
     async def _fetch_and_load(self, job: Record) -> Loaded:
         if job.state != "pending":
             # Redis was away in the middle of it.
-            job = _still(await self.registry.advance(job, "pending"))
+            job = still(await self.registry.advance(job, "pending"))
         async with self._fetching.turn(job.want.source):
-            job = _still(await self.registry.advance(job, "downloading"))
+            job = still(await self.registry.advance(job, "downloading"))
             fetched = await self._fetching.fetch(job.want.source, job)
         want = msgspec.structs.replace(job.want, digest=fetched.digest)
         async with self._loading:
-            job = _still(await self.registry.advance(job, "loading", want=want))
+            job = still(await self.registry.advance(job, "loading", want=want))
             return await self._load(job, fetched.folder)
 
     async def _load(self, job: Record, folder: Path) -> Loaded:
         want, old = job.want, self._here.get(job.name)
         if old is not None and old.content.key == want.key and old.content.facts is not None:
-            ready = _still(await self.registry.ready(job, old.content.facts))
+            ready = still(await self.registry.ready(job, old.content.facts))
         else:
             facts = await self._loader.load(want, folder)
             try:
-                ready = _still(await self.registry.ready(job, facts))
+                ready = still(await self.registry.ready(job, facts))
             except BaseException:
                 await self._loader.unload(want)
                 raise
@@ -380,7 +373,7 @@ class Manager:
         task.add_done_callback(self._left)
 
     def _left(self, task: asyncio.Task[None]) -> None:
-        _tell(self._leaving.pop(task).name, task)
+        log_unexpected(self._leaving.pop(task).name, task)
 
     async def _collect(self) -> None:
         while True:
@@ -403,16 +396,3 @@ class Manager:
         recorded = [record.digests() for record in self.records.values()]
         used = [*(loaded.content for loaded in self._here.values()), *self._leaving.values()]
         return frozenset().union(*recorded, {c.digest for c in used if c.digest})
-
-
-def _tell(name: str, task: asyncio.Task[None]) -> None:
-    """Logs an error of which nobody thought."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("adapter %s: unexpected", name, exc_info=error)
-
-
-def _still(record: Record | None) -> Record:
-    """The record after a change of ours, if we still had the work."""
-    if record is None:
-        raise SupersededError
-    return record
