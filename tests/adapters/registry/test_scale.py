@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from adapters.registry import feed as feeds
 from adapters.registry import redis_store
 from adapters.registry import store as stores
 from adapters.registry.connection import open_store
@@ -70,7 +71,8 @@ async def test_only_what_changed_is_read(
 async def test_who_is_far_behind_reads_everything_in_pieces(
     redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_store, "LOG", 200)
+    for module in (redis_store, feeds):
+        monkeypatch.setattr(module, "LOG", 200)
     async with opened(redis_url, namespace) as store, opened(redis_url, namespace) as other:
         feed = Feed(store, "me", lambda _: None)
         await fill(other, 100)
@@ -87,6 +89,7 @@ async def test_more_changes_than_one_look_takes_come_in_order(
     assert stores.LOG > 2 * 600
     async with opened(redis_url, namespace) as store:
         feed = Feed(store, "me", lambda _: None)
+        await fill(store, 1, "m")
         await feed.look()
         await fill(store, 600)
         first = await store.look(feed._position)
