@@ -74,7 +74,7 @@ def test_the_documented_example_is_accepted() -> None:
         ({"model": "a", "limits": {"max_prompt_tokens": 0}}, "limits.max_prompt_tokens: is too"),
         ({"model": "a", "limits": {"requests_per_minute": 0}}, "requests_per_minute: is too"),
         ({"model": "a", "limits": {"request_timeout_s": 0}}, "limits.request_timeout_s: is too"),
-        ({"model": "a", "registry": {"url": "redis+sentinel://h"}}, "registry.url: behind the Sent"),
+        ({"model": "a", "registry": {"url": "redis+sentinel://h"}}, "registry.url: behind the"),
         ({"model": "a", "registry": {"url": "redis://a,b"}}, "registry.url: several hosts need"),
         ({"model": "a", "limits": {"redis": "localhost"}}, "limits.redis: not an address"),
         ({"model": "a", "limits": {"tokens": 3}}, "limits.tokens: unknown field"),
