@@ -32,8 +32,8 @@ def read_artefact(folder: Path) -> Artefact:
     )
 
 
-def inspect(folder: Path, base: BaseShapes, *, max_rank: int) -> Artefact:
-    """The artefact in a folder, fit to serve on a base; every value has been read once.
+def inspect(folder: Path, base: BaseShapes, *, max_rank: int, values: bool = True) -> Artefact:
+    """The artefact in a folder, fit to serve on a base.
 
     Args:
         folder: its own.
@@ -41,6 +41,8 @@ def inspect(folder: Path, base: BaseShapes, *, max_rank: int) -> Artefact:
         max_rank: rank indices that one set of adapters may take in this server; an adapter takes
             its rank, one more for what it adds and one more for what it multiplies; a pack the sum
             of its members' and one more for each member's gate.
+        values: whether every value is read once; false: headers only, for files with a digest whose
+            values were read before.
 
     Raises:
         BadAdapter: it is no adapter that can be served, or a value is not finite.
@@ -66,7 +68,7 @@ def inspect(folder: Path, base: BaseShapes, *, max_rank: int) -> Artefact:
             _expect(gate, headers[gate.file][gate.name].shape, (len(found.members), size[1]))
     if meteora.RELEASED in headers:
         _check_base_copy(meteora.base_copy(folder), base)
-    for place in sorted(_tensors(found)):
+    for place in sorted(_tensors(found)) if values else ():
         check_finite(folder / place.file, place.name, headers[place.file][place.name])
     return found
 

@@ -23,8 +23,11 @@ _LONGEST = 10_000
 """Letters of an expression; lists of layer names get long."""
 
 _MOST_STEPS = 1_500_000
-"""Letters that may be looked at for all expressions of a config and all names of a file: some
+"""Letters that may be compared for all expressions of a config and all names of a file: some
 seconds. An ordinary expression needs about a thousand for a name."""
+
+_PARSING = 10
+"""What reading a letter of an expression costs, in comparisons."""
 
 _CATEGORIES: dict[Any, Callable[[str], bool]] = {
     _c.CATEGORY_DIGIT: str.isdecimal,
@@ -45,7 +48,7 @@ class Budget:
     """What all expressions of a config may cost together.
 
     Args:
-        left: letters that may still be looked at.
+        left: letters that may still be compared.
     """
 
     left: int = _MOST_STEPS
@@ -76,6 +79,7 @@ class Pattern:
         self._budget = budget
         if len(text) > _LONGEST:
             raise PatternError(f"longer than {_LONGEST} letters")
+        budget.spend(_PARSING * len(text))
         try:
             self._tree = _parser.parse(text)
         except (re.error, OverflowError, RecursionError) as error:
@@ -166,6 +170,8 @@ class _Run:
     def one_of(self, items: Any, places: int) -> int:
         """A set of letters in brackets."""
         negated = items[0][0] is _c.NEGATE
+        # Each letter may be compared with each item: sets can have thousands.
+        self._budget.spend(len(items) * (1 + places.bit_count()))
         tests = [_single(kind, value) for kind, value in items[negated:]]
         return self.letters(lambda c: any(test(c) for test in tests) != negated, places)
 

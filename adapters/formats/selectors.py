@@ -8,7 +8,7 @@ them out.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from adapters.errors import BadAdapter
@@ -59,6 +59,7 @@ class Selectors:
             raise bad_key(key, "goes with a list of target_modules only", given[key])
         if pattern and layers is None:
             raise bad_key("layers_pattern", "goes with layers_to_transform only", pattern)
+        self._named = frozenset(targets) if isinstance(targets, list) else frozenset()
         self._layers = _numbers(layers)
         self._indexes = _indexes(pattern)
 
@@ -79,11 +80,21 @@ class Selectors:
         assert self._target is not None
         if not self._target(module):
             return "target_modules"
-        named = module in (self._config["target_modules"] or ())
-        if self._layers is None or named:  # The full name wins over the layer's number.
+        if self._layers is None or module in self._named:  # That wins over the layer's number.
             return None
-        index = next((found["index"] for p in self._indexes if (found := p.match(module))), None)
+        index = next((i for p in self._indexes if (i := self._index(p, module))), None)
         return None if index is not None and int(index) in self._layers else "layers_to_transform"
+
+    def _index(self, pattern: re.Pattern[str], module: str) -> str | None:
+        """The number of a layer, if it stands behind what `layers_pattern` says."""
+        if pattern is not _FIRST_NUMBER:
+            _tried(self._spend, module, pattern.pattern, "layers_pattern")
+        found = pattern.match(module)
+        return found["index"] if found else None
+
+    def _spend(self, module: str) -> bool:
+        self.budget.spend(len(module))
+        return True
 
     def lookup(self, key: str, default: Any) -> Callable[[str], Any]:
         """Layer → its value by `rank_pattern` or `alpha_pattern`.
@@ -153,6 +164,7 @@ class _Endings:
     """Which of some keys is the first to match the end of a name.
 
     EVA writes a key for every layer, so most are plain names, whose dots stand for any letter.
+    Those with dots at the same places are looked up together.
 
     Args:
         texts: the keys, in order.
@@ -162,34 +174,39 @@ class _Endings:
 
     def __init__(self, texts: list[str], key: str, budget: Budget) -> None:
         self._key, self._budget = key, budget
-        self._plain: dict[int, list[tuple[int, str]]] = {}
+        self._plain: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
         self._others: list[tuple[int, str, Pattern]] = []
+        self._texts, self._cost = texts, 0
         for i, text in enumerate(texts):
             if _PLAIN.fullmatch(text):
-                self._plain.setdefault(len(text), []).append((i, text))
+                dots = tuple(at for at, letter in enumerate(text) if letter == ".")
+                same = self._plain.setdefault(len(text), {}).setdefault(dots, {})
+                same.setdefault(text, i)
             else:
                 self._others.append((i, text, _pattern(rf"(.*\.)?({text})$", text, key, budget)))
 
     def __call__(self, module: str) -> str | None:
         """The key, None if none matches."""
-        found = [
-            (i, text)
-            for end in _endings(module)
-            for i, text in self._plain.get(len(end), ())
-            if self._fits(text, end)
-        ]
+        found = [i for end in _endings(module) for i in self._fitting(end)]
         for i, text, pattern in self._others:
             if _tried(pattern.match, module, text, self._key):
-                found.append((i, text))
+                found.append(i)
                 break
-        return min(found)[1] if found else None
+        return self._texts[min(found)] if found else None
 
-    def _fits(self, text: str, end: str) -> bool:
-        _tried(self._spend, end, text, self._key)
-        return text == end or all(a in (b, ".") for a, b in zip(text, end, strict=True))
+    def _fitting(self, end: str) -> Iterator[int]:
+        """The plain keys that are this end of a name, letter for letter or dot."""
+        for dots, texts in self._plain.get(len(end), {}).items():
+            self._cost = 1 + len(dots)
+            _tried(self._spend, end, end, self._key)
+            letters = list(end)
+            for at in dots:
+                letters[at] = "."
+            if (i := texts.get("".join(letters))) is not None:
+                yield i
 
     def _spend(self, _: str) -> bool:
-        self._budget.spend(1)
+        self._budget.spend(self._cost)
         return True
 
 

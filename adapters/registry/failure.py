@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import dataclass
 
@@ -31,3 +32,9 @@ def fault_of(name: str, error: Exception) -> AdapterError:
         return error
     logger.error("adapter %s: unexpected", name, exc_info=error)
     return ServerFault(f"internal error: {error!r}")
+
+
+def log_unexpected(name: str, task: asyncio.Task[None]) -> None:
+    """Logs the error that ended a task: one of which nobody thought."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("adapter %s: unexpected", name, exc_info=error)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 
-from adapters.errors import RegistryAway
-from adapters.registry.record import Record
-from adapters.registry.registry import Registry
+from adapters.errors import AdapterError, FilesLost, RegistryAway
+from adapters.registry.record import Content, Record
+from adapters.registry.store import Store
 from adapters.sources.fetch import Fetched, Fetcher
 from adapters.sources.source import parse_source
 from adapters.thread import in_thread
@@ -20,16 +21,41 @@ class SupersededError(Exception):
     """Our work is not wanted any more: replaced, unloaded or taken over."""
 
 
+def still(record: Record | None) -> Record:
+    """The record after a change of ours.
+
+    Raises:
+        SupersededError: None, the work was not ours any more.
+    """
+    if record is None:
+        raise SupersededError
+    return record
+
+
 class Fetching:
-    """Fetches in a thread, tells the registry how far it is, and stops when the work is lost.
+    """Fetches in threads, tells how far it is, and stops when the work is lost.
+
+    What is copied from a disk does not wait for what comes over a network.
 
     Args:
         fetcher: gets files.
-        registry: where the progress is told.
+        store: where the progress is told.
+        ours: whether some work is still ours, as far as this replica knows.
+        downloads: from elsewhere, at the same time.
+        copies: from local folders, at the same time.
     """
 
-    def __init__(self, fetcher: Fetcher, registry: Registry) -> None:
-        self._fetcher, self._registry = fetcher, registry
+    def __init__(
+        self, fetcher: Fetcher, store: Store, ours: Callable[[Record], bool], *,
+        downloads: int, copies: int,
+    ) -> None:  # fmt: skip
+        self._fetcher, self._store, self._ours = fetcher, store, ours
+        self._downloads, self._copies = asyncio.Semaphore(downloads), asyncio.Semaphore(copies)
+
+    def turn(self, source: str) -> asyncio.Semaphore:
+        """What a fetch from a source has to wait for."""
+        local = parse_source(source).kind == "local"
+        return self._copies if local else self._downloads
 
     async def fetch(self, source: str, job: Record | None = None) -> Fetched:
         """In a thread. Nobody waits for it when this is cancelled or the job is superseded: it ends
@@ -37,7 +63,7 @@ class Fetching:
 
         Args:
             source: where from.
-            job: whose progress is told to the registry.
+            job: whose progress is told.
 
         Raises:
             SupersededError: the job is not ours any more.
@@ -70,16 +96,38 @@ class Fetching:
             if telling is not None:
                 telling.cancel()
 
+    async def stored(self, want: Content) -> Path:
+        """A content's files, unread if they are here: they are read when the engine needs them.
+
+        Raises:
+            AdapterError: they are not, and cannot be had.
+        """
+        assert want.digest is not None
+        return self._fetcher.store.folder(want.digest) or await self.folder(want)
+
+    async def folder(self, want: Content) -> Path:
+        """A content's files, checked; fetched again where they are missing or were changed.
+
+        Raises:
+            AdapterError: they cannot be had.
+        """
+        assert want.digest is not None
+        with contextlib.suppress(AdapterError):
+            return await asyncio.to_thread(self._fetcher.store.verify, want.digest)
+        async with self.turn(want.source):
+            fetched = await self.fetch(want.source)
+        if fetched.digest != want.digest:
+            raise FilesLost(
+                f"its files are not here, and {want.source} has other content now (digest "
+                f"{fetched.digest[:12]}…, registered {want.digest[:12]}…)", field="source"
+            )  # fmt: skip
+        return fetched.folder
+
     async def _tell(self, job: Record, done: Callable[[], int]) -> None:
-        """Tells the registry how much is fetched; returns when the job is superseded."""
-        said = 0
+        """Tells how much is fetched; returns when the job is superseded."""
         while True:
             await asyncio.sleep(_PROGRESS_S)
-            now = done()
+            if not self._ours(job):
+                return
             with contextlib.suppress(RegistryAway):
-                if now == said:
-                    ours = await self._registry.holds(job)
-                else:
-                    ours = await self._registry.progress(job, said := now) is not None
-                if not ours:
-                    return
+                await self._store.tell_progress(job.name, job.job, done())

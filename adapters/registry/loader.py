@@ -23,19 +23,22 @@ class Loaded:
 
 
 class Loader(Protocol):
-    """Puts contents into the engine of this replica. Called on the event loop, awaited.
+    """Makes contents answerable on the engine of this replica. Called on the event loop, awaited.
 
     For one name loads never overlap; for different names they may. A content may be loaded again
     while an `unload` of it still waits for requests: then it stays.
     """
 
-    async def load(self, content: Content, folder: Path) -> Facts:
+    async def load(self, content: Content, folder: Path, *, now: bool = True) -> Facts:
         """Makes a content answerable, beside an older one of the same name that still answers.
 
         Args:
             content: `digest` is set; (name, digest) is new to the engine, or its last unload
                 has been called.
             folder: its files, read-only, there until `unload` has returned.
+            now: it goes into the engine at once, and others make room; false: only if there is room
+                to spare, else when a request asks for it. Then its values were read before, by
+                whoever registered its digest, and its bytes are when the engine reads them.
 
         Raises:
             AdapterError: `DoesNotFit` or `BadAdapter`: the engine is as it was.

@@ -14,28 +14,22 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
-from adapters.errors import (
-    AdapterError,
-    FilesLost,
-    NoAdapter,
-    RegistryAway,
-    passing,
-)
-from adapters.registry.connection import Connection
+from adapters.errors import AdapterError, BadAdapter, FilesLost, NoAdapter, RegistryAway, passing
 from adapters.registry.decide import Step, decide
-from adapters.registry.failure import Failure, fault_of
+from adapters.registry.failure import Failure, fault_of, log_unexpected
 from adapters.registry.feed import Feed
-from adapters.registry.fetching import Fetching, SupersededError
+from adapters.registry.fetching import Fetching, SupersededError, still
 from adapters.registry.loader import Loaded, Loader
 from adapters.registry.mending import Mender
 from adapters.registry.record import WORKING, Content, Record, check_name
 from adapters.registry.registry import Registry
-from adapters.registry.store import Snapshot
+from adapters.registry.store import Store
 from adapters.sources.fetch import Fetcher
 from adapters.sources.source import parse_source
 
@@ -44,41 +38,52 @@ logger = logging.getLogger("coxswain")
 _RETRY_S = 5.0
 _COLLECT_S = 600.0
 
+_BATCH = 100
+"""Adapters that are looked at before the event loop gets its turn."""
+
 
 class Manager:
     """One per replica, on its event loop. `run` is its life.
 
     Args:
-        connection: the registry's Redis.
+        store: the registry's.
         fetcher: gets files.
         loader: the engine.
-        parallel: adapters fetched or loaded at the same time.
+        parallel: adapters loaded, copied from local folders, or checked at the same time.
+        downloads: adapters fetched from elsewhere at the same time.
         every_s: longest time between two looks at the registry, seconds.
         alive_s: after how many seconds of silence others take over this replica's work.
     """
 
     def __init__(
         self,
-        connection: Connection,
+        store: Store,
         fetcher: Fetcher,
         loader: Loader,
         *,
         parallel: int = 2,
+        downloads: int = 4,
         every_s: float = 3.0,
         alive_s: float = 10.0,
     ) -> None:
         replica = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self.registry = Registry(connection.store, replica)
-        self.feed = Feed(connection.client, connection.store, replica, self._see,
-                         every_s=every_s, alive_s=alive_s)  # fmt: skip
+        self._store = store
+        self.registry = Registry(store, replica)
+        self.feed = Feed(store, replica, self._see, every_s=every_s, alive_s=alive_s)
+        self.records = self.feed.records
+        """The registry as this replica saw it last."""
         self._fetcher, self._loader = fetcher, loader
-        self._fetching = Fetching(fetcher, self.registry)
+        self._fetching = Fetching(fetcher, store, self._ours, downloads=downloads, copies=parallel)
+        self._loading, self._checking = asyncio.Semaphore(parallel), asyncio.Semaphore(parallel)
         self._here: dict[str, Loaded] = {}
+        self.loaded: Mapping[str, Loaded] = MappingProxyType(self._here)
+        """Everything that answers here, by name."""
         self._failed: dict[str, Failure] = {}
+        self._unsettled: dict[str, None] = {}  # names that may have something to do, in order
+        self._wake = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._leaving: dict[asyncio.Task[None], Content] = {}
-        self._slots = asyncio.Semaphore(parallel)
-        self._mender = Mender(fetcher.store, self._named, self._folder)
+        self._mender = Mender(fetcher.store, self._named, self._fetching.folder)
 
     # What requests and the admin API ask.
 
@@ -103,14 +108,16 @@ class Manager:
         return loaded
 
     @property
-    def records(self) -> Mapping[str, Record]:
-        """The registry as this replica saw it last."""
-        return self.feed.latest.records
+    def unsettled(self) -> list[str]:
+        """Adapters that may not be here as their records say; all others are."""
+        return [*self._unsettled, *(self._tasks.keys() - self._unsettled.keys())]
 
-    @property
-    def loaded(self) -> dict[str, Loaded]:
-        """Everything that answers here, by name."""
-        return dict(self._here)
+    async def progress(self, records: Iterable[Record]) -> dict[str, int]:
+        """Bytes fetched so far, by name, of those that are being fetched."""
+        jobs = {record.name: record.job for record in records if record.state == "downloading"}
+        with contextlib.suppress(RegistryAway):
+            return await self._store.progress(jobs) if jobs else {}
+        return {}
 
     def failure(self, name: str) -> AdapterError | None:
         """Why this replica cannot load what the registry says is ready; None: no trouble."""
@@ -180,7 +187,7 @@ class Manager:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.feed.run())
-                group.create_task(self._tick())
+                group.create_task(self._settle())
                 group.create_task(self._collect())
         finally:
             tasks = [*self._tasks.values(), *self._leaving]
@@ -193,33 +200,50 @@ class Manager:
                         await self.registry.release(record)
             await self.feed.leave()
 
-    def _see(self, snapshot: Snapshot) -> None:
-        for name, loaded in self._here.items():
-            record = snapshot.records.get(name)
-            if record and record.serving and record.serving.key == loaded.content.key:
-                self._here[name] = Loaded(record.serving, loaded.folder)
-        self._settle()
+    def _see(self, changed: list[str]) -> None:
+        for name in changed:
+            record, loaded = self.records.get(name), self._here.get(name)
+            serving = record.serving if record else None
+            if serving and loaded and serving.key == loaded.content.key:
+                self._here[name] = Loaded(serving, loaded.folder)
+        # What is pinned answers first, and has its place in the engine first.
+        self._unsettled |= dict.fromkeys(sorted(changed, key=lambda n: n not in self.feed.pinned))
+        self._wake.set()
 
-    async def _tick(self) -> None:
-        """Failures that may pass, and owners that died, are noticed without any write."""
+    async def _settle(self) -> None:
+        """Starts a task for every adapter that has something to do and none under way.
+
+        What changed is looked at at once, what is under way again every second: failures that may
+        pass, and owners that died, are noticed without any write.
+        """
         while True:
-            await asyncio.sleep(1.0)
-            self._settle()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._wake.wait()
+            self._wake.clear()
+            for i, name in enumerate(list(self._unsettled)):
+                if self.feed.away is not None:
+                    break
+                if name not in self._tasks:
+                    self._begin(name)
+                if i % _BATCH == _BATCH - 1:
+                    await asyncio.sleep(0)
 
-    def _settle(self) -> None:
-        """Starts a task for every adapter that has something to do and none under way."""
-        if self.feed.away is not None:
+    def _begin(self, name: str) -> None:
+        if self._next(name) != "nothing":
+            task = asyncio.create_task(self._steps(name), name=f"adapter {name}")
+            self._tasks[name] = task
+            task.add_done_callback(lambda done: self._done(name, done))
             return
-        for name in {*self.records, *self._here} - self._tasks.keys():
-            if self._next(name) != "nothing":
-                task = asyncio.create_task(self._steps(name), name=f"adapter {name}")
-                self._tasks[name] = task
-                task.add_done_callback(lambda done, n=name: self._done(n, done))  # type: ignore[misc]
+        record = self.records.get(name)
+        waits = record is not None and record.state in (*WORKING, "unloading")
+        if not waits and name not in self._failed:
+            self._unsettled.pop(name, None)  # until its record changes
 
     def _done(self, name: str, task: asyncio.Task[None]) -> None:
         del self._tasks[name]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("adapter %s: unexpected", name, exc_info=error)
+        self._unsettled[name] = None
+        log_unexpected(name, task)
 
     def _next(self, name: str) -> Step:
         record, here = self.records.get(name), self._here.get(name)
@@ -229,48 +253,46 @@ class Manager:
             over = failed.again_s is not None and time.monotonic() > failed.again_s
             if failed.key != serving or over:
                 del self._failed[name]
-        alive = self.feed.latest.alive if self.feed.trusts_leases else None
+        alive = self.feed.alive if self.feed.trusts_leases else None
         return decide(record, here=here.content if here else None, replica=self.registry.replica,
                       alive=alive, can_follow=name not in self._failed)  # fmt: skip
 
     async def _steps(self, name: str) -> None:
         """Steps until there is nothing to do, or Redis is away: its return starts them again."""
-        while (step := self._next(name)) != "nothing":
-            record = self.records.get(name)
-            try:
+        try:
+            while (step := self._next(name)) != "nothing":
+                record = self.records.get(name)
                 if step == "drop":
                     self._leave(self._here.pop(name).content)
                     continue
                 assert record is not None
                 await self._step(step, record)
-                await self.feed.look()
-            except RegistryAway as error:
-                logger.debug("adapter %s: %s", name, error)
-                return
+                if step != "follow":  # that changes nothing but this replica
+                    await self.feed.look()
+        except RegistryAway as error:
+            logger.debug("adapter %s: %s", name, error)
 
     async def _step(self, step: Step, record: Record) -> None:
-        if step == "take":
-            await self.registry.take(record)
-        elif step == "forget":
-            # A record that is gone means memory that is given back.
-            gone = [task for task, left in self._leaving.items() if left.name == record.name]
-            await asyncio.gather(*gone)
-            await self.registry.forget(record)
-        elif step == "work":
-            await self._work(record)
-        elif step == "follow":
-            await self._follow(record)
+        match step:
+            case "take":
+                await self.registry.take(record)
+            case "forget":
+                # A record that is gone means memory that is given back.
+                gone = [task for task, left in self._leaving.items() if left.name == record.name]
+                await asyncio.gather(*gone)
+                await self.registry.forget(record)
+            case "work":
+                await self._work(record)
+            case "follow":
+                await self._follow(record)
 
     # The steps.
 
     async def _work(self, job: Record) -> None:
         """Fetch, load, ready; the record says how far it is and, if it fails, why."""
         try:
-            async with self._slots:
-                loaded = await self._fetch_and_load(job)
-            self._switch(loaded)
-        except SupersededError:
-            return
+            with contextlib.suppress(SupersededError):
+                self._switch(await self._fetch_and_load(job))
         except RegistryAway:
             raise
         except Exception as error:
@@ -282,32 +304,40 @@ class Manager:
     async def _fetch_and_load(self, job: Record) -> Loaded:
         if job.state != "pending":
             # Redis was away in the middle of it.
-            job = _still(await self.registry.advance(job, "pending"))
-        job = _still(await self.registry.advance(job, "downloading"))
-        fetched = await self._fetching.fetch(job.want.source, job)
+            job = still(await self.registry.advance(job, "pending"))
+        async with self._fetching.turn(job.want.source):
+            job = still(await self.registry.advance(job, "downloading"))
+            fetched = await self._fetching.fetch(job.want.source, job)
         want = msgspec.structs.replace(job.want, digest=fetched.digest)
-        job = _still(await self.registry.advance(job, "loading", want=want))
-        old = self._here.get(job.name)
+        async with self._loading:
+            job = still(await self.registry.advance(job, "loading", want=want))
+            return await self._load(job, fetched.folder)
+
+    async def _load(self, job: Record, folder: Path) -> Loaded:
+        want, old = job.want, self._here.get(job.name)
         if old is not None and old.content.key == want.key and old.content.facts is not None:
-            ready = _still(await self.registry.ready(job, old.content.facts))
+            ready = still(await self.registry.ready(job, old.content.facts))
         else:
-            facts = await self._loader.load(want, fetched.folder)
+            facts = await self._loader.load(want, folder)
             try:
-                ready = _still(await self.registry.ready(job, facts))
+                ready = still(await self.registry.ready(job, facts))
             except BaseException:
                 await self._loader.unload(want)
                 raise
         assert ready.serving is not None
-        return Loaded(ready.serving, fetched.folder)
+        return Loaded(ready.serving, folder)
 
     async def _follow(self, record: Record) -> None:
         """Loads what the registry says is serving: after a start, or what another loaded."""
         want = record.serving
         assert want is not None
         try:
-            async with self._slots:
-                folder = await self._folder(want)
-                await self._loader.load(want, folder)
+            folder = await self._fetching.stored(want)
+            try:
+                await self._check(record, folder)
+            except BadAdapter:  # are these still the bytes that were registered?
+                folder = await self._fetching.folder(want)
+                await self._check(record, folder)
         except Exception as error:
             fault = fault_of(record.name, error)
             again_s = time.monotonic() + _RETRY_S if passing(fault) else None
@@ -316,18 +346,14 @@ class Manager:
             return
         self._switch(Loaded(want, folder))
 
-    async def _folder(self, want: Content) -> Path:
-        """The content's files, checked; fetched again where they are missing or were changed."""
-        assert want.digest is not None
-        with contextlib.suppress(AdapterError):
-            return await asyncio.to_thread(self._fetcher.store.verify, want.digest)
-        fetched = await self._fetching.fetch(want.source)
-        if fetched.digest != want.digest:
-            raise FilesLost(
-                f"its files are not here, and {want.source} has other content now (digest "
-                f"{fetched.digest[:12]}…, registered {want.digest[:12]}…)", field="source"
-            )  # fmt: skip
-        return fetched.folder
+    async def _check(self, record: Record, folder: Path) -> None:
+        assert record.serving is not None
+        async with self._checking:
+            await self._loader.load(record.serving, folder, now=record.pinned)
+
+    def _ours(self, job: Record) -> bool:
+        record = self.records.get(job.name)
+        return record is not None and record.job == job.job and record.state in WORKING
 
     def _named(self, digest: str) -> list[Content]:
         """What answers here with these bytes."""
@@ -347,9 +373,7 @@ class Manager:
         task.add_done_callback(self._left)
 
     def _left(self, task: asyncio.Task[None]) -> None:
-        content = self._leaving.pop(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("adapter %s: unexpected", content.name, exc_info=error)
+        log_unexpected(self._leaving.pop(task).name, task)
 
     async def _collect(self) -> None:
         while True:
@@ -372,10 +396,3 @@ class Manager:
         recorded = [record.digests() for record in self.records.values()]
         used = [*(loaded.content for loaded in self._here.values()), *self._leaving.values()]
         return frozenset().union(*recorded, {c.digest for c in used if c.digest})
-
-
-def _still(record: Record | None) -> Record:
-    """The record after a change of ours, if we still had the work."""
-    if record is None:
-        raise SupersededError
-    return record

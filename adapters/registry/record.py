@@ -21,8 +21,8 @@ from adapters.errors import BadSource, Conflict, RegistryAway
 
 State = Literal["pending", "downloading", "loading", "ready", "failed", "unloading"]
 
-SCHEMA = "1"
-"""Version of everything stored in Redis; another one is refused, never guessed at."""
+SCHEMA = "2"
+"""Version of everything stored; another one is refused, never guessed at."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
 """Names and versions: they appear in URLs and, joined by `@`, as `model` in requests."""
@@ -101,8 +101,7 @@ class Record(msgspec.Struct, frozen=True):
         pinned: never evicted.
         loaded_by: who asked, e.g. the fingerprint of an admin key.
         created_s, changed_s: Unix times, seconds.
-        progress_bytes: fetched so far, while downloading.
-        revision: the registry's revision that wrote this record; set by the store.
+        token: of the write that made it (`adapters.registry.store`); set by the store.
     """
 
     want: Content
@@ -117,8 +116,7 @@ class Record(msgspec.Struct, frozen=True):
     pinned: bool = False
     loaded_by: str = ""
     error: str | None = None
-    progress_bytes: int = 0
-    revision: int = 0
+    token: str = ""
 
     @property
     def name(self) -> str:
@@ -159,17 +157,17 @@ _decoder = msgspec.json.Decoder(Record)
 
 
 def encode(record: Record) -> bytes:
-    """The record as it is stored; its revision is stored beside it."""
-    return _encoder.encode(msgspec.structs.replace(record, revision=0))
+    """The record as it is stored; its token is stored beside it."""
+    return _encoder.encode(msgspec.structs.replace(record, token=""))
 
 
-def decode(raw: bytes, revision: int) -> Record:
+def decode(raw: bytes, token: str) -> Record:
     """The record that was stored.
 
     Raises:
         RegistryAway: the bytes are not a record of this schema.
     """
     try:
-        return msgspec.structs.replace(_decoder.decode(raw), revision=revision)
+        return msgspec.structs.replace(_decoder.decode(raw), token=token)
     except msgspec.MsgspecError as error:
         raise RegistryAway(f"the registry holds a record that is none: {error}") from error

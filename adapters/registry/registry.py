@@ -16,7 +16,7 @@ import msgspec
 
 from adapters.errors import Conflict, NoAdapter, RegistryAway
 from adapters.registry.record import WORKING, Content, Facts, Record, State
-from adapters.registry.store import NOTHING, Snapshot, Store
+from adapters.registry.store import Store, new_token
 
 MOST_ATTEMPTS = 3
 """An adapter whose loading was cut off this often is given up: it may be what kills the server."""
@@ -28,7 +28,7 @@ Edit = Callable[[Record | None], Record | None]
 
 
 class Registry:
-    """The verbs. Every one raises `RegistryAway` while Redis does not answer.
+    """The verbs. Every one raises `RegistryAway` while the store does not answer.
 
     Args:
         store: the bytes.
@@ -39,17 +39,13 @@ class Registry:
         self._store = store
         self.replica = replica
 
-    async def snapshot(self, known: Snapshot = NOTHING) -> Snapshot:
-        """All records now."""
-        return await self._store.look(known)
-
     async def get(self, name: str) -> Record:
         """One record.
 
         Raises:
             NoAdapter: there is none.
         """
-        return _there((await self._store.read(name))[1], name)
+        return _there(await self._store.read(name), name)
 
     async def submit(
         self,
@@ -84,7 +80,7 @@ class Registry:
                 raise Conflict(_taken(record), field="name", value=want.name)
             if record.state != "failed" and same and not replace:
                 return record
-            asked = record.to("pending", now_s=now, want=want, attempts=0, progress_bytes=0,
+            asked = record.to("pending", now_s=now, want=want, attempts=0,
                               pinned=record.pinned or pin, loaded_by=by)  # fmt: skip
             return self._begun(asked)
 
@@ -105,9 +101,10 @@ class Registry:
             reason = f"interrupted {seen.attempts} times while {seen.state}: the process ended"
             mine = seen.to("failed", now_s=now, reason=reason)
         else:
-            mine = self._begun(seen.to("pending", now_s=now, progress_bytes=0))
-        revision = await self._store.swap(seen.name, seen, mine)
-        return None if revision is None else msgspec.structs.replace(mine, revision=revision)
+            mine = self._begun(seen.to("pending", now_s=now))
+        token = new_token()
+        swapped = await self._store.swap(seen.name, seen.token, mine, token)
+        return msgspec.structs.replace(mine, token=token) if swapped.outcome == "done" else None
 
     async def advance(self, job: Record, state: State, **changes: Any) -> Record | None:
         """The owner's next state: downloading, loading, failed.
@@ -116,12 +113,6 @@ class Registry:
             The new record; None: the work was superseded (replaced, unloaded or taken over).
         """
         return await self._mine(job, lambda r: r.to(state, now_s=time.time(), **changes))
-
-    async def progress(self, job: Record, done_bytes: int) -> Record | None:
-        """Says how much is fetched; None: superseded."""
-        return await self._mine(
-            job, lambda r: msgspec.structs.replace(r, progress_bytes=done_bytes)
-        )
 
     async def release(self, job: Record) -> Record | None:
         """Gives work back that an orderly end has cut off: that is no failed attempt."""
@@ -162,7 +153,8 @@ class Registry:
     async def forget(self, seen: Record) -> bool:
         """Deletes a record that is unloading; false: it is gone or another one by now."""
         assert seen.state == "unloading"
-        return await self._store.swap(seen.name, seen, None) is not None
+        swapped = await self._store.swap(seen.name, seen.token, None, new_token())
+        return swapped.outcome == "done"
 
     async def pin(self, name: str, pinned: bool, *, most: int | None = None) -> Record:
         """Pins or unpins.
@@ -189,11 +181,6 @@ class Registry:
         assert changed is not None
         return changed
 
-    async def holds(self, job: Record) -> bool:
-        """Whether some work is still ours; false: superseded."""
-        _, record = await self._store.read(job.name)
-        return record is not None and record.job == job.job and record.state in WORKING
-
     def _begun(self, record: Record) -> Record:
         return msgspec.structs.replace(
             record, owner=self.replica, job=secrets.token_hex(8), attempts=record.attempts + 1
@@ -215,23 +202,17 @@ class Registry:
     ) -> Record | None:
         """Reads, edits and swaps until no other change came between."""
         for _ in range(_MOST_RETRIES):
-            snapshot = None
-            if most_pins is None:
-                _, record = await self._store.read(name)
-            else:
-                snapshot = await self._store.look()
-                record = snapshot.records.get(name)
+            record = await self._store.read(name)
             new = edit(record)
             if new is record:
                 return record
-            position = ""
-            if snapshot is not None and new and new.pinned and not (record and record.pinned):
-                _check_pins(snapshot, most_pins)
-                # The count must still hold when this is written: nothing may have changed at all.
-                position = snapshot.position
-            revision = await self._store.swap(name, record, new, position=position)
-            if revision is not None:
-                return msgspec.structs.replace(new, revision=revision) if new else None
+            token, old = new_token(), record.token if record else ""
+            swapped = await self._store.swap(name, old, new, token, most_pins=most_pins)
+            if swapped.outcome == "done":
+                return msgspec.structs.replace(new, token=token) if new else None
+            if swapped.outcome == "pins":
+                raise Conflict(f"{swapped.pins} adapters are pinned, which is the most; unpin one "
+                               "first", field="pin")  # fmt: skip
             await asyncio.sleep(random.uniform(0, _PAUSE_S))
         raise _busy(name)
 
@@ -244,13 +225,6 @@ def _same(is_: Content, asked: Content) -> bool:
     if asked.digest is not None and is_.digest is not None:
         return asked.key == is_.key
     return is_.same_request(asked)
-
-
-def _check_pins(snapshot: Snapshot, most: int | None) -> None:
-    held = sum(record.pinned for record in snapshot.records.values())
-    if most is not None and held >= most:
-        raise Conflict(f"{held} adapters are pinned, which is the most; unpin one first",
-                       field="pin")  # fmt: skip
 
 
 def _there(record: Record | None, name: str) -> Record:

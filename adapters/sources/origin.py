@@ -133,8 +133,8 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
 def check_beginning(name: str, head: bytes) -> None:
     """Refuses what only has the name of a safetensors or JSON file.
 
-    A safetensors file begins with the length of its header, at most 100 MB, so its bytes 4 to 7
-    are zero; none of the others' are.
+    A safetensors file begins with the length of its header, by the format at most 100 MB, so its
+    bytes 4 to 7 are zero; none of the others' are.
 
     Raises:
         BadAdapter: it is something else.

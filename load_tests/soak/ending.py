@@ -9,7 +9,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from adapters.sources.store import ContentStore
-from load_tests.soak.watch import Watch, redis_keys
+from load_tests.soak.watch import Watch, recorded
 from tests.server.live import Server
 
 PATIENCE_S = 120.0
@@ -55,7 +55,7 @@ def end(server: Server, watch: Watch, state: Path, known: set[str]) -> dict[str,
     found: dict[str, Any] = {"idle": idle(watch), "engine": unload_all(server)}
     store = ContentStore(state / "adapters")
     found["unloaded"] = watch.sample()
-    found["keys"] = redis_keys(state)
+    found["recorded"] = recorded(state)
     found["digests"] = sorted(store.digests())
     found["strange"] = sorted(store.digests() - known)
     found["staging"] = found["unloaded"]["staging"]

@@ -25,15 +25,15 @@ OUTCOMES = {
     "wrong": "wrong",
     "failed": "failed",
 }
-ROLES = {"engine": "engine", "api": "API", "redis": "Redis", "other": "others"}
+ROLES = {"engine": "engine", "api": "API", "other": "others"}
 PERCENTILES = (50, 99)
 COUNTED = {
     "rss.all": "bytes resident, files that processes share counted for each",
     "fds.all": "file descriptors",
     "threads.all": "threads",
     "store": "contents in the store",
-    "redis_keys": "keys in Redis",
-    "redis_bytes": "bytes of Redis",
+    "records": "adapters in the registry",
+    "registry_bytes": "bytes of the registry's files",
     "log_bytes": "bytes of log",
 }
 

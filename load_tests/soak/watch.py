@@ -1,22 +1,22 @@
-"""Looks at a running server from outside: memory, files, threads, queue, store, Redis."""
+"""Looks at a running server from outside: memory, files, threads, queue, store, registry."""
 
 from __future__ import annotations
 
 import re
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil  # type: ignore[import-untyped]
-from redis import Redis
-from redis.exceptions import RedisError
 
 Sample = dict[str, float]
 """`at` (Unix seconds), `own.ROLE`, `rss.ROLE`, `fds.ROLE`, `threads.ROLE`, sums of these under the
-role `all`, what `GAUGES` has, `store`, `staging`, `redis_keys`, `redis_records`, `log_bytes`."""
+role `all`, what `GAUGES` has, `store`, `staging`, `records`, `registry_bytes`, `log_bytes`."""
 
 GAUGES = {
     "vllm:num_requests_running": "running",
@@ -58,7 +58,7 @@ class Watch(threading.Thread):
         while not self._over.wait(self._every_s):
             try:
                 self.samples.append(self.sample())
-            except (httpx.HTTPError, RedisError, psutil.Error, OSError) as error:
+            except (httpx.HTTPError, sqlite3.Error, psutil.Error, OSError) as error:
                 self.problems.append(f"{time.strftime('%H:%M:%S')} {type(error).__name__}: {error}")
 
     def end(self) -> None:
@@ -74,14 +74,13 @@ class Watch(threading.Thread):
                 name = process.name()
             except psutil.NoSuchProcess:
                 continue  # it ended since the list was made
-            roles = {"EngineCor": "engine", "redis": "redis"}
-            yield next((role for part, role in roles.items() if part in name), "other"), process
+            yield "engine" if "EngineCor" in name else "other", process
 
     def sample(self) -> Sample:
         """One look.
 
         Raises:
-            httpx.HTTPError, RedisError, psutil.Error, OSError: something did not answer.
+            httpx.HTTPError, sqlite3.Error, psutil.Error, OSError: something did not answer.
         """
         found: Sample = {"at": time.time()}
         for role, process in self.family():
@@ -113,15 +112,12 @@ class Watch(threading.Thread):
 
     def _stored(self) -> Sample:
         store = self._state / "adapters"
-        with Redis(unix_socket_path=str(self._state / "redis" / "redis.sock")) as client:
-            keys, records = client.dbsize(), client.hlen("{coxswain}:records")
-            used = client.info("memory")["used_memory"]
+        registry = self._state / "registry"
         return {
             "store": sum(1 for one in store.iterdir() if len(one.name) == 64),
             "staging": sum(1 for _ in (store / ".tmp").iterdir()),
-            "redis_keys": float(keys),
-            "redis_records": float(records),
-            "redis_bytes": float(used),
+            "records": float(len(recorded(self._state))),
+            "registry_bytes": float(sum(one.stat().st_size for one in registry.iterdir())),
             "log_bytes": float(self._log.stat().st_size),
         }
 
@@ -137,9 +133,8 @@ def memory(pid: int) -> dict[str, float]:
     return {"rss": found["Rss"], "own": found["Pss_Anon"] + found["Pss_Shmem"]}
 
 
-def redis_keys(state: Path) -> dict[str, int]:
-    """All keys of the private Redis, which are hashes, with their sizes."""
-    with Redis(unix_socket_path=str(state / "redis" / "redis.sock")) as client:
-        keys: Any = client.keys("*")
-        sizes: dict[str, Any] = {key.decode(): client.hlen(key.decode()) for key in sorted(keys)}
-    return sizes
+def recorded(state: Path) -> list[str]:
+    """The names in the registry of a server without Redis."""
+    path = state / "registry" / "registry.sqlite"
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+        return [name for (name,) in database.execute("SELECT name FROM records ORDER BY name")]

@@ -56,8 +56,9 @@ class EngineLoader:
         self._sizes: dict[str, int] = {}
         self._names: dict[tuple[str, str | None], set[str]] = {}
 
-    async def load(self, content: Content, folder: Path) -> Facts:
-        """Checks a content against its stream's model and brings it into the engine.
+    async def load(self, content: Content, folder: Path, *, now: bool = True) -> Facts:
+        """Checks a content against its stream's model, and brings it into the engine: `now`, or if
+        there is room to spare.
 
         Raises:
             BadAdapter: it is no adapter that can be served.
@@ -70,13 +71,16 @@ class EngineLoader:
         if target is None:
             raise DoesNotFit("this server has no such stream", field="stream",
                              value=content.stream, allowed=", ".join(self.targets))  # fmt: skip
-        artefact, size, bases = await asyncio.to_thread(_look, folder, target.shapes, self.max_rank)
+        artefact, size, bases = await asyncio.to_thread(
+            _look, folder, target.shapes, self.max_rank, now
+        )
         names = self._names.setdefault(content.key, set())
         names.add(content.name)  # an unload of the same bytes, under any name, leaves them now
         self._artefacts[content.key], self._sizes[content.digest] = artefact, size
         try:
             self.residency.check(size * self._element_bytes, "size")
-            await self.admit(content)
+            if now or self.residency.spare(self._alone(content, artefact)):
+                await self.admit(content)
         except BaseException:
             names.discard(content.name)
             if not self.leases.used(content.digest) and self._forget(content):
@@ -153,9 +157,11 @@ async def _trust(digest: str) -> None:
     """Takes files for whole: where nobody knows better."""
 
 
-def _look(folder: Path, shapes: BaseShapes, max_rank: int) -> tuple[Artefact, int, list[str]]:
+def _look(
+    folder: Path, shapes: BaseShapes, max_rank: int, values: bool
+) -> tuple[Artefact, int, list[str]]:
     """What is in a folder, its numbers, and the models that it says it was made for."""
-    artefact = inspect(folder, shapes, max_rank=max_rank)
+    artefact = inspect(folder, shapes, max_rank=max_rank, values=values)
     bases = []
     for file in artefact.files:
         if Path(file).name == CONFIG:

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from adapters.registry.connection import connect
+from adapters.registry.address import Address
+from adapters.registry.connection import open_store
 from adapters.registry.loader import Loader
 from adapters.registry.manager import Manager
 from adapters.sources.fetch import Fetcher
@@ -40,9 +41,19 @@ def fetcher_of(config: Config) -> Fetcher:
     return Fetcher(ContentStore(store), allowed, limits, s3_endpoint=section.s3_endpoint)
 
 
+def place_of(config: Config) -> Address | Path:
+    """Where the registry's records are.
+
+    Raises:
+        ConfigInvalid: the password's variable is not set.
+    """
+    address = config.registry.address if config.registry else None
+    return address or state_directory(config) / "registry"
+
+
 @asynccontextmanager
 async def registry_of(config: Config, loader: Loader) -> AsyncIterator[Manager]:
-    """A running manager; ends it, and the private redis-server, on leaving.
+    """A running manager; ends it on leaving.
 
     Args:
         config: sections `adapters` and `registry`.
@@ -52,10 +63,9 @@ async def registry_of(config: Config, loader: Loader) -> AsyncIterator[Manager]:
         RegistryAway: Redis does not answer, or another server uses the directory.
     """
     section = config.registry or RegistryConfig()
-    directory = state_directory(config) / "redis"
     fetcher = await asyncio.to_thread(fetcher_of, config)
-    async with connect(section.url, directory, namespace=section.namespace) as connection:
-        manager = Manager(connection, fetcher, loader)
+    async with open_store(place_of(config), namespace=section.namespace) as store:
+        manager = Manager(store, fetcher, loader)
         running = asyncio.create_task(manager.run(), name="adapter registry")
         try:
             yield manager

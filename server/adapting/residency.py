@@ -125,6 +125,11 @@ class Residency:
         if len(pinned) >= self.slots or sum(s.size for s in pinned) + size > self.max_bytes:
             raise NoRoom(_PINNED, field="adapters")
 
+    def spare(self, found: AdapterSet) -> bool:
+        """Whether a set can be brought in without another leaving; nobody is kept waiting."""
+        size = self._bytes_of(found)
+        return not self._door.locked() and not self._in_the_way(found, size)
+
     @asynccontextmanager
     async def holding(self, found: AdapterSet) -> AsyncIterator[None]:
         """Keeps a set in the engine; waits for room first, in the order of arrival.

@@ -134,18 +134,17 @@ class Adapters:
 
     def pinned(self) -> frozenset[str]:
         """Digests of the contents that are never evicted."""
-        return frozenset(
-            record.serving.digest
-            for record in self.manager.records.values()
-            if record.pinned and record.serving is not None and record.serving.digest
-        )
+        records = [self.manager.records[name] for name in self.manager.feed.pinned]
+        contents = [record.serving for record in records if record.serving is not None]
+        return frozenset(content.digest for content in contents if content.digest)
 
     def missing(self) -> list[str]:
         """Adapters that serve elsewhere, or did before, and are neither loaded nor failed here."""
         manager = self.manager
         found = []
-        for name, record in manager.records.items():
-            if record.serving is None or record.state == "unloading":
+        for name in manager.unsettled:
+            record = manager.records.get(name)
+            if record is None or record.serving is None or record.state == "unloading":
                 continue
             here = manager.loaded.get(name)
             same = here is not None and here.content.key == record.serving.key
@@ -182,8 +181,14 @@ def failed(record: Record, adapters: Adapters) -> AdapterError | None:
     return adapters.manager.failure(record.name)
 
 
-def described(record: Record, adapters: Adapters) -> dict[str, Any]:
-    """A record as the admin API shows it."""
+def described(record: Record, adapters: Adapters, progress_bytes: int = 0) -> dict[str, Any]:
+    """A record as the admin API shows it.
+
+    Args:
+        record: the adapter's.
+        adapters: how this replica stands to it.
+        progress_bytes: fetched so far (`Manager.progress`).
+    """
     manager, want = adapters.manager, record.want
     here = manager.loaded.get(record.name)
     facts, failure = want.facts, manager.failure(record.name)
@@ -200,7 +205,7 @@ def described(record: Record, adapters: Adapters) -> dict[str, Any]:
         "base": facts.base or None if facts else None,
         "warnings": list(facts.warnings) if facts else [],
         "size_bytes": facts.size_bytes if facts else None,
-        "progress_bytes": record.progress_bytes,
+        "progress_bytes": progress_bytes,
         "pinned": record.pinned,
         "loaded_by": record.loaded_by or None,
         "created": record.created_s,
@@ -267,9 +272,9 @@ async def _keep_pinned(found: Adapters) -> None:
     """Pinned adapters are in the engine: also those that another replica pinned or replaced."""
     while True:
         await asyncio.sleep(PINS_S)
-        for name, loaded in found.manager.loaded.items():
-            record = found.manager.records.get(name)
-            if record is None or not record.pinned or found.loader.resident(loaded.content):
+        for name in list(found.manager.feed.pinned):
+            loaded = found.manager.loaded.get(name)
+            if loaded is None or found.loader.resident(loaded.content):
                 continue
             # Without room, or unloaded meanwhile: the next look finds it again, or no more.
             with contextlib.suppress(AdapterError, KeyError):

@@ -15,13 +15,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from adapters.registry.address import Address
+from adapters.registry.client import Client
 from server.errors import HttpError
-from server.settings.config import Config, ConfigInvalid
+from server.settings.config import Config, redis_at
 from server.settings.operating import Rate
 
 logger = logging.getLogger("coxswain")
@@ -113,38 +112,36 @@ class RateLimits:
 
     Args:
         default: for callers without rates of their own.
-        url: of a Redis; None: counts stay in this process.
+        address: of a Redis; None: counts stay in this process.
         namespace: as the registry's.
     """
 
-    def __init__(self, default: Rate, url: str | None = None, namespace: str = "coxswain") -> None:
+    def __init__(
+        self, default: Rate, address: Address | None = None, namespace: str = "coxswain"
+    ) -> None:
         self._default, self._namespace = default, namespace
         self._here = _Here()
-        self._redis: Redis | None = None
+        self._redis: Client | None = None
         self._again_s = 0.0
         self._charging: set[asyncio.Task[None]] = set()
         self.away = False
         """Whether a Redis is configured and does not answer."""
-        if url is not None:
-            # redis-py's own retries and reconnects would keep requests waiting.
-            self._redis = Redis.from_url(url, socket_timeout=ANSWER_S, retry=Retry(NoBackoff(), 0),
-                                         socket_connect_timeout=ANSWER_S)  # fmt: skip
-            self._scripts = {text: self._redis.register_script(text) for text in (_ADMIT, _CHARGE)}
+        if address is not None:
+            # Retries and reconnects would keep requests waiting.
+            self._redis = Client(address, timeout_s=ANSWER_S, retries=0)
 
     @classmethod
     def of(cls, config: Config) -> RateLimits:
         """What callers may take, counted where the configuration says.
 
         Raises:
-            ConfigInvalid: the URL is none of a Redis.
+            ConfigInvalid: its certificates cannot be used.
         """
         section, registry = config.limits, config.registry
-        url = section.redis or (registry.url if registry else None)
-        try:
-            return cls(section, url, registry.namespace if registry else "coxswain")
-        except ValueError as error:
-            field = "limits.redis" if section.redis else "registry.url"
-            raise ConfigInvalid([f"{field}: not a URL of a Redis: {error}"]) from error
+        address = registry.address if registry else None
+        if section.redis is not None:
+            address = redis_at(section.redis, section.redis_ca_file, "limits.redis_ca_file")
+        return cls(section, address, registry.namespace if registry else "coxswain")
 
     async def admit(self, caller: str, rate: Rate | None) -> None:
         """Lets a request pass and counts it; or raises.
@@ -206,7 +203,7 @@ class RateLimits:
             return None
         try:
             async with asyncio.timeout(2 * ANSWER_S):
-                answer = await self._scripts[script](keys=keys, args=values)
+                answer = await self._redis.run(script, keys, values)
         except (RedisError, OSError, TimeoutError) as error:
             self._again_s = time.monotonic() + AGAIN_S
             if not self.away:
@@ -222,4 +219,4 @@ class RateLimits:
         """Counts what is still to be counted, and closes the connection."""
         await asyncio.gather(*self._charging)
         if self._redis is not None:
-            await self._redis.aclose()
+            await self._redis.close()

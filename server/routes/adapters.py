@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from adapters.errors import Conflict
 from server.adapting.service import Adapters, described, failed
@@ -22,6 +24,9 @@ router = APIRouter()
 Text = Annotated[str, Field(strict=True, max_length=4096)]
 Flag = Annotated[bool, Field(strict=True)]
 B = TypeVar("B", bound=BaseModel)
+
+_PIECE = 100
+"""Adapters of a list that are described before others get their turn."""
 
 
 class AdapterRequest(BaseModel):
@@ -77,22 +82,35 @@ async def _body(request: Request, kind: type[B]) -> B:
 async def list_adapters(raw_request: Request) -> Response:
     """All adapters of the registry, and how this server stands to them."""
     found = _adapters(raw_request)
-    records = sorted(found.manager.records.values(), key=lambda record: record.name)
-    residency = found.loader.residency
-    return JSONResponse(
-        {
-            "adapters": [described(record, found) for record in records],
-            "engine": {
-                "places": residency.slots,
-                "taken": len(residency.held),
-                "bytes": residency.bytes,
-                "max_bytes": residency.max_bytes,
-                "loads": residency.loads,
-                "evictions": residency.evictions,
-            },
-            "registry": {"away": found.manager.feed.away},
-        }
-    )
+    residency, feed = found.loader.residency, found.manager.feed
+    rest = {
+        "engine": {
+            "places": residency.slots,
+            "taken": len(residency.held),
+            "bytes": residency.bytes,
+            "max_bytes": residency.max_bytes,
+            "loads": residency.loads,
+            "evictions": residency.evictions,
+        },
+        "registry": {"away": feed.away, "losses": feed.losses},
+    }
+    return StreamingResponse(_listed(found, rest), media_type="application/json")
+
+
+async def _listed(found: Adapters, rest: dict[str, Any]) -> AsyncIterator[str]:
+    """The list's JSON in pieces: with thousands of adapters others get their turn in between."""
+    manager = found.manager
+    progress = await manager.progress(list(manager.records.values()))
+    names = sorted(manager.records)
+    begun = '{"adapters":['
+    for i in range(0, len(names), _PIECE):
+        records = [manager.records.get(name) for name in names[i : i + _PIECE]]
+        shown = [described(r, found, progress.get(r.name, 0)) for r in records if r is not None]
+        text = json.dumps(shown, ensure_ascii=False, allow_nan=False, separators=(",", ":"))[1:-1]
+        if text:
+            yield begun + text
+            begun = ","
+    yield ("" if begun == "," else begun) + "]," + json.dumps(rest, separators=(",", ":"))[1:]
 
 
 @router.post("/admin/adapters", status_code=202, openapi_extra=takes(AdapterRequest))
@@ -111,7 +129,9 @@ async def load_adapter(raw_request: Request) -> Response:
 async def get_adapter(name: str, raw_request: Request) -> Response:
     """One adapter."""
     found = _adapters(raw_request)
-    return JSONResponse(described(await found.manager.registry.get(name), found))
+    record = await found.manager.registry.get(name)
+    progress = await found.manager.progress([record])
+    return JSONResponse(described(record, found, progress.get(name, 0)))
 
 
 @router.delete("/admin/adapters/{name}", status_code=202)

@@ -126,7 +126,11 @@ def _registry(adapters: Adapters) -> Iterator[Metric]:
         [([state], float(states[state])) for state in STATES],
     )  # fmt: skip
     feed = manager.feed
-    yield _gauge("registry_up", "1 if the registry's Redis answers, else 0.", feed.away is None)
+    yield _gauge("registry_up", "1 if the registry answers, else 0.", feed.away is None)
+    yield CounterMetricFamily(
+        "coxswain_registry_losses",
+        "How often Redis had lost the registry, or its last writes.", value=feed.losses,
+    )  # fmt: skip
     yield _gauge(
         "registry_lag_seconds", "Age of this replica's view of the registry, in seconds.",
         feed.age_s,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from adapters.registry.address import Address, BadAddress
 from server.settings.auth import AuthConfig
 from server.settings.operating import (
     LimitsConfig,
@@ -22,6 +23,7 @@ from server.settings.operating import (
     TracingConfig,
 )
 from server.settings.paths import Absolute, Located, Template
+from server.settings.redis import RedisUrl, address_of
 from steering.method import Limits
 from steering.spec import Profile, Range
 
@@ -71,6 +73,18 @@ class ConfigInvalid(Exception):
     def __init__(self, problems: list[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(problems))
+
+
+def redis_at(url: str, ca_file: str | None, field: str) -> Address:
+    """A Redis with its password; see `server.settings.redis.address_of`.
+
+    Raises:
+        ConfigInvalid: its certificates cannot be used.
+    """
+    try:
+        return address_of(url, ca_file, field)
+    except BadAddress as error:
+        raise ConfigInvalid([str(error)]) from error
 
 
 class StreamConfig(Section):
@@ -196,10 +210,17 @@ class AdaptersConfig(Section):
 class RegistryConfig(Section):
     """Where adapters are recorded, for servers with adapters."""
 
-    url: str | None = Field(
+    url: RedisUrl | None = Field(
         None,
-        description="`redis://…`, `rediss://…` or `unix://…` of a durable Redis that replicas "
-        "share. Absent: a private redis-server, started on a unix socket.",
+        description="A durable Redis that replicas share: `redis://host:port/database`, "
+        "`redis+sentinel://host:port,host:port/service/database`, "
+        "`redis+cluster://host:port,host:port`, each also with `rediss` (TLS), or `unix:///path`. "
+        "The password: in the URL, or in the variable `COXSWAIN_REDIS_PASSWORD` (of the Sentinels: "
+        "`COXSWAIN_SENTINEL_PASSWORD`). Absent: a file of this server's own.",
+    )
+    ca_file: Absolute | None = Field(
+        None,
+        description="Certificates (PEM) that are trusted instead of the system's, with `rediss`.",
     )
     namespace: str = Field(
         "coxswain",
@@ -208,9 +229,18 @@ class RegistryConfig(Section):
     )
     directory: Absolute | None = Field(
         None,
-        description="Where the private redis-server keeps its files. Absent: "
-        "`$XDG_STATE_HOME/coxswain/<name of the base>`.",
+        description="Where a server without `url` keeps its registry, and any server its copies of "
+        "adapters. Absent: `$XDG_STATE_HOME/coxswain/<name of the base>`.",
     )
+
+    @property
+    def address(self) -> Address | None:
+        """The Redis; None: a file.
+
+        Raises:
+            ConfigInvalid: its certificates cannot be used.
+        """
+        return None if self.url is None else redis_at(self.url, self.ca_file, "registry.ca_file")
 
 
 class SpeculationConfig(Section):

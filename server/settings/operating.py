@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from server.settings.paths import Absolute
+from server.settings.redis import RedisUrl
 
 
 class Section(BaseModel):
@@ -217,13 +218,13 @@ class LimitsConfig(Rate):
         le=3600,
         description="How long a request's body may take to arrive, in seconds; longer: 408.",
     )
-    redis: str | None = Field(
+    redis: RedisUrl | None = Field(
         None,
-        pattern=r"^(redis|rediss|unix)://.+",
-        description="`redis://…`, `rediss://…` or `unix://…` of the Redis in which replicas count "
-        "requests and tokens per minute together. Absent: `registry.url`; without that too, each "
+        description="The Redis in which replicas count requests and tokens per minute together; "
+        "forms and password as of `registry.url`. Absent: `registry.url`; without that too, each "
         "replica counts for itself, as it does while Redis is away.",
     )
+    redis_ca_file: Absolute | None = Field(None, description="As `registry.ca_file`, for `redis`.")
 
 
 class MetricsConfig(Section):

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from adapters.registry.embedded import EmbeddedRedis
 from tests.adapters.sources.servers import Server as Web
 from tests.faults.asking import KINDS, NAMED
 from tests.faults.clock import Clock
 from tests.faults.proxy import Proxy
 from tests.faults.supervisor import Supervisor
 from tests.faults.table import FAULTS, Row, into
+from tests.redis_server import RedisServer
 from tests.server.adapting.expected import Oracle, make_adapters
 from tests.server.adapting.kit import configuration, load_all, serving
 from tests.server.live import Server, free_port, make_models
@@ -108,16 +108,16 @@ def web() -> Iterator[Web]:
 
 
 @pytest.fixture(scope="package")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """The first server's Redis."""
-    found = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
+    found = RedisServer(tmp_path_factory.mktemp("redis"))
     found.start()
     yield found
     found.stop()
 
 
 @pytest.fixture(scope="package")
-def proxy(redis: EmbeddedRedis) -> Iterator[Proxy]:
+def proxy(redis: RedisServer) -> Iterator[Proxy]:
     """What stands between the two."""
     with Proxy(redis.socket).running() as found:
         yield found
@@ -189,11 +189,9 @@ def clock(tmp_path_factory: pytest.TempPathFactory) -> Clock:
 
 
 @pytest.fixture(scope="package")
-def clocked_redis(
-    clock: Clock, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[EmbeddedRedis]:
+def clocked_redis(clock: Clock, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A Redis with that clock."""
-    found = EmbeddedRedis(tmp_path_factory.mktemp("clocked-redis"))
+    found = RedisServer(tmp_path_factory.mktemp("clocked-redis"))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in clock.environ.items():
             patch.setenv(name, value)
@@ -204,7 +202,7 @@ def clocked_redis(
 
 @pytest.fixture(scope="package")
 def supervised(
-    models: Path, folders: dict[str, Path], clock: Clock, clocked_redis: EmbeddedRedis,
+    models: Path, folders: dict[str, Path], clock: Clock, clocked_redis: RedisServer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Supervisor]:  # fmt: skip
     """Is started again whenever it ends; has the same adapters."""

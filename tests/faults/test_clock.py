@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from adapters.registry.embedded import EmbeddedRedis
 from tests.faults.asking import KINDS, NAMED, Beside, Listener, answering
 from tests.faults.clock import Clock
 from tests.faults.conftest import FEW
 from tests.faults.supervisor import Supervisor
 from tests.faults.table import RIGHT, Row
+from tests.redis_server import RedisServer
 from tests.server.adapting.expected import Kind, Oracle
 from tests.server.adapting.kit import exact, load, record_of, unload
 from tests.server.live import Server
@@ -33,7 +33,7 @@ def asks(server: Server, fault: str) -> tuple[int, int]:
     return answer.status_code, int(answer.headers.get("retry-after", 0))
 
 
-def goes_wrong_by(server: Server, redis: EmbeddedRedis, offset_s: int) -> bool:
+def goes_wrong_by(server: Server, redis: RedisServer, offset_s: int) -> bool:
     """Whether server, engine and Redis all have the clock."""
     for process in (server.process.pid, server.engine_process(), redis.pid):
         assert "clock.so" in Path(f"/proc/{process}/maps").read_text()
@@ -51,7 +51,7 @@ def goes_wrong_by(server: Server, redis: EmbeddedRedis, offset_s: int) -> bool:
     [("clock-ahead", 0, HOUR_S), ("clock-back", HOUR_S, -HOUR_S)],
 )
 def test_a_clock_that_jumps_changes_nothing_for_anybody(
-    supervised: Supervisor, clock: Clock, clocked_redis: EmbeddedRedis, folders: dict[str, Path],
+    supervised: Supervisor, clock: Clock, clocked_redis: RedisServer, folders: dict[str, Path],
     oracle: Oracle, long_oracle: Oracle, fault: str, begin_s: int, end_s: int,
     noted: Callable[[str], Row],
 ) -> None:  # fmt: skip

@@ -14,11 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters.registry.embedded import EmbeddedRedis
 from tests.faults.asking import NAMED, Beside, answering
 from tests.faults.conftest import FEW
 from tests.faults.proxy import Proxy
 from tests.faults.table import Row
+from tests.redis_server import RedisServer
 from tests.server.adapting.expected import Kind, Oracle
 from tests.server.adapting.kit import PATIENCE_S, exact, listing, load, record_of, unload
 from tests.server.live import Server
@@ -34,7 +34,7 @@ V = {name: Kind(((name, 1.0, None, None),)) for name in ("v0", "v1")}
 
 
 @contextmanager
-def killed(redis: EmbeddedRedis, proxy: Proxy) -> Iterator[None]:
+def killed(redis: RedisServer, proxy: Proxy) -> Iterator[None]:
     """By the kernel; its supervisor starts it again."""
     assert redis.pid is not None
     os.kill(redis.pid, signal.SIGKILL)
@@ -46,7 +46,7 @@ def killed(redis: EmbeddedRedis, proxy: Proxy) -> Iterator[None]:
 
 
 @contextmanager
-def slow(redis: EmbeddedRedis, proxy: Proxy) -> Iterator[None]:
+def slow(redis: RedisServer, proxy: Proxy) -> Iterator[None]:
     """Each answer takes 2 s."""
     proxy.delay_s = 2.0
     try:
@@ -56,7 +56,7 @@ def slow(redis: EmbeddedRedis, proxy: Proxy) -> Iterator[None]:
 
 
 @contextmanager
-def paused(redis: EmbeddedRedis, proxy: Proxy) -> Iterator[None]:
+def paused(redis: RedisServer, proxy: Proxy) -> Iterator[None]:
     """It takes connections and bytes, and answers nothing."""
     assert redis.pid is not None
     os.kill(redis.pid, signal.SIGSTOP)
@@ -108,7 +108,7 @@ def done(server: Server, oracle: Oracle) -> dict[str, bool]:
     [("redis-killed", killed), ("redis-slow", slow), ("redis-paused", paused)],
 )
 def test_inference_goes_on_and_changes_are_done_or_refused(
-    server: Server, redis: EmbeddedRedis, proxy: Proxy, folders: dict[str, Path], oracle: Oracle,
+    server: Server, redis: RedisServer, proxy: Proxy, folders: dict[str, Path], oracle: Oracle,
     fault: str, breaks: Callable[..., Any], noted: Callable[[str], Row],
 ) -> None:  # fmt: skip
     row = noted(fault)

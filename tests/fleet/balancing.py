@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters.registry.embedded import EmbeddedRedis
+from tests.redis_server import RedisServer
 from tests.server.adapting.kit import configuration, serving
 from tests.server.live import Server
 from tests.server.watch import until
@@ -39,7 +39,7 @@ class Fleet:
 
     models: Path
     root: Path
-    redis: EmbeddedRedis
+    redis: RedisServer
     stack: ExitStack
     ports: dict[str, int] = field(default_factory=lambda: {name: steady_port() for name in NAMES})
     servers: dict[str, Server] = field(default_factory=dict)
@@ -90,7 +90,7 @@ def two_replicas(models: Path, root: Path, **section: Any) -> Iterator[Fleet]:
     with ExitStack() as stack:
         folder = root / "redis"
         folder.mkdir()
-        redis = EmbeddedRedis(folder)
+        redis = RedisServer(folder)
         stack.callback(redis.stop)
         redis.start()
         fleet = Fleet(models, root, redis, stack)

@@ -23,7 +23,7 @@ from load_tests.soak.report import latencies, page, plot
 from load_tests.soak.samples import Reservoir, check
 from load_tests.soak.stage import ZOO, configuration
 from load_tests.soak.tally import Tally
-from load_tests.soak.verdict import KEYS, MIB, judged, line
+from load_tests.soak.verdict import MIB, judged, line
 from tests.server.adapting.answers import Expected
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +63,7 @@ def sample(at_s: float, mib: float, **more: float) -> dict[str, float]:
     """One look at an idle server."""
     figures = {f"{figure}.{role}": 20.0 for figure in ("fds", "threads") for role in ("all", "api")}
     counted = ("running", "waiting", "in_flight", "kv_used", "staging", "preemptions", "steps",
-               "set_loads", "set_evictions", "store", "redis_keys", "redis_bytes",
+               "set_loads", "set_evictions", "store", "records", "registry_bytes",
                "log_bytes")  # fmt: skip
     memory = {"own.all": mib * MIB, "own.engine": mib * MIB / 2, "rss.all": 2 * mib * MIB}
     return {"at": at_s, **memory, **figures, **dict.fromkeys(counted, 0.0), **more}
@@ -75,7 +75,7 @@ def soaked(**changes: Any) -> dict[str, Any]:
     # It grows by 300 MiB while it warms up, and then stays, give or take.
     levels = [1000 + min(i, 100) * 3 + dice.uniform(-4, 4) for i in range(361)]
     end = {
-        "idle": sample(3600, 1300), "engine": {"taken": 0, "bytes": 0}, "keys": KEYS,
+        "idle": sample(3600, 1300), "engine": {"taken": 0, "bytes": 0}, "recorded": [],
         "digests": ["d"], "strange": [], "staging": 0, "status": 0,
         "last_line": "coxswain: ended in order", "left": [], "tracebacks": 0,
     }  # fmt: skip
@@ -133,8 +133,7 @@ def leaking(figure: str, per_sample: float) -> dict[str, Any]:
         (changed_end(idle=sample(0, 1, running=1)), "nothing runs"),
         (changed_end(idle=sample(0, 1, kv_used=0.01)), "nothing runs"),
         (changed_end(engine={"taken": 1, "bytes": 9}), "engine holds none"),
-        (changed_end(keys={**KEYS, "{coxswain}:records": 1}), "Redis"),
-        (changed_end(keys={**KEYS, "{coxswain}:replicas": 2}), "Redis"),
+        (changed_end(recorded=["a"]), "registry records none"),
         (changed_end(strange=["x"]), "store"),
         (changed_end(staging=1), "store"),
         (changed_end(status=1), "status 0"),

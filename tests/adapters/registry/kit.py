@@ -13,10 +13,14 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from adapters.errors import DoesNotFit
-from adapters.registry.connection import Connection, connect
+from adapters.registry.address import parse_address
+from adapters.registry.connection import open_store
 from adapters.registry.loader import Loader
 from adapters.registry.manager import Manager
-from adapters.registry.record import Content, Facts
+from adapters.registry.record import Content, Facts, Record
+from adapters.registry.redis_store import RedisStore
+from adapters.registry.store import NOWHERE
+from adapters.registry.store import Store as RecordStore
 from adapters.sources.fetch import Fetcher
 from adapters.sources.source import Allowed
 from adapters.sources.store import ContentStore
@@ -49,13 +53,16 @@ class ReadingLoader:
         self.pause_s = pause_s
         self.loads = 0
         self.unloads = 0
+        self.asked: list[tuple[str, bool]] = []
+        """Names, and whether the engine had to have them at once."""
         self.broken: Exception | None = None
         self.held: dict[str | None, asyncio.Event] = {}
         """Digests whose requests take until the event is set."""
         self._busy: set[str] = set()
         self._stays: set[tuple[str, str | None, str]] = set()
 
-    async def load(self, content: Content, folder: Path) -> Facts:
+    async def load(self, content: Content, folder: Path, *, now: bool = True) -> Facts:
+        self.asked.append((content.name, now))
         key = (content.name, content.digest, content.stream)
         assert key not in self.engine or key not in self._stays, f"{key} is loaded already"
         assert content.name not in self._busy, f"{content.name}: overlapping calls"
@@ -92,7 +99,7 @@ class Replica:
     """One server as the registry sees it: a manager, its loader and its store."""
 
     def __init__(
-        self, connection: Connection, root: Path, store: Path, *, remotes: tuple[str, ...] = (),
+        self, records: RecordStore, root: Path, store: Path, *, remotes: tuple[str, ...] = (),
         pause_s: float = 0.0, every_s: float = 0.3, alive_s: float = 2.0,
         broken: Exception | None = None,
     ) -> None:  # fmt: skip
@@ -100,8 +107,8 @@ class Replica:
         self.loader.broken = broken
         loader: Loader = self.loader
         self.fetcher = Fetcher(ContentStore(store), Allowed((root,), remotes))
-        self.manager = Manager(connection, self.fetcher, loader, every_s=every_s, alive_s=alive_s)
-        self.connection = connection
+        self.manager = Manager(records, self.fetcher, loader, every_s=every_s, alive_s=alive_s)
+        self.records = records
 
     def answers(self, name: str) -> float | None:
         """What a request for this adapter would get here; None: it is not found."""
@@ -128,10 +135,24 @@ async def replica(
 ) -> AsyncIterator[Replica]:
     """A running replica with a connection of its own."""
     async with (
-        connect(url, namespace=namespace) as connection,
-        Replica(connection, root, store, **settings).running() as found,
+        open_store(parse_address(url), namespace=namespace) as records,
+        Replica(records, root, store, **settings).running() as found,
     ):
         yield found
+
+
+@asynccontextmanager
+async def opened(url: str, namespace: str) -> AsyncIterator[RedisStore]:
+    """A store in Redis."""
+    async with open_store(parse_address(url), namespace=namespace) as found:
+        assert isinstance(found, RedisStore)
+        yield found
+
+
+async def all_records(store: RecordStore) -> dict[str, Record]:
+    """Everything in a store."""
+    found = await store.look(NOWHERE)
+    return {name: record for name, record in found.records.items() if record is not None}
 
 
 async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

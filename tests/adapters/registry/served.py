@@ -1,9 +1,9 @@
 """A server's registry side as a process of its own, to be killed.
 
-`python -m tests.adapters.registry.served ROOT PAUSE_S REMOTE [NAME=SOURCE …]`: embedded Redis
-in ROOT/redis, store in ROOT/store, sources under ROOT/in or REMOTE; loading takes PAUSE_S. Asks
+`python -m tests.adapters.registry.served ROOT PAUSE_S REMOTE [NAME=SOURCE …]`: its registry in
+ROOT/registry, store in ROOT/store, sources under ROOT/in or REMOTE; loading takes PAUSE_S. Asks
 for the named adapters, then prints a JSON line whenever something changed:
-{name: [state, reason, attempts, what it answers]}; the first line is the process id of its Redis.
+{name: [state, reason, attempts, what it answers]}.
 """
 
 from __future__ import annotations
@@ -13,18 +13,14 @@ import json
 import sys
 from pathlib import Path
 
-from adapters.registry.connection import connect
+from adapters.registry.connection import open_store
 from tests.adapters.registry.kit import Replica
 
 
 async def main(root: Path, pause_s: float, remote: str, wanted: dict[str, str]) -> None:
     """Runs until it is killed."""
-    async with connect(None, root / "redis") as connection:
-        assert connection.embedded is not None
-        print(connection.embedded.pid, flush=True)
-        replica = Replica(
-            connection, root / "in", root / "store", remotes=(remote,), pause_s=pause_s
-        )
+    async with open_store(root / "registry") as records:
+        replica = Replica(records, root / "in", root / "store", remotes=(remote,), pause_s=pause_s)
         async with replica.running():
             for name, source in wanted.items():
                 await replica.manager.submit(name, source, replace=True)

@@ -1,12 +1,9 @@
-"""Kills: of the server, of its Redis, of both; and a Redis that is away while servers run."""
+"""Kills of a server in the middle of loads; and a Redis that is away while servers run."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -18,13 +15,13 @@ from typing import Any
 import pytest
 
 from adapters.errors import RegistryAway
-from adapters.registry.connection import connect
-from adapters.registry.embedded import EmbeddedRedis
 from adapters.registry.feed import Feed
 from adapters.registry.record import Content, Record
-from adapters.registry.store import Snapshot, Store
-from tests.adapters.registry.kit import make_lora, replica, until
+from adapters.registry.redis_store import RedisStore
+from adapters.registry.store import NOWHERE, Changes, new_token
+from tests.adapters.registry.kit import make_lora, opened, replica, until
 from tests.adapters.sources.servers import Server, folder
+from tests.redis_server import RedisServer
 
 WEIGHTS = "adapter_model.safetensors"
 States = dict[str, list[Any]]
@@ -41,7 +38,6 @@ class Served:
         )  # fmt: skip
         assert self.process.stdout is not None
         self._out = self.process.stdout
-        self.redis_pid = int(self._out.readline())
         self.seen: list[States] = []
 
     def until(self, condition: Callable[[States], bool]) -> States:
@@ -69,9 +65,6 @@ def served(
         yield found
     finally:
         found.kill()
-        # The Redis that the killed process leaves behind; a next one may have ended it.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(found.redis_pid, signal.SIGKILL)
 
 
 def store_is_whole(root: Path) -> None:
@@ -84,11 +77,8 @@ def store_is_whole(root: Path) -> None:
     assert list((root / "store/.tmp").iterdir()) == []
 
 
-@pytest.mark.parametrize("redis_too", [False, True])
 @pytest.mark.parametrize("stage", ["downloading", "loading"])
-def test_a_kill_in_the_middle_of_a_load_loses_nothing(
-    tmp_path: Path, stage: str, redis_too: bool
-) -> None:
+def test_a_kill_in_the_middle_of_a_load_loses_nothing(tmp_path: Path, stage: str) -> None:
     good = make_lora(tmp_path / "in/good", 1.0)
     late = make_lora(tmp_path / "late", 2.0)
     free = threading.Event()
@@ -109,8 +99,6 @@ def test_a_kill_in_the_middle_of_a_load_loses_nothing(
             pause_s = 30.0
         with served(tmp_path, pause_s, web.url, late=f"{web.url}/late") as second:
             second.until(lambda s: s.get("late", [""])[0] == stage)
-            if redis_too:
-                os.kill(second.redis_pid, signal.SIGKILL)
         free.set()
         with served(tmp_path, 0.0, web.url) as third:
             end = third.until(
@@ -140,38 +128,12 @@ def test_what_kills_the_server_each_time_is_given_up(tmp_path: Path) -> None:
         assert "interrupted 3 times while loading" in end["bad"][1]
 
 
-async def test_an_embedded_redis_that_is_killed_comes_back_with_everything(
-    tmp_path: Path,
-) -> None:
-    from tests.adapters.registry.kit import Replica
-
-    for name in ("a", "b"):
-        make_lora(tmp_path / "in" / name, 1.0)
-    async with connect(None, tmp_path / "redis") as connection:
-        assert connection.embedded is not None
-        found = Replica(connection, tmp_path / "in", tmp_path / "store", pause_s=0.3)
-        async with found.running() as r:
-            await r.manager.submit("a", str(tmp_path / "in/a"))
-            await until(lambda: r.answers("a") == 1.0)
-            await r.manager.submit("b", str(tmp_path / "in/b"))
-            await until(lambda: r.manager.records["b"].state == "loading")
-            for _ in range(3):
-                pid = connection.embedded.pid
-                assert pid is not None
-                os.kill(pid, signal.SIGKILL)
-                await until(lambda p=pid: connection.embedded.pid not in (None, p))  # type: ignore
-                assert r.answers("a") == 1.0
-            await until(lambda: r.manager.records["b"].state == "ready")
-            assert r.answers("b") == 1.0
-            assert set((await r.manager.registry.snapshot()).records) == {"a", "b"}
-
-
 async def test_replicas_serve_on_while_redis_is_away_and_converge_when_it_is_back(
     tmp_path: Path,
 ) -> None:
     for i in (1, 2, 3):
         make_lora(tmp_path / f"in/{i}", float(i))
-    redis = EmbeddedRedis(tmp_path / "redis")
+    redis = RedisServer(tmp_path / "redis")
     redis.start()
     try:
         async with (
@@ -199,7 +161,7 @@ async def test_replicas_serve_on_while_redis_is_away_and_converge_when_it_is_bac
 
 
 async def test_leases_mean_nothing_right_after_redis_was_away(tmp_path: Path) -> None:
-    redis = EmbeddedRedis(tmp_path / "redis")
+    redis = RedisServer(tmp_path / "redis")
     redis.start()
     try:
         async with replica(redis.url, "x", tmp_path, tmp_path / "store", alive_s=1.5) as r:
@@ -225,8 +187,8 @@ async def test_a_lost_hint_delays_convergence_by_one_look_only(
         replica(redis_url, namespace, tmp_path / "in", tmp_path / "s2") as two,
     ):
         # Two listens to a channel on which nobody speaks.
-        two.connection.store.channel = "silence"
-        await two.connection.client.client_kill_filter(_type="pubsub")
+        two.records.channel = "silence"
+        await two.records.client.redis.client_kill_filter(_type="pubsub")
         await one.manager.submit("a", str(tmp_path / "in/a"))
         await until(lambda: two.answers("a") == 1.0, 3)
 
@@ -235,42 +197,42 @@ async def test_a_dead_replica_s_lease_does_not_outlive_a_clock_that_was_set_back
     redis_url: str, namespace: str
 ) -> None:
     """Set back by an hour, Redis's clock makes every lease an hour longer."""
-    async with connect(redis_url, namespace=namespace) as connection:
-        store, key = connection.store, f"{{{namespace}}}:replicas"
-        await store.look(replica="dead", alive_ms=400)
-        ends_ms = int(await connection.client.hget(key, "dead") or 0)
-        await connection.client.hset(key, "dead", str(ends_ms + 3_600_000))
-        assert (await store.look()).alive == {"dead"}
-        assert (await store.look(replica="me", alive_ms=400)).alive == {"dead", "me"}
+    async with opened(redis_url, namespace) as records:
+        store, key = records, f"{{{namespace}}}:replicas"
+        await store.look(NOWHERE, replica="dead", alive_ms=400)
+        ends_ms = int(await records.client.redis.hget(key, "dead") or 0)
+        await records.client.redis.hset(key, "dead", str(ends_ms + 3_600_000))
+        assert (await store.look(NOWHERE)).alive == {"dead"}
+        assert (await store.look(NOWHERE, replica="me", alive_ms=400)).alive == {"dead", "me"}
         await asyncio.sleep(0.5)
-        assert (await store.look(replica="me", alive_ms=400)).alive == {"me"}
+        assert (await store.look(NOWHERE, replica="me", alive_ms=400)).alive == {"me"}
 
 
 async def test_an_answer_behind_a_newer_one_does_not_bring_back_what_is_gone(
     redis_url: str, namespace: str
 ) -> None:
-    async with connect(redis_url, namespace=namespace) as connection:
-        late = asyncio.Event()
+    async with opened(redis_url, namespace) as records:
+        late, overtaken = asyncio.Event(), asyncio.Event()
 
-        class Overtaken(Store):
+        class Overtaken(RedisStore):
             """Its first look's answer arrives late."""
 
-            async def look(self, *args: Any, **options: Any) -> Snapshot:
+            async def look(self, *args: Any, **options: Any) -> Changes:
                 found = await super().look(*args, **options)
                 if not late.is_set():
                     late.set()
                     await overtaken.wait()
                 return found
 
-        overtaken = asyncio.Event()
-        store = Overtaken(connection.client, namespace)
-        feed = Feed(connection.client, store, "me", lambda _: None)
+        feed = Feed(Overtaken(records.client, namespace), "me", lambda _: None)
         record = Record(Content("a", "1", "/a", "base"), "pending", 0.0, 0.0)
-        assert await store.swap("a", None, record) == 1
+        token = new_token()
+        await records.swap("a", "", record, token)
         first = asyncio.create_task(feed.look())
         await late.wait()
-        (seen,) = (await connection.store.look()).records.values()
-        assert await store.swap("a", seen, None) == 2
-        assert not (await feed.look()).records
+        await records.swap("a", token, None, new_token())
+        second = asyncio.create_task(feed.look())
+        await asyncio.sleep(0.05)
         overtaken.set()
-        assert not (await first).records and not feed.latest.records
+        await asyncio.gather(first, second)
+        assert not feed.records

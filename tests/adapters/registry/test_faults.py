@@ -46,7 +46,7 @@ async def test_a_record_says_whose_fault_it_is_and_posting_again_tries_again(
         assert record.error is not None and record.reason is not None
         assert kind_of(record.error).whose == ("server" if error in SERVER else "adapter")
         assert str(error) in record.reason
-        assert decode(encode(record), record.revision) == record
+        assert decode(encode(record), record.token) == record
         r.loader.broken = None
         await r.manager.submit("a", source)
         await until(lambda: r.answers("a") == 5.0)

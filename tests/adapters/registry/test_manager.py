@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import BadSource, Conflict, NoAdapter
-from adapters.registry.connection import connect
 from adapters.registry.record import Content
 from adapters.registry.registry import Registry
-from tests.adapters.registry.kit import Replica, make_lora, replica, until
+from tests.adapters.registry.kit import Replica, all_records, make_lora, opened, replica, until
 
 
 async def ready(r: Replica, name: str) -> None:
@@ -145,15 +144,15 @@ async def test_work_of_a_dead_replica_is_taken_over_and_given_up_after_three_att
     redis_url: str, namespace: str, tmp_path: Path
 ) -> None:
     make_lora(tmp_path / "in/a", 4.0)
-    async with connect(redis_url, namespace=namespace) as connection:
-        dead = Registry(connection.store, "dead")
+    async with opened(redis_url, namespace) as records:
+        dead = Registry(records, "dead")
         want = Content("a", "1", str(tmp_path / "in/a"))
         job = await dead.advance(await dead.submit(want), "downloading")
         assert job is not None and job.attempts == 1
         for name, times in (("twice", 2), ("thrice", 3)):
             job = await dead.submit(Content(name, "1", str(tmp_path / "in/a")))
             for i in range(1, times):
-                taken = await Registry(connection.store, f"dead{i}").take(job)
+                taken = await Registry(records, f"dead{i}").take(job)
                 assert taken is not None
                 job = taken
     async with replica(redis_url, namespace, tmp_path / "in", tmp_path / "store") as r:
@@ -178,7 +177,7 @@ async def test_bad_names_and_sources_never_reach_the_registry(
         for bad in ("/etc", f"{tmp_path}/in/../..", "ftp://x/y", "http://elsewhere.example/x"):
             with pytest.raises(BadSource):
                 await r.manager.submit("a", bad)
-        assert not (await r.manager.registry.snapshot()).records
+        assert not await all_records(r.records)
 
 
 async def test_other_content_in_the_same_folder_is_a_conflict_not_a_silent_yes(
@@ -240,8 +239,8 @@ async def test_a_manager_ends_whenever_it_is_told_to(
     chance = random.Random(1)
     make_lora(tmp_path / "in/a")
     for _ in range(60):
-        async with connect(redis_url, namespace=namespace) as connection:
-            one = Replica(connection, tmp_path / "in", tmp_path / "store")
+        async with opened(redis_url, namespace) as records:
+            one = Replica(records, tmp_path / "in", tmp_path / "store")
             task = asyncio.create_task(one.manager.run())
             await asyncio.sleep(chance.random() * 0.02)
             await one.manager.submit("a", str(tmp_path / "in/a"), replace=True)

@@ -1,4 +1,4 @@
-"""Kills of servers and their Redis in the middle of loads; ends, and starts that fail."""
+"""Kills of servers in the middle of loads; ends, and starts that fail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.adapters.sources.servers import Server as Web
@@ -23,7 +22,7 @@ from tests.server.adapting.kit import (
     exact,
     load,
     record_of,
-    records_in_redis,
+    records_on_disk,
     runs,
     serving,
     settled,
@@ -64,12 +63,6 @@ def slow(web: Web, path: Path, name: str) -> Iterator[str]:
         web.answers |= folder(path, f"/{name}")
 
 
-def redis_of(server: Server) -> int:
-    """The private redis-server's process."""
-    children = psutil.Process(server.process.pid).children()
-    return next(int(child.pid) for child in children if child.name() == "redis-server")
-
-
 def kill(*processes: int) -> None:
     """As the kernel does when memory runs out."""
     for process in processes:
@@ -103,7 +96,7 @@ def test_kills_in_the_middle_of_loads_lose_nothing(
     with serving(Server(models, config)) as first:
         load(first, "good", folders["v0"], pin=True)
         load(first, "pack", folders["pack"])
-        engine, redis = first.engine_process(), redis_of(first)
+        engine = first.engine_process()
         with slow(web, folders["v1"], "late") as source:
             submit(first, "late", source)
             until(lambda: record_of(first, "late")["state"] == "downloading", PATIENCE_S)
@@ -117,9 +110,7 @@ def test_kills_in_the_middle_of_loads_lose_nothing(
             os.kill(engine, signal.SIGCONT)
         # An engine without its server is of no use, and holds all the memory.
         until(lambda: not runs(engine), PATIENCE_S)
-        assert runs(redis)
     with serving(Server(models, config)) as second:
-        until(lambda: not runs(redis), PATIENCE_S)
         shown = record_of(second, "good")
         assert shown["state"] == "ready" and shown["pinned"] and shown["here"]["resident"]
         answers(second, oracle, good="v0")
@@ -128,19 +119,8 @@ def test_kills_in_the_middle_of_loads_lose_nothing(
             assert record["state"] == "ready", record
         answers(second, oracle, good="v0", late="v1", half="a")
         assert list((state / "adapters" / ".tmp").iterdir()) == []
-        # 2. Its Redis, while it loads into the engine.
-        engine, redis = second.engine_process(), redis_of(second)
-        os.kill(engine, signal.SIGSTOP)
-        submit(second, "slow", folders["v2"])
-        until(lambda: record_of(second, "slow")["state"] == "loading", PATIENCE_S)
-        kill(redis)
-        os.kill(engine, signal.SIGCONT)
-        until(lambda: second.get("/admin/adapters/slow").status_code == 200, PATIENCE_S)
-        assert settled(second, "slow")["state"] == "ready"
-        assert redis_of(second) != redis
-        answers(second, oracle, good="v0", late="v1", half="a", slow="v2")
-        assert {r["state"] for r in records_in_redis(state).values()} == {"ready"}
-        # 3. An orderly end while it downloads.
+        assert {r["state"] for r in records_on_disk(state).values()} == {"ready"}
+        # 2. An orderly end while it downloads.
         with slow(web, folders["b"], "never") as source:
             submit(second, "never", source)
             until(lambda: record_of(second, "never")["state"] == "downloading", PATIENCE_S)

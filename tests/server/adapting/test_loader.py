@@ -73,6 +73,21 @@ async def usable(loader: EngineLoader, content: Content) -> None:
         evict(loader)
 
 
+async def test_a_start_fills_the_room_to_spare_and_no_more(
+    loader: EngineLoader, engine: Engine, models: Path
+) -> None:
+    """Five adapters and two places: the others come when they are asked for."""
+    made = [make_lora(models / f"started-{i}", models / "base", seed=50 + i) for i in range(5)]
+    contents = [content(f"s{i}", folder) for i, folder in enumerate(made)]
+    for one, folder in zip(contents, made, strict=True):
+        facts = await loader.load(one, folder, now=False)
+        assert facts.kind == "lora" and loader.artefact(one).modules
+    assert loader.residency.loads == 2 and loader.residency.evictions == 0
+    assert [loader.resident(one) for one in contents] == [True, True, False, False, False]
+    await loader.admit(contents[4])
+    assert loader.resident(contents[4]) and len(engine.held) <= 3
+
+
 async def test_the_last_name_of_some_bytes_gives_the_memory_back(
     loader: EngineLoader, engine: Engine, folder: Path
 ) -> None:

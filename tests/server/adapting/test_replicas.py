@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters.registry.embedded import EmbeddedRedis
 from tests.adapters.make import make_lora
+from tests.redis_server import RedisServer
 from tests.server.adapting.answers import TOLERANCE
 from tests.server.adapting.expected import Kind, Oracle
 from tests.server.adapting.kit import (
@@ -43,15 +43,15 @@ KEYS = {"limited": "key-of-x-only", "free": "key-of-all", "admin": "key-of-admin
 
 
 @pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A redis-server of the operator's."""
-    found = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
+    found = RedisServer(tmp_path_factory.mktemp("redis"))
     found.start()
     yield found
     found.stop()
 
 
-def replica(models: Path, state: Path, redis: EmbeddedRedis, **section: Any) -> dict[str, Any]:
+def replica(models: Path, state: Path, redis: RedisServer, **section: Any) -> dict[str, Any]:
     """A configuration with a store of its own and a common Redis."""
     config = configuration(models, state, store=str(state / "store"), **section)
     return config | {"registry": {"url": redis.url, "namespace": "fleet"}}
@@ -59,7 +59,7 @@ def replica(models: Path, state: Path, redis: EmbeddedRedis, **section: Any) -> 
 
 @pytest.fixture(scope="module")
 def one(
-    models: Path, folders: dict[str, Path], redis: EmbeddedRedis,
+    models: Path, folders: dict[str, Path], redis: RedisServer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:  # fmt: skip
     """Loads `x` and the pack before there is another."""
@@ -74,7 +74,7 @@ def one(
 
 @pytest.fixture(scope="module")
 def two(
-    models: Path, one: Server, redis: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory
+    models: Path, one: Server, redis: RedisServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """Starts later."""
     size = record_of(one, "x")["size_bytes"]
@@ -150,7 +150,7 @@ def test_what_one_loads_the_other_serves_also_one_that_starts_later(
 
 
 def test_both_serve_on_while_redis_is_away_and_converge_when_it_is_back(
-    one: Server, two: Server, redis: EmbeddedRedis, folders: dict[str, Path], oracle: Oracle
+    one: Server, two: Server, redis: RedisServer, folders: dict[str, Path], oracle: Oracle
 ) -> None:
     content = "v1" if record_of(one, "x")["version"] == "2" else "v0"
     over = threading.Event()

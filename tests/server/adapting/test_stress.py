@@ -25,7 +25,7 @@ from tests.server.adapting.kit import (
     listing,
     load_all,
     memory,
-    records_in_redis,
+    records_on_disk,
     unload,
 )
 from tests.server.adapting.traffic import Traffic
@@ -90,11 +90,11 @@ async def work(workers: Sequence[Owner | Brawler], traffic: Traffic) -> None:
 
 
 def check_records(server: Server, state: Path, owned: Sequence[Name]) -> None:
-    """Redis, the server and those who made the changes say the same."""
+    """The registry, the server and those who made the changes say the same."""
     # What the others began last comes to its end.
     until(lambda: not any(r["state"] in ("pending", "downloading", "loading", "unloading")
                           for r in listing(server)["adapters"]), PATIENCE_S)  # fmt: skip
-    records = records_in_redis(state)
+    records = records_on_disk(state)
     shown = {record["name"]: record for record in listing(server)["adapters"]}
     assert records.keys() == shown.keys()
     assert sum(record["pinned"] for record in records.values()) < 4
@@ -119,7 +119,7 @@ def check_nothing_is_left(server: Server, state: Path) -> None:
     store = ContentStore(state / "adapters")
     used = {
         content["digest"]
-        for record in records_in_redis(state).values()
+        for record in records_on_disk(state).values()
         for content in (record["want"], record["serving"])
         if content and content["digest"]
     }
@@ -128,7 +128,7 @@ def check_nothing_is_left(server: Server, state: Path) -> None:
     for record in listing(server)["adapters"]:
         unload(server, record["name"])
     found = listing(server)
-    assert found["adapters"] == [] and records_in_redis(state) == {}
+    assert found["adapters"] == [] and records_on_disk(state) == {}
     assert found["engine"]["taken"] == 0 and found["engine"]["bytes"] == 0
     store.collect((), older_than_s=0)
     assert store.digests() == frozenset()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.registry.embedded import EmbeddedRedis
 from tests.adapters.make import make_lora
+from tests.redis_server import RedisServer
 from tests.server.adapting.kit import configuration, serving
 from tests.server.live import Server
 from tests.server.operation.collector import Collector
@@ -23,9 +23,9 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="package")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A redis-server of the operator's."""
-    found = EmbeddedRedis(tmp_path_factory.mktemp("operation-redis"))
+    found = RedisServer(tmp_path_factory.mktemp("operation-redis"))
     found.start()
     yield found
     found.stop()
@@ -33,7 +33,7 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
 
 @pytest.fixture(scope="package")
 def operated(
-    models: Path, redis: EmbeddedRedis, collector: Collector,
+    models: Path, redis: RedisServer, collector: Collector,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:  # fmt: skip
     """`test_live_z_end.py`, the last to use it, drains it."""

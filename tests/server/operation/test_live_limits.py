@@ -15,7 +15,7 @@ import httpx
 import pytest
 from redis import Redis
 
-from adapters.registry.embedded import EmbeddedRedis
+from tests.redis_server import RedisServer
 from tests.server.live import Server
 from tests.server.operation.conftest import KEYS
 from tests.server.operation.test_live_telemetry import BODY, STEERED, complete, value
@@ -78,7 +78,7 @@ def test_a_request_that_names_no_length_gets_the_longest(operated: Server) -> No
     assert answer.json()["usage"]["completion_tokens"] == 150
 
 
-def test_a_key_s_requests_per_minute(operated: Server, redis: EmbeddedRedis) -> None:
+def test_a_key_s_requests_per_minute(operated: Server, redis: RedisServer) -> None:
     refused = value(operated, "coxswain_refusals_total", reason="requests_per_minute")
     for _ in range(3):
         complete(operated, **keyed("slow"))

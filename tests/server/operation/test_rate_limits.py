@@ -12,16 +12,17 @@ from contextlib import asynccontextmanager
 import pytest
 from redis import Redis
 
-from adapters.registry.embedded import EmbeddedRedis
+from adapters.registry.address import parse_address
 from server.errors import HttpError
 from server.operation import rate_limits as module
 from server.operation.rate_limits import RateLimits
 from server.settings.operating import Rate
+from tests.redis_server import RedisServer
 
 
 @pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    found = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    found = RedisServer(tmp_path_factory.mktemp("redis"))
     found.start()
     yield found
     found.stop()
@@ -29,7 +30,9 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
 
 @asynccontextmanager
 async def replicas(url: str | None, namespace: str, **rate: int) -> AsyncIterator[list[RateLimits]]:
-    found = [RateLimits(Rate(**rate), url, namespace) for _ in range(2)]
+    found = [
+        RateLimits(Rate(**rate), parse_address(url) if url else None, namespace) for _ in range(2)
+    ]
     try:
         yield found
     finally:
@@ -48,7 +51,7 @@ async def settled(rates: RateLimits) -> None:
     await asyncio.gather(*rates._charging)
 
 
-async def test_replicas_share_the_requests_of_a_key(redis: EmbeddedRedis) -> None:
+async def test_replicas_share_the_requests_of_a_key(redis: RedisServer) -> None:
     async with replicas(redis.url, "requests", requests_per_minute=3) as (one, two):
         for replica in (one, two, one):
             await replica.admit("a", None)
@@ -59,7 +62,7 @@ async def test_replicas_share_the_requests_of_a_key(redis: EmbeddedRedis) -> Non
         await two.admit("b", None)
 
 
-async def test_replicas_share_the_tokens_of_a_key(redis: EmbeddedRedis) -> None:
+async def test_replicas_share_the_tokens_of_a_key(redis: RedisServer) -> None:
     async with replicas(redis.url, "tokens", tokens_per_minute=100) as (one, two):
         await one.admit("a", None)
         one.charge("a", None, 99)
@@ -72,7 +75,7 @@ async def test_replicas_share_the_tokens_of_a_key(redis: EmbeddedRedis) -> None:
         assert "100 tokens per minute" in error.message
 
 
-async def test_many_at_once_never_pass_the_limit(redis: EmbeddedRedis) -> None:
+async def test_many_at_once_never_pass_the_limit(redis: RedisServer) -> None:
     async with replicas(redis.url, "many", requests_per_minute=20) as both:
         asked = [both[i % 2].admit("a", None) for i in range(100)]
         answers = await asyncio.gather(*asked, return_exceptions=True)
@@ -82,7 +85,7 @@ async def test_many_at_once_never_pass_the_limit(redis: EmbeddedRedis) -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 async def test_a_window_ends_and_another_begins(
-    redis: EmbeddedRedis, shared: bool, monkeypatch: pytest.MonkeyPatch
+    redis: RedisServer, shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "WINDOW_S", 1)
     url = redis.url if shared else None
@@ -96,7 +99,7 @@ async def test_a_window_ends_and_another_begins(
         assert (await refusal(one)).reason == "requests_per_minute"
 
 
-async def test_a_window_does_not_outlast_a_clock_that_was_set_back(redis: EmbeddedRedis) -> None:
+async def test_a_window_does_not_outlast_a_clock_that_was_set_back(redis: RedisServer) -> None:
     """Set back by an hour, Redis's clock makes every window an hour longer."""
     async with replicas(redis.url, "back", requests_per_minute=1, tokens_per_minute=5) as (one, _):
         await one.admit("a", None)
@@ -127,7 +130,7 @@ async def test_while_redis_is_away_each_replica_counts_for_itself(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(module, "AGAIN_S", 0.2)
-    server = EmbeddedRedis(tmp_path_factory.mktemp("away"))
+    server = RedisServer(tmp_path_factory.mktemp("away"))
     server.start()
     try:
         async with replicas(server.url, "away", requests_per_minute=2) as (one, two):
@@ -157,7 +160,7 @@ async def test_while_redis_is_away_each_replica_counts_for_itself(
 
 
 async def test_without_limits_redis_is_not_asked() -> None:
-    rates = RateLimits(Rate(), "redis://127.0.0.1:1/0")
+    rates = RateLimits(Rate(), parse_address("redis://127.0.0.1:1/0"))
     await rates.admit("a", None)
     rates.charge("a", None, 10)
     assert not rates.away
