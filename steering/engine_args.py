@@ -11,7 +11,7 @@ from steering.errors import DoesNotFit, SteeringError
 from steering.families import beside_hybrid, is_hybrid, stream_architecture
 from steering.language import LanguagePart, language_architecture
 from steering.plan import BASE
-from steering.refused import refusals
+from steering.refused import refusals, refused_environment
 
 ARCHITECTURE = "SteeredForCausalLM"
 HYBRID = "SteeredHybridForCausalLM"
@@ -128,6 +128,8 @@ def steered_engine_args(
 
     for name, sentence in refusals(engine):
         raise DoesNotFit(sentence, field=f"engine.{name}")
+    for sentence in refused_environment():
+        raise DoesNotFit(sentence, field="environment")
     trust = engine.get("trust_remote_code", False)
     config = get_config(model, trust)
     architecture = _architecture("model", config, engine, base=True)

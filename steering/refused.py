@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,12 @@ CONNECTOR = "a connector would save a twin's keys and values under the base's na
 
 SLEEP = "heads are not restored when the engine wakes up"
 """Why sleep mode, of any level, is refused."""
+
+LAYER_NAMES = (
+    "compiled code would then hold the names of one stream's layers, and started from vLLM's cache "
+    "of it an engine has aborted in malloc"
+)
+"""Why `VLLM_USE_LAYERNAME=0` is refused."""
 
 _REPLICAS = "run servers with a Redis in common instead"
 
@@ -84,8 +91,17 @@ def refusals(engine: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
+def refused_environment() -> list[str]:
+    """A sentence for each of vLLM's environment variables that cannot be served."""
+    value = os.environ.get("VLLM_USE_LAYERNAME", "1")
+    if value.strip() in ("", "1"):
+        return []
+    return [f"VLLM_USE_LAYERNAME: refused (got {value!r}): {LAYER_NAMES}; unset it"]
+
+
 def refused_config(vllm_config: Any) -> list[str]:
-    """A sentence for each setting of a finished configuration that cannot be served.
+    """A sentence for each setting of a finished configuration, and of the environment, that cannot
+    be served.
 
     What vLLM was given need not be what it made of it: platforms, hooks and other settings change
     it on the way.
@@ -101,4 +117,5 @@ def refused_config(vllm_config: Any) -> list[str]:
         ("kv_transfer_config.kv_connector", connector, connector is not None, CONNECTOR),
         ("enable_sleep_mode", sleeps, sleeps, SLEEP),
     )
-    return [f"{name}: refused (got {value}): {why}" for name, value, is_, why in found if is_]
+    named = [f"{name}: refused (got {value}): {why}" for name, value, is_, why in found if is_]
+    return named + refused_environment()

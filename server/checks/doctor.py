@@ -26,7 +26,7 @@ from steering.families import beside_hybrid, is_hybrid, stream_architecture
 from steering.method import Snapshot
 from steering.plan import BASE
 from steering.plugins import Registry, discover
-from steering.refused import refusals
+from steering.refused import refusals, refused_environment
 from steering.resolve import check_profile
 from steering.vocabulary import Overlap, Vocabulary, load_vocabulary, overlap
 
@@ -108,6 +108,7 @@ def engine_problems(engine: Mapping[str, Any]) -> list[str]:
             hint = f"; did you mean {near[0]}?" if near else ""
             found.append(f"engine.{name}: vLLM has no such engine argument{hint}")
     found += [f"engine.{name}: {sentence}" for name, sentence in refusals(engine)]
+    found += refused_environment()
     return found
 
 

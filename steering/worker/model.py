@@ -41,10 +41,11 @@ from steering.worker.runners.v1_speculation import SpeculationSeam
 from steering.worker.runners.view import RunnerView
 from steering.worker.step.contexts import StreamContexts
 from steering.worker.step.drafting import Drafting, Drafts
-from steering.worker.step.graphs import Source, captured
+from steering.worker.step.graphs import captured
 from steering.worker.step.passes import Counters, forward
 from steering.worker.step.run import Step
 from steering.worker.step.scratch import scratch_blocks
+from steering.worker.step.stream_graph import Source
 from steering.worker.step.values import ValueStreams
 from steering.worker.streams.models import Streams, hidden_width
 

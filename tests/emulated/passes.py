@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import numpy as np
@@ -38,9 +38,10 @@ from steering.worker.readout.readout import Vocabulary
 from steering.worker.step import passes as step
 from steering.worker.step.drafting import Drafts
 from steering.worker.step.graph_inputs import Shape
-from steering.worker.step.graphs import Source, StreamGraphs
+from steering.worker.step.graphs import StreamGraphs
 from steering.worker.step.passes import Counters
 from steering.worker.step.run import Step
+from steering.worker.step.stream_graph import Source
 from steering.worker.step.values import ValueStreams, gather
 from tests.emulated import graphs
 from tests.emulated.capture import Capture
@@ -61,12 +62,13 @@ class Group:
     kv_cache_spec: Any = field(default_factory=lambda: SimpleNamespace(head_size=4))
     backend: Any = field(default_factory=lambda: SimpleNamespace(get_name=lambda: "small"))
     metadata_builders: list[Any] = field(default_factory=list)
+    support: ClassVar = AttentionCGSupport.ALWAYS
 
     def create_metadata_builders(self, *_: Any) -> None:
         class Builder:
             @staticmethod
             def get_cudagraph_support(*_: Any) -> AttentionCGSupport:
-                return AttentionCGSupport.ALWAYS
+                return Group.support
 
         self.metadata_builders = [Builder()]
 

@@ -8,15 +8,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from steering.worker.plan.batches import Candidates, whole_batch
 from steering.worker.step.graph_inputs import Field, Shape
-from steering.worker.step.graphs import RESERVE
+from steering.worker.step.graphs import RESERVE, _none_at_all
 from tests.emulated.graphs import emulated
 from tests.emulated.passes import (
     BATCHES,
@@ -24,6 +28,7 @@ from tests.emulated.passes import (
     SIZE,
     TOP_K,
     Counted,
+    Group,
     Passes,
     adapters_of,
     again,
@@ -135,6 +140,32 @@ def test_graphs_leave_memory_free(caplog: pytest.LogCaptureFixture) -> None:
     out = few.run(plan, torch.arange(3, dtype=torch.int32))
     want = few.step.models[1](torch.arange(3), torch.full((3,), 20))
     assert torch.equal(out[:, few.step.readout.layout.columns(1)], want)
+
+
+def test_streams_that_run_without_graphs_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    plan = plan_of([request({0: 1.0})], 20)
+    single = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    with emulated(), patch.object(Group, "support", single):
+        some = Passes((4,), drafts=1)
+    assert some.graphs.shape_for(0, whole_batch(plan.schedule, 1)) == (4, 1)
+    plan = plan_of([request({0: 1.0})], 20, 1)
+    assert some.graphs.shape_for(0, whole_batch(plan.schedule, 2)) is None
+    assert (
+        "stream 'twin' runs without: small cannot be captured over rows of 2 tokens" in caplog.text
+    )
+    with emulated(), patch.object(Group, "support", AttentionCGSupport.NEVER):
+        none = Passes((4,))
+    assert not none.graphs._streams
+    assert "stream 'base' runs without: small cannot be captured\n" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("eager", "tables", "why"),
+    [(True, [], "enforce_eager is set"), (False, None, "Model Runner V1"), (False, [], "")],
+)
+def test_whatever_leaves_all_streams_without_is_told(eager: bool, tables: Any, why: str) -> None:
+    found = _none_at_all(SimpleNamespace(enforce_eager=eager), tables)
+    assert why in found and bool(why) == bool(found)
 
 
 def test_without_memory_nothing_is_captured(caplog: pytest.LogCaptureFixture) -> None:

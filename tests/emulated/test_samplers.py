@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, 
 from tests.emulated.plain import runner
 from tests.engine.driver import Case, Engine, tokens
 from tests.engine.test_exactness import assert_exact, prompt
-from tests.models import VOCAB_SIZE
+from tests.models import VOCAB_SIZE, make_tokenizer
 
 pytestmark = pytest.mark.engine
 
@@ -52,7 +52,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         ("llama", VOCAB_SIZE),
         {"chat": ("qwen2", VOCAB_SIZE)},
         logits_processors=[Forbid],
-        watermark_config={"key": 7, "context_width": 2},
+        watermark_config={"key": 7, "context_width": 2, "deduplicate_contexts": "none"},
+        reasoning_config={"reasoning_start_str": "[", "reasoning_end_str": "]"},
     )
     yield found
     del found
@@ -69,6 +70,22 @@ def test_a_logits_processor_acts_on_the_steered_scores(engine: Engine) -> None:
     drawn = tokens(engine.run([forbidding])[0])
     second = engine.reference(cases[0])[0]
     assert first == second.token and first not in drawn
+
+
+def test_a_thinking_budget_ends_the_steered_thinking(engine: Engine) -> None:
+    """The end is forced after so many tokens; what is drawn before and after is steered."""
+    begin, end = (make_tokenizer().encode(mark, add_special_tokens=False) for mark in "[]")
+    rng, budget = random.Random(43), 3
+    ids = [i for i in prompt(rng, 20, 20) if i not in (*begin, *end)] + begin
+    plain = Case(ids, MIX, max_tokens=8)
+    thinking = Case(ids, MIX, max_tokens=8, params={"thinking_token_budget": budget})
+    free, ended = (tokens(output) for output in engine.run([plain, thinking]))
+    assert end[0] not in free
+    assert ended[:budget] == free[:budget] and ended[budget : budget + len(end)] == end
+    drawn = iter(ended)
+    steps = engine.reference(thinking, choose=lambda _: next(drawn), keep_logprobs=True)
+    for step, token in list(zip(steps, ended, strict=True))[budget + len(end) :]:
+        assert step.logprobs is not None and token == int(step.logprobs.argmax())
 
 
 def test_a_watermark_decides_the_steered_draws(engine: Engine) -> None:

@@ -12,7 +12,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from steering.engine_args import steered_engine_args
 from steering.errors import DoesNotFit
-from steering.refused import REFUSED, refusals, refused_config
+from steering.refused import REFUSED, refusals, refused_config, refused_environment
 from steering.worker.runners import v1, v2
 from tests.models import make_model
 
@@ -127,3 +127,15 @@ def test_a_runner_without_a_view_is_refused() -> None:
         v1._check(SimpleNamespace())
     with pytest.raises(ValueError, match="this engine has SimpleNamespace of types"):
         v2._check(SimpleNamespace(model_state=SimpleNamespace()))
+
+
+def test_names_of_layers_within_compiled_code_are_refused(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_LAYERNAME", "1")
+    assert refused_environment() == []
+    monkeypatch.setenv("VLLM_USE_LAYERNAME", "0")
+    with pytest.raises(DoesNotFit, match=r"VLLM_USE_LAYERNAME: refused \(got '0'\)"):
+        steered_engine_args(model, {})
+    with pytest.raises(ValueError, match="VLLM_USE_LAYERNAME"):
+        v1._check(v1_runner(bound()))

@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,72 +42,14 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from steering.worker.plan.batches import Int32, StreamBatch
-from steering.worker.readout.overlaps import read_as
 from steering.worker.step.contexts import LayerGroup, for_graphs, unsupported
 from steering.worker.step.graph_inputs import Field, Shape, graph_shapes, host_inputs
+from steering.worker.step.stream_graph import GroupInputs, Source, StreamGraph
 
 _LOG = logging.getLogger(__name__)
 
-Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""([n] int32 ids, [n] int64 positions) → [n, H] hidden states."""
-
 RESERVE = 512 << 20
 """Bytes of the device that graphs leave free."""
-
-
-@dataclass
-class _Group:
-    """A stream's layers that share attention metadata, and what they read.
-
-    Args:
-        layers: with builders that only this stream's graphs use.
-        table: [≥ Q, B] int32 vLLM's block table of each step.
-        size: tokens per block.
-        blocks: [N, B] int32 the rows' blocks.
-        slots: [N] int64 the tokens' KV slots.
-    """
-
-    layers: LayerGroup
-    table: torch.Tensor
-    size: int
-    blocks: torch.Tensor
-    slots: torch.Tensor
-
-
-@dataclass
-class _Stream:
-    """One stream: its buffers, and its graphs."""
-
-    name: str
-    forward: Forward
-    read_as: torch.Tensor | None
-    groups: list[_Group]
-    inputs: torch.Tensor
-    ids: torch.Tensor
-    positions: torch.Tensor
-    tokens: torch.Tensor
-    launching: Callable[[], AbstractContextManager[None]]
-    out: torch.Tensor | None = None
-    graphs: dict[Shape, tuple[Any, Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a stream's graphs are made of.
-
-    Args:
-        name: its name.
-        forward: its model.
-        layers: KV layer → name under which the model asks for it.
-        read_as: [V] int64 its id for each of the base's; None where they are alike.
-        launching: makes layers launch the adapters' kernels.
-    """
-
-    name: str
-    forward: Forward
-    layers: dict[str, str]
-    read_as: torch.Tensor | None
-    launching: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class StreamGraphs:
@@ -143,7 +84,7 @@ class StreamGraphs:
             for width in {shape.width for shape in shapes}
         }
         self._starts_there = {w: starts.to(self._device) for w, starts in self._starts.items()}
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, StreamGraph] = {}
         self._wanted: list[tuple[Shape, int]] = []
         self._left_out: list[str] = []
         for i, source in enumerate(streams):
@@ -161,14 +102,14 @@ class StreamGraphs:
     def _new(self, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=self._device)
 
-    def _stream(self, i: int, source: Source, groups: Sequence[LayerGroup]) -> _Stream:
+    def _stream(self, i: int, source: Source, groups: Sequence[LayerGroup]) -> StreamGraph:
         most, own = self._most, []
         for group in groups:
             table, size = self._tables[group.kv_group]
             slots = torch.full((most,), PAD_SLOT_ID, dtype=torch.int64, device=self._device)
-            own.append(_Group(group, table, size, self._new(most, table.shape[1]), slots))
+            own.append(GroupInputs(group, table, size, self._new(most, table.shape[1]), slots))
         read_as = source.read_as
-        return _Stream(
+        return StreamGraph(
             source.name,
             source.forward,
             None if read_as is None else read_as.to(self._device),
@@ -201,7 +142,10 @@ class StreamGraphs:
                 self._capture(self._streams[i], shape)
         taken = (before - free()) / 2**20
         count = sum(len(stream.graphs) for stream in self._streams.values())
-        _LOG.info("graphs: %d of %d streams, %.0f MiB taken", count, len(self._streams), taken)
+        _LOG.info(
+            "graphs: %d of %d streams, %.0f MiB taken; steps that read prompts run without",
+            count, len(self._streams), taken,
+        )  # fmt: skip
         for sentence in self._left_out:
             _LOG.warning("graphs: %s", sentence)
         if left:
@@ -211,20 +155,20 @@ class StreamGraphs:
                 len(left), count + len(left), RESERVE >> 20,
             )  # fmt: skip
 
-    def _capture(self, stream: _Stream, shape: Shape) -> None:
+    def _capture(self, stream: StreamGraph, shape: Shape) -> None:
         stream.inputs.fill_(-1)
         stream.inputs[Field.LENGTH].fill_(shape.width)
         pool = current_platform.get_global_graph_pool()
         ends = np.full(shape.rows, shape.width, np.int32)
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        self._read(stream, shape)
+        stream.read(self._step_ids, shape)
         with self._context(stream, self._metadata(stream, shape, ends, capture=True), shape):
             found = self._forward(stream, shape)  # also what backends do once
         if stream.out is None:
             stream.out = found.new_zeros(self._most, found.shape[1])
         get_offloader().sync_prev_onload()
         with torch.cuda.graph(first, pool, stream=current_stream()):
-            self._read(stream, shape)
+            stream.read(self._step_ids, shape)
         # The first pass may have changed what the builders hold.
         with (
             self._context(stream, self._metadata(stream, shape, ends, capture=True), shape),
@@ -300,33 +244,12 @@ class StreamGraphs:
         """[T_i] int64 where stream i's tokens lie in the step, once they ran."""
         return self._streams[i].tokens[: batch.tokens.size]
 
-    # --- what the graphs hold -------------------------------------------------------------------
-
-    def _read(self, stream: _Stream, shape: Shape) -> None:
-        """Makes of a stream's inputs what its model and its attention backends read."""
-        count, size = shape.rows, shape.tokens
-        rows, of_tokens = stream.inputs[:, :count], stream.inputs[:, :size]
-        tokens = of_tokens[Field.TOKEN].clamp(min=0).long()
-        own, position = of_tokens[Field.OWN_ID], of_tokens[Field.POSITION].long()
-        ids = read_as(self._step_ids[tokens], stream.read_as)
-        stream.tokens[:size].copy_(tokens)
-        stream.ids[:size].copy_(torch.where(own >= 0, own, ids))
-        stream.positions[:size].copy_(position.clamp(min=0))
-        requests, scratch = rows[Field.REQUEST].clamp(min=0).long(), rows[Field.BLOCK, :, None]
-        for group in stream.groups:
-            blocks, p = group.table[requests], position.clamp(min=0)
-            written = p.view(count, -1) // group.size
-            block = torch.where(scratch >= 0, scratch, blocks.gather(1, written))
-            group.blocks[:count].copy_(blocks.scatter(1, written, block))
-            slots = block.flatten().long() * group.size + p % group.size
-            group.slots[:size].copy_(torch.where(position >= 0, slots, PAD_SLOT_ID))
-
-    def _forward(self, stream: _Stream, shape: Shape) -> torch.Tensor:
+    def _forward(self, stream: StreamGraph, shape: Shape) -> torch.Tensor:
         with stream.launching():
             return stream.forward(stream.ids[: shape.tokens], stream.positions[: shape.tokens])
 
     def _metadata(
-        self, stream: _Stream, shape: Shape, ends: npt.NDArray[np.int32], *, capture: bool
+        self, stream: StreamGraph, shape: Shape, ends: npt.NDArray[np.int32], *, capture: bool
     ) -> list[Any]:
         """Has the backends prepare themselves; per group of layers, their metadata."""
         found, width = [], shape.width
@@ -352,7 +275,9 @@ class StreamGraphs:
         return found
 
     @contextmanager
-    def _context(self, stream: _Stream, metadata: Sequence[Any], shape: Shape) -> Iterator[None]:
+    def _context(
+        self, stream: StreamGraph, metadata: Sequence[Any], shape: Shape
+    ) -> Iterator[None]:
         """The forward context of a stream's layers, by the names that its model asks for."""
         built, slots, layers = {}, {}, {}
         for group, own in zip(stream.groups, metadata, strict=True):
@@ -387,8 +312,10 @@ def captured(
         streams: likewise.
     """
     config = runner.vllm_config
-    able = current_platform.support_static_graph_mode() and tables is not None
-    if not able or config.model_config.enforce_eager:
+    if not current_platform.support_static_graph_mode():
+        return None
+    if why := _none_at_all(config.model_config, tables):
+        _LOG.warning("graphs: none of the streams has any: %s", why)
         return None
     asked = config.compilation_config.cudagraph_capture_sizes
     asked = asked or config.additional_config["coxswain"].get("graph_sizes")
@@ -399,6 +326,15 @@ def captured(
     found = StreamGraphs(runner, tables, kernel_block_sizes, streams, shapes)
     found.capture()
     return found
+
+
+def _none_at_all(model: Any, tables: object) -> str:
+    """Why no stream can be captured; '' if some may be."""
+    if model.enforce_eager:
+        return "enforce_eager is set"
+    if tables is None:
+        return "Model Runner V1 keeps no block tables at fixed places"
+    return ""
 
 
 def _free_memory() -> int:

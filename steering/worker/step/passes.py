@@ -118,10 +118,10 @@ class Passes:
 
         Args:
             wanted: (stream, batch), as in `Run`.
-            positions: [T] of the step; models may want more of each than a number.
+            positions: [T] of the step.
             graphs: whether any may be replayed.
         """
-        if self.graphs is None or not graphs or positions.dim() != 1:
+        if self.graphs is None or not graphs:
             return [Run(*one) for one in wanted]
         assert self._schedule is not None
         whole = whole_batch(self._schedule, positions.shape[0])
