@@ -21,8 +21,9 @@ from server.validation import problems
 
 async def _error(request: Request, error: Exception) -> Response:
     """Errors that say whose fault they are, and bugs, which are logged."""
-    found = http_error(error)
-    context_of(request.scope).refusal = found.reason
+    context = context_of(request.scope)
+    found = http_error(error, context.fields)
+    context.refusal = found.reason
     return errors.response(found)
 
 

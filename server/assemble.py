@@ -18,7 +18,9 @@ from server.adapting.service import opened
 from server.checks.adapters import Layers, targets
 from server.checks.diagnosis import Diagnosis
 from server.checks.doctor import snapshot
+from server.console import as_json
 from server.operation.listening import address
+from server.operation.logs import OneRecord
 from server.operation.rate_limits import RateLimits
 from server.operation.state import ServerState
 from server.requests.own_prompts import Reader
@@ -75,6 +77,8 @@ def quiet_logs() -> None:
     """Installs the filter in this process."""
     for handler in logging.getLogger("vllm").handlers:
         handler.addFilter(_OrdinaryFaults())
+        if handler.formatter is not None and not as_json():
+            handler.setFormatter(OneRecord(handler.formatter))
 
 
 async def assemble(

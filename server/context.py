@@ -8,7 +8,7 @@ from there and passes it on by hand.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -48,6 +48,8 @@ class RequestContext:
         left: the client left before the answer was complete.
         refusal: why it was not let in, a word of `metrics.REASONS`.
         failure: what ended an answer whose status was out already.
+        fields: vLLM's names of its fields → its own, for errors.
+        events: of its stream that are sent.
         resources: what the request holds; closed when its response is complete.
     """
 
@@ -66,6 +68,8 @@ class RequestContext:
     left: bool = False
     refusal: str | None = None
     failure: HttpError | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    events: int = 0
     resources: ExitStack = field(default_factory=ExitStack)
     began: float = field(default_factory=time.perf_counter)
 

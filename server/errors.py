@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -29,7 +30,12 @@ from adapters.errors import (
     TooLarge,
 )
 from adapters.errors import DoesNotFit as AdapterDoesNotFit
+from server.vllm_words import PROMPT, in_our_words, is_too_long
 from steering.errors import BadValue, DoesNotFit, NotFound, SteeringError
+
+TOO_LONG = "context_length_exceeded"
+"""The code, OpenAI's, of a prompt that does not fit into the context, by itself or together with
+the reply that is asked for. Clients shorten the prompt upon it."""
 
 _TABLE: dict[int, tuple[str, str]] = {
     400: ("invalid_request_error", "invalid_value"),
@@ -74,6 +80,10 @@ _ADAPTER_STATUS: tuple[tuple[type[AdapterError], int], ...] = (
     (ServerFault, 500),
     (AdapterError, 422),
 )
+
+
+class TooLong(BadValue):
+    """Prompt and reply do not fit into the context."""
 
 
 class HttpError(Exception):
@@ -139,7 +149,8 @@ def response(error: HttpError) -> JSONResponse:
 def from_steering(error: SteeringError) -> HttpError:
     """A caller's fault as an HTTP error; `param` is the field."""
     status = next(status for kind, status in _STATUS if isinstance(error, kind))
-    return HttpError(status, str(error), param=error.field)
+    code = TOO_LONG if isinstance(error, TooLong) else None
+    return HttpError(status, str(error), param=error.field or None, code=code)
 
 
 def status_of(kind: type[AdapterError]) -> int:
@@ -177,15 +188,37 @@ def from_vllm(error: dict[str, Any]) -> HttpError:
     elif status == 400 and (field := _FIELD_FIRST.match(message)):
         param = field[1]
     code = "model_not_found" if status == 404 and param == "model" else None
+    if status == 400 and is_too_long(message):
+        code, param = TOO_LONG, param or PROMPT
     retry = 5 if status == 503 else None
-    message = _APPENDED.sub("", message)
+    message = in_our_words(_APPENDED.sub("", message))
     return HttpError(status, message, param=param, code=code, retry_after_s=retry)
 
 
-def event(path: str, error: HttpError) -> str:
-    """The error as the end of a stream whose first byte is out, as the path's API has it."""
+def in_the_request_s_words(error: HttpError, fields: Mapping[str, str]) -> HttpError:
+    """The error with the request's own name of the field that it is about.
+
+    Args:
+        error: it is changed in place.
+        fields: vLLM's name of a field → the request's.
+    """
+    if error.param is not None and (own := fields.get(error.param)) is not None:
+        error.message = re.sub(rf"^{re.escape(error.param)}\b", own, error.message)
+        error.param = own
+    return error
+
+
+def event(path: str, error: HttpError, number: int = 0) -> str:
+    """The error as the end of a stream whose first byte is out, as the path's API has it.
+
+    Args:
+        path: of the API.
+        error: what ends the stream.
+        number: of events before it.
+    """
     content = body(error.status, error.message, error.param, error.code)
     if path == "/v1/responses":
-        told = {"type": "error", **{k: content["error"][k] for k in ("code", "message", "param")}}
+        told = {"type": "error", **{k: content["error"][k] for k in ("code", "message", "param")},
+                "sequence_number": number}  # fmt: skip
         return f"event: error\ndata: {json.dumps(told)}\n\n"
     return f"data: {json.dumps(content)}\n\n"

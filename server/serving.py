@@ -17,6 +17,7 @@ from server.adapting.service import Adapters
 from server.engine_vllm import SteeredLLM
 from server.operation.rate_limits import RateLimits
 from server.operation.state import ServerState
+from server.requests.failures import raise_again
 from server.requests.models import SteeredModels
 from server.requests.own_prompts import OwnPrompts, Reader
 from server.requests.profiles import Profiles
@@ -91,7 +92,7 @@ class Serving:
 
 
 def for_request(serving: V, parts: Serving, asked: str | None, template: str | None) -> V:
-    """One of vLLM's serving objects as one request sees it.
+    """One of vLLM's serving objects as one request sees it; errors inside streams are raised.
 
     Args:
         serving: the server's; it is not changed.
@@ -101,6 +102,8 @@ def for_request(serving: V, parts: Serving, asked: str | None, template: str | N
     """
     found: Any = copy.copy(serving)
     found.models = parts.models.for_request(asked)
+    found.create_streaming_error_response = raise_again
+    found._convert_generation_error_to_streaming_response = raise_again
     if template is not None:
         found.chat_template = template
         if hasattr(found, "online_renderer"):

@@ -12,8 +12,9 @@ from starlette.types import Receive, Scope, Send
 
 from server import errors
 from server.context import context_of
-from server.errors import HttpError
+from server.errors import HttpError, TooLong
 from server.settings.operating import LimitsConfig, ServerConfig
+from server.vllm_words import PROMPT
 from steering.errors import BadValue
 
 if TYPE_CHECKING:
@@ -107,8 +108,13 @@ class RequestLimits:
         if not self.begun:
             await error(self._scope, self._receive, self._send)
             return
-        context_of(self._scope).fail(error)
-        text = errors.event(self._scope["path"], error) if self._streams else ""
+        if self._complete:
+            return
+        context = context_of(self._scope)
+        context.fail(error)
+        text = ""
+        if self._streams:
+            text = errors.event(self._scope["path"], error, context.events)
         await self._send({"type": "http.response.body", "body": text.encode()})
 
     def _slow(self) -> HttpError:
@@ -152,11 +158,11 @@ def check_prompt(config: LimitsConfig, tokens: int) -> None:
     """Refuses a prompt that is too long.
 
     Raises:
-        BadValue: more than `limits.max_prompt_tokens`.
+        BadValue: more than `limits.max_prompt_tokens`; the field is vLLM's name of the prompt.
     """
     most = config.max_prompt_tokens
     if most is not None and tokens > most:
-        raise BadValue("the prompt has more tokens than this server takes", field="prompt",
+        raise BadValue("the prompt has more tokens than this server takes", field=PROMPT,
                        value=tokens, allowed=f"at most {most}")  # fmt: skip
 
 
@@ -185,12 +191,12 @@ def fit_context(
     """
     room = context - prompt
     if room < 1:
-        raise BadValue(f"the longest prompt of the request has {prompt} tokens",
-                       field="steering.prompts" if pad else "prompt",
-                       allowed=f"at most {context - 1}")  # fmt: skip
+        raise TooLong(f"the longest prompt of the request has {prompt} tokens",
+                      field="steering.prompts" if pad else PROMPT,
+                      allowed=f"at most {context - 1}")  # fmt: skip
     if asked is not None and pad and asked > room:
-        raise BadValue(f"a stream's own prompt of {prompt} tokens leaves room for {room}",
-                       field=field, value=asked, allowed=f"at most {room}")  # fmt: skip
+        raise TooLong(f"a stream's own prompt of {prompt} tokens leaves room for {room}",
+                      field=field, value=asked, allowed=f"at most {room}")  # fmt: skip
     limit_reply(params, room)
 
 

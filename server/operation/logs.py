@@ -6,6 +6,7 @@ the same form. Standard error stays free for what the operating system and nativ
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -51,14 +52,40 @@ def _written(value: object) -> str:
     return text if _PLAIN.fullmatch(text) and '"' not in text else json.dumps(text)
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""What ends a line on some terminals, moves their cursor, or reverses their text."""
+
+
+def one_record(text: str) -> str:
+    """A message whose further lines are indented, so that none can pass for a record."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    shown = [_CONTROL.sub(lambda found: repr(found[0])[1:-1], line) for line in lines]
+    return "\n    ".join(shown)
+
+
 class _Text(logging.Formatter):
     """`coxswain: message name=value …`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """The line, and indented ones behind it."""
         text = super().format(record)
         fields: dict[str, object] = getattr(record, "fields", {})
-        return " ".join([text, *(f"{name}={_written(value)}" for name, value in fields.items())])
+        line = " ".join([text, *(f"{name}={_written(value)}" for name, value in fields.items())])
+        return one_record(line)
+
+
+class OneRecord(logging.Formatter):
+    """As another formatter, vLLM's, whose messages may repeat what clients sent."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The other formatter's text; the message in it is one record."""
+        safe = copy.copy(record)
+        safe.msg, safe.args = one_record(record.getMessage()), None
+        return self._inner.format(safe)
 
 
 class _Json(JsonFormatter):
@@ -92,6 +119,11 @@ def setup(config: LoggingConfig) -> None:
         return
     handler.setFormatter(_Text("coxswain: %(message)s"))
     ours.handlers, ours.propagate = [handler], False
+    # Else Python writes what uvicorn and asyncio warn of as it is.
+    others = logging.StreamHandler(sys.stderr)
+    others.setLevel(logging.WARNING)
+    others.setFormatter(_Text("coxswain: %(levelname)s %(name)s: %(message)s"))
+    root.handlers = [others]
 
 
 def request_line(context: RequestContext, config: LoggingConfig, method: str, path: str) -> None:

@@ -7,8 +7,10 @@ our own code raises without meaning to is never the caller's fault (`ours`).
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
+from types import MappingProxyType
+from typing import NoReturn, TypeVar
 
 import jinja2
 from vllm.entrypoints.serve import create_error_response
@@ -23,6 +25,7 @@ from steering import broken
 from steering.errors import SteeringError
 
 logger = logging.getLogger("coxswain")
+T = TypeVar("T")
 
 INTERNAL = "Internal error; the server's log has the details."
 
@@ -34,8 +37,17 @@ _BAD_VALUE = (ValueError, TypeError, OverflowError, NotImplementedError, jinja2.
 """What vLLM's reading of a request raises for bad values that it has no class of its own for."""
 
 
-def http_error(error: Exception) -> HttpError:
-    """Any error as the answer that the client gets; what nobody meant to raise is logged."""
+def http_error(error: Exception, fields: Mapping[str, str] = MappingProxyType({})) -> HttpError:
+    """Any error as the answer that the client gets; what nobody meant to raise is logged.
+
+    Args:
+        error: what ended the request.
+        fields: vLLM's names of the request's fields → its own.
+    """
+    return errors.in_the_request_s_words(_http_error(error), fields)
+
+
+def _http_error(error: Exception) -> HttpError:
     if isinstance(error, HttpError):
         return error
     if isinstance(error, SteeringError):
@@ -46,6 +58,7 @@ def http_error(error: Exception) -> HttpError:
         return HttpError(503, "The engine has died; the server is ending.", code="dead",
                          retry_after_s=5)  # fmt: skip
     if isinstance(error, EngineGenerateError):
+        logger.error("the engine could not finish a request", exc_info=error)
         return HttpError(500, "The engine could not finish this request.")
     if isinstance(error, VLLMError):
         return errors.from_vllm(create_error_response(error).error.model_dump())
@@ -92,6 +105,16 @@ def ours() -> Iterator[None]:
         raise GenerationError(http_error(error).message) from error
 
 
+async def reading_in(
+    events: AsyncGenerator[T, None], taken: Callable[[], bool]
+) -> AsyncGenerator[T, None]:
+    """Passes the events of a stream on, as `reading`."""
+    with reading(taken):
+        async with aclosing(events):
+            async for event in events:
+                yield event
+
+
 async def ours_in(
     outputs: AsyncGenerator[RequestOutput, None],
 ) -> AsyncGenerator[RequestOutput, None]:
@@ -112,14 +135,32 @@ async def raised(
 
     Raises:
         GenerationError: a stream gave no numbers; status 500.
-        VLLMValidationError: the request's constraints cannot be met; status 400.
+        VLLMValidationError: the engine does not take the request, or its constraints cannot be
+            met; status 400.
     """
-    async with aclosing(outputs):
-        async for output in outputs:
-            for choice in output.outputs:
-                if choice.finish_reason == "error" and isinstance(choice.stop_reason, str):
-                    raise _error(choice.stop_reason)
-            yield output
+    begun = False
+    try:
+        async with aclosing(outputs):
+            async for output in outputs:
+                begun = True
+                for choice in output.outputs:
+                    if choice.finish_reason == "error" and isinstance(choice.stop_reason, str):
+                        raise _error(choice.stop_reason)
+                yield output
+    except ValueError as error:  # vLLM's `process_inputs` has them, beside classes of its own
+        if begun:
+            raise
+        raise VLLMValidationError(str(error)) from error
+
+
+def raise_again(error: Exception | str, *_: object, **__: object) -> NoReturn:
+    """In the place of vLLM's ways to write an error into a stream: the stream ends with it, and
+    `server.routes.sse` writes it. What is not raised would look like a stream that went well.
+
+    Raises:
+        Exception: the error.
+    """
+    raise GenerationError(error) if isinstance(error, str) else error
 
 
 def _error(reason: str) -> VLLMError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, ModelWrapValidatorHandler, model_validator
@@ -13,6 +14,7 @@ from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
 )
+from vllm.renderers import TokenizeParams
 
 from server.adapting.resolve import AdapterRef
 from steering.errors import BadValue
@@ -73,6 +75,16 @@ class SteeredCompletionRequest(SteeringMixin, CompletionRequest):
 
 class SteeredResponsesRequest(SteeringMixin, ResponsesRequest):
     """Body of POST /v1/responses."""
+
+    conversation: Any = Field(
+        None, description="Refused, as `previous_response_id` and `background`: nothing is stored."
+    )
+
+    def build_tok_params(self, model_config: Any) -> TokenizeParams:
+        """As for chat: the template has put the special tokens in, and vLLM's class would have
+        the tokenizer add them again.
+        """
+        return replace(super().build_tok_params(model_config), add_special_tokens=False)
 
 
 class TokenizeMessages(ReadableMixin, TokenizeChatRequest):

@@ -31,6 +31,7 @@ class ParsedRequest:
             that are not text). Asked only where a template needs them, in a thread.
         max_tokens: asked for explicitly, or None.
         max_tokens_field: what the request calls that.
+        fields: vLLM's names of its fields → its own, where they differ.
         n: choices per prompt.
         prompts: how many it has.
         beam_search: beam search, which has no place for a plan.
@@ -43,6 +44,7 @@ class ParsedRequest:
     conversations: Callable[[], Sequence[Conversation | None]]
     max_tokens: int | None = None
     max_tokens_field: str = "max_tokens"
+    fields: Mapping[str, str] = field(default_factory=dict)
     n: int = 1
     prompts: int = 1
     beam_search: bool = False

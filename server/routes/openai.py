@@ -26,7 +26,7 @@ from vllm.renderers.chat_utils import has_non_text_content
 from server import errors
 from server.context import RequestContext, context_of
 from server.errors import HttpError
-from server.requests.failures import reading
+from server.requests.failures import reading, reading_in
 from server.requests.protocol import (
     SteeredChatRequest,
     SteeredCompletionRequest,
@@ -82,12 +82,18 @@ async def _serve(
     resolved = await _resolve(request, parse, parts, context)
     own: Any = for_request(served, parts, context.model, resolved.chat_template)
     own.engine_client = RequestEngine(parts.engine, context, resolved, parts.config.limits)
-    with reading(lambda: bool(context.prompt_tokens)):
+
+    def taken() -> bool:
+        return bool(context.prompt_tokens)
+
+    with reading(taken):
         result = _plain(await create(own, request, raw))
     report = partial(_report, resolved, parts)
     if isinstance(result, AsyncGenerator):
-        return await _stream(result, report, resolved, raw)
+        return await _stream(reading_in(result, taken), report, resolved, raw)
     content = result.model_dump(mode="json", by_alias=True)
+    if isinstance(request, SteeredResponsesRequest):
+        content["store"] = False
     if (found := report()) is not None:
         content["steering"] = found
     return JSONResponse(content)
@@ -104,8 +110,8 @@ async def _resolve(
     _text_only(request)
     if parts.config.logging.prompts:
         context.prompt = next((v for f in _PROMPTS if (v := getattr(request, f, None))), None)
-    with reading(lambda: False):
-        parsed = parse(request, parts)
+    parsed = parse(request, parts)
+    context.fields = parsed.fields
     resolved = await parts.resolver.resolve(parsed, context)
     if not isinstance(request, SteeredCompletionRequest):
         _need_template(resolved.chat_template, parts)

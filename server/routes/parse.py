@@ -9,6 +9,7 @@ from vllm.entrypoints.openai.responses.utils import construct_input_messages
 from vllm.renderers.chat_utils import parse_chat_messages
 
 from server.errors import HttpError
+from server.requests.failures import reading
 from server.requests.own_prompts import Conversation
 from server.requests.protocol import (
     SteeredChatRequest,
@@ -18,13 +19,15 @@ from server.requests.protocol import (
 )
 from server.requests.resolved import ParsedRequest
 from server.serving import Serving
+from server.vllm_words import own_names
 from steering.errors import BadValue
 from steering.wire import KEY
 
 
 def _conversation(messages: Any, parts: Serving, options: Mapping[str, Any]) -> Conversation:
     """Messages with plain text as their content, the way templates expect them."""
-    parsed, _, _ = parse_chat_messages(messages, parts.engine.model_config, "string")
+    with reading(lambda: False):
+        parsed, _, _ = parse_chat_messages(messages, parts.engine.model_config, "string")
     return Conversation(parsed, options)
 
 
@@ -46,6 +49,8 @@ def parse_chat(request: SteeredChatRequest, parts: Serving) -> ParsedRequest:
         conversations=lambda: [_conversation(request.messages, parts, options)],
         max_tokens=asked if asked is not None else request.max_tokens,
         max_tokens_field="max_tokens" if asked is None else "max_completion_tokens",
+        prompt="messages",
+        logprobs="top_logprobs",
         n=request.n or 1,
         beam_search=bool(request.use_beam_search),
         prompt_logprobs=request.prompt_logprobs is not None
@@ -77,12 +82,14 @@ def parse_completion(request: SteeredCompletionRequest, parts: Serving) -> Parse
 
 def parse_responses(request: SteeredResponsesRequest, parts: Serving) -> ParsedRequest:
     """Of a request to the Responses API."""
-    _need_parser(request, parts)
+    _refuse_state(request)
+    _need_tools(request, parts)
 
     def conversations() -> list[Conversation | None]:
-        messages = construct_input_messages(
-            request_instructions=request.instructions, request_input=request.input
-        )
+        with reading(lambda: False):
+            messages = construct_input_messages(
+                request_instructions=request.instructions, request_input=request.input
+            )
         return [_conversation(messages, parts, {"add_generation_prompt": True})]
 
     return _parsed(
@@ -90,19 +97,71 @@ def parse_responses(request: SteeredResponsesRequest, parts: Serving) -> ParsedR
         conversations=conversations,
         max_tokens=request.max_output_tokens,
         max_tokens_field="max_output_tokens",
+        prompt="input",
+        logprobs="top_logprobs",
     )
 
 
-def _parsed(request: SteeringMixin, **traits: Any) -> ParsedRequest:
-    """Raises BadValue: the place in which plans travel is taken."""
+def _parsed(
+    request: SteeringMixin,
+    *,
+    prompt: str = "prompt",
+    max_tokens_field: str = "max_tokens",
+    logprobs: str = "logprobs",
+    **more: Any,
+) -> ParsedRequest:
+    """What all APIs have.
+
+    Args:
+        request: as it came.
+        prompt: what its API calls it.
+        max_tokens_field: what its API calls `max_tokens`.
+        logprobs: what its API calls the number of log-probabilities.
+        more: further fields of the result.
+
+    Raises:
+        BadValue: the place in which plans travel is taken.
+    """
     asked: Any = request
     if isinstance(asked.vllm_xargs, Mapping) and KEY in asked.vllm_xargs:
         raise BadValue("use the `steering` field", field=f"vllm_xargs.{KEY}")
-    return ParsedRequest(asked.model, request.steering, request.adapters or (), **traits)
+    return ParsedRequest(
+        asked.model, request.steering, request.adapters or (), max_tokens_field=max_tokens_field,
+        fields=own_names(prompt, max_tokens_field, logprobs), **more,
+    )  # fmt: skip
 
 
-def _need_parser(request: Any, parts: Serving) -> None:
-    """Refuses tools that nothing would call; vLLM does so for chat, not for the Responses API."""
+def _refuse_state(request: SteeredResponsesRequest) -> None:
+    """Refuses what needs earlier or later requests: nothing is stored here.
+
+    `store` alone is no reason: true is its default, so clients send it without a thought, and the
+    response says `"store": false`.
+    """
+    for name in ("background", "conversation", "previous_input_messages", "previous_response_id"):
+        if getattr(request, name, None):
+            raise HttpError(400, f"{name}: this server stores no responses; send the whole "
+                            "conversation as `input`, and read the answer or its stream",
+                            param=name)  # fmt: skip
+
+
+_CALLED = ("function", "custom", "namespace")
+"""Types of tools that the client itself runs. This server runs none."""
+
+
+def _need_tools(request: Any, parts: Serving) -> None:
+    """Refuses tools that nothing would call, and choices among them that nothing would enforce.
+    For chat vLLM does so; for the Responses API it ignores both.
+    """
+    for index, tool in enumerate(request.tools):
+        if tool.type not in _CALLED:
+            raise HttpError(400, f"tools.{index}.type: this server runs no tools of its own (got "
+                            f"{tool.type!r}); allowed: {', '.join(_CALLED)}",
+                            param=f"tools.{index}.type")  # fmt: skip
+    choice = request.tool_choice
+    if not isinstance(choice, str) and choice.type not in ("function", "custom"):
+        raise HttpError(400, f"tool_choice.type: not enforced by this server (got "
+                        f"{choice.type!r}); allowed: none, auto, required, or one function",
+                        param="tool_choice.type")  # fmt: skip
     if request.tools and request.tool_choice != "none" and not parts.config.chat.tool_call_parser:
         raise HttpError(400, "tools: this server's configuration names no "
                         "`chat.tool_call_parser`, so no tool would be called; leave tools out or "

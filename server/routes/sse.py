@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
 from server import errors
@@ -17,7 +18,6 @@ from server.context import RequestContext
 from server.requests.failures import http_error
 
 DONE = "data: [DONE]\n\n"
-_ERROR = 'data: {"error"'
 _LAST = ("response.completed", "response.incomplete")
 _FIRST = ("event: response.created", "event: response.in_progress")
 """Events that a stream of the Responses API has before the engine knows of the request."""
@@ -34,15 +34,10 @@ async def completion_events(events: Events, report: Reports | None) -> Events:
     Args:
         events: vLLM's.
         report: None: the response gets none.
-
-    Raises:
-        HttpError: instead of an event that tells of an error.
     """
     head: dict[str, Any] | None = None
     async with aclosing(events):
         async for event in events:
-            if event.startswith(_ERROR):
-                raise errors.from_vllm(json.loads(event.removeprefix("data: "))["error"])
             if event == DONE and report and head is not None and (found := report()) is not None:
                 yield f"data: {json.dumps({**head, 'choices': [], 'steering': found})}\n\n"
             elif report and head is None and event.startswith("data: {"):
@@ -57,6 +52,8 @@ async def response_events(events: AsyncGenerator[Any, None], report: Reports) ->
         async for event in events:
             kind = getattr(event, "type", "unknown")
             data = event.model_dump(mode="json", by_alias=True)
+            if "response" in data:
+                data["response"]["store"] = False
             if kind in _LAST and (found := report()) is not None:
                 data["response"]["steering"] = found
             yield f"event: {kind}\ndata: {json.dumps(data)}\n\n"
@@ -93,7 +90,22 @@ async def streamed(
         await _end(begin, events)
         raise
     body = with_sse_keep_alive(_told(begin, events, request.url.path, context), every_s)
-    return StreamingResponse(body, media_type="text/event-stream")
+    return _Stream(body, begin, events)
+
+
+class _Stream(StreamingResponse):
+    """Closes its events as soon as it ends, also where its client has left before the first."""
+
+    def __init__(self, body: Events, begin: asyncio.Task[list[str]], events: Events) -> None:
+        super().__init__(body, media_type="text/event-stream")
+        self._body, self._begin, self._events = body, begin, events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._body.aclose()
+            await _end(self._begin, self._events)
 
 
 async def _begin(events: Events) -> list[str]:
@@ -112,13 +124,15 @@ async def _told(
     """The events; an error, which the status cannot tell any more, is the last of them."""
     try:
         for event in await begin:
+            context.events += 1
             yield event
         async for event in events:
+            context.events += 1
             yield event
     except Exception as error:
-        found = http_error(error)
+        found = http_error(error, context.fields)
         context.fail(found)
-        yield errors.event(path, found)
+        yield errors.event(path, found, context.events)
     finally:
         await _end(begin, events)
 

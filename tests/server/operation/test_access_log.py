@@ -196,7 +196,8 @@ def test_text_is_for_people() -> None:
     lines = said("text")
     assert lines[0] == "coxswain: ready"
     assert lines[1] == "coxswain: request status=200"
-    assert "ValueError: broken" in lines
+    assert "    ValueError: broken" in lines
+    assert "coxswain: WARNING elsewhere: odd" in lines
     assert lines[-1].startswith("coxswain: loading …")
 
 
