@@ -31,7 +31,7 @@ SCHEMA: dict[str, Any] = {
     "required": ["colour", "sure"],
     "additionalProperties": False,
 }
-ROOM = 60
+ROOM = 150
 """Tokens that an object of the schema, or a call with one, fits in."""
 
 
