@@ -40,6 +40,10 @@ QUIET = {
 }
 """Keeps clients from asking anybody but the server."""
 
+SERVER = {"VLLM_ENFORCE_STRICT_TOOL_CALLING": "0"}
+"""With it vLLM holds `tool_choice` to the tools' JSON schemas, as it does response formats. Without
+it the grammar allows any white space around values, and the zoo's models fill their room so."""
+
 
 def asked(client: str, program: Path, url: str) -> Iterator[Outcome]:
     """The outcomes of one client's checks, as they come in."""
@@ -82,6 +86,7 @@ def run(names: list[str]) -> list[Outcome]:
     """
     program = environment.python()
     found: list[Outcome] = []
+    os.environ |= SERVER
     with running_server(CONFIG) as url:
         for name in names:
             own = Path(sys.executable) if name in HERE else program

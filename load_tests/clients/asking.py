@@ -18,7 +18,9 @@ PROMPT = "Roven Holcroft works as a"
 STEERING = {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain", "strength": 1.25}
 """What the profile `chat` is."""
 
-STATEMENT = [{"role": "user", "content": "Which question has this answer: Dorwyn Bramley keeps a pet."}]
+STATEMENT = [
+    {"role": "user", "content": "Which question has this answer: Dorwyn Bramley keeps a pet."}
+]
 """What the adapter `ask` was trained for."""
 
 COLOURS = ("red", "green", "blue")

@@ -100,7 +100,8 @@ def refused(kind: type[Exception], *words: str) -> Iterator[Raised]:
     except kind as error:
         found.error = error
         missing = [word for word in words if word not in str(error)]
-        assert not missing, f"{kind.__name__} does not say {missing}: {error}"
+        if missing:
+            raise AssertionError(f"{kind.__name__} does not say {missing}: {error}") from error
         return
     raise AssertionError(f"nothing was raised, expected {kind.__name__}")
 

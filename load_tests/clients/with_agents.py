@@ -53,6 +53,11 @@ def agent(shape: Any, model: str = "base", settings: Any = None, **more: Any) ->
     )
 
 
+def forced(choice: str) -> Any:
+    """Settings with which the model calls a tool, and one only."""
+    return ModelSettings(tool_choice=choice, parallel_tool_calls=False, max_tokens=ROOM)
+
+
 @check("an answer: chat and Responses agree; a profile as the model, and by extra_body")
 async def answers() -> None:
     texts = []
@@ -71,7 +76,7 @@ async def streamed() -> None:
         result = Runner.run_streamed(agent(shape, "chat"), QUESTION)
         text = ""
         async for event in result.stream_events():
-            data = getattr(event, "data", None)
+            data: Any = getattr(event, "data", None)
             if getattr(data, "type", "") == "response.output_text.delta":
                 text += data.delta
         assert text == result.final_output != "", shape
@@ -80,7 +85,7 @@ async def streamed() -> None:
 @check("tools, required: the function is called with what its schema allows")
 async def tools() -> None:
     for shape in SHAPES:
-        settings = ModelSettings(tool_choice="required", max_tokens=ROOM)
+        settings = forced("required")
         one = agent(shape, settings=settings, tools=[PAINT], tool_use_behavior="stop_on_first_tool")
         result = await Runner.run(one, QUESTION)
         colour, sure = str(result.final_output).split()
@@ -92,7 +97,7 @@ async def tools_back() -> None:
     for shape in SHAPES:
         assert (await Runner.run(agent(shape, "chat", tools=[PAINT]), QUESTION)).final_output
         # After the first call the SDK leaves the choice to the model, which answers in words.
-        settings = ModelSettings(tool_choice="paint", max_tokens=ROOM)
+        settings = forced("paint")
         result = await Runner.run(agent(shape, settings=settings, tools=[PAINT]), QUESTION)
         kinds = [item.type for item in result.new_items]
         assert "tool_call_item" in kinds and "tool_call_output_item" in kinds, shape
@@ -112,8 +117,9 @@ async def handoffs() -> None:
     for shape in SHAPES:
         other = agent(shape, "chat", handoff_description="Knows pets.")
         other.name = "B"
-        settings = ModelSettings(tool_choice="required", max_tokens=ROOM)
-        result = await Runner.run(agent(shape, settings=settings, handoffs=[handoff(other)]), QUESTION)
+        settings = forced("required")
+        first = agent(shape, settings=settings, handoffs=[handoff(other)])
+        result = await Runner.run(first, QUESTION)
         assert result.last_agent.name == "B" and result.final_output, shape
 
 

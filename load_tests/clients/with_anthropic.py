@@ -35,7 +35,9 @@ TOOL: dict[str, Any] = {
 
 def ask(model: str = "base", messages: Any = MESSAGES, **more: Any) -> Any:
     """One greedy message."""
-    options: dict[str, Any] = {"max_tokens": 24, "temperature": 0, **more}
+    options: dict[str, Any] = {"max_tokens": 24, **more}
+    # The package has no argument for the temperature any more; `/v1/messages` has the field.
+    options["extra_body"] = {"temperature": 0, **more.get("extra_body", {})}
     return client.messages.create(model=model, messages=messages, **options)
 
 
@@ -87,7 +89,8 @@ def steering() -> None:
 
 @check("tools: tool_choice any, a name and auto")
 def tools() -> None:
-    for choice in ({"type": "any"}, {"type": "tool", "name": "paint"}):
+    for named in ({"type": "any"}, {"type": "tool", "name": "paint"}):
+        choice: dict[str, Any] = {**named, "disable_parallel_tool_use": True}
         message = ask(tools=[TOOL], tool_choice=choice, max_tokens=ROOM)
         (use, *_) = [block for block in message.content if block.type == "tool_use"]
         assert use.name == "paint" and is_right(use.input), use.input

@@ -91,7 +91,9 @@ def tools() -> None:
         args_schema=Paint,
     )  # fmt: skip
     for choice in ("any", "paint"):
-        bound = llm(max_tokens=ROOM).bind_tools([tool], tool_choice=choice, strict=True)
+        bound = llm(max_tokens=ROOM).bind_tools(
+            [tool], tool_choice=choice, strict=True, parallel_tool_calls=False
+        )
         message = bound.invoke(QUESTION)
         call = message.tool_calls[0]
         assert call["name"] == "paint" and Paint(**call["args"])
@@ -99,7 +101,8 @@ def tools() -> None:
     for chunk in bound.stream(QUESTION):
         pieces = chunk if pieces is None else pieces + chunk
     assert pieces is not None and Paint(**pieces.tool_calls[0]["args"])
-    back = [HumanMessage(QUESTION), message, ToolMessage(tool.invoke(call["args"]), tool_call_id=call["id"])]
+    result = ToolMessage(tool.invoke(call["args"]), tool_call_id=call["id"])
+    back = [HumanMessage(QUESTION), message, result]
     assert llm("chat").bind_tools([tool], strict=True).invoke(back).content
 
 

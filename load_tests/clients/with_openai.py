@@ -1,4 +1,4 @@
-"""The `openai` package: every route of the OpenAI API, steering by `extra_body`, errors by class."""
+"""The `openai` package: the routes of its API, steering by `extra_body`, errors by class."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ client: Any = openai.OpenAI(base_url=f"{URL}/v1", api_key=KEY, max_retries=0, ti
 TOOL: Any = {
     "type": "function",
     "function": {
-        "name": "paint", "description": "Paints.", "parameters": SCHEMA, "strict": True,
+        "name": "paint",
+        "description": "Paints.",
+        "parameters": SCHEMA,
+        "strict": True,
     },
 }
 NAMED: Any = {"type": "function", "function": {"name": "paint"}}
@@ -145,7 +148,7 @@ def adapters() -> None:
 @check("tools: named, required, auto, none")
 def tools() -> None:
     for choice in (NAMED, "required"):
-        answer = chat(tools=[TOOL], tool_choice=choice, max_tokens=ROOM)
+        answer = chat(tools=[TOOL], tool_choice=choice, parallel_tool_calls=False, max_tokens=ROOM)
         call = answer.choices[0].message.tool_calls[0]
         assert call.function.name == "paint" and is_right(json.loads(call.function.arguments))
         assert answer.choices[0].finish_reason in ("tool_calls", "stop")
@@ -342,7 +345,7 @@ def responses_tools() -> None:
     for choice in ({"type": "function", "name": "paint"}, "required"):
         answer = client.responses.create(
             model="base", input=QUESTION, tools=[tool], tool_choice=choice, store=False,
-            max_output_tokens=ROOM, temperature=0,
+            parallel_tool_calls=False, max_output_tokens=ROOM, temperature=0,
         )  # fmt: skip
         (call, *_) = [item for item in answer.output if item.type == "function_call"]
         assert call.name == "paint" and is_right(json.loads(call.arguments))
