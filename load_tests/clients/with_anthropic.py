@@ -181,7 +181,7 @@ async def together() -> None:
     long: dict[str, Any] = {"model": "chat", "messages": MESSAGES, "max_tokens": 400}
     with refused(anthropic.APITimeoutError):
         await asyncio.to_thread(
-            client.with_options(timeout=0.3).messages.create,
+            client.with_options(timeout=0.02).messages.create,
             **long, extra_body={"ignore_eos": True},
         )  # fmt: skip
     await asyncio.to_thread(wait_idle)

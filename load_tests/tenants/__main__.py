@@ -20,7 +20,15 @@ from load_tests.clients.__main__ import machine
 from load_tests.tenants import names, timing
 from load_tests.tenants.findings import Finding, into
 from load_tests.tenants.load import under_load
-from load_tests.tenants.stage import NAMES, Prompts, Tenant, configuration, profile_of
+from load_tests.tenants.stage import (
+    MATE,
+    NAMES,
+    Prompts,
+    Tenant,
+    adapter_of,
+    configuration,
+    profile_of,
+)
 from load_tests.with_server import NotReadyError, running_server
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "tenants.md"
@@ -43,12 +51,14 @@ def tried(url: str, rounds: int, seed: int) -> Iterator[Finding]:
         yield names.stored(me, you)
         yield names.errors_in_time(me, you, 3 * rounds, seed)
         prompts = Prompts(seed)
+        mate = Tenant(MATE, url)
         for where, models in (
-            ("the base", dict.fromkeys(NAMES, "base")),
-            ("profiles that steer alike", {name: profile_of(name) for name in NAMES}),
+            ("the base", ["base", "base"]),
+            ("profiles that steer alike", [profile_of(name) for name in NAMES]),
+            ("adapters of the same content", [adapter_of(name) for name in NAMES]),
         ):
-            found = timing.measured(me, models, you, prompts, rounds, seed)
-            yield from timing.judged(where, *found)
+            asking = timing.Asking(me, mate, you, *models)
+            yield from timing.judged(where, *timing.measured(asking, prompts, rounds, seed))
     yield book.finding()
 
 
@@ -64,10 +74,8 @@ def run(rounds: int, seed: int) -> list[Finding]:
         config.write_text(yaml.safe_dump(configuration(Path(folder))))
         with running_server(config) as url:
             for one in tried(url, rounds, seed):
-                print(
-                    f"{'LEAK' if one.leak else 'ok  '} {one.what}: {one.shown} {one.leak}",
-                    flush=True,
-                )
+                mark = "LEAK" if one.leak else "ok  "
+                print(f"{mark} {one.what}: {one.shown} {one.leak}", flush=True)
                 found.append(one)
     return found
 

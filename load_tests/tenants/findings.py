@@ -29,9 +29,11 @@ def table(findings: Sequence[Finding]) -> str:
     rows += [
         (one.what, one.shown, f"**{one.leak}**" if one.leak else "nothing") for one in findings
     ]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows
-    )
+    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def into(page: str, findings: Sequence[Finding], machine: str) -> str:

@@ -97,25 +97,20 @@ def hidden(me: Tenant, you: Tenant) -> Iterator[Finding]:
         for where, path, body in attempts(name[:-1]):
             text = call(me, path, body).text
             found += [where for known in theirs if known in text]
-    yield Finding("errors for names that are nearly the other's", f"{2 * len(list(attempts('x')))} errors",
+    count = sum(1 for _ in attempts("x")) * len(theirs)
+    yield Finding("errors for names that are nearly the other's", f"{count} errors",
                   f"named by {found[0]}" if found else "")  # fmt: skip
 
 
 def metrics(me: Tenant, you: Tenant) -> Iterator[Finding]:
     """What everybody inside the network reads at `/metrics`."""
     text = me.http.get("/metrics").text
-    secrets = [
-        what
-        for tenant in (me, you)
-        for what in (
-            key_of(tenant.name),
-            hashlib.sha256(key_of(tenant.name).encode()).hexdigest()[:8],
-        )
-        if what in text
-    ]
-    secrets += [word for word in ("Dorwyn", "Roven") if word in text]
-    yield Finding("/metrics: keys, their hashes, words of prompts", f"{len(text.splitlines())} lines",
-                  f"{secrets[0]} is there" if secrets else "")  # fmt: skip
+    keys = [key_of(tenant.name) for tenant in (me, you)]
+    hashes = [hashlib.sha256(key.encode()).hexdigest()[:8] for key in keys]
+    found = [what for what in (*keys, *hashes, "Dorwyn", "Roven") if what in text]
+    lines = f"{len(text.splitlines())} lines"
+    yield Finding("/metrics: keys, their hashes, words of prompts", lines,
+                  f"{found[0]} is there" if found else "")  # fmt: skip
 
 
 def errors_in_time(me: Tenant, you: Tenant, rounds: int, seed: int) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import time
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ import numpy as np
 
 ZOO = Path(__file__).resolve().parents[2] / "zoo"
 NAMES = ("alpha", "bravo")
+MATE = "alpha-mate"
+"""Another key of the first tenant's group, which shares its cache: what sharing looks like."""
 NOBODY = "nobod"
 """As long as the tenants' names, so that not even the length of an answer tells."""
 
@@ -46,16 +49,17 @@ def configuration(folder: Path) -> dict[str, Any]:
     Args:
         folder: gets the server's state.
     """
+    rates = {"requests_per_minute": 1_000_000, "tokens_per_minute": 1_000_000_000}
     profile = {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain", "strength": 1.0}
     keys = [
         {
-            "key": key_of(name),
+            "key": key_of(key),
+            "group": name,
             "profiles": [profile_of(name)],
             "adapters": [adapter_of(name)],
-            "requests_per_minute": 1_000_000,
-            "tokens_per_minute": 1_000_000_000,
+            **rates,
         }
-        for name in NAMES
+        for key, name in ((NAMES[0], NAMES[0]), (MATE, NAMES[0]), (NAMES[1], NAMES[1]))
     ]
     return {
         "model": str(ZOO / "models" / "base-large"),
@@ -133,8 +137,6 @@ class Tenant:
 
 def cached_of(event: str) -> int:
     """`prompt_tokens_details.cached_tokens` of an event."""
-    import json
-
     details = json.loads(event.removeprefix("data: "))["usage"]["prompt_tokens_details"]
     assert details is not None, "no prompt_tokens_details"
     return int(details["cached_tokens"] or 0)

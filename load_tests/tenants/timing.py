@@ -4,28 +4,46 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from load_tests.tenants.findings import Finding
 from load_tests.tenants.stage import Prompts, Tenant
 from load_tests.tenants.statistics import Comparison, compare
 
-OWN, OTHER, NOBODY = "own", "other", "nobody"
+OWN, MATE, OTHER, NOBODY = "own", "mate", "other", "nobody"
 LEVEL = 0.001
 """p-values below it are a difference: one run in a thousand finds one where there is none."""
 
 
-def measured(
-    me: Tenant, models: dict[str, str], you: Tenant, prompts: Prompts, rounds: int, seed: int
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Asks for prompts that I sent before, that you sent before, that nobody did.
+@dataclass(frozen=True)
+class Asking:
+    """Who asks.
 
-    The three are asked in random order, round by round, so that whatever else changes meanwhile
+    Args:
+        me: who measures.
+        mate: another key of my group.
+        you: the other tenant.
+        mine: the model that I ask, and my mate.
+        yours: the model that the other asks.
+    """
+
+    me: Tenant
+    mate: Tenant
+    you: Tenant
+    mine: str
+    yours: str
+
+
+def measured(
+    asking: Asking, prompts: Prompts, rounds: int, seed: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Asks for prompts that I sent before, a key of my group, the other, nobody.
+
+    The four are asked in random order, round by round, so that whatever else changes meanwhile
     changes all alike.
 
     Args:
-        me: who asks.
-        models: tenant → the model that it asks.
-        you: the other.
+        asking: who asks, and who may have asked before.
         prompts: new ones.
         rounds: how many times each.
         seed: of the order.
@@ -34,16 +52,16 @@ def measured(
         By who had sent them: milliseconds to the first token; the most cached tokens told.
     """
     dice = random.Random(seed)
-    times: dict[str, list[float]] = {OWN: [], OTHER: [], NOBODY: []}
+    times: dict[str, list[float]] = {OWN: [], MATE: [], OTHER: [], NOBODY: []}
     cached = dict.fromkeys(times, 0)
     for _ in range(rounds):
         asked = {kind: prompts.new() for kind in times}
-        before = [(me, asked[OWN]), (you, asked[OTHER])]
+        before = [(asking.me, OWN), (asking.mate, MATE), (asking.you, OTHER)]
         dice.shuffle(before)
-        for tenant, prompt in before:
-            tenant.ask(models[tenant.name], prompt)
-        for kind in dice.sample(list(times), 3):
-            seconds, tokens = me.ask(models[me.name], asked[kind])
+        for tenant, kind in before:
+            tenant.ask(asking.yours if kind == OTHER else asking.mine, asked[kind])
+        for kind in dice.sample(list(times), len(times)):
+            seconds, tokens = asking.me.ask(asking.mine, asked[kind])
             times[kind].append(seconds * 1000)
             cached[kind] = max(cached[kind], tokens)
     return times, cached
@@ -51,16 +69,19 @@ def measured(
 
 def judged(where: str, times: dict[str, list[float]], cached: dict[str, int]) -> Iterator[Finding]:
     """What the times and the counts tell."""
-    own, other = (compare(times[kind], times[NOBODY]) for kind in (OWN, OTHER))
-    blind = "" if own.p < LEVEL and own.faster > 0.5 else "cannot be seen: the test sees nothing"
-    yield Finding(f"{where}: time to the first token, a prompt of my own against one of nobody",
-                  _shown(own), blind)  # fmt: skip
+    for kind, whose in ((OWN, "of my own"), (MATE, "of a key of my group")):
+        found = compare(times[kind], times[NOBODY])
+        # What is shared must be seen, or the test would see nothing of the other either.
+        blind = "" if found.p < LEVEL and found.faster > 0.5 else "cannot be seen"
+        yield Finding(f"{where}: time to the first token, a prompt {whose} against one of nobody",
+                      _shown(found), blind)  # fmt: skip
+    other = compare(times[OTHER], times[NOBODY])
     leak = "the other has sent it" if other.p < LEVEL else ""
     yield Finding(f"{where}: the same, a prompt of the other tenant against one of nobody",
                   _shown(other), leak)  # fmt: skip
     shown = ", ".join(f"{kind}: {count}" for kind, count in cached.items())
     told = "the other has sent it" if cached[OTHER] else ""
-    if not cached[OWN] or cached[NOBODY]:
+    if not (cached[OWN] and cached[MATE]) or cached[NOBODY]:
         told = "cannot be seen: the counts are not what I sent"
     yield Finding(f"{where}: the most `cached_tokens` by who had sent the prompt", shown, told)
 
