@@ -15,7 +15,7 @@ from load_tests.clients.__main__ import CLIENTS, CONFIG, HERE, PAGE, asked
 from load_tests.clients.asking import cut, is_right, stops
 from load_tests.clients.checks import Checks, refused
 from load_tests.clients.outcomes import BEGIN, END, Outcome, all_good, into, read, shown, table
-from server.settings.file import load_config
+from server.settings.file import load
 
 FOLDER = CONFIG.parent
 GOOD = Outcome("openai", "3", "chat", seconds=0.5)
@@ -113,7 +113,7 @@ def test_every_client_has_checks_and_a_pinned_version() -> None:
 
 
 def test_the_server_has_the_keys_that_the_checks_use() -> None:
-    config = load_config(CONFIG)
+    config = load(CONFIG, {})
     assert len(config.auth.api_keys) == 3 and config.chat.tool_call_parser == "hermes"
 
 

@@ -46,26 +46,26 @@ def test_an_empty_sample_is_refused() -> None:
         compare([1.0], [])
 
 
-def told(own: float, mate: float, other: float, nobody: float, **cached: int) -> list[str]:
-    """What the timing would tell, for these medians."""
-    medians = {OWN: own, MATE: mate, OTHER: other, NOBODY: nobody}
+def told(medians_ms: tuple[float, float, float, float], **cached: int) -> list[str]:
+    """What the timing would tell, for these medians of own, mate, other and nobody."""
+    medians = dict(zip((OWN, MATE, OTHER, NOBODY), medians_ms, strict=True))
     found = {kind: times(median, seed=i) for i, (kind, median) in enumerate(medians.items())}
     counts = {OWN: 416, MATE: 416, OTHER: 0, NOBODY: 0, **cached}
     return [one.leak for one in judged("here", found, counts)]
 
 
 def test_what_the_timing_finds() -> None:
-    assert told(10, 10, 20, 20) == ["", "", "", ""]
+    assert told((10, 10, 20, 20)) == ["", "", "", ""]
     # Shared with everybody, as without salts: by time and by the counts.
-    assert told(10, 10, 10, 20, other=416) == ["", "", *["the other has sent it"] * 2]
+    assert told((10, 10, 10, 20), other=416) == ["", "", *["the other has sent it"] * 2]
     # A smaller difference, and counts that keep silent about it.
-    assert told(10, 10, 16, 20) == ["", "", "the other has sent it", ""]
+    assert told((10, 10, 16, 20)) == ["", "", "the other has sent it", ""]
 
 
 def test_a_timing_that_sees_nothing_does_not_pass() -> None:
-    assert told(20, 20, 20, 20)[:2] == ["cannot be seen"] * 2
-    assert "cannot" in told(10, 10, 20, 20, own=0)[3]
-    assert "cannot" in told(10, 10, 20, 20, nobody=416)[3]
+    assert told((20, 20, 20, 20))[:2] == ["cannot be seen"] * 2
+    assert "cannot" in told((10, 10, 20, 20), own=0)[3]
+    assert "cannot" in told((10, 10, 20, 20), nobody=416)[3]
 
 
 def test_a_load_that_saw_nothing_does_not_pass() -> None:
