@@ -64,13 +64,16 @@ def probability_faster(pooled: np.ndarray, first: np.ndarray, m: int, n: int) ->
     return shorter
 
 
-def compare(first: list[float], second: list[float], seed: int = 0) -> Comparison:
+def compare(
+    first: list[float], second: list[float], seed: int = 0, permutations: int = PERMUTATIONS
+) -> Comparison:
     """The comparison of two samples.
 
     Args:
         first: its times.
         second: its times.
         seed: of permutations and bootstrap.
+        permutations: how many divisions are drawn.
 
     Raises:
         ValueError: a sample is empty.
@@ -83,7 +86,7 @@ def compare(first: list[float], second: list[float], seed: int = 0) -> Compariso
     pooled = ranks(np.concatenate([a, b]))
     found = float(probability_faster(pooled, np.arange(m), m, n))
     # A random order of all; its first m are the first sample.
-    orders = np.argsort(dice.random((PERMUTATIONS, m + n)), axis=1)[:, :m]
+    orders = np.argsort(dice.random((permutations, m + n)), axis=1)[:, :m]
     drawn = probability_faster(pooled, orders, m, n)
     as_far = int((np.abs(drawn - 0.5) >= abs(found - 0.5) - 1e-12).sum())
     medians = (float(np.median(a)), float(np.median(b)))
@@ -92,6 +95,6 @@ def compare(first: list[float], second: list[float], seed: int = 0) -> Compariso
     )
     low, high = np.percentile(resampled, (2.5, 97.5))
     return Comparison(
-        (m, n), medians, found, (as_far + 1) / (PERMUTATIONS + 1), medians[1] - medians[0],
+        (m, n), medians, found, (as_far + 1) / (permutations + 1), medians[1] - medians[0],
         (float(low), float(high)),
     )  # fmt: skip
