@@ -59,6 +59,7 @@ def tried(url: str, rounds: int, seed: int) -> Iterator[Finding]:
         ):
             asking = timing.Asking(me, mate, you, *models)
             yield from timing.judged(where, *timing.measured(asking, prompts, rounds, seed))
+        yield timing.salted(me, you, prompts)
     yield book.finding()
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from load_tests.tenants.findings import Finding
-from load_tests.tenants.stage import Prompts, Tenant
+from load_tests.tenants.stage import Prompts, Tenant, key_of
 from load_tests.tenants.statistics import Comparison, compare
 
 OWN, MATE, OTHER, NOBODY = "own", "mate", "other", "nobody"
@@ -84,6 +85,26 @@ def judged(where: str, times: dict[str, list[float]], cached: dict[str, int]) ->
     if not (cached[OWN] and cached[MATE]) or cached[NOBODY]:
         told = "cannot be seen: the counts are not what I sent"
     yield Finding(f"{where}: the most `cached_tokens` by who had sent the prompt", shown, told)
+
+
+def salted(me: Tenant, you: Tenant, prompts: Prompts) -> Finding:
+    """Salts that a request brings: none leads into the other's part of the cache."""
+    digest = hashlib.sha256(key_of(you.name).encode()).hexdigest()
+    # What the other's part may be called: its group, its key, hashes of them; and one agreed on.
+    guesses = [you.name, key_of(you.name), digest, digest[:8], digest[:16]]
+    told = {}
+    for guess in guesses:
+        prompt = prompts.new()
+        you.ask("base", prompt)
+        told[guess] = me.ask("base", prompt, cache_salt=guess)[1]
+    prompt = prompts.new()
+    you.ask("base", prompt, cache_salt="agreed")
+    told["agreed"] = me.ask("base", prompt, cache_salt="agreed")[1]
+    own = me.ask("base", prompt, cache_salt="agreed")[1]
+    leak = next((f"`cache_salt` {salt!r} does" for salt, count in told.items() if count), "")
+    what = "a `cache_salt` of mine: the other's group, key or a hash of it, one that both send"
+    return Finding(what, f"most cached: {max(told.values())}, of my own: {own}",
+                   leak or ("" if own else "cannot be seen"))  # fmt: skip
 
 
 def _shown(found: Comparison) -> str:
