@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PERMUTATIONS = 20_000
+PERMUTATIONS = 10_000
 
 
 @dataclass(frozen=True)
