@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve test test-slow fuzz faults kinds families check fix bench bench-adapters bench-heads bench-speculation bench-load gpu-check soak load-soak eval pictures zoo doctor clean
+.PHONY: help install install-gpu serve test test-slow fuzz faults kinds families clients check fix bench bench-adapters bench-heads bench-speculation bench-load gpu-check soak load-soak eval pictures zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ families: install ## every model family, exact or refused: docs/model-families.m
 
 kinds: install ## every kind of adapter that PEFT writes, served or refused: docs/adapter-kinds.md (half a minute)
 	$(BIN)/python -m pytest tests/kinds --kinds-table docs/adapter-kinds.md $(ARGS)
+
+clients: install ## openai, litellm, langchain, agents, anthropic, lm-eval, vllm bench: docs/clients.md (minutes)
+	$(BIN)/python -m load_tests.clients $(ARGS)
 
 check: install ## formatting, lint, types, layering; no tests
 	$(BIN)/ruff check $(CODE)
@@ -73,7 +76,10 @@ bench-speculation: install ## tokens per second with a drafting stream (about fo
 bench-load: install ## load tests of all servers and baselines: docs/load-report.md (ARGS=--quick: a short form)
 	$(BIN)/python -m load_tests.load --out docs/load-report.md $(ARGS)
 
-gpu-check: install ## kernels, graphs and a steered engine on an NVIDIA GPU: docs/gpu-check.md (under ten minutes; ARGS='--out FILE')
+gpu-clients: install ## openai, litellm, langchain, agents, anthropic, lm-eval, vllm bench: docs/clients.md (minutes)
+	$(BIN)/python -m load_tests.clients $(ARGS)
+
+check: install ## kernels, graphs and a steered engine on an NVIDIA GPU: docs/gpu-check.md (under ten minutes; ARGS='--out FILE')
 	$(BIN)/python -m load_tests.gpu_check $(ARGS)
 
 soak: install ## two hours of mixed requests, answers compared, memory watched: docs/soak.md (ARGS='--minutes 10': shorter)

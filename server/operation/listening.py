@@ -41,7 +41,8 @@ def bind(server: ServerConfig) -> socket.socket:
     if server.uds is not None:
         return _bind_unix(Path(server.uds))
     family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sets TCP_NODELAY only where a socket says that it is TCP's.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((server.host, server.port))
