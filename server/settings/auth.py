@@ -81,15 +81,18 @@ class LimitedKey(Rate):
         None,
         pattern=GROUP,
         description="A name. Keys of one group share cached prefixes and private adapters. "
-        "Absent: the key shares them with no other.",
+        "Absent: the key is a group of its own, `key:` and the first 8 hex digits of its SHA-256.",
     )
     profiles: tuple[str, ...] | None = Field(
         None,
-        description="The profiles it may use, by name; it may then send no steering of its own. "
-        "The base without steering stays open to it. Absent: all profiles, and its own steering.",
+        description="The profiles it may use, by name, as they are; it may then send no steering "
+        "of its own, and sees no other profile. The base without steering stays open to it. "
+        "Absent: all profiles, and its own steering.",
     )
     adapters: tuple[str, ...] | None = Field(
-        None, description="The adapters it may use, by name. Absent: all."
+        None,
+        description="The adapters it may use, by name; it sees no others. Absent: all that are "
+        "not private to others.",
     )
 
 
@@ -109,7 +112,14 @@ class AuthConfig(Section):
     admin_key: Key | None = Field(
         None,
         description="Key for `/admin/*` (environment: `COXSWAIN_ADMIN_KEY`), plain or `sha256:…`. "
-        "Without one the admin API answers only when the server is bound to loopback.",
+        "Without one the admin API answers only callers on this machine, of a server that is "
+        "bound to loopback; behind a proxy or a unix socket it needs a key.",
+    )
+    metrics_key: Key | None = Field(
+        None,
+        description="Key for `/metrics`, plain or `sha256:…`; the admin key opens it too. Without "
+        "one `/metrics` is open, unless an API key is limited to profiles or adapters: its labels "
+        "have the names of all.",
     )
 
 

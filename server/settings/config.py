@@ -144,6 +144,11 @@ class PreloadConfig(Section):
     version: str = Field("1", description="A label; requests may say `name@version`.")
     stream: str = Field("base", description="The stream whose layers it changes.")
     pin: bool = Field(False, description="Whether it is never evicted from the engine.")
+    visible_to: tuple[str, ...] = Field(
+        (),
+        description="Groups of API keys that see and use it: the `group` of a key, or `key:` and "
+        "the first 8 hex digits of its SHA-256. Empty: all.",
+    )
 
 
 class AdaptersConfig(Section):

@@ -128,8 +128,8 @@ class ServerConfig(Section):
         2,
         ge=1,
         le=16,
-        description="Processes that render chat templates of callers. One caller's templates run "
-        "one after another.",
+        description="Processes that render chat templates of callers. One API key takes all but "
+        "one of them at most, and keys take turns, so that slow templates hold up nobody else.",
     )
     max_body_bytes: int = Field(
         4 * 1024 * 1024, ge=1024, description="Largest request body, in bytes; larger: 413."
