@@ -32,9 +32,9 @@ async def _routing_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = str(error.detail)
     if error.status_code == 404:
-        message = f"No such path: {request.url.path}"
+        message = f"No such path: {request.scope['path']}"
     elif error.status_code == 405:
-        message = f"{request.method} is not possible on {request.url.path}"
+        message = f"{request.method} is not possible on {request.scope['path']}"
     answer = errors.response(HttpError(error.status_code, message))
     answer.headers.update(error.headers or {})
     return answer
@@ -56,7 +56,7 @@ async def _left(_request: Request, _error: Exception) -> Response:
 
 
 def build_app(serving: Serving) -> ASGIApp:
-    """The application for an engine that is up.
+    """The application for an engine that is up. It takes a moment: run in a thread.
 
     Args:
         serving: the parts that the routes use.

@@ -155,7 +155,7 @@ def announce(serving: Serving, port: int, seconds: float) -> str:
     profiles = ", ".join(serving.profiles) or "(none)"
     adapters = []
     if serving.adapters is not None:
-        names = ", ".join(serving.adapters.names) or "(none yet: `coxswain adapters --help`)"
+        names = ", ".join(serving.adapters.names()) or "(none yet: `coxswain adapters --help`)"
         adapters = [f"  adapters  {names}"]
     where = address(config.server, port)
     return "\n".join(

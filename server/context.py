@@ -39,6 +39,7 @@ class RequestContext:
         access: what the caller's key may use.
         model: what the request named, once it is known to be there; None: the base.
         method, profile, adapter: labels.
+        private: an adapter of the request is private to some groups of keys.
         digests: of the adapters.
         prompt: text or messages; None unless they are to be logged.
         prompt_tokens: given to the engine for this request.
@@ -59,6 +60,7 @@ class RequestContext:
     method: str = NONE
     profile: str = NONE
     adapter: str = NONE
+    private: bool = False
     digests: Sequence[str] = ()
     prompt: object = None
     prompt_tokens: int = 0
@@ -90,12 +92,14 @@ class RequestContext:
         if self.failure is None:
             self.failure = error
 
-    def use_adapters(self, adapters: Sequence[tuple[str, str]]) -> None:
+    def use_adapters(self, adapters: Sequence[tuple[str, str]], private: bool = False) -> None:
         """Notes the request's adapters.
 
         Args:
             adapters: (name, digest) of each.
+            private: one of them is private to some groups of keys.
         """
+        self.private = private
         names = {name for name, _ in adapters}
         if names:
             self.adapter = names.pop() if len(names) == 1 else SEVERAL

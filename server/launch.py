@@ -182,7 +182,7 @@ class Run:
             seconds = progress.seconds
         from server.app import build_app
 
-        self.gate.inner = build_app(serving)
+        self.gate.inner = await in_thread(lambda: build_app(serving))
         self.state.become_ready()
         say(announce(serving, port, seconds))
         return serving

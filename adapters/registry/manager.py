@@ -97,11 +97,9 @@ class Manager:
         """
         loaded, record = self._here.get(name), self.records.get(name)
         if loaded is None or record is None or record.state == "unloading":
-            why = f"it is {record.state}" if record else "there is none"
             failure = self.failure(name)
             kind = type(failure) if failure is not None and passing(failure) else NoAdapter
-            raise kind(f"no adapter of this name is ready here: {failure or why}", field="model",
-                       value=name)  # fmt: skip
+            raise no_adapter(name, failure or (f"it is {record.state}" if record else None), kind)
         if version is not None and loaded.content.version != version:
             raise NoAdapter("this version of the adapter is not loaded", field="model",
                             value=f"{name}@{version}", allowed=loaded.content.version)  # fmt: skip
@@ -146,6 +144,7 @@ class Manager:
         pin: bool = False,
         most_pins: int | None = None,
         by: str = "",
+        visible_to: tuple[str, ...] = (),
     ) -> Record:
         """Asks for an adapter and returns at once; its record goes to ready or failed.
 
@@ -156,7 +155,8 @@ class Manager:
         """
         place = parse_source(source)
         await asyncio.to_thread(self._fetcher.allowed.check, place)
-        want = Content(check_name(name, "name"), check_name(version, "version"), str(place), stream)
+        want = Content(check_name(name, "name"), check_name(version, "version"), str(place), stream,
+                       visible_to=visible_to)  # fmt: skip
         if not replace and name in self.records and place.kind == "local":
             # Cheap enough to see whether the folder still holds what is registered.
             with contextlib.suppress(AdapterError):
@@ -396,3 +396,17 @@ class Manager:
         recorded = [record.digests() for record in self.records.values()]
         used = [*(loaded.content for loaded in self._here.values()), *self._leaving.values()]
         return frozenset().union(*recorded, {c.digest for c in used if c.digest})
+
+
+def no_adapter(
+    name: str, why: object = None, kind: type[AdapterError] = NoAdapter
+) -> AdapterError:
+    """That a name does not answer, to be raised.
+
+    Args:
+        name: as the request wrote it.
+        why: None: there is none of this name.
+        kind: the class.
+    """
+    return kind(f"no adapter of this name is ready here: {why or 'there is none'}", field="model",
+                value=name)  # fmt: skip

@@ -66,6 +66,7 @@ class Content(msgspec.Struct, frozen=True):
         stream: the stream whose layers it adapts.
         digest: hex SHA-256 of its files; None until they are fetched.
         facts: None until it is loaded.
+        visible_to: the groups of API keys that alone see it; empty: all do.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Content(msgspec.Struct, frozen=True):
     stream: str = "base"
     digest: str | None = None
     facts: Facts | None = None
+    visible_to: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, str | None]:
@@ -82,8 +84,10 @@ class Content(msgspec.Struct, frozen=True):
 
     def same_request(self, other: Content) -> bool:
         """Whether both ask for the same thing, whatever is known of it by now."""
-        mine = (self.name, self.version, self.source, self.stream)
-        return mine == (other.name, other.version, other.source, other.stream)
+        mine = (self.name, self.version, self.source, self.stream, self.visible_to)
+        return mine == (
+            other.name, other.version, other.source, other.stream, other.visible_to
+        )  # fmt: skip
 
 
 class Record(msgspec.Struct, frozen=True):

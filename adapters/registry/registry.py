@@ -223,7 +223,7 @@ class _SupersededError(Exception):
 
 def _same(is_: Content, asked: Content) -> bool:
     if asked.digest is not None and is_.digest is not None:
-        return asked.key == is_.key
+        return asked.key == is_.key and asked.visible_to == is_.visible_to
     return is_.same_request(asked)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.errors import NoAdapter
 from adapters.formats.artefact import TEMPERATURES
-from adapters.registry.manager import Manager
+from adapters.registry.manager import Manager, no_adapter
 from server.access import Access
 from server.adapting.loader import EngineLoader
 from steering.adapters import ResolvedAdapter
@@ -51,8 +51,7 @@ def resolve_adapters(
         loader: what is in their files.
 
     Raises:
-        HttpError: 403, the key may not use one.
-        NoAdapter: one is not ready here.
+        NoAdapter: one is not ready here, or not for this key.
     """
     asked = [("model", "model", AdapterRef(name=model))] if model else []
     asked += [(f"adapters.{i}", f"adapters.{i}.name", ref) for i, ref in enumerate(refs)]
@@ -63,8 +62,9 @@ def _resolve(
     field: str, where: str, ref: AdapterRef, access: Access, manager: Manager, loader: EngineLoader
 ) -> ResolvedAdapter:
     name, version = split(ref.name)
-    access.check_adapter(name)
     try:
+        if not sees(access, name, manager):
+            raise no_adapter(name)
         content = manager.lookup(name, version).content
     except NoAdapter as error:
         raise NoAdapter(error.message, field=where, value=ref.name,
@@ -74,6 +74,21 @@ def _resolve(
         loader.artefact(content), content.digest, content.stream, ref.weight, ref.top_k,
         ref.temperature, field, content.name, content.version,
     )  # fmt: skip
+
+
+def owners_of(name: str, manager: Manager) -> list[Collection[str]]:
+    """The groups that an adapter is private to: for what was asked for last, what serves, and what
+    answers here. While it changes hands, who is in one of them only does not see it.
+    """
+    record, here = manager.records.get(name), manager.loaded.get(name)
+    contents = [record.want, record.serving] if record is not None else []
+    contents.append(here.content if here is not None else None)
+    return [content.visible_to for content in contents if content is not None]
+
+
+def sees(access: Access, name: str, manager: Manager) -> bool:
+    """Whether an adapter exists for a key."""
+    return access.sees_adapter(name, owners_of(name, manager))
 
 
 def split(model: str) -> tuple[str, str | None]:

@@ -9,14 +9,15 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from adapters.errors import AdapterError, Conflict, NoAdapter, kind_of
+from adapters.errors import AdapterError, BadSource, Conflict, NoAdapter, kind_of
 from adapters.registry.manager import Manager
 from adapters.registry.record import Content, Record, State
 from adapters.sets import AdapterSet
 from server.access import Access
 from server.adapting.loader import EngineLoader
 from server.adapting.registry import registry_of
-from server.adapting.resolve import AdapterRef, resolve_adapters, split
+from server.adapting.resolve import AdapterRef, owners_of, resolve_adapters, sees, split
+from server.operation.auth import groups_of
 from server.settings.config import AdaptersConfig, Config
 from steering.adapters import ResolvedAdapter, adapt
 from steering.plan import SteeringPlan
@@ -46,21 +47,34 @@ class Adapters:
         loader: the engine's side.
         max_rank: rank indices of a request's adapters together.
         reserved: names of models that adapters must not have; asked at each request.
+        groups: of this server's API keys.
     """
 
     manager: Manager
     loader: EngineLoader
     max_rank: int
     reserved: Callable[[], frozenset[str]]
+    groups: frozenset[str] = frozenset()
 
-    @property
-    def names(self) -> list[str]:
-        """Adapters that answer here, sorted."""
-        return sorted(self.manager.loaded)
+    def names(self, access: Access | None = None) -> list[str]:
+        """Adapters that answer here, sorted.
 
-    def known(self, model: str) -> bool:
-        """Whether a request's `model` names an adapter, ready or not."""
-        return split(model)[0] in self.manager.records
+        Args:
+            access: of a key that sees only some; None: all.
+        """
+        found = sorted(self.manager.loaded)
+        return found if access is None else [n for n in found if sees(access, n, self.manager)]
+
+    def known(self, model: str, access: Access | None = None) -> bool:
+        """Whether a request's `model` names an adapter, ready or not; see `names`."""
+        name = split(model)[0]
+        return name in self.manager.records and (
+            access is None or sees(access, name, self.manager)
+        )
+
+    def private(self, name: str) -> bool:
+        """Whether an adapter is private to some groups, so that others must not hear of it."""
+        return any(owners_of(name, self.manager))
 
     def resolve(
         self,
@@ -74,8 +88,7 @@ class Adapters:
         """Puts a request's adapters into its plan; they stay loaded until `held` is closed.
 
         Raises:
-            HttpError: 403, the key may not use one.
-            NoAdapter: one is not ready here.
+            NoAdapter: one is not ready here, or not for this key.
             SteeringError: a number is out of range, or they do not go together.
         """
         resolved = resolve_adapters(model, refs, access, self.manager, self.loader)
@@ -97,11 +110,17 @@ class Adapters:
         replace: bool,
         pin: bool,
         by: str,
+        visible_to: Sequence[str] | None = None,
     ) -> Record:
         """Asks for an adapter; its record goes to ready or failed.
 
+        Args:
+            visible_to: the groups of API keys that it is private to, empty: none; None: as what
+                has this name now, so that a replacement makes nothing public.
+            name, source, version, stream, replace, pin, by: as `Manager.submit`.
+
         Raises:
-            AdapterError: the name, the source or the stream cannot be used.
+            AdapterError: the name, the source, the stream or a group cannot be used.
         """
         if name in self.reserved():
             raise Conflict("the name is taken by the base or by a profile", field="name",
@@ -109,9 +128,29 @@ class Adapters:
         if stream not in self.loader.targets:
             raise NoAdapter("no such stream", field="stream", value=stream,
                             allowed=", ".join(self.loader.targets))  # fmt: skip
+        if visible_to is None:
+            visible_to = await self._visible_to(name)
+        else:
+            self._check_groups(visible_to)
         return await self.manager.submit(name, source, version=version, stream=stream,
                                          replace=replace, pin=pin, by=by,
+                                         visible_to=tuple(sorted(set(visible_to))),
                                          most_pins=self.most_pins)  # fmt: skip
+
+    async def _visible_to(self, name: str) -> Sequence[str]:
+        """Whom what has this name now is private to, by the registry and not by this view of it."""
+        try:
+            return (await self.manager.registry.get(name)).want.visible_to
+        except NoAdapter:
+            return ()
+
+    def _check_groups(self, visible_to: Sequence[str]) -> None:
+        """Raises BadSource: no key of this server would see the adapter."""
+        for i, group in enumerate(visible_to):
+            if group not in self.groups:
+                raise BadSource("no API key of this server is in this group",
+                                field=f"visible_to.{i}", value=group,
+                                allowed=", ".join(sorted(self.groups)) or "(no keys)")  # fmt: skip
 
     async def pin(self, name: str, pinned: bool) -> Record:
         """Pins or unpins; a pinned adapter is brought into the engine at once.
@@ -207,6 +246,7 @@ def described(record: Record, adapters: Adapters, progress_bytes: int = 0) -> di
         "size_bytes": facts.size_bytes if facts else None,
         "progress_bytes": progress_bytes,
         "pinned": record.pinned,
+        "visible_to": list(want.visible_to),
         "loaded_by": record.loaded_by or None,
         "created": record.created_s,
         "changed": record.changed_s,
@@ -256,7 +296,7 @@ async def opened(
     assert section is not None
     stage("opening the adapter registry")
     async with registry_of(config, loader) as manager:
-        found = Adapters(manager, loader, section.max_rank, reserved)
+        found = Adapters(manager, loader, section.max_rank, reserved, groups_of(config))
         loader.pinned, loader.mend = found.pinned, manager.mend
         keeping = asyncio.create_task(_keep_pinned(found))
         try:
@@ -286,7 +326,8 @@ async def _preload(section: AdaptersConfig, found: Adapters) -> None:
     problems = []
     for i, one in enumerate(section.preload):
         asked: Mapping[str, Any] = {"version": one.version, "stream": one.stream,
-                                    "pin": one.pin, "by": "the configuration"}  # fmt: skip
+                                    "pin": one.pin, "by": "the configuration",
+                                    "visible_to": one.visible_to}  # fmt: skip
         try:
             try:
                 await found.submit(one.name, one.source, replace=False, **asked)

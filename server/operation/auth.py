@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
-import ipaddress
-from urllib.parse import urlsplit
+import secrets
 
 from starlette.datastructures import Headers
+from starlette.types import Scope
 
 from server.access import EVERYTHING, Access
 from server.errors import HttpError
+from server.operation.local import check_local, check_names, is_loopback
 from server.settings.auth import LimitedKey, digests_of_header
 from server.settings.config import Config
 from server.settings.operating import Rate
@@ -25,20 +27,6 @@ def is_admin(path: str) -> bool:
     return path == "/admin" or path.startswith("/admin/") or path in _ADMIN
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address or name can only be reached from this machine."""
-    if host.strip("[]").lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def _host_of(header: str) -> str:
-    return urlsplit(f"//{header}").hostname or ""
-
-
 class Auth:
     """Checks keys in constant time; says whether a path is administration's.
 
@@ -47,25 +35,30 @@ class Auth:
     """
 
     def __init__(self, config: Config) -> None:
-        self._api = [_api_key(entry, config.limits) for entry in config.auth.api_keys]
-        admin = config.auth.admin_key
-        self._admin = admin.get_secret_value() if admin else None
-        # Behind a unix socket there is usually a proxy, whose clients may be anywhere.
+        auth, secret = config.auth, secrets.token_bytes(32)
+        self._api = [_api_key(entry, config.limits, secret) for entry in auth.api_keys]
+        self._admin = auth.admin_key.get_secret_value() if auth.admin_key else None
+        self._metrics = auth.metrics_key.get_secret_value() if auth.metrics_key else None
         self._loopback = is_loopback(config.server.host) and config.server.uds is None
+        limited = any(a.profiles is not None or a.adapters is not None for _, a in self._api)
+        self._metrics_closed = self._metrics is not None or limited
 
     @property
     def admin_enabled(self) -> bool:
         """Whether the admin API answers at all."""
         return self._admin is not None or self._loopback
 
-    def check(self, path: str, headers: Headers) -> Access:
+    def check(self, scope: Scope) -> Access:
         """Lets a request pass, and says what it may use; or raises.
 
         Raises:
-            HttpError: 401 without a valid key, 403 for the wrong kind of key or a part that is off.
+            HttpError: 400 for a `Host` or `Origin` that is none, 401 without a valid key, 403 for
+                the wrong kind of key or a part that is off.
         """
+        path, headers = scope["path"], Headers(scope=scope)
+        check_names(headers)
         if is_admin(path):
-            self._check_admin(headers)
+            self._check_admin(scope, headers)
         elif path.startswith(_GUARDED) and self._api:
             found = self._find(headers)
             if found is None:
@@ -75,11 +68,13 @@ class Auth:
                     reason="unauthenticated",
                 )
             return found
+        elif path == "/metrics" and self._metrics_closed:
+            self._check_metrics(headers)
         return EVERYTHING
 
-    def _check_admin(self, headers: Headers) -> None:
+    def _check_admin(self, scope: Scope, headers: Headers) -> None:
         if self._admin is not None:
-            if any(hmac.compare_digest(one, self._admin) for one in _bearer(headers)):
+            if _is(headers, self._admin):
                 return
             if self._find(headers) is not None:
                 raise HttpError(403, "This API key is not the admin key.", reason="forbidden")
@@ -91,25 +86,25 @@ class Auth:
                 "The admin API is off: set auth.admin_key, or bind the server to loopback.",
                 reason="forbidden",
             )
-        # Without a key the address is the lock. A web page in a local browser could pick it by
-        # rebinding a name of its own to 127.0.0.1, or by posting across origins.
-        origin = headers.get("origin")
-        if not is_loopback(_host_of(headers.get("host", ""))) or (
-            origin is not None and not is_loopback(urlsplit(origin).hostname or "")
-        ):
-            raise HttpError(403, "Without an admin key, only local, same-origin callers may pass.",
-                            reason="forbidden")  # fmt: skip
+        check_local(scope, headers)
+
+    def _check_metrics(self, headers: Headers) -> None:
+        """Its labels have the names of all profiles and adapters, and tell of everybody's use."""
+        if not any(_is(headers, key) for key in (self._metrics, self._admin) if key is not None):
+            raise HttpError(401, "Metrics need auth.metrics_key, or the admin key: "
+                            "`Authorization: Bearer …`.", reason="unauthenticated")  # fmt: skip
 
     def _find(self, headers: Headers) -> Access | None:
         """The access of the API key that was given; the time does not tell which it was."""
-        given, found = _bearer(headers), None
+        found = None
+        given = _given(headers)
         for known, allowed in self._api:
-            if any(hmac.compare_digest(one, known) for one in given):
+            if any(hmac.compare_digest(digest, known) for digest in given):
                 found = allowed
         return found
 
 
-def _api_key(entry: LimitedKey, default: Rate) -> tuple[bytes, Access]:
+def _api_key(entry: LimitedKey, default: Rate, secret: bytes) -> tuple[bytes, Access]:
     profiles, adapters = (
         None if names is None else frozenset(names) for names in (entry.profiles, entry.adapters)
     )
@@ -118,21 +113,42 @@ def _api_key(entry: LimitedKey, default: Rate) -> tuple[bytes, Access]:
         name: getattr(entry if name in entry.model_fields_set else default, name)
         for name in Rate.model_fields
     }
-    return known, Access(profiles, adapters, _fingerprint(known), Rate(**rates))
+    group = _group_of(entry)
+    # Of whom the cache holds something must not be guessed, so the salt is no plain name.
+    salt = hmac.new(secret, group.encode(), hashlib.sha256).hexdigest()
+    return known, Access(
+        profiles, adapters, _fingerprint(known), group=group, salt=salt, rate=Rate(**rates)
+    )
+
+
+def groups_of(config: Config) -> frozenset[str]:
+    """The groups of all API keys."""
+    return frozenset(map(_group_of, config.auth.api_keys))
+
+
+def _group_of(entry: LimitedKey) -> str:
+    """The configured group, or one for the key alone."""
+    return entry.group or f"key:{_fingerprint(entry.key.get_secret_value())}"
 
 
 def _fingerprint(known: bytes) -> str:
     return known.hex()[:8]
 
 
-def _bearer(headers: Headers) -> tuple[bytes, ...]:
+def _given(headers: Headers) -> tuple[bytes, ...]:
     """Hashes of the key that was given, one for each way in which it may be meant; or none."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    key = key.strip()
+    # Not all blanks: what Latin-1 takes for one may end a letter in UTF-8.
+    key = key.strip(" \t")
     return digests_of_header(key) if scheme.lower() == "bearer" and key else ()
+
+
+def _is(headers: Headers, known: bytes) -> bool:
+    """Whether the given key is this one."""
+    return any(hmac.compare_digest(one, known) for one in _given(headers))
 
 
 def admin_name(headers: Headers) -> str:
     """Whom records name as their cause: a fingerprint of the key, or a caller without one."""
-    given = _bearer(headers)
+    given = _given(headers)
     return f"key {_fingerprint(given[0])}" if given else "local"

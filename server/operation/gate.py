@@ -69,7 +69,7 @@ class Gate:
                 return
             self._refuse_by_phase(path)
             headers = Headers(scope=scope)
-            context.access = self.auth.check(path, headers)
+            context.access = self.auth.check(scope)
             self._refuse_by_length(headers)
             self._refuse_by_load(path)
             if self.rates is not None and _counts(scope):

@@ -15,6 +15,10 @@ from server.context import NONE, RequestContext
 OTHER = "other"
 """Profile and adapter of requests that came when there were `MOST` combinations already."""
 
+PRIVATE = "private"
+"""The adapter of requests that use one which is private to some groups of keys: whoever reads the
+metrics learns neither its name nor, where there are several, how much which is used."""
+
 MOST = 300
 """Combinations of method, profile and adapter that get series of their own: names of profiles and
 adapters come and go, and each would stay in Prometheus's memory for ever."""
@@ -117,7 +121,8 @@ class Names:
 
     def of(self, context: RequestContext) -> tuple[str, str, str]:
         """The labels method, profile, adapter of a request."""
-        labels = (context.method, context.profile, context.adapter)
+        adapter = PRIVATE if context.private else context.adapter
+        labels = (context.method, context.profile, adapter)
         if labels in self._known:
             return labels
         if len(self._known) >= self._most:

@@ -55,7 +55,7 @@ export class Request {
     const { temperature } = this.sampling;
     if (this.options.fields.has("n") && !temperature.value()) temperature.set(0.7);
     const fixed = kind === "profile" && !this.offers.options;
-    byId("about").textContent = (entry.description ?? "") + (fixed ? " This server takes profiles as they are." : "");
+    byId("about").textContent = (entry.description ?? "") + (fixed ? " Profiles are taken as they are here." : "");
     this.options.onChange(() => this.showOwnPrompts());
     this.showOwnPrompts();
   }

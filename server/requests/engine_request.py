@@ -104,11 +104,31 @@ def refuse_lag(pad: int, hybrid: bool) -> None:
         )
 
 
-def salted(user_salt: str | None, cache_key: str) -> str:
-    """The prefix-cache salt of a steered request.
+def keep_apart(request: EngineRequest, salt: str | None) -> EngineRequest:
+    """Keeps a request's prefixes from those of other tenants, so that neither times nor
+    `cached_tokens` tell what they asked.
 
-    A stream's KV is only valid for requests that ran that stream; the caller's own salt keeps
-    its effect.
+    Args:
+        request: as vLLM's front end made it.
+        salt: of the caller's group; None: there are no tenants.
     """
-    parts = json.dumps([user_salt, cache_key]).encode()
+    if salt is None:
+        return request
+    if not isinstance(request.prompt, dict):
+        raise TypeError(f"a prompt without a place for a salt: {type(request.prompt).__name__}")
+    own = salted(request.prompt.get("cache_salt"), salt)
+    return replace(request, prompt={**request.prompt, "cache_salt": own})
+
+
+def salted(salt: str | None, key: str) -> str:
+    """The prefix-cache salt of a request: a cached block answers only where salt and key are equal.
+
+    A stream's KV is only valid for requests that ran that stream, and a tenant's for that tenant;
+    the caller's own salt keeps its effect.
+
+    Args:
+        salt: the request's before; None: none.
+        key: what is to be kept apart.
+    """
+    parts = json.dumps([salt, key]).encode()
     return "coxswain-" + hashlib.sha256(parts).hexdigest()[:40]

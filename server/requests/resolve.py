@@ -24,7 +24,7 @@ from steering.errors import BadValue
 from steering.method import Limits, OwnPrompt, Snapshot
 from steering.plan import BARE
 from steering.resolve import Methods, Resolved, resolve
-from steering.spec import FIELD, OVERRIDABLE_ALWAYS, SteeringRequest, read_steering
+from steering.spec import FIELD, SteeringRequest, read_steering
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,26 +74,23 @@ class Resolver:
         """What a request's `model` stands for.
 
         Raises:
-            HttpError: 404, no such model; 403, the key may not use it.
+            HttpError: 404, no such model for this key.
         """
-        model = self.aliases.get(model, model) if model else None
+        asked, model = model, self.aliases.get(model, model) if model else None
         if model is None or model == self.base_name:
             return Model()
-        if model in self.profiles:
-            access.check_steering(model)
+        if model in access.seen_profiles(self.profiles):
             return Model(model, profile=model)
-        if self.adapters is not None and self.adapters.known(model):
+        if self.adapters is not None and self.adapters.known(model, access):
             return Model(model, adapter=model)
         known = ", ".join(self.served(access))
-        raise HttpError(404, f"model: no such model (got {model!r}); served: {known}",
+        raise HttpError(404, f"model: no such model (got {asked!r}); served: {known}",
                         param="model", code="model_not_found")  # fmt: skip
 
     def served(self, access: Access) -> list[str]:
         """Names of the models that a key may use."""
-        profiles = [n for n in self.profiles if access.profiles is None or n in access.profiles]
-        names = self.adapters.names if self.adapters is not None else []
-        adapters = [n for n in names if access.adapters is None or n in access.adapters]
-        found = [self.base_name, *profiles, *adapters]
+        adapters = self.adapters.names(access) if self.adapters is not None else []
+        found = [self.base_name, *access.seen_profiles(self.profiles), *adapters]
         return [*found, *(name for name, target in self.aliases.items() if target in found)]
 
     async def resolve(self, parsed: ParsedRequest, context: RequestContext) -> ResolvedRequest:
@@ -101,7 +98,7 @@ class Resolver:
         the context's resources are closed.
 
         Raises:
-            HttpError: 404, no such model; 403, the key may not use this steering or adapter.
+            HttpError: 404, no such model; 403, the key may not steer so.
             SteeringError: what is wrong with a field, or does not go together.
             NoAdapter: an adapter is not ready here.
         """
@@ -112,7 +109,9 @@ class Resolver:
         context.method = found.plan.method
         context.profile = request.profile or context.profile
         found, result = self._with_adapters(parsed, model, request, found, context)
-        context.use_adapters([(one.name, one.digest) for one in result.adapters])
+        names = [(one.name, one.digest) for one in result.adapters]
+        private = self.adapters is not None and any(self.adapters.private(n) for n, _ in names)
+        context.use_adapters(names, private)
         _check(parsed, found)
         best = found.plan.best
         check_counts(
@@ -130,17 +129,16 @@ class Resolver:
         self, parsed: ParsedRequest, model: Model, access: Access
     ) -> tuple[SteeringRequest, Resolved] | None:
         """The plan of the `steering` field and the profile; None without either."""
+        access.check_steering(parsed.steering, model.profile)
         request = read_steering(
             parsed.steering,
-            profiles=self.profiles,
+            profiles=access.seen_profiles(self.profiles),
             limits=self.limits,
             inline=self.inline,
             model_profile=model.profile,
         )
         if request is None:
             return None
-        if request.profile is not None or request.spec.keys() != OVERRIDABLE_ALWAYS:
-            access.check_steering(request.profile)
         return request, resolve(
             request.spec, methods=self.methods, snapshot=self.snapshot, limits=request.limits
         )

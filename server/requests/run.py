@@ -25,7 +25,7 @@ from server.operation import metrics
 from server.operation.counting import counted
 from server.operation.limits import check_prompt, fit_context, limit_reply
 from server.requests import best_of_n
-from server.requests.engine_request import EngineRequest, prepare, refuse_lag
+from server.requests.engine_request import EngineRequest, keep_apart, prepare, refuse_lag
 from server.requests.failures import ours, ours_in
 from server.requests.resolved import Report, ResolvedRequest
 from server.settings.operating import LimitsConfig
@@ -92,6 +92,7 @@ class RequestEngine:
         with ours():
             index, self._prompts = self._prompts, self._prompts + 1
             request = EngineRequest(prompt, sampling_params, request_id, options)
+            request = keep_apart(request, self._context.access.salt)
             return ours_in(self._start(request, index))
 
     def _start(self, request: EngineRequest, index: int) -> AsyncGenerator[RequestOutput, None]:

@@ -28,6 +28,9 @@ B = TypeVar("B", bound=BaseModel)
 _PIECE = 100
 """Adapters of a list that are described before others get their turn."""
 
+MOST_GROUPS = 256
+"""Groups that one adapter may be private to."""
+
 
 class AdapterRequest(BaseModel):
     """Body of POST /admin/adapters."""
@@ -43,6 +46,12 @@ class AdapterRequest(BaseModel):
     stream: Text = Field("base", description="The stream whose layers it changes.")
     pin: Flag = Field(False, description="Never evict it from the engine.")
     replace: Flag = Field(False, description="Replace what has this name; or fetch it anew.")
+    visible_to: Annotated[list[Text], Field(max_length=MOST_GROUPS)] | None = Field(
+        None,
+        description="Groups of API keys that alone see and use it: the `group` of a key, or `key:` "
+        "and the first 8 hex digits of its SHA-256; []: all. Absent: as what has this name now, "
+        "else all.",
+    )
 
 
 class LoadLora(BaseModel):
@@ -121,6 +130,7 @@ async def load_adapter(raw_request: Request) -> Response:
     record = await found.submit(
         body.name, body.source, version=body.version, stream=body.stream,
         replace=body.replace, pin=body.pin, by=admin_name(raw_request.headers),
+        visible_to=body.visible_to,
     )  # fmt: skip
     return JSONResponse(described(record, found), 202)
 

@@ -117,7 +117,7 @@ async def status(raw_request: Request) -> Response:
             "streams": [name for name in parts.streams if name != "base"],
             "profiles": list(parts.profiles),
             "methods": list(parts.methods),
-            "adapters": parts.adapters.names if parts.adapters is not None else [],
+            "adapters": parts.adapters.names() if parts.adapters is not None else [],
             "max_model_len": model.max_model_len,
             "dtype": str(model.dtype).removeprefix("torch."),
             "steps": parts.counters.steps,

@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import REGISTRY, Collector
 
 from server.adapting.service import Adapters
+from server.operation.metrics import PRIVATE
 from server.operation.state import Phase
 from server.serving import Serving, StreamCounters
 
@@ -95,17 +96,18 @@ def _streams(counters: StreamCounters) -> Iterator[Metric]:
 
 def _residency(adapters: Adapters) -> Iterator[Metric]:
     loaded, records = adapters.manager.loaded, adapters.manager.records
-    samples = []
+    samples = Counter[tuple[str, str, str]]()
     for name in sorted(loaded)[:MOST_ADAPTERS]:
         level = "engine" if adapters.loader.resident(loaded[name].content) else "store"
         record = records.get(name)
         pinned = str(bool(record and record.pinned)).lower()
-        samples.append(([name, level, pinned], 1.0))
+        samples[PRIVATE if adapters.private(name) else name, level, pinned] += 1
     yield _labelled(
         GaugeMetricFamily, "adapter_resident",
-        "1 for each adapter that answers here. Level `engine`: the engine holds it; `store`: it is "
-        "loaded when a request comes.",
-        ["adapter_name", "level", "pinned"], samples,
+        "1 for each adapter that answers here; `private`: how many private ones. Level `engine`: "
+        "the engine holds it; `store`: it is loaded when a request comes.",
+        ["adapter_name", "level", "pinned"],
+        [(list(labels), float(count)) for labels, count in samples.items()],
     )  # fmt: skip
     residency = adapters.loader.residency
     yield _gauge("adapter_places", "Sets of adapters that the engine can hold.", residency.slots)

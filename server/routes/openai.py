@@ -126,7 +126,7 @@ async def _stream(
     resolved: ResolvedRequest,
     raw: Request,
 ) -> Response:
-    if raw.url.path == "/v1/responses":
+    if raw.scope["path"] == "/v1/responses":
         events = sse.response_events(result, report)
     else:
         events = sse.completion_events(result, report if resolved.reporting else None)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from server.operation.auth import is_admin
 from steering.method import Method
@@ -122,23 +126,37 @@ def _probes() -> dict[str, Any]:
     }
 
 
+def schema_of(app: FastAPI, methods: Mapping[str, Method[Any]]) -> dict[str, Any]:
+    """The application's schema, with the methods.
+
+    Args:
+        app: with all of its routes.
+        methods: the installed methods.
+    """
+    schema = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes
+    )  # fmt: skip
+    field, components = steering_schema(methods)
+    schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+    schemas |= components
+    for body in _BODIES:
+        schemas[body]["properties"]["steering"] = field
+    schema["paths"] |= _probes()
+    _tell_errors(schema)
+    return schema
+
+
 def install(app: FastAPI, methods: Mapping[str, Method[Any]]) -> None:
-    """Makes the application's schema show the methods."""
+    """Makes the schema, and serves its bytes as they are. It takes long: run in a thread.
 
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = get_openapi(
-                title=app.title, version=app.version, description=app.description,
-                routes=app.routes,
-            )  # fmt: skip
-            field, components = steering_schema(methods)
-            schemas = schema.setdefault("components", {}).setdefault("schemas", {})
-            schemas |= components
-            for body in _BODIES:
-                schemas[body]["properties"]["steering"] = field
-            schema["paths"] |= _probes()
-            _tell_errors(schema)
-            app.openapi_schema = schema
-        return app.openapi_schema
+    FastAPI would make it on the event loop when it is first asked for, while all streams wait.
+    """
+    app.openapi_schema = schema_of(app, methods)
+    page = json.dumps(app.openapi_schema, separators=(",", ":")).encode()
 
-    app.openapi = openapi  # type: ignore[method-assign]
+    async def openapi(_request: Request) -> Response:
+        return Response(page, media_type="application/json")
+
+    for i, route in enumerate(app.router.routes):
+        if isinstance(route, Route) and route.path == app.openapi_url:
+            app.router.routes[i] = Route(route.path, openapi, include_in_schema=False)

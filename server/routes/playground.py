@@ -63,7 +63,7 @@ async def offers(raw_request: Request) -> Response:
     """What the caller's key may use: profiles, methods with their options, streams, adapters."""
     parts: Serving = raw_request.app.state.serving
     resolver, access = parts.resolver, context_of(raw_request.scope).access
-    own = resolver.inline and access.profiles is None
+    own = resolver.inline and access.steers
     limits = resolver.limits
     return JSONResponse(
         {
@@ -71,18 +71,17 @@ async def offers(raw_request: Request) -> Response:
             "chat": parts.has_template,
             "max_model_len": parts.engine.model_config.max_model_len,
             "own_methods": own,
-            "options": resolver.inline,
+            "options": own,
             "limits": {"strength": limits.strength, "weight": limits.weight,
                        "top_k": limits.top_k, "best_of": limits.best_of},
             "profiles": [
-                _profile(name, profile)
-                for name, profile in resolver.profiles.items()
-                if access.profiles is None or name in access.profiles
+                _profile(name, profile, own)
+                for name, profile in access.seen_profiles(resolver.profiles).items()
             ],
             "methods": [
                 {"name": name, "description": (method.__doc__ or "").strip().split("\n")[0],
                  "options": method.config.model_json_schema()}
-                for name, method in resolver.methods.items()
+                for name, method in (resolver.methods.items() if own else ())
             ],
             "streams": _streams(parts) if own else [],
             "adapters": _adapters(parts.adapters, access)
@@ -92,9 +91,11 @@ async def offers(raw_request: Request) -> Response:
     )  # fmt: skip
 
 
-def _profile(name: str, profile: Profile) -> dict[str, Any]:
-    """A profile without its texts: prompts and templates are the operator's own."""
-    options = {key: value for key, value in profile.spec.items() if key != "prompts"}
+def _profile(name: str, profile: Profile, own: bool) -> dict[str, Any]:
+    """A profile without its texts: prompts and templates are the operator's own, and so are the
+    options where callers take profiles as they are.
+    """
+    options = {k: v for k, v in profile.spec.items() if k != "prompts" and (own or k == "method")}
     return {
         "name": name,
         "description": profile.description,
@@ -115,9 +116,9 @@ def _streams(parts: Serving) -> list[dict[str, Any]]:
 
 def _adapters(adapters: Adapters, access: Access) -> list[dict[str, Any]]:
     found = []
-    for name in adapters.names:
+    for name in adapters.names(access):
         record = adapters.manager.records.get(name)
-        if record is None or (access.adapters is not None and name not in access.adapters):
+        if record is None:
             continue
         facts = record.want.facts
         found.append({"name": name, "version": record.want.version, "stream": record.want.stream,

@@ -89,7 +89,7 @@ async def streamed(
     except BaseException:
         await _end(begin, events)
         raise
-    body = with_sse_keep_alive(_told(begin, events, request.url.path, context), every_s)
+    body = with_sse_keep_alive(_told(begin, events, request.scope["path"], context), every_s)
     return _Stream(body, begin, events)
 
 
