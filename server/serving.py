@@ -22,6 +22,7 @@ from server.requests.models import SteeredModels
 from server.requests.own_prompts import OwnPrompts, Reader
 from server.requests.profiles import Profiles
 from server.requests.resolve import Resolver
+from server.requests.sandbox import Sandbox
 from server.settings.config import Config
 from server.settings.operating import Rate
 from steering.method import Snapshot
@@ -140,7 +141,10 @@ def build(
         rates: what callers may take per minute.
     """
     own_prompts = OwnPrompts(
-        readers, engine.model_config.max_model_len - 1, config.steering.chat_templates
+        readers,
+        engine.model_config.max_model_len - 1,
+        config.steering.chat_templates,
+        Sandbox(config.server.template_workers),
     )
     resolver = Resolver(
         config.name, methods, profiles, snapshot, config.steering.limits,

@@ -398,9 +398,7 @@ class Manager:
         return frozenset().union(*recorded, {c.digest for c in used if c.digest})
 
 
-def no_adapter(
-    name: str, why: object = None, kind: type[AdapterError] = NoAdapter
-) -> AdapterError:
+def no_adapter(name: str, why: object = None, kind: type[AdapterError] = NoAdapter) -> AdapterError:
     """That a name does not answer, to be raised.
 
     Args:

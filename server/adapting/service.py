@@ -68,9 +68,7 @@ class Adapters:
     def known(self, model: str, access: Access | None = None) -> bool:
         """Whether a request's `model` names an adapter, ready or not; see `names`."""
         name = split(model)[0]
-        return name in self.manager.records and (
-            access is None or sees(access, name, self.manager)
-        )
+        return name in self.manager.records and (access is None or sees(access, name, self.manager))
 
     def private(self, name: str) -> bool:
         """Whether an adapter is private to some groups, so that others must not hear of it."""
@@ -115,9 +113,15 @@ class Adapters:
         """Asks for an adapter; its record goes to ready or failed.
 
         Args:
+            name: what requests call it.
+            source: where it comes from.
+            version: a label.
+            stream: the stream that it changes.
+            replace: replace what has this name.
+            pin: never evict it.
+            by: who asks.
             visible_to: the groups of API keys that it is private to, empty: none; None: as what
                 has this name now, so that a replacement makes nothing public.
-            name, source, version, stream, replace, pin, by: as `Manager.submit`.
 
         Raises:
             AdapterError: the name, the source, the stream or a group cannot be used.

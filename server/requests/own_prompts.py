@@ -11,15 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from server.access import ANYONE
 from server.requests.sandbox import RenderFailed, Sandbox
+from server.requests.template_process import LONGEST_RENDERED
 from steering.errors import BadValue
 from steering.method import OwnPrompt
 
 LONGEST_TEMPLATE = 64 * 1024
 """Characters of a chat template in a request."""
-
-LONGEST_RENDERED = 16 * 1024 * 1024
-"""Characters that a rendered prompt may have before it is tokenised."""
 
 
 class Tokenizer(Protocol):
@@ -93,6 +92,7 @@ class OwnPrompts:
         field: str = "steering",
         default_template: str | None = None,
         trusted: bool = False,
+        caller: str = ANYONE,
     ) -> dict[str, tuple[int, ...]]:
         """The ids of each stream's prompt.
 
@@ -102,22 +102,42 @@ class OwnPrompts:
             field: where the steering object stands, for errors.
             default_template: the profile's chat template.
             trusted: the prompts come from the operator's profile, not from the request.
+            caller: whose request it is: its templates queue with its own.
 
         Raises:
             BadValue: a template that does not render, ids outside the stream's vocabulary, a
                 prompt that is too long or empty.
+            HttpError: 429, too many templates of this caller wait.
         """
         found = {}
         for stream, prompt in prompts.items():
             where = f"{field}.prompts.{stream}"
+            text = None
             if prompt.chat_template is not None and not trusted:
-                self._refuse_template(prompt.chat_template, where)
-            sandbox = None if trusted or prompt.chat_template is None else self.sandbox
-            found[stream] = await asyncio.get_running_loop().run_in_executor(
-                sandbox.line if sandbox else None,
-                self._one, stream, prompt, conversation, where, default_template, sandbox,
-            )  # fmt: skip
+                text = await self._rendered(caller, stream, prompt, conversation, where)
+            found[stream] = await asyncio.to_thread(
+                self._one, stream, prompt, conversation, where, default_template, text
+            )
         return found
+
+    async def _rendered(
+        self,
+        caller: str,
+        stream: str,
+        prompt: OwnPrompt,
+        conversation: Conversation | None,
+        where: str,
+    ) -> str:
+        """The text of a prompt whose template the request brings."""
+        template, place = prompt.chat_template, f"{where}.chat_template"
+        assert template is not None
+        self._refuse_template(template, where)
+        talk = _needed(conversation, place)
+        variables = {**self.readers[stream].tokenizer.special_tokens_map, **talk.options}
+        try:
+            return await self.sandbox.render(caller, template, talk.messages, variables)
+        except (RenderFailed, TypeError, ValueError) as error:
+            raise BadValue(f"the template does not render: {error}", field=place) from error
 
     def _refuse_template(self, template: str, where: str) -> None:
         if not self.chat_templates:
@@ -135,7 +155,7 @@ class OwnPrompts:
         conversation: Conversation | None,
         where: str,
         default_template: str | None,
-        sandbox: Sandbox | None,
+        text: str | None,
     ) -> tuple[int, ...]:
         reader = self.readers[stream]
         if prompt.token_ids is not None:
@@ -144,7 +164,8 @@ class OwnPrompts:
         elif prompt.prompt is not None:
             ids = _encode(reader, prompt.prompt, True, f"{where}.prompt")
         else:
-            text = _render(reader, prompt, conversation, where, default_template, sandbox)
+            if text is None:
+                text = _render(reader, prompt, conversation, where, default_template)
             ids = _encode(reader, text, False, where)
         if not ids:
             raise BadValue("the prompt has no tokens", field=where)
@@ -181,15 +202,21 @@ def _encode(reader: Reader, text: str, special: bool, where: str) -> list[int]:
         raise BadValue("the text is not valid Unicode", field=where) from error
 
 
+def _needed(conversation: Conversation | None, place: str) -> Conversation:
+    """Raises BadValue: there is none."""
+    if conversation is None:
+        raise BadValue("the request has no messages or text to render", field=place)
+    return conversation
+
+
 def _render(
     reader: Reader,
     prompt: OwnPrompt,
     conversation: Conversation | None,
     where: str,
     default_template: str | None,
-    sandbox: Sandbox | None,
 ) -> str:
-    """The text of a prompt that is given as a template or as messages."""
+    """The text of a prompt that the operator gives as a template, or anybody as messages."""
     if prompt.messages is not None:
         messages: Sequence[Mapping[str, Any]] = prompt.messages
         options: Mapping[str, Any] = {"add_generation_prompt": True}
@@ -200,17 +227,9 @@ def _render(
                            "or use a profile with a chat_template", field=place)  # fmt: skip
     else:
         place = f"{where}.chat_template"
-        if conversation is None:
-            raise BadValue("the request has no messages or text to render", field=place)
-        messages, options, template = (
-            conversation.messages,
-            conversation.options,
-            prompt.chat_template,
-        )
+        talk = _needed(conversation, place)
+        messages, options, template = talk.messages, talk.options, prompt.chat_template
     try:
-        if sandbox is not None and template is not None:
-            variables = {**reader.tokenizer.special_tokens_map, **options}
-            return sandbox.render(template, messages, variables)
         text = reader.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             chat_template=template,
@@ -218,8 +237,6 @@ def _render(
             **options,
         )
     except Exception as error:
-        detail = str(error)
-        if not isinstance(error, RenderFailed):
-            detail = f"{type(error).__name__}: {' '.join(detail.split())[:300]}"
+        detail = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise BadValue(f"the template does not render: {detail}", field=place) from error
     return str(text)

@@ -119,8 +119,9 @@ class Resolver:
             max_tokens=parsed.max_tokens, field=parsed.max_tokens_field,
         )  # fmt: skip
         if found.prompts:
+            caller = context.access.caller
             result.plans = [
-                found.with_prompts(await self._ids(request, found.prompts, conversation))
+                found.with_prompts(await self._ids(request, found.prompts, conversation, caller))
                 for conversation in await self._distinct(found, parsed)
             ]
         return result
@@ -185,6 +186,7 @@ class Resolver:
         request: SteeringRequest,
         prompts: Mapping[str, OwnPrompt],
         conversation: Conversation | None,
+        caller: str,
     ) -> dict[str, tuple[int, ...]]:
         profile = self.profiles.get(request.profile) if request.profile else None
         given = profile.spec.get("prompts") if profile else None
@@ -195,6 +197,7 @@ class Resolver:
             field=FIELD,
             default_template=profile.chat_template if profile else None,
             trusted=trusted,
+            caller=caller,
         )
 
 
