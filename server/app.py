@@ -7,7 +7,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp
 
 from server import errors
 from server.context import LEFT, context_of
@@ -15,8 +14,9 @@ from server.errors import HttpError
 from server.requests.failures import MEANT, http_error
 from server.routes import adapters, admin, metrics, openai, openapi, playground
 from server.routes.collector import Present
-from server.serving import Serving
+from server.settings.config import Config
 from server.validation import problems
+from steering.plugins import Registry
 
 
 async def _error(request: Request, error: Exception) -> Response:
@@ -55,11 +55,13 @@ async def _left(_request: Request, _error: Exception) -> Response:
     return Response(status_code=LEFT)
 
 
-def build_app(serving: Serving) -> ASGIApp:
-    """The application for an engine that is up. It takes a moment: run in a thread.
+def build_app(config: Config, methods: Registry) -> FastAPI:
+    """The application; `state.serving` is to be set before it is used. It takes seconds: run in a
+    thread.
 
     Args:
-        serving: the parts that the routes use.
+        config: the settings.
+        methods: the installed methods.
     """
     app = FastAPI(
         title="Coxswain",
@@ -67,19 +69,18 @@ def build_app(serving: Serving) -> ASGIApp:
         description="A language model over the OpenAI API, steered per request.",
         redirect_slashes=False,
     )
-    app.state.serving = serving
     app.state.present = Present()
     app.state.enable_server_load_tracking = False
     app.include_router(openai.router)
     app.include_router(admin.router)
     app.include_router(adapters.router)
     app.include_router(metrics.router)
-    if serving.config.playground:
+    if config.playground:
         app.include_router(playground.router)
     for kind in (*MEANT, Exception):
         app.add_exception_handler(kind, _error)
     app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(HTTPException, _routing_error)
     app.add_exception_handler(RequestValidationError, _invalid_body)
-    openapi.install(app, serving.methods)
+    openapi.install(app, methods, config.server.root_path)
     return app

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -19,7 +20,7 @@ import uvicorn
 from adapters.errors import AdapterError
 from adapters.thread import in_thread
 from server.console import Progress, say
-from server.loading import StartFailed, environment, load
+from server.loading import StartFailed, check, environment, load
 from server.operation import listening, tracing
 from server.operation.access_log import AccessLog, with_ids
 from server.operation.auth import Auth
@@ -30,6 +31,7 @@ from server.operation.state import ServerState
 from server.settings.config import Config, ConfigInvalid
 
 if TYPE_CHECKING:
+    from server.checks.diagnosis import Diagnosis
     from server.engine_vllm import SteeredLLM
     from server.serving import Serving
 
@@ -139,7 +141,8 @@ class Run:
         try:
             serving = loading.result()
         except StartFailed as error:
-            self.state.phase, self.state.reason = "dead", str(error)
+            # `/ready` shows it to everybody, and the reasons have paths in them.
+            self.state.phase, self.state.reason = "dead", "cannot start; the log says why"
             for problem in error.problems:
                 say(f"coxswain: {problem}")
             return 1, "cannot start"
@@ -156,19 +159,25 @@ class Run:
 
     async def _load(self, port: int) -> Serving:
         with Progress() as progress:
-            loaded = await in_thread(lambda: load(self.config, progress, self.state))
-            self.engine = loaded.engine
-            self.state.reason = "starting the engine"
-            progress.stage(self.state.reason)
-            from vllm.exceptions import GenerationError
-
-            from server.adapting.service import PreloadFailed
-            from server.assemble import announce, assemble
 
             def stage(text: str) -> None:
                 self.state.reason = text
                 progress.stage(text)
 
+            diagnosis = await in_thread(lambda: _checked(self.config, stage))
+            from vllm.exceptions import GenerationError
+
+            from server.adapting.service import PreloadFailed
+            from server.app import build_app
+            from server.assemble import announce, assemble
+
+            methods = diagnosis.methods
+            assert methods is not None
+            # Its schema takes seconds, and this process only waits while the engine loads.
+            building = asyncio.create_task(in_thread(lambda: build_app(self.config, methods)))
+            loaded = await in_thread(lambda: load(self.config, diagnosis, stage))
+            self.engine = loaded.engine
+            stage("starting the engine")
             try:
                 serving = await assemble(
                     self.config, self.state, loaded, self.closing, stage, self.rates
@@ -179,10 +188,10 @@ class Run:
                 raise StartFailed([str(error)]) from error
             except AdapterError as error:
                 raise StartFailed([f"registry: {error}"]) from error
+            app = await building
+            app.state.serving = serving
             seconds = progress.seconds
-        from server.app import build_app
-
-        self.gate.inner = await in_thread(lambda: build_app(serving))
+        self.gate.inner = app
         self.state.become_ready()
         say(announce(serving, port, seconds))
         return serving
@@ -241,6 +250,19 @@ class Run:
                 )
         for process in multiprocessing.active_children():
             process.kill()
+
+
+def _checked(config: Config, stage: Callable[[str], None]) -> Diagnosis:
+    """As `check`; has the application's modules imported, too, before the engine's threads run.
+
+    Raises:
+        StartFailed: with every reason.
+    """
+    diagnosis = check(config, stage)
+    importlib.import_module("server.app")
+    importlib.import_module("server.assemble")
+    importlib.import_module("server.engine_vllm")
+    return diagnosis
 
 
 def _exit_detail(engine: Any) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from server.checks.capacity import cpu_cache_bytes
-from server.console import Progress
-from server.operation.state import ServerState
 from server.settings.config import Config, StreamConfig
 
 if TYPE_CHECKING:
@@ -120,26 +119,41 @@ def _source(name: str, stream: StreamConfig, diagnosis: Diagnosis) -> StreamSour
     return StreamSource(model, stream.same_as, head, stream.on, stream.path)
 
 
-def load(config: Config, progress: Progress, state: ServerState) -> Loaded:
-    """Checks the configuration and starts the engine. Blocks; runs in a thread.
+def check(config: Config, stage: Callable[[str], None]) -> Diagnosis:
+    """Imports vLLM and checks the configuration. Blocks; runs in a thread.
+
+    Args:
+        config: the settings.
+        stage: told what is under way.
 
     Raises:
         StartFailed: with every reason.
     """
-
-    def stage(text: str) -> None:
-        state.reason = text
-        progress.stage(text)
-
     stage("loading vLLM")
     from server.checks.doctor import diagnose
-    from server.engine_vllm import start_engine
 
     stage("checking the configuration")
     diagnosis = diagnose(config)
     if diagnosis.problems:
         raise StartFailed(diagnosis.problems)
-    stage("loading models: " + ", ".join([config.name, *config.streams]))
+    return diagnosis
+
+
+def load(config: Config, diagnosis: Diagnosis, stage: Callable[[str], None]) -> Loaded:
+    """Starts the engine. Blocks; runs in a thread.
+
+    Args:
+        config: the settings.
+        diagnosis: without problems.
+        stage: told what is under way.
+
+    Raises:
+        StartFailed: with every reason.
+    """
+    from server.engine_vllm import start_engine
+
+    # `/ready` shows this to everybody, so it names no stream.
+    stage(f"loading models: {len(config.streams) + 1}")
     try:
         return Loaded(start_engine(engine_arguments(config, diagnosis)), diagnosis)
     except Exception as error:

@@ -126,15 +126,19 @@ def _probes() -> dict[str, Any]:
     }
 
 
-def schema_of(app: FastAPI, methods: Mapping[str, Method[Any]]) -> dict[str, Any]:
+def schema_of(
+    app: FastAPI, methods: Mapping[str, Method[Any]], root_path: str = ""
+) -> dict[str, Any]:
     """The application's schema, with the methods.
 
     Args:
         app: with all of its routes.
         methods: the installed methods.
+        root_path: where a proxy puts the server.
     """
     schema = get_openapi(
-        title=app.title, version=app.version, description=app.description, routes=app.routes
+        title=app.title, version=app.version, description=app.description, routes=app.routes,
+        servers=[{"url": root_path}] if root_path else None,
     )  # fmt: skip
     field, components = steering_schema(methods)
     schemas = schema.setdefault("components", {}).setdefault("schemas", {})
@@ -146,12 +150,12 @@ def schema_of(app: FastAPI, methods: Mapping[str, Method[Any]]) -> dict[str, Any
     return schema
 
 
-def install(app: FastAPI, methods: Mapping[str, Method[Any]]) -> None:
+def install(app: FastAPI, methods: Mapping[str, Method[Any]], root_path: str = "") -> None:
     """Makes the schema, and serves its bytes as they are. It takes long: run in a thread.
 
     FastAPI would make it on the event loop when it is first asked for, while all streams wait.
     """
-    app.openapi_schema = schema_of(app, methods)
+    app.openapi_schema = schema_of(app, methods, root_path)
     page = json.dumps(app.openapi_schema, separators=(",", ":")).encode()
 
     async def openapi(_request: Request) -> Response:
