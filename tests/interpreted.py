@@ -15,11 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def interpret(*arguments: str) -> str:
+def interpret(*arguments: str, first: str = "") -> str:
     """Runs tests; fails with their output.
 
     Args:
         arguments: for pytest; paths from the repository's root.
+        first: a folder, from the root, whose `sitecustomize` Python runs first in the process and
+            in those that it starts.
 
     Returns:
         What pytest printed.
@@ -27,6 +29,9 @@ def interpret(*arguments: str) -> str:
     command = [sys.executable, "-m", "pytest", "-q", "--no-header"]
     command += ["-p", "no:cacheprovider", "-p", "tests.fast_interpreter"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    if first:
+        before = [str(ROOT / first), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, before))
     run = subprocess.run(
         [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )

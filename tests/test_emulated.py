@@ -55,6 +55,14 @@ def test_the_engine_suite(capsys: pytest.CaptureFixture[str]) -> None:
     show(capsys, interpret(*PLUGIN, "tests/engine"))
 
 
+@pytest.mark.fleet
+@pytest.mark.parametrize("name", ["two_ranks", "data_parallel"])
+def test_several_processes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ranks and engines beside each other, which are prepared as they start."""
+    tests = f"tests/fleet/test_{name}.py"
+    show(capsys, interpret(tests, "-m", "fleet", first="tests/emulated/children"))
+
+
 def show(capsys: pytest.CaptureFixture[str], printed: str) -> None:
     """Prints how many tests passed, and their largest error."""
     with capsys.disabled():

@@ -22,7 +22,7 @@ from vllm.v1.request import RequestStatus
 
 from steering import broken
 from steering.engine_args import watched
-from steering.wire import unpack
+from steering.wire import SteeringPayload, unpack
 from steering.worker.readout.watch import named
 from steering.worker.step.scratch import scratch_blocks
 
@@ -49,8 +49,9 @@ class SteeredScheduler(Scheduler):
         self.num_lookahead_tokens = self.num_spec_tokens
         self._watched = watched(self.vllm_config.additional_config["coxswain"]["streams"])
         self._flags: dict[str, int] = {}
-        # Requests that value streams add to.
-        self._valued: set[str] = set()
+        self._draft: str | None = self.vllm_config.additional_config["coxswain"]["draft"]
+        # Requests that do not draft.
+        self._undrafted: set[str] = set()
         # Blocks that hold no numbers, until nobody uses them; and those to clean in the next step.
         self._unclean: set[int] = set()
         self._to_zero: list[int] = []
@@ -60,8 +61,8 @@ class SteeredScheduler(Scheduler):
         """Queues a request, its block hashes made private beyond what it may share."""
         parameters = request.sampling_params
         payload = unpack(parameters.extra_args) if parameters is not None else None
-        if payload is not None and payload.plan.values is not None:
-            self._valued.add(request.request_id)
+        if self._draft is not None and not _drafts(payload, self._draft):
+            self._undrafted.add(request.request_id)
         if payload is not None and request._block_hasher is not None:
             shared = payload.shared_tokens(request.num_prompt_tokens - payload.reply)
             if shared is not None:
@@ -69,13 +70,10 @@ class SteeredScheduler(Scheduler):
         super().add_request(request)
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
-        """Takes drafts in; not for requests whose values are evaluated at one position per step.
-
-        Model Runner V2 offers drafts for every request.
-        """
+        """Takes drafts in, of requests that draft: Model Runner V2 has some for every request."""
         super().update_draft_token_ids(draft_token_ids)
-        self._valued.intersection_update(self.requests)
-        for request_id in self._valued:
+        self._undrafted.intersection_update(self.requests)
+        for request_id in self._undrafted:
             self.requests[request_id].spec_token_ids = []
 
     def schedule(self, *args: Any, **options: Any) -> Any:
@@ -130,6 +128,15 @@ class SteeredScheduler(Scheduler):
         if names:
             logger.error("Request %s ended: %s", request.request_id, reason)
         return [], True
+
+
+def _drafts(payload: SteeringPayload | None, draft: str) -> bool:
+    """Whether a request drafts: it runs the stream that does, and its values, which are evaluated
+    at one position per step, are none.
+    """
+    if payload is None or payload.plan.values is not None:
+        return False
+    return draft in {*payload.plan.bodies, *(name for name, _ in payload.plan.weights)}
 
 
 class SteeredAsyncScheduler(SteeredScheduler, AsyncScheduler):

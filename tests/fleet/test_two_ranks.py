@@ -25,7 +25,7 @@ from tests.adapters.layers import CheckpointLayers
 from tests.engine import test_adapter_kinds as adapter_kinds
 from tests.engine import test_heads as heads
 from tests.engine import test_speculation as speculation
-from tests.engine.driver import BLOCK, ERRORS, STREAMS, Case, Engine, Use, logprobs, tokens
+from tests.engine.driver import BLOCK, ERRORS, ON_V2, STREAMS, Case, Engine, Use, logprobs, tokens
 from tests.engine.test_exactness import TOLERANCE, assert_exact, prompt
 from tests.injected import Injected, failing, filled
 from tests.models import ARCHITECTURES, MAX_LENGTH, VOCAB_SIZE
@@ -82,6 +82,16 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     found.llm.llm_engine.engine_core.shutdown()
     del found
     gc.collect()
+
+
+def test_the_runner(engine: Engine) -> None:
+    """`tests/test_emulated.py` runs all of this on V2."""
+
+    def module(worker: Any) -> str:
+        return " ".join(c.__module__ for c in type(worker.model_runner).__mro__)
+
+    modules = engine.llm.collective_rpc(module)
+    assert [".gpu.model_runner" in found for found in modules] == [ON_V2, ON_V2], modules
 
 
 def test_adapters_of_every_kind(engine: Engine) -> None:

@@ -103,9 +103,8 @@ class StreamBatch:
 
     @property
     def width(self) -> int:
-        """Tokens of each row; 0 where rows have different numbers of them."""
-        width = self.tokens.size // self.rows.size
-        return width if (np.diff(self.starts) == width).all() else 0
+        """Tokens of the row that has most."""
+        return int(np.diff(self.starts).max())
 
     @classmethod
     def of(cls, rows: Int64, ends: Int32) -> Self:
@@ -186,15 +185,16 @@ def stream_batch(
     )
 
 
-def whole_batch(schedule: Schedule, tokens: int) -> StreamBatch | None:
-    """The step as scheduled, as a batch, if every request runs as many tokens; else None.
+def whole_batch(schedule: Schedule, tokens: int, width: int) -> StreamBatch | None:
+    """The step as scheduled, as a batch; None where a request runs more than `width` tokens.
 
     Args:
         schedule: what vLLM scheduled.
         tokens: of the step, padding included.
+        width: the most tokens of a row.
     """
-    lengths, count = schedule.lengths, schedule.computed.size
-    if schedule.tokens != tokens or (lengths != lengths[0]).any():
+    count = schedule.computed.size
+    if schedule.tokens != tokens or schedule.lengths.max() > width:
         return None
     return stream_batch(schedule, np.ones(count, np.bool_), np.zeros(count, np.int32), None)
 

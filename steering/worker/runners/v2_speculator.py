@@ -1,9 +1,9 @@
 """Speculation on vLLM's Model Runner V2: its speculator is one of the target's own streams.
 
-V2 takes no speculator from outside, so `speculator_hook` replaces its factory for ours. It
-verifies K drafts of every request; one that runs no draft stream drafts its newest token again,
-which the verification may reject like any other. Drafts are the stream's most likely ids, so
-replies have the steered distribution (arXiv 2211.17192, algorithm 1, with a certain draft).
+V2 takes no speculator from outside, so `speculator_hook` replaces its factory for ours. It wants K
+drafts of every request; of one that does not draft these are its newest token, and the scheduler
+takes none of them. Drafts are the stream's most likely ids, so replies have the steered
+distribution (arXiv 2211.17192, algorithm 1, with a certain draft).
 
 Checked on vLLM 0.32.0.
 """

@@ -22,7 +22,7 @@ class Shape(NamedTuple):
 
     Args:
         rows: padded number of rows.
-        width: tokens of each: 1, or 1 + K where K drafts are verified.
+        width: the most tokens of each: 1, or 1 + K where K drafts are verified.
     """
 
     rows: int
@@ -49,6 +49,9 @@ class Field(IntEnum):
     """Of each row's KV after the step; 0 in padding."""
     BLOCK = 5
     """Of each row, in place of its last block: a candidate's."""
+    PLACE = 6
+    """Of each token of the batch, where it lies in the graph: rows end together, so that shorter
+    ones begin with padding."""
 
 
 def graph_shapes(
@@ -72,24 +75,29 @@ def graph_shapes(
     return tuple(sorted(fit, key=lambda s: (s.tokens, s.width)))
 
 
-def host_inputs(batches: Mapping[int, StreamBatch], scratch: int, streams: int, most: int) -> Int32:
-    """[S, 6, N] what some streams' graphs read; for the others nothing but padding.
+def host_inputs(
+    batches: Mapping[int, tuple[StreamBatch, int]], scratch: int, streams: int, most: int
+) -> Int32:
+    """[S, 7, N] what some streams' graphs read; for the others nothing but padding.
 
     Args:
-        batches: by stream; as many tokens in each row.
+        batches: stream → (what it runs, tokens of a row in its graph).
         scratch: the first block for candidates.
         streams: S.
         most: N.
     """
     found = np.full((streams, len(Field), most), -1, np.int32)
     found[:, Field.LENGTH] = 0
-    for i, batch in batches.items():
+    for i, (batch, width) in batches.items():
         rows, tokens = batch.rows.size, batch.tokens.size
+        place = (batch.token_rows + 1) * width - batch.starts[1:][batch.token_rows]
+        place += np.arange(tokens)
         found[i, Field.REQUEST, :rows] = batch.rows
-        found[i, Field.TOKEN, :tokens] = batch.tokens
-        found[i, Field.OWN_ID, batch.own_at] = batch.own_ids
-        found[i, Field.POSITION, :tokens] = batch.positions
+        found[i, Field.TOKEN, place] = batch.tokens
+        found[i, Field.OWN_ID, place[batch.own_at]] = batch.own_ids
+        found[i, Field.POSITION, place] = batch.positions
         found[i, Field.LENGTH, :rows] = batch.lengths
+        found[i, Field.PLACE, :tokens] = place
         if isinstance(batch, Candidates):
             found[i, Field.BLOCK, :rows] = scratch + np.arange(rows)
     return found

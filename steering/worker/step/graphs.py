@@ -5,7 +5,7 @@ over whichever rows use it, padded to one of a few numbers of rows, so steps in 
 different streams are replayed too. Rows have one token, or one and K drafts that are verified. A
 graph finds all that changes with the step at fixed places:
 
-    inputs   [S, 6, N] int32, written by the step's one copy from the host (`graph_inputs`)
+    inputs   [S, 7, N] int32, written by the step's one copy from the host (`graph_inputs`)
     ids      [T] int32, the step's own token ids
     tables   vLLM's block tables of the step
     adapters their tables (`triton_adding`), if there are any
@@ -96,6 +96,8 @@ class StreamGraphs:
                 if i not in self._streams:
                     self._streams[i] = self._stream(i, source, groups)
                 self._wanted += [(shape, i) for shape in shapes if shape.width == width]
+        self.widest = max(shape.width for shape in shapes)
+        """The most tokens of a row."""
         self.replays = dict.fromkeys(range(len(streams)), 0)
         """Passes that were replayed, by stream."""
 
@@ -180,21 +182,29 @@ class StreamGraphs:
 
     # --- in a step ------------------------------------------------------------------------------
 
-    def shape_for(self, i: int, batch: StreamBatch | None) -> Shape | None:
-        """Of the graph that is replayed for stream i's batch; None if there is none."""
+    def shape_for(self, i: int, batch: StreamBatch | None, *, exact: bool = False) -> Shape | None:
+        """Of the graph that is replayed for stream i's batch; None if there is none.
+
+        Args:
+            i: stream.
+            batch: what it runs.
+            exact: whether the graph's rows must have as many tokens.
+        """
         if batch is None or i not in self._streams:
             return None
-        width, rows = batch.width, batch.rows.size
-        shapes = [s for s in self._streams[i].graphs if s.width == width and s.rows >= rows]
-        return min(shapes, default=None)
+        width, rows, tokens = batch.width, batch.rows.size, batch.tokens.size
+        shapes = [s for s in self._streams[i].graphs if s.width >= width and s.rows >= rows]
+        if exact:
+            shapes = [s for s in shapes if s.width * rows == tokens]
+        return min(shapes, key=lambda s: s.tokens, default=None)
 
-    def inputs(self, batches: Mapping[int, StreamBatch], scratch: int) -> Int32:
+    def inputs(self, batches: Mapping[int, tuple[StreamBatch, int]], scratch: int) -> Int32:
         """As `host_inputs`, of these graphs' size."""
         return host_inputs(batches, scratch, len(self._inputs), self._most)
 
     def inputs_of(self, batch: StreamBatch, scratch: int) -> Int32:
-        """[6, N] the same of one batch, which some stream will run later in the step."""
-        return host_inputs({0: batch}, scratch, 1, self._most)[0]
+        """[7, N] the same of one-token rows, which some stream will run later in the step."""
+        return host_inputs({0: (batch, 1)}, scratch, 1, self._most)[0]
 
     def put(self, inputs: torch.Tensor, ids: torch.Tensor) -> None:
         """Puts what the graphs read in its place, before the passes of a step.
@@ -238,11 +248,11 @@ class StreamGraphs:
         second.replay()
         self.replays[i] += 1
         assert stream.out is not None
-        return stream.out[: batch.tokens.size]
+        return stream.of(stream.out, batch, shape)
 
-    def tokens(self, i: int, batch: StreamBatch) -> torch.Tensor:
+    def tokens(self, i: int, batch: StreamBatch, shape: Shape) -> torch.Tensor:
         """[T_i] int64 where stream i's tokens lie in the step, once they ran."""
-        return self._streams[i].tokens[: batch.tokens.size]
+        return self._streams[i].of(self._streams[i].tokens, batch, shape)
 
     def _forward(self, stream: StreamGraph, shape: Shape) -> torch.Tensor:
         with stream.launching():

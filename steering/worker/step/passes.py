@@ -69,7 +69,7 @@ class Again:
     Args:
         run: the pass, over one-token rows.
         batch: its rows.
-        inputs: [6, N] what its graph reads; None without one.
+        inputs: [7, N] what its graph reads; None without one.
         tables: of its adapters, if others than before must lie there.
     """
 
@@ -124,16 +124,19 @@ class Passes:
         if self.graphs is None or not graphs:
             return [Run(*one) for one in wanted]
         assert self._schedule is not None
-        whole = whole_batch(self._schedule, positions.shape[0])
-        found = []
+        whole = whole_batch(self._schedule, positions.shape[0], self.graphs.widest)
+        # Padding would be counted where a report counts how tokens were routed.
+        exact, found = self.adapted is not None and self.adapted.counting, []
         for i, batch in wanted:
-            shape = self.graphs.shape_for(i, own := batch or whole)
+            shape = self.graphs.shape_for(i, own := batch or whole, exact=exact)
             found.append(Run(i, own if shape else batch, shape))
         return found
 
     def _again(self, stream: int, batch: StreamBatch) -> Again:
         """Another pass of a stream, over one-token rows."""
-        shape = self.graphs.shape_for(stream, batch) if self.graphs is not None else None
+        shape = None
+        if self.graphs is not None:
+            shape = self.graphs.shape_for(stream, batch, exact=True)
         return Again(Run(stream, batch, shape))
 
     def _send(
@@ -159,7 +162,7 @@ class Passes:
         for one in again:
             self._stage_again(staging, one)
         self._stage_tables(staging, runs, again, positions.shape[0])
-        replayed = {i: batch for i, batch, shape in runs if shape and batch is not None}
+        replayed = {i: (b, shape.width) for i, b, shape in runs if shape and b is not None}
         if replayed:
             assert self.graphs is not None and input_ids is not None
             inputs = self.graphs.inputs(replayed, self.contexts.scratch)
@@ -214,7 +217,7 @@ class Passes:
         assert run.batch is not None
         if run.shape:
             assert self.graphs is not None
-            return self.graphs.tokens(run.stream, run.batch)
+            return self.graphs.tokens(run.stream, run.batch, run.shape)
         return self._staged[id(run.batch)].tokens
 
     def _pass(
@@ -289,9 +292,11 @@ class Passes:
             lengths = self._schedule.lengths
             requests: Int64 = np.repeat(np.arange(lengths.size), lengths)
             return Pass(name, self.original[name], requests, total)
+        if shape:
+            requests = np.repeat(batch.rows, shape.width)
+            return Pass(name, self.original[name], requests, shape.tokens)
         requests = batch.rows[batch.token_rows]
-        total = shape.tokens if shape else requests.size
-        return Pass(name, self.original[name], requests, total)
+        return Pass(name, self.original[name], requests, requests.size)
 
 
 def _keep_tables(one: Again, write: Write, there: Sequence[torch.Tensor]) -> None:

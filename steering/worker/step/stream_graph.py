@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
+from steering.worker.plan.batches import StreamBatch
 from steering.worker.readout.overlaps import read_as
 from steering.worker.step.contexts import LayerGroup
 from steering.worker.step.graph_inputs import Field, Shape
@@ -74,6 +75,13 @@ class StreamGraph:
     launching: Callable[[], AbstractContextManager[None]]
     out: torch.Tensor | None = None
     graphs: dict[Shape, tuple[Any, Any]] = field(default_factory=dict)
+
+    def of(self, buffer: torch.Tensor, batch: StreamBatch, shape: Shape) -> torch.Tensor:
+        """[T, …] a batch's tokens, of a buffer that has them as the graph does."""
+        tokens = batch.tokens.size
+        if tokens == batch.rows.size * shape.width:
+            return buffer[:tokens]
+        return buffer[self.inputs[Field.PLACE, :tokens].long()]
 
     def read(self, step_ids: torch.Tensor, shape: Shape) -> None:
         """Makes of the inputs what the model and its attention backends read.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from steering.worker.plan.batches import Candidates, StreamBatch, stream_batch
+from steering.worker.plan.batches import Candidates, OwnPrompts, StreamBatch, stream_batch
 from steering.worker.step.graph_inputs import LARGEST, Field, Shape, graph_shapes, host_inputs
 from tests.steering.worker.schedules import scheduled
 
@@ -55,7 +55,7 @@ def test_each_row_has_its_inputs_and_padding_has_none() -> None:
         own_ids=np.array([77]),
     )
     candidates = Candidates.of(np.array([2, 2, 5]), np.array([6, 6, 1], np.int32))
-    found = host_inputs({0: batch, 2: candidates}, 40, 3, 4)
+    found = host_inputs({0: (batch, 1), 2: (candidates, 1)}, 40, 3, 4)
     assert found.shape == (3, len(Field), 4)
     assert found[0, Field.REQUEST].tolist() == [0, 3, -1, -1]
     assert found[0, Field.TOKEN].tolist() == [1, 6, -1, -1]
@@ -74,8 +74,22 @@ def test_rows_of_several_tokens() -> None:
     uses, offsets = np.array([True, True]), np.array([2, 0], np.int32)
     batch = stream_batch(schedule, uses, offsets, None)
     assert batch is not None and batch.width == 3
-    found = host_inputs({0: batch}, 40, 1, 9)[0]
+    found = host_inputs({0: (batch, 3)}, 40, 1, 9)[0]
     assert found[Field.REQUEST].tolist() == [0, 1, *[-1] * 7]
     assert found[Field.TOKEN].tolist() == [*range(6), *[-1] * 3]
+    assert found[Field.PLACE].tolist() == [*range(6), *[-1] * 3]
     assert found[Field.POSITION].tolist() == [5, 6, 7, 20, 21, 22, *[-1] * 3]
     assert found[Field.LENGTH].tolist() == [8, 23, *[0] * 7]
+
+
+def test_shorter_rows_begin_with_padding() -> None:
+    schedule = scheduled([0, 3, 4], [7, 20])
+    prompts = OwnPrompts.of([None, np.arange(50, 71, dtype=np.int32)])
+    batch = stream_batch(schedule, np.array([True, True]), np.zeros(2, np.int32), prompts)
+    assert batch is not None and batch.width == 3
+    found = host_inputs({0: (batch, 3)}, 40, 1, 9)[0]
+    assert found[Field.TOKEN].tolist() == [0, 1, 2, -1, -1, 3, *[-1] * 3]
+    assert found[Field.POSITION].tolist() == [7, 8, 9, -1, -1, 20, *[-1] * 3]
+    assert found[Field.OWN_ID].tolist() == [-1, -1, -1, -1, -1, 70, *[-1] * 3]
+    assert found[Field.PLACE].tolist() == [0, 1, 2, 5, *[-1] * 5]
+    assert found[Field.LENGTH].tolist() == [10, 21, *[0] * 7]
