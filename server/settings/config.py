@@ -212,6 +212,7 @@ class RegistryConfig(Section):
 
     url: RedisUrl | None = Field(
         None,
+        repr=False,
         description="A durable Redis that replicas share: `redis://host:port/database`, "
         "`redis+sentinel://host:port,host:port/service/database`, "
         "`redis+cluster://host:port,host:port`, each also with `rediss` (TLS), or `unix:///path`. "

@@ -139,6 +139,30 @@ def test_keys_come_from_the_environment_and_do_not_show() -> None:
     assert b"key-" not in pickle.dumps(found) and "key-" not in repr(found)
 
 
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"auth": "pw-1"},
+        {"auth": ["pw-1"]},
+        {"auth": {"api_keys": {"pw-1": "pw-1"}}},
+        {"auth": {"admin_key": ["pw-1"]}},
+        {"registry": {"url": "redis//:pw-1@h"}, "adapters": {}},
+        {"registry": "redis://:pw-1@h"},
+        {"registry": {"url": ["redis://:pw-1@h"]}},
+        {"limits": {"redis": "redis://:pw-1@h:port"}},
+        {"limits": ["redis://:pw-1@h"]},
+    ],
+)
+def test_what_may_be_a_secret_is_not_repeated(document: dict[str, Any]) -> None:
+    told = refused({"model": "m", **document})
+    assert "pw-1" not in told and told.startswith(next(iter(document)))
+
+
+def test_passwords_of_urls_are_not_shown() -> None:
+    urls = {"registry": {"url": "redis://:pw-1@h"}, "limits": {"redis": "redis://:pw-2@h"}}
+    assert "pw-" not in repr(parse({"model": "m", "adapters": {}, **urls}, Path("/"), {}))
+
+
 @pytest.mark.parametrize("key", [" k", "k ", "a\nb", "a\tb", "\x7f"])
 def test_a_key_that_no_header_carries_is_refused(key: str) -> None:
     assert "auth.admin_key: a key must have no" in refused(
