@@ -333,6 +333,13 @@ class ChatConfig(Section):
         "`chat_template_kwargs`, e.g. `{enable_thinking: false}`.",
     )
 
+    @model_validator(mode="after")
+    def _variables_alone(self) -> ChatConfig:
+        taken = ("chat_template", "conversation", "messages", "tokenize", "tools")
+        if wrong := [name for name in taken if name in self.default_template_kwargs]:
+            raise ValueError(f"default_template_kwargs: {wrong[0]} is no variable of templates")
+        return self
+
 
 class _Profile(Profile):
     """A profile of the file: its template may be in a file of its own."""

@@ -86,6 +86,8 @@ def test_the_documented_example_is_accepted() -> None:
         ({"model": "a", "server": {"drain_notice_s": -1}}, "server.drain_notice_s: is too small"),
         ({"model": "a", "auth": {"api_keys": [{"key": "k", "tokens_per_minute": 0}]}},
          "tokens_per_minute"),
+        ({"model": "a", "chat": {"default_template_kwargs": {"tools": []}}},
+         "default_template_kwargs: tools is no variable"),
         ({"model": "a", "aliases": {"a": "b"}}, "aliases.a: the name is taken"),
         ({"model": "a", "aliases": {"x": "y", "y": "a"}}, "aliases.x: an alias of an alias"),
         ({"model": "a", "aliases": {"x/y/z": "a"}}, "aliases.x/y/z: not a usable name"),

@@ -138,6 +138,9 @@ def test_a_model_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     config, _ = read("some/model-id")
     assert (config.model, config.name) == (str(tmp_path / "some" / "model-id"), "model-id")
     assert read("--model", "org/x")[0].model == "org/x"
+    section = read("org/x", "--adapter-roots", "loras", "--adapter-remotes", "hf://me")[0].adapters
+    assert section is not None
+    assert section.roots == (str(tmp_path / "loras"),) and section.remotes == ("hf://me",)
     assert read("org/x", "--no-enable-lora")[0].adapters is None
     with pytest.raises(ConfigInvalid, match=r"gone\.yaml: No such file"):
         read("gone.yaml")
