@@ -116,9 +116,9 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     for row in rows[1:]:
         found.add_row(*(Text(cell) for cell in row))
     # Each row in one line, however long: programs read it too.
-    console = Console(width=1 << 16, file=StringIO())
-    console.print(found)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    text = StringIO()
+    Console(width=1 << 16, file=text).print(found)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def facts(record: Mapping[str, Any]) -> str:

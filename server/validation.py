@@ -110,8 +110,7 @@ def problem(error: Mapping[str, Any], field: str) -> BadValue:
         return cause
     if kind in ("missing", "extra_forbidden"):
         return BadValue(_SENTENCES[kind][0], field=field)
-    # What stands in `auth` is, or was to be, a key: it belongs in no log.
-    value = None if field.startswith("auth.") else _shown(error.get("input"))
+    value = _shown(error.get("input"))
     if cause is not None:  # a validator of ours (or vLLM's) raised ValueError(sentence)
         return BadValue(str(cause), field=field, value=value)
     sentence, allowed = _SENTENCES.get(kind, (str(error["msg"]), None))

@@ -20,6 +20,7 @@ from server.checks.heads import check_heads, value_problems
 from server.checks.one_product import one_product_problems
 from server.checks.speculation import speculation_problems
 from server.checks.templates import check_profile_templates, check_template
+from server.operation.listening import tls_options
 from server.settings.config import RESERVED_ENGINE, Config
 from steering.errors import SteeringError
 from steering.families import beside_hybrid, is_hybrid, stream_architecture
@@ -47,6 +48,10 @@ def diagnose(config: Config) -> Diagnosis:
     found.problems += _parsers(config)
     if (template := config.chat.template) is not None:
         found.guard("chat.template", lambda: check_template(template, "chat.template"))
+    try:
+        tls_options(config.server.tls)
+    except OSError as error:
+        found.problems.append(str(error))
     for name, source, owns in _sources(config):
         found.guard(where(name), lambda n=name, s=source, o=owns: _stream(config, found, n, s, o))  # type: ignore[misc]
     if found.methods is not None:

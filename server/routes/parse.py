@@ -28,13 +28,12 @@ def _conversation(messages: Any, parts: Serving, options: Mapping[str, Any]) -> 
     """Messages with plain text as their content, the way templates expect them."""
     with reading(lambda: False):
         parsed, _, _ = parse_chat_messages(messages, parts.engine.model_config, "string")
-    return Conversation(parsed, options)
+    return Conversation(parsed, {**parts.config.chat.default_template_kwargs, **options})
 
 
 def parse_chat(request: SteeredChatRequest, parts: Serving) -> ParsedRequest:
     """Of a chat request."""
     options: dict[str, Any] = {
-        **parts.config.chat.default_template_kwargs,
         **(request.chat_template_kwargs or {}),
         "add_generation_prompt": request.add_generation_prompt,
         "continue_final_message": request.continue_final_message,
@@ -62,9 +61,10 @@ def parse_completion(request: SteeredCompletionRequest, parts: Serving) -> Parse
     """Of a text completion: each prompt is one message of a user."""
 
     def conversations() -> list[Conversation | None]:
+        defaults = parts.config.chat.default_template_kwargs
         texts = [_text(prompt, parts) for prompt in _prompts(request.prompt)]
         return [
-            None if text is None else Conversation([{"role": "user", "content": text}])
+            None if text is None else Conversation([{"role": "user", "content": text}], defaults)
             for text in texts
         ]
 

@@ -217,6 +217,7 @@ class RegistryConfig(Section):
 
     url: RedisUrl | None = Field(
         None,
+        repr=False,
         description="A durable Redis that replicas share: `redis://host:port/database`, "
         "`redis+sentinel://host:port,host:port/service/database`, "
         "`redis+cluster://host:port,host:port`, each also with `rediss` (TLS), or `unix:///path`. "
@@ -336,6 +337,13 @@ class ChatConfig(Section):
         description="Variables that chat templates get where a request does not set them in its "
         "`chat_template_kwargs`, e.g. `{enable_thinking: false}`.",
     )
+
+    @model_validator(mode="after")
+    def _variables_alone(self) -> ChatConfig:
+        taken = ("chat_template", "conversation", "messages", "tokenize", "tools")
+        if wrong := [name for name in taken if name in self.default_template_kwargs]:
+            raise ValueError(f"default_template_kwargs: {wrong[0]} is no variable of templates")
+        return self
 
 
 class _Profile(Profile):

@@ -121,6 +121,17 @@ def _with_adapters(below: dict[str, Any], flags: Mapping[str, Any]) -> dict[str,
     return data
 
 
+_SECRET = ("auth", "registry.url", "limits.redis")
+"""Settings that are, or may hold, keys and passwords: what stands there belongs in no log."""
+
+
+def _without_secrets(error: Mapping[str, Any]) -> dict[str, Any]:
+    """A finding of pydantic's without its input where that is a secret, or holds one."""
+    path = ".".join(str(part) for part in error["loc"]) + "."
+    near = any((one + ".").startswith(path) or path.startswith(one + ".") for one in _SECRET)
+    return {**error, "input": None} if near or path == "." else dict(error)
+
+
 def parse(
     document: object,
     folder: Path,
@@ -151,7 +162,7 @@ def parse(
     try:
         config = Config.model_validate(data, context={"folder": folder})
     except ValidationError as error:
-        found = problems([dict(e) for e in error.errors()])
+        found = problems([_without_secrets(dict(e)) for e in error.errors()])
         raise ConfigInvalid([str(p).removeprefix("body: ") for p in found]) from error
     wrong = [*_names(config), *_references(config), *_reserved(config)]
     if wrong:

@@ -41,6 +41,19 @@ def add_flags(parser: argparse.ArgumentParser, described: dict[str, str]) -> Non
                            help=(text + where).replace("%", "%%"), **forms[flag.form])  # fmt: skip
 
 
+_OBJECTS = ("structured_outputs_config", "compilation_config")
+"""Engine arguments to which we add defaults of ours: as the file has them, not as vLLM's classes,
+which already have its own in every field.
+"""
+
+
+def _object(text: str) -> object:
+    found = _json(text)
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"not a JSON object (got {text[:80]!r})")
+    return found
+
+
 def _json(text: str) -> object:
     try:
         return json.loads(text)
@@ -152,6 +165,8 @@ def engine_flags(argv: list[str]) -> dict[str, Any]:
     defaults = {action.dest: action.default for action in parser._actions}
     for action in parser._actions:
         action.default = argparse.SUPPRESS
+        if action.dest in _OBJECTS:
+            action.type = _object
     try:
         found = dict(vars(parser.parse_args(argv)))
     except (argparse.ArgumentError, ValueError, IndexError) as error:

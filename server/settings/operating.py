@@ -220,6 +220,7 @@ class LimitsConfig(Rate):
     )
     redis: RedisUrl | None = Field(
         None,
+        repr=False,
         description="The Redis in which replicas count requests and tokens per minute together; "
         "forms and password as of `registry.url`. Absent: `registry.url`; without that too, each "
         "replica counts for itself, as it does while Redis is away.",

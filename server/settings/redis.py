@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
 from adapters.registry.address import Address, BadAddress, parse_address
 
@@ -28,8 +28,8 @@ def _check(text: str) -> str:
     return text
 
 
-RedisUrl = Annotated[str, AfterValidator(_check), Field(repr=False)]
-"""A setting; its text may hold a password."""
+RedisUrl = Annotated[str, AfterValidator(_check)]
+"""A setting; its text may hold a password, so its field has `repr=False`."""
 
 
 def address_of(

@@ -83,6 +83,8 @@ def test_the_command_prints_the_reasons_and_exits_1(
             "engine.structured_outputs_config: refused",
         ),
         ({"chat": {"template": "{% for"}}, "chat.template: not a chat template: unexpected"),
+        ({"server": {"tls": {"certificate": "gone.pem", "key": "gone.key"}}},
+         "server.tls.certificate: "),
         ({"chat": {"reasoning_parser": "nope"}}, "chat.reasoning_parser: no such parser"),
         ({"engine": {"pipeline_parallel_size": "x"}}, "engine.pipeline_parallel_size: not a"),
         ({"engine": {"max_model_len": 1000}}, "streams.chat: holds 512 tokens, requests may have"),

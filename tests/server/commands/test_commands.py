@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from server.console import table
 from server.main import run
 
 
@@ -38,6 +39,12 @@ def test_problems_are_lines_not_tracebacks(
     for argv in asked:
         assert run(argv) == 1
         assert capsys.readouterr().err.count("coxswain: ") == 1
+
+
+def test_a_table_shows_names_as_they_are_and_a_row_in_a_line() -> None:
+    lines = table([("adapter", "source"), ("[red]x[/red]", "s" * 300), ("読", "")]).splitlines()
+    assert len(lines) == 4 and lines[0].split() == ["adapter", "source"]
+    assert lines[2].split() == ["[red]x[/red]", "s" * 300] and lines[3] == "読"
 
 
 def test_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:

@@ -203,7 +203,7 @@ async def test_https_is_served_and_only_that(tmp_path: Path) -> None:
         plain = str(http.base_url).replace("https", "http")
         async with httpx.AsyncClient() as other:
             with pytest.raises(httpx.TransportError):
-                await other.get(f"{plain}health")
+                await other.get(f"{plain}/health")
 
 
 async def test_clients_show_certificates_where_they_must(tmp_path: Path) -> None:

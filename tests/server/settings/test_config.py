@@ -86,6 +86,8 @@ def test_the_documented_example_is_accepted() -> None:
         ({"model": "a", "server": {"drain_notice_s": -1}}, "server.drain_notice_s: is too small"),
         ({"model": "a", "auth": {"api_keys": [{"key": "k", "tokens_per_minute": 0}]}},
          "tokens_per_minute"),
+        ({"model": "a", "chat": {"default_template_kwargs": {"tools": []}}},
+         "default_template_kwargs: tools is no variable"),
         ({"model": "a", "aliases": {"a": "b"}}, "aliases.a: the name is taken"),
         ({"model": "a", "aliases": {"x": "y", "y": "a"}}, "aliases.x: an alias of an alias"),
         ({"model": "a", "aliases": {"x/y/z": "a"}}, "aliases.x/y/z: not a usable name"),
@@ -137,6 +139,30 @@ def test_keys_come_from_the_environment_and_do_not_show() -> None:
     assert found.auth.admin_key is not None
     assert found.auth.admin_key.get_secret_value() == digest(b"key-3")
     assert b"key-" not in pickle.dumps(found) and "key-" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"auth": "pw-1"},
+        {"auth": ["pw-1"]},
+        {"auth": {"api_keys": {"pw-1": "pw-1"}}},
+        {"auth": {"admin_key": ["pw-1"]}},
+        {"registry": {"url": "redis//:pw-1@h"}, "adapters": {}},
+        {"registry": "redis://:pw-1@h"},
+        {"registry": {"url": ["redis://:pw-1@h"]}},
+        {"limits": {"redis": "redis://:pw-1@h:port"}},
+        {"limits": ["redis://:pw-1@h"]},
+    ],
+)
+def test_what_may_be_a_secret_is_not_repeated(document: dict[str, Any]) -> None:
+    told = refused({"model": "m", **document})
+    assert "pw-1" not in told and told.startswith(next(iter(document)))
+
+
+def test_passwords_of_urls_are_not_shown() -> None:
+    urls = {"registry": {"url": "redis://:pw-1@h"}, "limits": {"redis": "redis://:pw-2@h"}}
+    assert "pw-" not in repr(parse({"model": "m", "adapters": {}, **urls}, Path("/"), {}))
 
 
 @pytest.mark.parametrize("key", [" k", "k ", "a\nb", "a\tb", "\x7f"])

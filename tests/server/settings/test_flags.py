@@ -23,6 +23,8 @@ from server.settings.flags import (
     vllm_parser,
 )
 from server.settings.vllm_flags import FLAGS, NO_EFFECT, NO_LONGER, REFUSED
+from steering.engine_args import steered_engine_args
+from tests.models import make_model
 
 ROOT = Path(__file__).resolve().parents[3]
 ACTIONS = [a for a in vllm_parser()._actions if a.option_strings]
@@ -124,7 +126,7 @@ def test_what_users_of_vllm_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert engine["max_model_len"] == 4096 and engine["tensor_parallel_size"] == 2
     assert engine["dtype"] == "bfloat16" and engine["enforce_eager"] is True
     assert set(engine) <= engine_fields()
-    assert "guidance" in str(engine["structured_outputs_config"])
+    assert engine["structured_outputs_config"] == {"backend": "guidance"}
 
 
 def test_a_model_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +138,9 @@ def test_a_model_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     config, _ = read("some/model-id")
     assert (config.model, config.name) == (str(tmp_path / "some" / "model-id"), "model-id")
     assert read("--model", "org/x")[0].model == "org/x"
+    section = read("org/x", "--adapter-roots", "loras", "--adapter-remotes", "hf://me")[0].adapters
+    assert section is not None
+    assert section.roots == (str(tmp_path / "loras"),) and section.remotes == ("hf://me",)
     assert read("org/x", "--no-enable-lora")[0].adapters is None
     with pytest.raises(ConfigInvalid, match=r"gone\.yaml: No such file"):
         read("gone.yaml")
@@ -216,6 +221,7 @@ def test_the_environment_sets_engine_arguments_and_lists() -> None:
         (["--ssl-keyfile", "k"], "server.tls.certificate: is required"),
         (["--allow-credentials"], "server.cors.origins: is required"),
         (["--lora-modules", "sql"], "--lora-modules: neither NAME=PATH nor JSON"),
+        (["--structured-outputs-config", "3"], "not a JSON object"),
         (["--lora-modules", "{"], "--lora-modules: "),
         (["--uvicorn-log-level", "shout"], "command line: argument --uvicorn-log-level"),
         (["--chat-template", "gone.jinja"], "--chat-template: neither a template text nor a file"),
@@ -229,6 +235,23 @@ def test_what_cannot_be_is_a_line(
     assert run(["serve", "org/model", *argv]) == 1
     told = capsys.readouterr().err
     assert words in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--structured-outputs-config", '{"disable_any_whitespace": true}'],
+        ["--structured-outputs-config.disable_any_whitespace", "true"],
+        ["--compilation-config.mode", "0"],
+    ],
+)
+def test_our_defaults_hold_beside_part_of_a_config(tmp_path: Path, argv: list[str]) -> None:
+    """VLLM's classes for these have a default of its own in every field, which we would refuse."""
+    make_model(tmp_path, "llama", seed=1)
+    _, engine = read(str(tmp_path), *argv)
+    made = steered_engine_args(str(tmp_path), {}, **engine)
+    assert made["structured_outputs_config"]["backend"] == "xgrammar"
+    assert made["compilation_config"]["cudagraph_mode"] == "NONE"
 
 
 def test_flags_without_effect_say_so(caplog: pytest.LogCaptureFixture) -> None:
