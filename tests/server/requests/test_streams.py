@@ -1,4 +1,4 @@
-"""How streams begin and end, without an engine: events that fail, that are late, that nobody reads."""
+"""How streams begin and end, without an engine: events that fail, are late, or are not read."""
 
 from __future__ import annotations
 
