@@ -67,8 +67,9 @@ def main() -> None:
     real = launch.Run._load
 
     async def load(self: Any, port: int) -> Any:
-        plant()  # not before: the settings of vLLM must be in the environment when it is imported
-        return await real(self, port)
+        found = await real(self, port)
+        plant()  # not before: it imports vLLM
+        return found
 
     launch.Run._load = load  # type: ignore[method-assign]
     status = run(sys.argv[sys.argv.index("server.main") + 1 :])
