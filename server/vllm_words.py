@@ -19,6 +19,9 @@ _SETTINGS = {
     ),
     "Please set --reasoning-parser and/or --reasoning-config": "It needs `chat.reasoning_parser`",
     " (VLLM_USE_V2_MODEL_RUNNER=1)": "",
+    " (VLLM_ENFORCE_STRICT_TOOL_CALLING)": "",
+    "are disabled by default": "are refused",
+    " Start the server with --trust-request-mm-kwargs only when clients are trusted.": "",
 }
 """Parts of messages, and what stands in their place. The longest that fits wins."""
 

@@ -144,10 +144,13 @@ class Gate:
                 HttpError(503, "The server ended before it could answer.", code="draining",
                           retry_after_s=RETRY_AFTER_S)
             )  # fmt: skip
-        except Exception:
+        except Exception as error:
             # Starlette answers 500 and raises again; the application has logged it by now, and
             # raising further would close the client's connection.
-            logger.debug("passed on from the application", exc_info=True)
+            if limited.open and not context.left:
+                logger.error("a request failed in the middle of its answer", exc_info=error)
+                await limited.break_off(HttpError(500, "Internal error; the server's log has the "
+                                                  "details."))  # fmt: skip
         finally:
             if counts:
                 self.state.leave()

@@ -95,6 +95,11 @@ class RequestLimits:
             self._complete |= not message.get("more_body")
         await self._send(message)
 
+    @property
+    def open(self) -> bool:
+        """Whether an answer has begun and is not complete."""
+        return self.begun and not self._complete
+
     async def finish(self) -> None:
         """Tells the client that its time was over, if it was."""
         if self._late:

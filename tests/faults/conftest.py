@@ -213,6 +213,7 @@ def supervised(
         "registry": {"url": clocked_redis.url, "namespace": "faults"},
         "auth": {"api_keys": [KEYS["all"], *few], "admin_key": KEYS["admin"]},
         "limits": {"requests_per_minute": 10**9, "request_timeout_s": 120},
+        "logging": {"requests": True},
     }
     port = free_port()
     found = Supervisor(lambda: Server(models, config, port=port, environ=clock.environ))

@@ -88,6 +88,7 @@ def test_a_killed_engine_is_told_and_a_supervisor_brings_everything_back(
     assert [stream.label for stream in streams] == ["error event"] * 3
     assert whole.label in ("refused 500", "refused 503")
     assert "event: error" in responses.lines
+    assert first.log.read_text().count("status=503 sent_status=200 failure=dead") >= 4
     row.saw["error event"] += len(streams) + 1
     row.saw[whole.label] += 1
     ends = {RIGHT, "error event", "refused 500", "refused 503", "stream broken off",

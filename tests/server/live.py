@@ -130,7 +130,8 @@ class Server:
         # other crawl when something else uses the cores.
         environ["OMP_NUM_THREADS"] = "1"
         environ |= self.environ
-        with self.log.open("w") as log:
+        # A server that is started again goes on in its file.
+        with self.log.open("a") as log:
             # A group of its own, so that a test can play the terminal that signals all of it.
             self.process = subprocess.Popen(
                 command, stderr=log, stdout=log, env=environ, start_new_session=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -92,6 +93,121 @@ def test_bad_steering_is_refused_before_anything_runs(
     assert set(error) == {"message", "type", "param", "code"}
     assert error["param"] == param
     assert error["message"].startswith(param)
+
+
+@pytest.mark.parametrize(("steering", "status", "param"), BAD_STEERING)
+def test_a_stream_of_responses_refuses_it_before_its_first_byte(
+    server: Server, neighbour: Running, steering: Any, status: int, param: str
+) -> None:
+    body = {"model": "big", "input": "a", "steering": steering, "stream": True}
+    answer = server.post("/v1/responses", body)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["param"] == param
+
+
+LONG = "word " * 400
+CHAT = {"model": "big-chat", "messages": [{"role": "user", "content": "a"}]}
+TOO_LONG = "context_length_exceeded"
+STORED = "stores no responses"
+EVERY_API: list[tuple[str, dict[str, Any], str | None, str, str]] = [
+    ("/v1/responses", {"input": LONG}, "input", TOO_LONG, "maximum context length"),
+    ("/v1/completions", {"prompt": LONG}, "prompt", TOO_LONG, "maximum context length"),
+    ("/v1/completions", {"prompt": "word " * 5000}, "prompt", TOO_LONG, "maximum context length"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}, "messages",
+     TOO_LONG, "maximum context length"),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 500}, "max_tokens", TOO_LONG, "500"),
+    ("/v1/chat/completions", {**CHAT, "max_completion_tokens": 500}, "max_completion_tokens",
+     TOO_LONG, "max_completion_tokens=500"),
+    ("/v1/responses", {"input": "a", "max_output_tokens": 500}, "max_output_tokens", TOO_LONG,
+     "max_output_tokens=500"),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 200, "steering": own(
+        {"prompt": "word " * 60})}, "max_tokens", TOO_LONG, "own prompt"),
+    ("/v1/responses", {"input": "a", "max_output_tokens": 0}, "max_output_tokens",
+     "invalid_value", "max_output_tokens must be at least 1"),
+    ("/v1/chat/completions", {**CHAT, "max_completion_tokens": 0}, "max_completion_tokens",
+     "invalid_value", "max_completion_tokens must be at least 1"),
+    ("/v1/chat/completions", {**CHAT, "max_tokens": 0}, "max_tokens", "invalid_value",
+     "max_tokens must be at least 1"),
+    ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 30}, "top_logprobs",
+     "invalid_value", "30"),
+    ("/v1/responses", {"input": "a", "top_logprobs": 30,
+                       "include": ["message.output_text.logprobs"]}, "top_logprobs",
+     "invalid_value", "30"),
+    ("/v1/responses", {"input": "a", "previous_response_id": "resp_1"}, "previous_response_id",
+     "invalid_value", STORED),
+    ("/v1/responses", {"input": "a", "conversation": "c"}, "conversation", "invalid_value",
+     STORED),
+    ("/v1/responses", {"input": "a", "background": True}, "background", "invalid_value", STORED),
+    ("/v1/responses", {"input": "a", "previous_input_messages": [{"role": "user"}]},
+     "previous_input_messages", "invalid_value", STORED),
+    ("/v1/responses", {"input": "a", "tools": [{"type": "web_search_preview"}]}, "tools.0.type",
+     "invalid_value", "web_search_preview"),
+    ("/v1/responses", {"input": "a", "tools": [{"type": "function", "name": "f",
+                                                "parameters": {}}],
+                       "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [
+                           {"type": "function", "name": "f"}]}}, "tool_choice.type",
+     "invalid_value", "allowed_tools"),
+    ("/v1/responses", {"input": "a", "logit_bias": {"99999": 1}}, "logit_bias", "invalid_value",
+     "99999"),
+    ("/v1/responses", {"input": "a", "temperature": -1}, "temperature", "invalid_value", "-1"),
+    ("/v1/responses", {"input": "a", "structured_outputs": {"regex": "["}}, None,
+     "invalid_value", "egex"),
+    ("/v1/responses", {"input": "a", "structured_outputs": {"json": {"$ref": "#"}}},
+     "structured_outputs", "invalid_value", "grammar"),
+    ("/v1/chat/completions", {**CHAT, "chat_template": "x"}, None, "invalid_value",
+     "`chat.template`"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "more", "param", "code", "words"), EVERY_API)
+def test_every_api_names_its_own_fields_streamed_or_not(
+    server: Server, path: str, more: dict[str, Any], param: str | None, code: str, words: str,
+    stream: bool,
+) -> None:  # fmt: skip
+    answer = server.post(path, {"model": "big-chat", **more, "stream": stream})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == (param, code), error
+    assert error["type"] == "invalid_request_error"
+    assert words in error["message"]
+    assert "--" not in error["message"] and "VLLM_" not in error["message"]
+
+
+@pytest.mark.parametrize("store", [True, False, None])
+def test_nothing_is_stored_and_the_response_says_so(server: Server, store: bool | None) -> None:
+    body: dict[str, Any] = {"model": "big-chat", "input": "a", "max_output_tokens": 2}
+    if store is not None:
+        body["store"] = store
+    assert server.post("/v1/responses", body).json()["store"] is False
+    text = server.post("/v1/responses", {**body, "stream": True}).text
+    told = [json.loads(one.removeprefix("data: ")) for one in text.splitlines()
+            if one.startswith("data: ")]  # fmt: skip
+    found = [one["response"]["store"] for one in told if "response" in one]
+    assert found == [False] * 3
+
+
+STRICT = {
+    "type": "function", "name": "f", "strict": True,
+    "parameters": {"type": "object", "properties": {"x": {"type": "integer", "enum": [1, 2]}},
+                   "required": ["x"], "additionalProperties": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "f"}], ids=str)
+def test_a_tool_that_must_be_called_is_called(server: Server, choice: Any, stream: bool) -> None:
+    spaces = server.post("/tokenize", {"model": "big", "prompt": " \t\n\r"}).json()["tokens"]
+    body = {"model": "big-chat", "input": "hi", "temperature": 0, "max_output_tokens": 100,
+            "tools": [STRICT], "tool_choice": choice, "stream": stream,
+            "logit_bias": {str(token): -100 for token in spaces}}  # fmt: skip
+    answer = server.post("/v1/responses", body)
+    assert answer.status_code == 200, answer.text
+    response = answer.json() if not stream else json.loads(
+        answer.text.strip().rsplit("data: ", 1)[1])["response"]  # fmt: skip
+    calls = [one for one in response["output"] if one["type"] == "function_call"]
+    assert calls and all(one["name"] == "f" for one in calls)
+    assert all(json.loads(one["arguments"])["x"] in (1, 2) for one in calls)
 
 
 @pytest.mark.parametrize(

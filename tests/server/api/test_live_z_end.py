@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -44,6 +45,7 @@ def test_drain_finishes_what_runs_refuses_what_comes_and_exits_0(server: Server)
 def test_a_second_signal_cuts_off_what_runs(models: Path) -> None:
     config = document()
     config["engine"]["max_num_seqs"] = 1
+    config["logging"] = {"requests": True}
     server = Server(models, config)
     try:
         server.wait_ready()
@@ -57,10 +59,14 @@ def test_a_second_signal_cuts_off_what_runs(models: Path) -> None:
         assert server.process.wait(30) == 0
         stream.join(30)
         assert "data: [DONE]" not in stream.lines
+        last = json.loads([line for line in stream.lines if line][-1].removeprefix("data: "))
+        assert last["error"]["code"] == "draining"
     finally:
         server.stop(signal.SIGKILL)
     assert last_line(server) == "coxswain: ended in order; requests cut off: 1"
-    assert "Traceback" not in server.log.read_text()
+    log = server.log.read_text()
+    assert "Traceback" not in log
+    assert "status=503 sent_status=200 failure=draining" in log
 
 
 def test_a_bad_configuration_stops_the_start_with_one_line_per_reason(models: Path) -> None:

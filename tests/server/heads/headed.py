@@ -59,11 +59,13 @@ def configuration() -> dict[str, Any]:
         "roots": ["./loras"], "max_loaded": 2, "max_rank": 16,
         "preload": [{"name": "tuned", "source": "./loras/tuned"}],
     }  # fmt: skip
-    return document(
+    found = document(
         streams=streams, profiles=profiles, adapters=adapters,
         registry={"directory": "./headed-state"},
         steering={"max_top_k": MOST, "max_best_of": MOST},
     )  # fmt: skip
+    found["server"]["sse_keep_alive_s"] = 0.1
+    return found
 
 
 @dataclass

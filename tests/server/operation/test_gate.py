@@ -220,6 +220,26 @@ async def test_a_request_that_is_cut_off_before_its_answer_is_told() -> None:
     assert app.state.in_flight == 0
 
 
+async def test_a_bug_in_the_middle_of_a_stream_ends_it_with_an_event(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def breaks(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+        raise RuntimeError("a bug")
+
+    app, sent = gate(), AsyncMock()
+    app.inner = breaks
+    scope = request_scope()
+    await app(scope, AsyncMock(return_value={"type": "http.request", "body": b""}), sent)
+    last = sent.call_args.args[0]
+    assert not last.get("more_body")
+    assert json.loads(last["body"].removeprefix(b"data: "))["error"]["code"] == "internal_error"
+    assert context_of(scope).status == 500
+    assert [record.exc_info is not None for record in caplog.records] == [True]
+
+
 async def test_requests_in_flight_are_counted_and_a_crash_is_contained() -> None:
     app = gate()
     seen = []

@@ -146,6 +146,7 @@ def test_a_stuck_engine_fills_the_queue_ends_requests_and_is_not_ready_until_it_
     operated: Server,
 ) -> None:
     right = complete(operated, STEERED).json()["choices"]
+    late = value(operated, "coxswain_requests_total", status="504")
     engine = operated.engine_process()
     with ThreadPoolExecutor(8) as pool:
         long = {"max_tokens": 150, "n": 8, "temperature": 1.0, "stream": True}
@@ -174,6 +175,10 @@ def test_a_stuck_engine_fills_the_queue_ends_requests_and_is_not_ready_until_it_
         assert answer.status_code == 504, answer.text
         assert "limits.request_timeout_s (7 s)" in answer.json()["error"]["message"]
     assert json.loads(begun.lines[-1].removeprefix("data: "))["error"]["code"] == "request_timeout"
+    assert value(operated, "coxswain_requests_total", status="504") == late + 6
+    told = [json.loads(line) for line in operated.log.read_text().splitlines()]
+    (broken,) = [one for one in told if one.get("failure") == "request_timeout"]
+    assert (broken["status"], broken["sent_status"]) == (504, 200)
     until(lambda: operated.get("/ready").status_code == 200, 30)
     assert operated.get("/ready").json()["in_flight"] == 0
     until(lambda: value(operated, "vllm:num_requests_running") == 0, 10)
