@@ -23,6 +23,7 @@ from server.operation.listening import address
 from server.operation.logs import OneRecord
 from server.operation.rate_limits import RateLimits
 from server.operation.state import ServerState
+from server.pieces import shortened
 from server.requests.own_prompts import Reader
 from server.requests.profiles import Profiles
 from server.serving import Serving
@@ -155,7 +156,7 @@ def announce(serving: Serving, port: int, seconds: float) -> str:
     profiles = ", ".join(serving.profiles) or "(none)"
     adapters = []
     if serving.adapters is not None:
-        names = ", ".join(serving.adapters.names()) or "(none yet: `coxswain adapters --help`)"
+        names = shortened(serving.adapters.names()) or "(none yet: `coxswain adapters --help`)"
         adapters = [f"  adapters  {names}"]
     where = address(config.server, port)
     return "\n".join(

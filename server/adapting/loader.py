@@ -131,8 +131,8 @@ class EngineLoader:
 
     def resident(self, content: Content) -> bool:
         """Whether the engine holds a content now, for requests that name it alone."""
-        artefact = self._artefacts.get(content.key)
-        return artefact is not None and self._alone(content, artefact) in self.residency.held
+        owner = self.targets[content.stream].owner if content.stream in self.targets else None
+        return content.key in self._artefacts and (owner, content.digest) in self.residency.alone
 
     async def admit(self, content: Content) -> None:
         """Brings a loaded content into the engine; it cannot be unloaded meanwhile."""

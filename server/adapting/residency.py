@@ -93,6 +93,12 @@ class Residency:
         return [seat.found for seat in self._seats.values()]
 
     @property
+    def alone(self) -> set[tuple[str | None, str | None]]:
+        """(owner, digest) of the adapters that are sets of their own in the engine."""
+        members = [seat.found.members for seat in self._seats.values()]
+        return {(one[0].owner, one[0].digest) for one in members if len(one) == 1}
+
+    @property
     def bytes(self) -> int:
         """What they take together."""
         return sum(seat.size for seat in self._seats.values())

@@ -53,17 +53,19 @@ class SteeredModels(OpenAIServingModels):
             names: of all of them, the base's first.
         """
         found = await super().show_available_models()
-        base = self.base_model_paths[0]
-        found.data += [
-            ModelCard(
-                id=name,
-                root=base.name,
-                parent=base.name,
-                max_model_len=self.model_config.max_model_len,
-                permission=[ModelPermission()],
-            )
-            for name in names[1:]
-        ]
         for card in found.data:
             card.owned_by = "coxswain"
+        found.data += [self.card(name) for name in names[1:]]
         return found
+
+    def card(self, name: str) -> ModelCard:
+        """A further model."""
+        base = self.base_model_paths[0]
+        return ModelCard(
+            id=name,
+            root=base.name,
+            parent=base.name,
+            max_model_len=self.model_config.max_model_len,
+            permission=[ModelPermission()],
+            owned_by="coxswain",
+        )

@@ -15,6 +15,7 @@ from server.adapting.service import Adapters
 from server.context import RequestContext
 from server.errors import HttpError
 from server.operation.limits import check_counts
+from server.pieces import shortened
 from server.requests.own_prompts import Conversation, OwnPrompts
 from server.requests.profiles import Profiles
 from server.requests.resolved import ParsedRequest, ResolvedRequest
@@ -83,7 +84,7 @@ class Resolver:
             return Model(model, profile=model)
         if self.adapters is not None and self.adapters.known(model, access):
             return Model(model, adapter=model)
-        known = ", ".join(self.served(access))
+        known = shortened(self.served(access))
         raise HttpError(404, f"model: no such model (got {asked!r}); served: {known}",
                         param="model", code="model_not_found")  # fmt: skip
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from adapters.errors import Conflict
 from server.adapting.service import Adapters, described, failed
 from server.errors import HttpError, from_adapters
 from server.operation.auth import admin_name
+from server.pieces import json_list
 from server.routes.answers import takes
 from server.routes.body import strict_json
 from server.serving import Serving
@@ -24,9 +23,6 @@ router = APIRouter()
 Text = Annotated[str, Field(strict=True, max_length=4096)]
 Flag = Annotated[bool, Field(strict=True)]
 B = TypeVar("B", bound=BaseModel)
-
-_PIECE = 100
-"""Adapters of a list that are described before others get their turn."""
 
 MOST_GROUPS = 256
 """Groups that one adapter may be private to."""
@@ -103,23 +99,14 @@ async def list_adapters(raw_request: Request) -> Response:
         },
         "registry": {"away": feed.away, "losses": feed.losses},
     }
-    return StreamingResponse(_listed(found, rest), media_type="application/json")
-
-
-async def _listed(found: Adapters, rest: dict[str, Any]) -> AsyncIterator[str]:
-    """The list's JSON in pieces: with thousands of adapters others get their turn in between."""
     manager = found.manager
     progress = await manager.progress(list(manager.records.values()))
-    names = sorted(manager.records)
-    begun = '{"adapters":['
-    for i in range(0, len(names), _PIECE):
-        records = [manager.records.get(name) for name in names[i : i + _PIECE]]
-        shown = [described(r, found, progress.get(r.name, 0)) for r in records if r is not None]
-        text = json.dumps(shown, ensure_ascii=False, allow_nan=False, separators=(",", ":"))[1:-1]
-        if text:
-            yield begun + text
-            begun = ","
-    yield ("" if begun == "," else begun) + "]," + json.dumps(rest, separators=(",", ":"))[1:]
+
+    def shown(name: str) -> dict[str, Any] | None:
+        record = manager.records.get(name)
+        return described(record, found, progress.get(name, 0)) if record else None
+
+    return json_list("adapters", sorted(manager.records), shown, rest)
 
 
 @router.post("/admin/adapters", status_code=202, openapi_extra=takes(AdapterRequest))

@@ -26,6 +26,7 @@ from vllm.renderers.chat_utils import has_non_text_content
 from server import errors
 from server.context import RequestContext, context_of
 from server.errors import HttpError
+from server.pieces import json_list
 from server.requests.failures import reading, reading_in
 from server.requests.protocol import (
     SteeredChatRequest,
@@ -209,18 +210,26 @@ async def responses(request: SteeredResponsesRequest, raw_request: Request) -> R
 @router.get("/v1/models", responses=answers(ModelList))
 async def models(raw_request: Request) -> Response:
     """The base, the profiles and the adapters that the key may use."""
-    return JSONResponse((await _models(raw_request)).model_dump())
+    parts, names = serving(raw_request), _served(raw_request)
+    base = (await parts.models.show(names[:1])).data
+    cards = [*base, *names[1:]]
+
+    def shown(card: ModelCard | str) -> dict[str, Any]:
+        return (parts.models.card(card) if isinstance(card, str) else card).model_dump()
+
+    return json_list("data", cards, shown, {"object": "list"})
 
 
-async def _models(raw_request: Request) -> ModelList:
-    parts, context = serving(raw_request), context_of(raw_request.scope)
-    return await parts.models.show(parts.resolver.served(context.access))
+def _served(raw_request: Request) -> list[str]:
+    return serving(raw_request).resolver.served(context_of(raw_request.scope).access)
 
 
 @router.get("/v1/models/{name:path}", responses=answers(ModelCard))
 async def model(name: str, raw_request: Request) -> Response:
     """One of them."""
-    for card in (await _models(raw_request)).data:
+    parts, names = serving(raw_request), _served(raw_request)
+    further = [name] if name in names[1:] else []
+    for card in (await parts.models.show([*names[:1], *further])).data:
         if card.id == name:
             return JSONResponse(card.model_dump())
     raise HttpError(404, f"model: no such model (got {name!r})", param="model",
