@@ -177,7 +177,7 @@ class Bench:
         until(lambda: all(server.ready() for server in self.servers), 0.1)
         return 1
 
-    def list(self, path: str) -> int:
+    def ask(self, path: str) -> int:
         """Asks for a list five times."""
         for _ in range(5):
             self.servers[0].client.get(path).raise_for_status()
@@ -265,9 +265,9 @@ def run(count: int, place: Path) -> list[tuple[str, float, float, float]]:
         for i, server in enumerate(servers):
             engine = server.client.get("/admin/adapters").json()["engine"]
             print(f"server {i + 1}: {engine['loads']} loads into the engine", flush=True)
-        bench.measure("`GET /admin/adapters`", lambda: bench.list("/admin/adapters"))
-        bench.measure("`GET /v1/models`", lambda: bench.list("/v1/models"))
-        bench.measure("`GET /metrics`", lambda: bench.list("/metrics"))
+        bench.measure("`GET /admin/adapters`", lambda: bench.ask("/admin/adapters"))
+        bench.measure("`GET /v1/models`", lambda: bench.ask("/v1/models"))
+        bench.measure("`GET /metrics`", lambda: bench.ask("/metrics"))
         bench.measure("a new adapter, on both", lambda: bench.load(new))
         bench.measure("a replacement, on both", lambda: bench.load(old))
         bench.measure("an unload, on both", lambda: bench.unload(new + old))

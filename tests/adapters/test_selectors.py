@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import warnings
@@ -186,6 +187,33 @@ def test_peft_loads_biases_whatever_the_config_says(tmp_path: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(BadAdapter, match=r"base_layer\.bias; rename it"):
         read_artefact(folder)
+
+
+MANY = [f"k{i:06d}" for i in range(100_000)]
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"target_modules": f"([{''.join(chr(0x4E00 + 2 * i) for i in range(9900))}]|x|.)*"}, ""),
+        ({"target_modules": [*MANY, "q"], "layers_to_transform": [1]}, ""),
+        ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": MANY[:9000]}, ""),
+        ({"target_modules": ["q"], "rank_pattern": {"(a|b)*x" * 1400 + n: 1 for n in MANY[:99]}},
+         "rank_pattern"),
+    ],
+    ids=["a set of letters", "a list of names", "layers_pattern", "reading expressions"],
+)  # fmt: skip
+def test_hostile_configs_take_seconds_at_most(config: dict[str, Any], key: str) -> None:
+    """A config has at most 1 MiB, and a file's header names at most some 80,000 layers."""
+    names = [f"m{i}." + "x." * 120 + "q" for i in range(10_000)]
+    start = time.monotonic()
+    with contextlib.suppress(BadAdapter):
+        selectors = Selectors(config, Lora.keys)
+        find = selectors.lookup(key, 0) if key else selectors.left_out_by
+        for name in names:
+            find(name)
+            assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("count", [80, 2000])

@@ -54,6 +54,14 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
         TensorFile(path)
 
 
+def test_a_header_of_many_megabytes_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "long.safetensors"
+    length = (8 << 20) + 1
+    path.write_bytes(length.to_bytes(8, "little") + b"{}".ljust(length))
+    with pytest.raises(BadAdapter, match=r"its header is too long .*8388609 bytes.*8388608 bytes"):
+        TensorFile(path)
+
+
 def test_nothing_stays_in_memory(file: Path) -> None:
     def look() -> None:
         read = TensorFile(file)

@@ -132,7 +132,7 @@ async def test_a_master_behind_a_sentinel_that_dies(tmp_path: Path) -> None:
         with sentinel.client() as client:
             for _ in range(1500):
                 state = client.sentinel_master("main")
-                if int(state["num-slaves"]) == 1:  # type: ignore[index, call-overload]
+                if int(state["num-slaves"]) == 1:
                     break
                 await asyncio.sleep(0.01)
         async with replica(url, "x", tmp_path / "in", tmp_path / "store") as r:

@@ -186,6 +186,7 @@ async def test_a_lost_hint_delays_convergence_by_one_look_only(
         replica(redis_url, namespace, tmp_path / "in", tmp_path / "s1") as one,
         replica(redis_url, namespace, tmp_path / "in", tmp_path / "s2") as two,
     ):
+        assert isinstance(two.records, RedisStore)
         # Two listens to a channel on which nobody speaks.
         two.records.channel = "silence"
         await two.records.client.redis.client_kill_filter(_type="pubsub")
