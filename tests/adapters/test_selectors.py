@@ -206,14 +206,14 @@ MANY = [f"k{i:06d}" for i in range(100_000)]
 def test_hostile_configs_take_seconds_at_most(config: dict[str, Any], key: str) -> None:
     """A config has at most 1 MiB, and a file's header names at most some 80,000 layers."""
     names = [f"m{i}." + "x." * 120 + "q" for i in range(10_000)]
-    start = time.monotonic()
+    start = time.process_time()
     with contextlib.suppress(BadAdapter):
         selectors = Selectors(config, Lora.keys)
         find = selectors.lookup(key, 0) if key else selectors.left_out_by
         for name in names:
             find(name)
-            assert time.monotonic() - start < 20
-    assert time.monotonic() - start < 20
+            assert time.process_time() - start < 20
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize("count", [80, 2000])
