@@ -113,6 +113,11 @@ class Served:
         except httpx.HTTPError:
             return False
 
+    def opened(self) -> tuple[float, float]:
+        """When it began to open its adapters, and when it had them."""
+        begun, ended = (self.state / "pauses.start").read_text().split()
+        return float(begun), float(ended)
+
     def stop(self) -> None:
         """Ends it."""
         self.process.send_signal(signal.SIGTERM)
@@ -164,18 +169,25 @@ class Bench:
         count = work()
         ended = time.time()
         time.sleep(0.2)
-        pauses = [server.pauses(begun, ended) for server in self.servers]
+        self._add(what, (ended - begun) / count, [(begun, ended)] * len(self.servers))
+
+    def _add(self, what: str, seconds: float, times: list[tuple[float, float]]) -> None:
+        pauses = [s.pauses(*each) for s, each in zip(self.servers, times, strict=True)]
         wall, busy = (max(each) for each in zip(*pauses, strict=True))
-        self.rows.append((what, (ended - begun) / count, wall, busy))
-        print(f"{what}: {(ended - begun) / count:.3f} s, longest pause {1e3 * wall:.0f} ms "
+        self.rows.append((what, seconds, wall, busy))
+        print(f"{what}: {seconds:.3f} s, longest pause {1e3 * wall:.0f} ms "
               f"({1e3 * busy:.0f} ms of it computing)", flush=True)  # fmt: skip
 
-    def start(self) -> int:
-        """Starts both."""
+    def start(self) -> None:
+        """Starts both; a row for the adapters' part, and one for the whole."""
+        begun = time.time()
         for server in self.servers:
             server.start()
         until(lambda: all(server.ready() for server in self.servers), 0.1)
-        return 1
+        parts = [server.opened() for server in self.servers]
+        self._add("start: the adapters", max(end - begin for begin, end in parts), parts)
+        whole = [(begun, time.time()) for _ in self.servers]
+        self._add("start: all, with the engine", time.time() - begun, whole)
 
     def ask(self, path: str) -> int:
         """Asks for a list five times."""
@@ -261,7 +273,7 @@ def run(count: int, place: Path) -> list[tuple[str, float, float, float]]:
         bench = Bench(servers, root, shape, web)
         new = [f"new-{i}" for i in range(SOME)]
         old = [f"adapter-{i:05d}" for i in range(0, count, max(1, count // SOME))][:SOME]
-        bench.measure("start of both, with the engines", bench.start)
+        bench.start()
         for i, server in enumerate(servers):
             engine = server.client.get("/admin/adapters").json()["engine"]
             print(f"server {i + 1}: {engine['loads']} loads into the engine", flush=True)
@@ -276,7 +288,9 @@ def run(count: int, place: Path) -> list[tuple[str, float, float, float]]:
 
 
 def main() -> int:
-    """The command's exit status: 1 if the loop of a server stood still for 50 ms or more."""
+    """The command's exit status: 1 if a server's loop computed for 50 ms or more at a time, other
+    than before it was ready.
+    """
     parser = argparse.ArgumentParser(prog="python -m load_tests.registry_bench",
                                      description=__doc__)  # fmt: skip
     parser.add_argument("--adapters", type=int, default=10_000)
@@ -289,7 +303,7 @@ def main() -> int:
     print("|---|---|---|---|")
     for what, seconds, wall, busy in rows:
         print(f"| {what} | {seconds:.3f} | {1e3 * wall:.0f} | {1e3 * busy:.0f} |")
-    return int(max(busy for *_, busy in rows) >= 0.05)
+    return int(max(busy for what, _, _, busy in rows if "engine" not in what) >= 0.05)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """`python -m load_tests.registry_served PAUSES serve …`: a server whose event loop is timed.
 
 A task wakes every 2 ms; each time that it comes more than 5 ms late, a line goes to PAUSES:
-Unix time, seconds late, and how many of them the loop's own thread was computing.
+Unix time, seconds late, and how many of them the loop's own thread was computing. PAUSES.start has
+the times at which the server began to open its adapters and had them.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ def run(pauses: Path, arguments: list[str]) -> int:
     @asynccontextmanager
     async def timed(*args: Any, **options: Any) -> AsyncIterator[Any]:
         ticking = asyncio.create_task(tick(pauses))
+        begun = time.time()
         try:
             async with opened(*args, **options) as found:
+                pauses.with_suffix(".start").write_text(f"{begun} {time.time()}")
                 yield found
         finally:
             ticking.cancel()
