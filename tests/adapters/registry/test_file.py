@@ -61,6 +61,7 @@ def test_every_answered_write_survives_a_kill(tmp_path: Path) -> None:
         said |= {process.stdout.readline().strip() for _ in range(40)}
         process.kill()
         said |= set(process.stdout.read().split())
+        process.stdout.close()
         process.wait()
         found = kept(tmp_path / "r")
         assert len(said) >= 40 and said <= found
