@@ -42,11 +42,7 @@ def fetcher_of(config: Config) -> Fetcher:
 
 
 def place_of(config: Config) -> Address | Path:
-    """Where the registry's records are.
-
-    Raises:
-        ConfigInvalid: the password's variable is not set.
-    """
+    """Where the registry's records are."""
     address = config.registry.address if config.registry else None
     return address or state_directory(config) / "registry"
 

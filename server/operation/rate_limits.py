@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 from adapters.registry.address import Address
 from adapters.registry.client import Client
 from server.errors import HttpError
-from server.settings.config import Config, redis_at
+from server.settings.config import Config
 from server.settings.operating import Rate
 
 logger = logging.getLogger("coxswain")
@@ -132,15 +132,9 @@ class RateLimits:
 
     @classmethod
     def of(cls, config: Config) -> RateLimits:
-        """What callers may take, counted where the configuration says.
-
-        Raises:
-            ConfigInvalid: its certificates cannot be used.
-        """
+        """What callers may take, counted where the configuration says."""
         section, registry = config.limits, config.registry
-        address = registry.address if registry else None
-        if section.redis is not None:
-            address = redis_at(section.redis, section.redis_ca_file, "limits.redis_ca_file")
+        address = section.address or (registry.address if registry else None)
         return cls(section, address, registry.namespace if registry else "coxswain")
 
     async def admit(self, caller: str, rate: Rate | None) -> None:

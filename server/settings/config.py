@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from adapters.registry.address import Address, BadAddress
+from adapters.registry.address import Address
 from server.settings.auth import AuthConfig
 from server.settings.operating import (
     LimitsConfig,
@@ -23,7 +23,7 @@ from server.settings.operating import (
     TracingConfig,
 )
 from server.settings.paths import Absolute, Located, Template
-from server.settings.redis import RedisUrl, address_of
+from server.settings.redis import RedisUrl, address_of, check_ca_file
 from steering.method import Limits
 from steering.spec import Profile, Range
 
@@ -73,18 +73,6 @@ class ConfigInvalid(Exception):
     def __init__(self, problems: list[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(problems))
-
-
-def redis_at(url: str, ca_file: str | None, field: str) -> Address:
-    """A Redis with its password; see `server.settings.redis.address_of`.
-
-    Raises:
-        ConfigInvalid: its certificates cannot be used.
-    """
-    try:
-        return address_of(url, ca_file, field)
-    except BadAddress as error:
-        raise ConfigInvalid([str(error)]) from error
 
 
 class StreamConfig(Section):
@@ -239,14 +227,15 @@ class RegistryConfig(Section):
         "adapters. Absent: `$XDG_STATE_HOME/coxswain/<name of the base>`.",
     )
 
+    @model_validator(mode="after")
+    def _certificates(self) -> RegistryConfig:
+        check_ca_file(self.url, self.ca_file, "ca_file")
+        return self
+
     @property
     def address(self) -> Address | None:
-        """The Redis; None: a file.
-
-        Raises:
-            ConfigInvalid: its certificates cannot be used.
-        """
-        return None if self.url is None else redis_at(self.url, self.ca_file, "registry.ca_file")
+        """The Redis; None: a file."""
+        return None if self.url is None else address_of(self.url, self.ca_file)
 
 
 class SpeculationConfig(Section):

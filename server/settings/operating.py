@@ -9,8 +9,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from adapters.registry.address import Address
 from server.settings.paths import Absolute
-from server.settings.redis import RedisUrl
+from server.settings.redis import RedisUrl, address_of, check_ca_file
 
 
 class Section(BaseModel):
@@ -226,6 +227,16 @@ class LimitsConfig(Rate):
         "replica counts for itself, as it does while Redis is away.",
     )
     redis_ca_file: Absolute | None = Field(None, description="As `registry.ca_file`, for `redis`.")
+
+    @model_validator(mode="after")
+    def _certificates(self) -> LimitsConfig:
+        check_ca_file(self.redis, self.redis_ca_file, "redis_ca_file")
+        return self
+
+    @property
+    def address(self) -> Address | None:
+        """The Redis; None: none of its own."""
+        return None if self.redis is None else address_of(self.redis, self.redis_ca_file)
 
 
 class MetricsConfig(Section):

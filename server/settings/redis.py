@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator
 
-from adapters.registry.address import Address, BadAddress, parse_address
+from adapters.registry.address import Address, parse_address
 
 PASSWORD = "COXSWAIN_REDIS_PASSWORD"
 """Variable with the password of every Redis whose URL has none."""
@@ -32,26 +33,35 @@ RedisUrl = Annotated[str, AfterValidator(_check)]
 """A setting; its text may hold a password, so its field has `repr=False`."""
 
 
-def address_of(
-    url: str, ca_file: str | None, field: str, environ: Mapping[str, str] | None = None
-) -> Address:
+def check_ca_file(url: str | None, ca_file: str | None, field: str) -> None:
+    """Whether certificates can be used.
+
+    Args:
+        url: of the Redis.
+        ca_file: its authority's certificates.
+        field: the setting that has them.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if ca_file is None:
+        return
+    if url is None or not parse_address(url).tls:
+        raise ValueError(f"{field}: certificates are for a Redis over TLS (rediss://)")
+    if not Path(ca_file).is_file():
+        raise ValueError(f"{field}: no such file: {ca_file}")
+
+
+def address_of(url: str, ca_file: str | None, environ: Mapping[str, str] | None = None) -> Address:
     """A Redis, with what the environment adds.
 
     Args:
         url: checked before.
-        ca_file: certificates that are trusted instead of the system's.
-        field: the setting that has the URL.
+        ca_file: certificates that are trusted instead of the system's; checked before.
         environ: default: the process's.
-
-    Raises:
-        BadAddress: the certificates cannot be used; begins with the field.
     """
     given = os.environ if environ is None else environ
     found = parse_address(url)
-    if ca_file is not None and not found.tls:
-        raise BadAddress(f"{field}: certificates are for rediss:// (TLS), and this is not")
-    if ca_file is not None and not os.path.isfile(ca_file):
-        raise BadAddress(f"{field}: no such file of certificates: {ca_file}")
     return replace(
         found,
         ca_file=ca_file,
