@@ -170,7 +170,7 @@ async def test_while_redis_is_away_each_replica_counts_for_itself(
 
 
 @pytest.mark.parametrize("shared", [True, False])
-async def test_answers_tell_what_is_left(redis: EmbeddedRedis, shared: bool) -> None:
+async def test_answers_tell_what_is_left(redis: RedisServer, shared: bool) -> None:
     url = redis.url if shared else None
     async with replicas(url, "told", requests_per_minute=2, tokens_per_minute=100) as (one, _):
         fresh = {
