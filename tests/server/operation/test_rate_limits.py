@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from redis import Redis
@@ -17,7 +18,7 @@ from server.errors import HttpError
 from server.operation import rate_limits as module
 from server.operation.rate_limits import RateLimits
 from server.settings.operating import Rate
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, SentinelServer, free_port
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +202,45 @@ async def test_only_what_is_limited_is_told() -> None:
 )
 def test_durations_are_written_as_openai_writes_them(seconds: float, text: str) -> None:
     assert module.duration(seconds) == text
+
+
+async def shared_by_two(url: str) -> None:
+    async with replicas(url, "kinds", requests_per_minute=3, tokens_per_minute=9) as (one, two):
+        for replica in (one, two, one):
+            await admit(replica)
+            replica.charge("a", None, 1)
+            await settled(replica)
+        assert (await refusal(two)).reason == "requests_per_minute"
+        assert (await two.admit("a", None, count=False)).taken == (3, 3)
+        assert not one.away and not two.away
+
+
+async def test_a_server_behind_a_sentinel_counts(tmp_path: Path) -> None:
+    master = RedisServer(tmp_path / "master", free_port())
+    sentinel = SentinelServer(tmp_path / "sentinel", free_port(), "main", master.port)
+    try:
+        master.start()
+        sentinel.start()
+        await shared_by_two(f"redis+sentinel://127.0.0.1:{sentinel.port}/main/0")
+    finally:
+        sentinel.stop()
+        master.stop()
+
+
+async def test_a_cluster_counts(tmp_path: Path) -> None:
+    node = RedisServer(tmp_path / "node", free_port(), cluster_enabled="yes")
+    try:
+        node.start()
+        with node.client() as client:
+            client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
+            client.response_callbacks.pop("CLUSTER INFO", None)
+            for _ in range(500):
+                if b"cluster_state:ok" in client.execute_command("CLUSTER INFO"):
+                    break
+                await asyncio.sleep(0.02)
+        await shared_by_two(f"redis+cluster://127.0.0.1:{node.port}")
+    finally:
+        node.stop()
 
 
 async def test_without_limits_redis_is_not_asked() -> None:
