@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 from transformers import AutoTokenizer
 
-from load_tests.completions_door import application, serve
+from load_tests.completions_server import application, serve
 
 TOP = 20
 """vLLM's own limit on log-probabilities per token, unless a server is told otherwise."""

@@ -1,10 +1,10 @@
 """Random loads, injected failures, retries, unloads and requests against a real server for hours.
 
     python -m load_tests.load_soak                          # two hours, as `make load-soak`
-    python -m load_tests.load_soak --minutes 15 --places 2 --out /tmp/load-faults.json
+    python -m load_tests.load_soak --minutes 15 --slots 2 --out /tmp/load-faults.json
 
 Four owners change two names each, and ask for them: adapters, mixes of two, a pack. There are
-fewer places than names, so that almost every request loads a set into a slot that another one had.
+fewer slots than names, so that almost every request loads a set into a slot that another one had.
 Meanwhile loads fail in the worker at a random point (`tests.faulty`), or come later than the server
 waits for them. Every answer is compared with what PEFT computes; every failure must be one that was
 injected, and say whose fault it is. Before each load the worker looks at its slots: one that no set
@@ -304,7 +304,7 @@ def main() -> int:
         formatter_class=argparse.RawTextHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=120, help="how long (default 120)")
-    parser.add_argument("--places", type=int, default=1, help="in the engine (default 1)")
+    parser.add_argument("--slots", type=int, default=1, help="of the engine (default 1)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="a file for the figures, JSON")
     args = parser.parse_args()
@@ -312,7 +312,7 @@ def main() -> int:
         folder = Path(text)
         make_models(folder)
         folders = make_adapters(folder / "adapters", folder)
-        config = configuration(folder, folder / "state", max_loaded=args.places)
+        config = configuration(folder, folder / "state", max_loaded=args.slots)
         del config["streams"], config["profiles"]
         (folder / "wish").mkdir()
         file = folder / "wish" / "wish.json"
@@ -328,7 +328,7 @@ def main() -> int:
                 tally.bad(f"the server ended: {server.log.read_text()[-2000:]}")
         finally:
             server.stop()
-    found = {"minutes": (time.time() - begin) / 60, "places": args.places, "seed": args.seed,
+    found = {"minutes": (time.time() - begin) / 60, "slots": args.slots, "seed": args.seed,
              "machine": machine(), "counts": dict(sorted(tally.counts.items())),
              "largest_error": tally.worst, "wrong": tally.wrong}  # fmt: skip
     print(json.dumps(found, indent=1))

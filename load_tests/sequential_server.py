@@ -18,7 +18,7 @@ import torch
 from starlette.applications import Starlette
 from transformers import AutoTokenizer
 
-from load_tests.completions_door import application, serve
+from load_tests.completions_server import application, serve
 from load_tests.sequential import SequentialModels
 
 LARGEST_BATCH = 64

@@ -1,4 +1,4 @@
-"""The plan: what one request does to the read-out sum. Frozen at the door, read in the worker.
+"""The plan: what one request does to the read-out sum. Frozen in the front end, read in the worker.
 
 Notation (DESIGN.md section 1): stream 0 is `base`; `z = Σ_i c_i s_i` with `s_i` a stream's raw
 logits over the vocabulary.

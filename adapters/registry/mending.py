@@ -35,7 +35,7 @@ class Mender:
         fetched: Callable[[Content], Awaitable[Path]],
     ) -> None:
         self._store, self._named, self._fetched = store, named, fetched
-        self._door = asyncio.Lock()
+        self._one_at_a_time = asyncio.Lock()
         self._lost: dict[str, tuple[str, float]] = {}  # digest → why, and when to try again
 
     def lost(self, digest: str | None) -> str | None:
@@ -49,7 +49,7 @@ class Mender:
             FilesLost: they are not, and cannot be fetched again.
         """
         if not await self._whole(digest):
-            async with self._door:
+            async with self._one_at_a_time:
                 await self._mend(digest)
         self._lost.pop(digest, None)
 

@@ -33,7 +33,7 @@ from load_tests.soak.kinds import KINDS
 from load_tests.soak.oracle import Oracle, references
 from load_tests.soak.report import latencies, page, plot
 from load_tests.soak.samples import check
-from load_tests.soak.stage import ENGINE, PLACES, ROOT, configuration, copy_adapters, digests
+from load_tests.soak.stage import ENGINE, ROOT, SLOTS, configuration, copy_adapters, digests
 from load_tests.soak.tally import Tally
 from load_tests.soak.verdict import MIB, judged
 from load_tests.soak.watch import Watch
@@ -167,7 +167,7 @@ class Soak:
             "asked_minutes": self._minutes,
             "interrupted": self._interrupted,
             "users": self._users,
-            "places": PLACES,
+            "slots": SLOTS,
             "engine": ENGINE,
             "machine": machine(),
             "counts": {kind: dict(one) for kind, one in tally.counts.items()},

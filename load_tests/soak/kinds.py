@@ -103,20 +103,20 @@ class Kind:
             dice: whether it wants a report, and whether its adapter stands in `model`.
             name: the adapter in the place of `CHANGING`.
         """
-        wishes: list[Json] = []
+        refs: list[Json] = []
         for use in self.uses:
-            wish: Json = {"name": use.name.replace(CHANGING, name), "weight": use.weight}
+            ref: Json = {"name": use.name.replace(CHANGING, name), "weight": use.weight}
             if use.top_k is not None:
-                wish["top_k"] = use.top_k
+                ref["top_k"] = use.top_k
             if use.temperature is not None:
-                wish["temperature"] = use.temperature
-            wishes.append(wish)
+                ref["temperature"] = use.temperature
+            refs.append(ref)
         body: Json = {"model": self.model}
-        plain = bool(wishes) and wishes[0] == {"name": wishes[0]["name"], "weight": 1.0}
+        plain = bool(refs) and refs[0] == {"name": refs[0]["name"], "weight": 1.0}
         if plain and dice.random() < 0.5:
-            body["model"] = wishes.pop(0)["name"]
-        if wishes:
-            body["adapters"] = wishes
+            body["model"] = refs.pop(0)["name"]
+        if refs:
+            body["adapters"] = refs
         if self.steering is not None:
             body["steering"] = dict(self.steering)
         if self.model == "base" and dice.random() < 0.4:

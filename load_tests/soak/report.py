@@ -94,7 +94,7 @@ def _setting(found: Mapping[str, Any]) -> str:
 Written by `make soak` (`python -m load_tests.soak`); every figure is measured. {ran}.
 
 - Server: the demo zoo's, with every method, companion and head, in float32 so that answers can be
-  compared; {found["places"]} places for sets of adapters, fewer than are used; {engine}.
+  compared; {found["slots"]} slots for sets of adapters, fewer than are used; {engine}.
 - Users: {found["users"]} tenants, closed loop, and four administrators who load, replace, pin and
   unload adapters all the time, in use or not.
 - Greedy answers are compared at once, token by token, with {found["references"]} replies of plain

@@ -14,7 +14,7 @@ from tests.adapters.make import spoiled
 
 ROOT = Path(__file__).parents[2]
 ZOO = ROOT / "zoo"
-PLACES = 5
+SLOTS = 5
 """For sets of adapters: fewer than are used, so that they make room for each other."""
 
 ENGINE: dict[str, Any] = {
@@ -49,7 +49,7 @@ def configuration(folder: Path) -> dict[str, Any]:
     found["adapters"] = {
         "roots": [str(folder / "adapters")],
         "preload": [{**one, "source": str(folder / one["source"])} for one in wanted],
-        "max_loaded": PLACES,
+        "max_loaded": SLOTS,
         # The pack beside one more adapter.
         "max_rank": adapters["max_rank"] + 8,
     }

@@ -26,7 +26,7 @@ GAUGES = {
     "vllm:prompt_tokens_total": "prompt_tokens",
     "vllm:generation_tokens_total": "output_tokens",
     "coxswain_in_flight": "in_flight",
-    "coxswain_adapter_places_taken": "sets_held",
+    "coxswain_adapter_slots_taken": "sets_held",
     "coxswain_adapter_loads_total": "set_loads",
     "coxswain_adapter_evictions_total": "set_evictions",
     "coxswain_engine_silent_seconds": "engine_silent_s",

@@ -41,14 +41,14 @@ class Slots(Protocol):
 
 
 @dataclass(eq=False)
-class _Seat:
+class _Slot:
     """A set in the engine.
 
     Args:
         found: the set.
         size: its bytes.
         users: requests that run on it.
-        leaving: it goes when its last user is done; new users line up for another seat.
+        leaving: it goes when its last user is done; new users line up for another slot.
         loading: done when it can be used.
     """
 
@@ -81,8 +81,8 @@ class Residency:
     ) -> None:
         self._engine, self._bytes_of, self._pinned = engine, bytes_of, pinned
         self.slots, self.max_bytes = slots, max_bytes
-        self._seats: OrderedDict[str, _Seat] = OrderedDict()  # least recently used first
-        self._door = asyncio.Lock()
+        self._taken: OrderedDict[str, _Slot] = OrderedDict()  # least recently used first
+        self._making_room = asyncio.Lock()
         self._idle = asyncio.Event()
         self._evictions: set[asyncio.Task[None]] = set()
         self.loads = self.evictions = 0
@@ -90,7 +90,7 @@ class Residency:
     @property
     def held(self) -> list[AdapterSet]:
         """The sets in the engine, least recently used first."""
-        return [seat.found for seat in self._seats.values()]
+        return [slot.found for slot in self._taken.values()]
 
     @property
     def alone(self) -> set[tuple[str | None, str | None]]:
@@ -101,7 +101,7 @@ class Residency:
     @property
     def bytes(self) -> int:
         """What they take together."""
-        return sum(seat.size for seat in self._seats.values())
+        return sum(slot.size for slot in self._taken.values())
 
     def check(self, size: int, field: str) -> None:
         """Whether something of this size can ever be held.
@@ -121,12 +121,12 @@ class Residency:
             NoRoom: what is pinned leaves too little.
             DoesNotFit: it is larger than all of the room.
         """
-        if found.name in self._seats:
+        if found.name in self._taken:
             return
         size = self._bytes_of(found)
         self.check(size, "adapters")
-        pinned = [seat for seat in self._seats.values() if self._pinned(seat.found)]
-        if any(seat.found.set_id == found.set_id for seat in pinned):
+        pinned = [slot for slot in self._taken.values() if self._pinned(slot.found)]
+        if any(slot.found.set_id == found.set_id for slot in pinned):
             raise NoRoom(_SAME_ID, field="adapters")
         if len(pinned) >= self.slots or sum(s.size for s in pinned) + size > self.max_bytes:
             raise NoRoom(_PINNED, field="adapters")
@@ -134,7 +134,7 @@ class Residency:
     def spare(self, found: AdapterSet) -> bool:
         """Whether a set can be brought in without another leaving; nobody is kept waiting."""
         size = self._bytes_of(found)
-        return not self._door.locked() and not self._in_the_way(found, size)
+        return not self._making_room.locked() and not self._in_the_way(found, size)
 
     @asynccontextmanager
     async def holding(self, found: AdapterSet) -> AsyncIterator[None]:
@@ -145,13 +145,13 @@ class Residency:
             DoesNotFit: it is larger than all of the room.
             AdapterError: the engine could not load it.
         """
-        seat = await self._take(found)
+        slot = await self._take(found)
         try:
-            await asyncio.shield(seat.loading)
+            await asyncio.shield(slot.loading)
             yield
         finally:
-            seat.users -= 1
-            if not seat.users:
+            slot.users -= 1
+            if not slot.users:
                 self._idle.set()
 
     async def admit(self, found: AdapterSet) -> None:
@@ -161,49 +161,49 @@ class Residency:
 
     async def remove(self, digest: str) -> None:
         """Takes every set out that has some content, once its users are done."""
-        while seats := [
-            seat
-            for seat in self._seats.values()
-            if any(member.digest == digest for member in seat.found.members)
+        while slots := [
+            slot
+            for slot in self._taken.values()
+            if any(member.digest == digest for member in slot.found.members)
         ]:
             self.drop(digest)
-            if any(seat.users for seat in seats):
+            if any(slot.users for slot in slots):
                 await self._becomes_idle()
         await asyncio.gather(*self._evictions)
 
     def drop(self, digest: str) -> None:
         """Evicts every set that has some content and no user, also one that is still loading."""
-        for seat in list(self._seats.values()):
-            if not seat.users and any(member.digest == digest for member in seat.found.members):
-                self._evict(seat)
+        for slot in list(self._taken.values()):
+            if not slot.users and any(member.digest == digest for member in slot.found.members):
+                self._evict(slot)
 
-    async def _take(self, found: AdapterSet) -> _Seat:
-        """The set's seat with this user counted; it may still be loading."""
-        seat = self._seats.get(found.name)
-        if seat is None or seat.leaving:
-            async with self._door:
-                seat = self._seats.get(found.name)
-                if seat is None:
+    async def _take(self, found: AdapterSet) -> _Slot:
+        """The set's slot with this user counted; it may still be loading."""
+        slot = self._taken.get(found.name)
+        if slot is None or slot.leaving:
+            async with self._making_room:
+                slot = self._taken.get(found.name)
+                if slot is None:
                     size = self._bytes_of(found)
                     await self._make_room(found, size)
-                    seat = self._open(found, size)
-        seat.users += 1
-        self._seats.move_to_end(found.name)
-        return seat
+                    slot = self._open(found, size)
+        slot.users += 1
+        self._taken.move_to_end(found.name)
+        return slot
 
     async def _make_room(self, found: AdapterSet, size: int) -> None:
-        """Evicts the least recently used until there is room; behind the door.
+        """Evicts the least recently used until there is room; one caller at a time, in order.
 
         If all are in use, the oldest takes no new users: constant traffic on those that are held
         must not keep others out for ever.
         """
         self.check(size, "adapters")
         while in_the_way := self._in_the_way(found, size):
-            unpinned = [seat for seat in in_the_way if not self._pinned(seat.found)]
+            unpinned = [slot for slot in in_the_way if not self._pinned(slot.found)]
             if not unpinned:
                 same_id = in_the_way[0].found.set_id == found.set_id
                 raise NoRoom(_SAME_ID if same_id else _PINNED, field="adapters")
-            idle = next((seat for seat in unpinned if not seat.users), None)
+            idle = next((slot for slot in unpinned if not slot.users), None)
             if idle is not None:
                 self._evict(idle)
                 continue
@@ -213,52 +213,52 @@ class Residency:
             finally:
                 unpinned[0].leaving = False
 
-    def _in_the_way(self, found: AdapterSet, size: int) -> list[_Seat]:
-        """Seats of which one must go first, the least recently used before the others.
+    def _in_the_way(self, found: AdapterSet, size: int) -> list[_Slot]:
+        """Slots of which one must go first, the least recently used before the others.
 
         The engine knows sets by their ids, so the one that has this set's id must go. Else all
         are in the way if the engine is full, and none if not.
         """
-        seats = list(self._seats.values())
-        if same_id := [seat for seat in seats if seat.found.set_id == found.set_id]:
+        slots = list(self._taken.values())
+        if same_id := [slot for slot in slots if slot.found.set_id == found.set_id]:
             return same_id
-        full = len(seats) >= self.slots or self.bytes + size > self.max_bytes
-        return seats if full else []
+        full = len(slots) >= self.slots or self.bytes + size > self.max_bytes
+        return slots if full else []
 
     async def _becomes_idle(self) -> None:
         self._idle.clear()
         await self._idle.wait()
 
-    def _open(self, found: AdapterSet, size: int) -> _Seat:
-        seat = _Seat(found, size)
-        self._seats[found.name] = seat
-        seat.loading = asyncio.create_task(self._load(seat))
+    def _open(self, found: AdapterSet, size: int) -> _Slot:
+        slot = _Slot(found, size)
+        self._taken[found.name] = slot
+        slot.loading = asyncio.create_task(self._load(slot))
         # Whoever asked may be gone when it fails.
-        seat.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return seat
+        slot.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return slot
 
-    async def _load(self, seat: _Seat) -> None:
+    async def _load(self, slot: _Slot) -> None:
         await asyncio.gather(*self._evictions)  # their slots must be free
         try:
             with LOAD_SECONDS.time():
-                await self._engine.load_set(seat.found)
+                await self._engine.load_set(slot.found)
             self.loads += 1
         except BaseException:
-            if self._seats.get(seat.found.name) is seat:
-                del self._seats[seat.found.name]
+            if self._taken.get(slot.found.name) is slot:
+                del self._taken[slot.found.name]
             raise
 
-    def _evict(self, seat: _Seat) -> None:
-        del self._seats[seat.found.name]
+    def _evict(self, slot: _Slot) -> None:
+        del self._taken[slot.found.name]
         self.evictions += 1
-        task = asyncio.create_task(self._unload(seat))
+        task = asyncio.create_task(self._unload(slot))
         self._evictions.add(task)
         task.add_done_callback(self._evictions.discard)
 
-    async def _unload(self, seat: _Seat) -> None:
+    async def _unload(self, slot: _Slot) -> None:
         try:
-            await asyncio.wait([seat.loading])
+            await asyncio.wait([slot.loading])
             with EVICT_SECONDS.time():
-                await self._engine.unload_set(seat.found)
+                await self._engine.unload_set(slot.found)
         except Exception as error:  # a dead engine is noticed elsewhere
             logger.debug("a set could not be unloaded", exc_info=error)

@@ -169,7 +169,7 @@ def _list(found: dict[str, Any]) -> None:
             print(f"{record['name']}: {why}{_hint(record)}")
         _warn(record)
     engine = found["engine"]
-    print(f"{engine['taken']} of {engine['places']} places in the engine are taken, "
+    print(f"{engine['taken']} of {engine['slots']} slots of the engine are taken, "
           f"{size(engine['bytes'])} of {size(engine['max_bytes'])}")  # fmt: skip
     if found["registry"]["away"]:
         print(f"the registry does not answer: {found['registry']['away']}")

@@ -60,7 +60,7 @@ class Gate:
             return
         path: str = scope["path"]
         context = context_of(scope)
-        send = self._parting(send)
+        send = self._heading(context, send)
         try:
             if path in ("/health", "/ready"):
                 if scope["method"] not in ("GET", "HEAD"):
@@ -70,24 +70,25 @@ class Gate:
             self._refuse_by_phase(path)
             headers = Headers(scope=scope)
             context.access = self.auth.check(scope)
-            self._refuse_by_length(headers)
-            self._refuse_by_load(path)
-            if self.rates is not None and _counts(scope):
-                await self.rates.admit(context.access.caller, context.access.rate)
+            await self._admit(context, scope, headers)
         except HttpError as error:
             context.refusal = error.reason
             await error(scope, receive, send)
             return
         await self._forward(context, scope, receive, send)
 
-    def _parting(self, send: Send) -> Send:
-        """Closes connections after their answer once the server is asked to end, so that clients
+    def _heading(self, context: RequestContext, send: Send) -> Send:
+        """Adds the headers that answers of all kinds have.
+
+        Once the server is asked to end, connections are closed after their answer, so that clients
         and load balancers that keep them do not send their next request here.
         """
 
         async def sent(message: Message) -> None:
-            if message["type"] == "http.response.start" and self.state.ending:
-                message = last(message)
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), *context.headers]}
+                if self.state.ending:
+                    message = last(message)
             await send(message)
 
         return sent
@@ -116,16 +117,32 @@ class Gate:
                             code="draining", retry_after_s=RETRY_AFTER_S,
                             reason="draining")  # fmt: skip
 
-    def _refuse_by_length(self, headers: Headers) -> None:
+    async def _admit(self, context: RequestContext, scope: Scope, headers: Headers) -> None:
+        """Counts a request for its caller's rates, and notes in its headers what they leave.
+
+        Raises:
+            HttpError: 413, 429.
+        """
+        refusal = self._too_much(scope["path"], headers)
+        if self.rates is not None and _rated(scope):
+            counts = refusal is None and scope["method"] == "POST"
+            standing = await self.rates.admit(
+                context.access.caller, context.access.rate, count=counts
+            )
+            context.headers = standing.headers
+            refusal = refusal or (standing.refusal if counts else None)
+        if refusal is not None:
+            raise refusal
+
+    def _too_much(self, path: str, headers: Headers) -> HttpError | None:
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self.server.max_body_bytes:
-            raise too_large(self.server.max_body_bytes)
-
-    def _refuse_by_load(self, path: str) -> None:
+            return too_large(self.server.max_body_bytes)
         most = self.server.max_in_flight
         if self.state.in_flight >= most and path.startswith(_INFERENCE):
-            raise HttpError(429, f"The server is at its limit of {most} requests.",
-                            retry_after_s=1, reason="queue_full")  # fmt: skip
+            return HttpError(429, f"The server is at its limit of {most} requests.",
+                             retry_after_s=1, reason="queue_full")  # fmt: skip
+        return None
 
     async def _forward(
         self, context: RequestContext, scope: Scope, receive: Receive, send: Send
@@ -154,12 +171,12 @@ class Gate:
         finally:
             if counts:
                 self.state.leave()
-            if self.rates is not None and _counts(scope):
+            if self.rates is not None and _rated(scope):
                 caller, tokens = context.access, context.prompt_tokens + context.output_tokens
                 self.rates.charge(caller.caller, caller.rate, tokens)
 
 
-def _counts(scope: Scope) -> bool:
-    """Whether a request counts for its caller's rates."""
+def _rated(scope: Scope) -> bool:
+    """Whether its caller's rates concern a request."""
     path: str = scope["path"]
-    return scope["method"] == "POST" and path.startswith(_INFERENCE) and not is_admin(path)
+    return path.startswith(_INFERENCE) and not is_admin(path)

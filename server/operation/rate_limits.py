@@ -12,7 +12,7 @@ import asyncio
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from redis.exceptions import RedisError
@@ -33,28 +33,86 @@ ANSWER_S = 0.5
 AGAIN_S = 5.0
 """How long a Redis that did not answer is left alone."""
 
-_ADMIT = """
-for _, key in ipairs(KEYS) do
-  -- Redis's clock was set back: the window would last that much longer.
-  if redis.call('PTTL', key) > tonumber(ARGV[3]) then redis.call('PEXPIRE', key, ARGV[3]) end
-end
-local wait = function(key) return math.max(redis.call('PTTL', key), 1) end
-if ARGV[2] ~= '' and tonumber(redis.call('GET', KEYS[2]) or '0') >= tonumber(ARGV[2]) then
-  return {'tokens_per_minute', wait(KEYS[2])}
-end
-if ARGV[1] ~= '' and tonumber(redis.call('GET', KEYS[1]) or '0') >= tonumber(ARGV[1]) then
-  return {'requests_per_minute', wait(KEYS[1])}
-end
-if redis.call('INCR', KEYS[1]) == 1 then redis.call('PEXPIRE', KEYS[1], ARGV[3]) end
-return {'', 0}
-"""
+AT_ONCE = 32
+"""Questions to Redis at the same time; more of them wait. redis-py opens at most 100 connections,
+and raises an error for one more, which would look as if Redis were away."""
 
-_CHARGE = """
-local tokens = tonumber(ARGV[1])
-if redis.call('INCRBY', KEYS[1], tokens) == tokens then
-  redis.call('PEXPIRE', KEYS[1], ARGV[2])
+_TAKE = """
+local window = tonumber(ARGV[1])
+local taken = function(key)
+  -- Redis's clock was set back: the window would last that much longer.
+  if redis.call('PTTL', key) > window then redis.call('PEXPIRE', key, window) end
+  return tonumber(redis.call('GET', key) or '0')
 end
+local refused = 0
+for i = 2, 1, -1 do
+  local limit = tonumber(ARGV[1 + i])
+  if taken(KEYS[i]) >= limit and limit > 0 and refused == 0 then refused = i end
+end
+local answer = {refused}
+for i, key in ipairs(KEYS) do
+  local amount = tonumber(ARGV[3 + i])
+  -- Tokens have been used by now, so they count in any case.
+  if amount > 0 and (i == 2 or refused == 0) and redis.call('INCRBY', key, amount) == amount then
+    redis.call('PEXPIRE', key, window)
+  end
+  table.insert(answer, taken(key))
+  table.insert(answer, math.max(redis.call('PTTL', key), 0))
+end
+return answer
 """
+"""Keys: a caller's requests and tokens. Arguments: milliseconds of a window; the limits of both (0:
+none); how many of both to count. Answers: which of the two, 1 or 2, is used up (0: neither; else no
+request is counted); of each, the count and the milliseconds until it begins anew."""
+
+_NAMES = ("requests", "tokens")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a caller has taken in the present minute.
+
+    Args:
+        limits: of requests and tokens; 0: none.
+        taken: of both.
+        left_s: seconds until they begin anew; 0: nothing is taken.
+        refused: which of the two let no more pass: 1 or 2; 0: neither.
+    """
+
+    limits: tuple[int, int]
+    taken: tuple[int, int]
+    left_s: tuple[float, float]
+    refused: int = 0
+
+    @property
+    def refusal(self) -> HttpError | None:
+        """429 if nothing more may pass, with the time until the window is over."""
+        if not self.refused:
+            return None
+        i = self.refused - 1
+        return HttpError(
+            429, f"This key's limit of {self.limits[i]} {_NAMES[i]} per minute is used up.",
+            retry_after_s=max(1, math.ceil(self.left_s[i])), reason=f"{_NAMES[i]}_per_minute",
+        )  # fmt: skip
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """`x-ratelimit-…` of an answer, as OpenAI's API has them."""
+        found = {}
+        for name, limit, taken, left_s in zip(
+            _NAMES, self.limits, self.taken, self.left_s, strict=True
+        ):
+            if limit:
+                found[f"limit-{name}"] = str(limit)
+                found[f"remaining-{name}"] = str(max(0, limit - taken))
+                found[f"reset-{name}"] = duration(left_s)
+        return [(f"x-ratelimit-{name}".encode(), text.encode()) for name, text in found.items()]
+
+
+def duration(seconds: float) -> str:
+    """Rounded up, as `6m0s` or `1s`."""
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes}m{rest}s" if minutes else f"{rest}s"
 
 
 @dataclass
@@ -64,44 +122,30 @@ class _Window:
     count: int = 0
     end_s: float = 0.0
 
-    def left_s(self) -> float:
-        """Seconds until it is over; begins anew if it is."""
+    def taken(self, amount: int = 0) -> tuple[int, float]:
+        """Counts; returns the count and the seconds until it begins anew."""
         now = time.monotonic()
         if now >= self.end_s:
-            self.count = 0
-        return self.end_s - now
-
-    def add(self, amount: int) -> None:
-        """Counts."""
-        if self.left_s() <= 0:
-            self.end_s = time.monotonic() + WINDOW_S
+            self.count, self.end_s = 0, now + WINDOW_S
         self.count += amount
+        return self.count, self.end_s - now if self.count else 0.0
 
 
-@dataclass
 class _Here:
-    """The counts of a single replica, by caller: there are as many as keys."""
+    """The counts of a single replica, by caller: there are as many as keys. As `_TAKE`."""
 
-    requests: dict[str, _Window] = field(default_factory=dict)
-    tokens: dict[str, _Window] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._windows: dict[str, tuple[_Window, _Window]] = {}
 
-    def admit(self, caller: str, rate: Rate) -> tuple[str, float]:
-        """(what is used up or '', seconds until it is not)."""
-        requests = self.requests.setdefault(caller, _Window())
-        tokens = self.tokens.setdefault(caller, _Window())
-        for window, most, what in (
-            (tokens, rate.tokens_per_minute, "tokens_per_minute"),
-            (requests, rate.requests_per_minute, "requests_per_minute"),
-        ):
-            left_s = window.left_s()
-            if most is not None and window.count >= most:
-                return what, left_s
-        requests.add(1)
-        return "", 0.0
-
-    def charge(self, caller: str, tokens: int) -> None:
-        """Counts tokens."""
-        self.tokens.setdefault(caller, _Window()).add(tokens)
+    def take(self, caller: str, limits: tuple[int, int], amounts: tuple[int, int]) -> Standing:
+        requests, tokens = self._windows.setdefault(caller, (_Window(), _Window()))
+        refused = 0
+        for i, window in ((2, tokens), (1, requests)):
+            if window.taken()[0] >= limits[i - 1] > 0 and not refused:
+                refused = i
+        asked, asked_s = requests.taken(0 if refused else amounts[0])
+        used, used_s = tokens.taken(amounts[1])
+        return Standing(limits, (asked, used), (asked_s, used_s), refused)
 
 
 class RateLimits:
@@ -122,8 +166,9 @@ class RateLimits:
         self._default, self._namespace = default, namespace
         self._here = _Here()
         self._redis: Client | None = None
+        self._at_once = asyncio.Semaphore(AT_ONCE)
         self._again_s = 0.0
-        self._charging: set[asyncio.Task[None]] = set()
+        self._charging: set[asyncio.Task[Standing]] = set()
         self.away = False
         """Whether a Redis is configured and does not answer."""
         if address is not None:
@@ -137,67 +182,46 @@ class RateLimits:
         address = section.address or (registry.address if registry else None)
         return cls(section, address, registry.namespace if registry else "coxswain")
 
-    async def admit(self, caller: str, rate: Rate | None) -> None:
-        """Lets a request pass and counts it; or raises.
+    async def admit(self, caller: str, rate: Rate | None, *, count: bool = True) -> Standing:
+        """Whether a request may pass: then it is counted, unless `count` is false.
 
         Args:
             caller: fingerprint of the key.
             rate: the key's own; None: the default.
-
-        Raises:
-            HttpError: 429, with the time until the window is over.
+            count: false: nothing passes, somebody only wants to know.
         """
-        rate = rate or self._default
-        if not rate.limits:
-            return
-        most = [rate.requests_per_minute, rate.tokens_per_minute]
-        asked = ["" if each is None else each for each in most]
-        keys = [self._key(caller, "requests"), self._key(caller, "tokens")]
-        answer = await self._run(_ADMIT, keys, [*asked, WINDOW_S * 1000])
-        if answer is None:
-            what, left_s = self._here.admit(caller, rate)
-        else:
-            what, left_s = answer[0].decode(), answer[1] / 1000
-        if what:
-            limit = getattr(rate, what)
-            raise HttpError(
-                429, f"This key's limit of {limit} {what.replace('_', ' ')} is used up.",
-                retry_after_s=max(1, math.ceil(left_s)), reason=what,
-            )  # fmt: skip
+        return await self._take(caller, rate or self._default, (int(count), 0))
 
     def charge(self, caller: str, rate: Rate | None, tokens: int) -> None:
         """Counts the tokens of a request that has ended; nobody waits for it."""
         rate = rate or self._default
         if tokens and rate.tokens_per_minute is not None:
-            task = asyncio.create_task(self._charge(caller, tokens))
+            task = asyncio.create_task(self._take(caller, rate, (0, tokens)))
             self._charging.add(task)
             task.add_done_callback(self._charging.discard)
 
-    async def _charge(self, caller: str, tokens: int) -> None:
-        keys, values = [self._key(caller, "tokens")], [tokens, WINDOW_S * 1000]
-        if await self._run(_CHARGE, keys, values, nothing=True) is None:
-            self._here.charge(caller, tokens)
+    async def _take(self, caller: str, rate: Rate, amounts: tuple[int, int]) -> Standing:
+        limits = (rate.requests_per_minute or 0, rate.tokens_per_minute or 0)
+        if not rate.limits:
+            return Standing(limits, (0, 0), (0.0, 0.0))
+        keys = [self._key(caller, name) for name in _NAMES]
+        answer = await self._run(keys, [WINDOW_S * 1000, *limits, *amounts])
+        if answer is None:
+            return self._here.take(caller, limits, amounts)
+        refused, asked, asked_ms, used, used_ms = answer
+        return Standing(limits, (asked, used), (asked_ms / 1000, used_ms / 1000), refused)
 
     def _key(self, caller: str, what: str) -> str:
         # The braces keep a caller's keys on one node of a cluster.
         return f"{{{self._namespace}:rates:{caller}}}:{what}"
 
-    async def _run(
-        self, script: str, keys: list[str], values: list[Any], *, nothing: bool = False
-    ) -> Any:
-        """What a script answers; None: Redis is away, or there is none.
-
-        Args:
-            script: in Lua.
-            keys: that it uses.
-            values: its other arguments.
-            nothing: it answers nothing; then the result is True.
-        """
+    async def _run(self, keys: list[str], values: list[Any]) -> Any:
+        """What `_TAKE` answers; None: Redis is away, or there is none."""
         if self._redis is None or time.monotonic() < self._again_s:
             return None
         try:
-            async with asyncio.timeout(2 * ANSWER_S):
-                answer = await self._redis.run(script, keys, values)
+            async with asyncio.timeout(2 * ANSWER_S), self._at_once:
+                answer = await self._redis.run(_TAKE, keys, values)
         except (RedisError, OSError, TimeoutError) as error:
             self._again_s = time.monotonic() + AGAIN_S
             if not self.away:
@@ -207,7 +231,7 @@ class RateLimits:
         if self.away:
             logger.warning("rates: Redis answers again")
         self.away = False
-        return True if nothing else answer
+        return answer
 
     async def close(self) -> None:
         """Counts what is still to be counted, and closes the connection."""

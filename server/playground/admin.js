@@ -135,7 +135,7 @@ function adaptersCard(found, streams) {
   });
   const heads = ["Adapter", "Version", "Kind", "Stream", "State", "Size", "In the engine", "Actions"];
   return card("Adapters",
-    el("p", { className: "hint" }, `${engine.taken} of ${engine.places} places in the engine are taken, ${bytes(engine.bytes)} of ${bytes(engine.max_bytes)}.`),
+    el("p", { className: "hint" }, `${engine.taken} of ${engine.slots} slots of the engine are taken, ${bytes(engine.bytes)} of ${bytes(engine.max_bytes)}.`),
     found.registry.away ? el("p", { className: "error" }, `The registry does not answer: ${found.registry.away}`) : null,
     table("Adapters", heads, rows), loadForm(streams));
 }

@@ -90,7 +90,7 @@ async def list_adapters(raw_request: Request) -> Response:
     residency, feed = found.loader.residency, found.manager.feed
     rest = {
         "engine": {
-            "places": residency.slots,
+            "slots": residency.slots,
             "taken": len(residency.held),
             "bytes": residency.bytes,
             "max_bytes": residency.max_bytes,

@@ -110,8 +110,8 @@ def _residency(adapters: Adapters) -> Iterator[Metric]:
         [(list(labels), float(count)) for labels, count in samples.items()],
     )  # fmt: skip
     residency = adapters.loader.residency
-    yield _gauge("adapter_places", "Sets of adapters that the engine can hold.", residency.slots)
-    yield _gauge("adapter_places_taken", "Sets that it holds.", len(residency.held))
+    yield _gauge("adapter_slots", "Sets of adapters that the engine can hold.", residency.slots)
+    yield _gauge("adapter_slots_taken", "Sets that it holds.", len(residency.held))
     yield _gauge("adapter_bytes", "Bytes of the sets that it holds.", residency.bytes)
     for name, text, value in (
         ("adapter_loads", "Sets brought into the engine.", residency.loads),

@@ -169,7 +169,7 @@ class AdaptersConfig(Section):
         ge=1,
         le=1024,
         description="Adapters (sets of them, where requests mix) that the engine holds at the "
-        "same time. Any number may be ready; the least recently used make room. Each place takes "
+        "same time. Any number may be ready; the least recently used make room. Each slot takes "
         "memory in every layer, used or not: see `coxswain doctor`.",
     )
     max_rank: int = Field(

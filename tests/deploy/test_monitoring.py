@@ -42,7 +42,7 @@ def test_a_query_that_is_none_is_found() -> None:
 def test_the_walk_sees_names_labels_and_groups() -> None:
     found = {(s.name, s.where) for s in selectors()}
     assert ("coxswain_requests_total", "CoxswainErrors") in found
-    assert ("coxswain_adapter_places", "CoxswainAdaptersThrash") in found
+    assert ("coxswain_adapter_slots", "CoxswainAdaptersThrash") in found
     one = next(s for s in selectors() if s.where == "Refusals per second, by reason")
     assert one.labels == {"reason", "instance"}
 

@@ -33,15 +33,15 @@ def zoo() -> Config:
 def plan_of(body: dict[str, Any], config: Config) -> SteeringPlan | None:
     """What the zoo's server would make of a request."""
     streams: Snapshot = snapshot(config)
-    wish = read_steering(
+    found = read_steering(
         body.get("steering"),
         profiles=config.profiles,
         limits=config.steering.limits,
         model_profile=body["model"] if body["model"] in config.profiles else None,
     )
-    if wish is None:
+    if found is None:
         return None
-    return resolve(wish.spec, methods=METHODS, snapshot=streams, limits=wish.limits).plan
+    return resolve(found.spec, methods=METHODS, snapshot=streams, limits=found.limits).plan
 
 
 @pytest.mark.parametrize("example", CURL, ids=lambda e: e.name)

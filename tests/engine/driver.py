@@ -194,8 +194,8 @@ class Engine:
         if case.spec is None:
             return None if case.report == "off" else SteeringPlan("base", report=case.report)
         prompts = {name: {"token_ids": list(ids)} for name, ids in case.own.items()}
-        wish = {"off": False, "summary": True, "tokens": "tokens"}[case.report]
-        spec = {**case.spec, "prompts": prompts, "report": wish}
+        report = {"off": False, "summary": True, "tokens": "tokens"}[case.report]
+        spec = {**case.spec, "prompts": prompts, "report": report}
         wide = Limits(strength=(0, 10), weight=(-10, 10))
         resolved = resolve(spec, methods=METHODS, snapshot=self.snapshot, limits=wide)
         return resolved.with_prompts({n: tuple(case.own[n]) for n in resolved.prompts})

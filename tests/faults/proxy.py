@@ -1,4 +1,4 @@
-"""A door to Redis that can be made slow."""
+"""A way to Redis that can be made slow."""
 
 from __future__ import annotations
 

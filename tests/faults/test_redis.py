@@ -78,10 +78,10 @@ def write(server: Server, folders: dict[str, Path]) -> dict[str, tuple[int, floa
             assert "Redis does not answer" in answer.text and answer.headers["retry-after"]
         return answer.status_code, time.monotonic() - begun
 
-    wish = {"name": "comes", "source": str(folders["v0"])}
+    body = {"name": "comes", "source": str(folders["v0"])}
     with ThreadPoolExecutor() as pool:
         asked = {
-            "load": pool.submit(timed, "POST", "/admin/adapters", json=wish),
+            "load": pool.submit(timed, "POST", "/admin/adapters", json=body),
             "unload": pool.submit(timed, "DELETE", "/admin/adapters/goes"),
             "pin": pool.submit(timed, "POST", "/admin/adapters/a/pin"),
         }

@@ -50,7 +50,7 @@ class SteeringRequest:
 
     @classmethod
     def drawn(cls, dice: random.Random, large: float) -> SteeringRequest:
-        """A wish; `large` is the share of large ones."""
+        """One at random; `large` is the share of large ones."""
         stream = dice.random() < 0.75
         length = LONG if stream and dice.random() < 0.5 else TOKENS
         kind = dice.choice((*STEERED, *ADAPTED))
@@ -120,34 +120,34 @@ class OpenLoop:
         ):
             due = time.monotonic()
             while not self.over.is_set():
-                wish = SteeringRequest.drawn(dice, self.large)
-                group.create_task(self._ask(fresh if wish.fresh else kept, wish, due))
+                asked = SteeringRequest.drawn(dice, self.large)
+                group.create_task(self._ask(fresh if asked.fresh else kept, asked, due))
                 due += dice.expovariate(self.rate)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self.over.wait(), max(due - time.monotonic(), 0))
 
-    async def _ask(self, client: httpx.AsyncClient, wish: SteeringRequest, due: float) -> None:
+    async def _ask(self, client: httpx.AsyncClient, asked: SteeringRequest, due: float) -> None:
         try:
-            self.seen.append(await self._answer(client, wish, due))
+            self.seen.append(await self._answer(client, asked, due))
         except (AssertionError, httpx.HTTPError) as error:
             after = time.monotonic() - due
-            self.failed.append(f"{wish} failed after {after:.2f} s: {error!r}")
+            self.failed.append(f"{asked} failed after {after:.2f} s: {error!r}")
 
-    async def _answer(self, client: httpx.AsyncClient, wish: SteeringRequest, due: float) -> Seen:
+    async def _answer(self, client: httpx.AsyncClient, asked: SteeringRequest, due: float) -> Seen:
         lines: list[str] = []
         times: list[float] = []
-        async with client.stream("POST", "/v1/completions", json=wish.body) as answer:
+        async with client.stream("POST", "/v1/completions", json=asked.body) as answer:
             if answer.status_code != 200:
                 raise AssertionError(f"{answer.status_code}: {(await answer.aread()).decode()}")
             async for line in answer.aiter_lines():
                 lines.append(line)
                 if line:
                     times.append(time.monotonic())
-        found = streamed(lines) if wish.stream else json.loads("".join(lines))
+        found = streamed(lines) if asked.stream else json.loads("".join(lines))
         ids, logprobs = tokens(found)
-        assert len(ids) == wish.length, (len(ids), wish)
-        error = self.oracle(wish.kind).error(ids[:TOKENS], logprobs[:TOKENS])
-        assert error < TOLERANCE, (error, wish)
+        assert len(ids) == asked.length, (len(ids), asked)
+        error = self.oracle(asked.kind).error(ids[:TOKENS], logprobs[:TOKENS])
+        assert error < TOLERANCE, (error, asked)
         gaps = [later - earlier for earlier, later in pairwise(times)]
         return Seen(due, times[0] - due, max(gaps, default=0.0), len(ids), error)
 

@@ -85,7 +85,7 @@ def soaked(**changes: Any) -> dict[str, Any]:
         "rechecked": {"answers": 4, "tokens": 40, "worst": 1e-6, "wrong": []},
         "failures": [], "expected_kinds": ["base"], "problems": [], "end": end,
         "seconds": 3600.0, "tokens": 100, "worst": 2e-6, "interrupted": False,
-        "asked_minutes": 60, "users": 8, "places": 5, "engine": {"dtype": "float32"},
+        "asked_minutes": 60, "users": 8, "slots": 5, "engine": {"dtype": "float32"},
         "references": 10, "latencies": {},
         "machine": {"processor": "a", "cores": 2, "memory_bytes": 1 << 34, "system": "Linux",
                     "versions": {"python": "3.11"}},

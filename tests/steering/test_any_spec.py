@@ -41,10 +41,10 @@ LONGEST = 1000
 
 def ask(asked: object, model_profile: str | None = None) -> Resolved | None:
     """As the server does it."""
-    wish = read_steering(asked, profiles=PROFILES, limits=LIMITS, model_profile=model_profile)
-    if wish is None:
+    found = read_steering(asked, profiles=PROFILES, limits=LIMITS, model_profile=model_profile)
+    if found is None:
         return None
-    return resolve(wish.spec, methods=METHODS, snapshot=SNAPSHOT, limits=wish.limits)
+    return resolve(found.spec, methods=METHODS, snapshot=SNAPSHOT, limits=found.limits)
 
 
 def check_error(error: SteeringError) -> None:

@@ -51,8 +51,8 @@ def test_no_wish_is_no_steering() -> None:
     ],
 )
 def test_a_profile_can_be_named_in_three_ways(asked: object, model: str | None) -> None:
-    wish = read(asked, model)
-    assert wish == SteeringRequest(FIELDS, Limits(strength=(0.0, 2.0)), "chat-70b")
+    request = read(asked, model)
+    assert request == SteeringRequest(FIELDS, Limits(strength=(0.0, 2.0)), "chat-70b")
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def test_a_profile_can_be_named_in_three_ways(asked: object, model: str | None) 
     [({"strength": 0.5}, "chat-70b"), ({"profile": "chat-70b", "strength": 0.5}, None)],
 )
 def test_an_override_replaces_the_profiles_field(asked: object, model: str | None) -> None:
-    wish = read(asked, model)
-    assert wish is not None
-    assert wish.spec == {**FIELDS, "strength": 0.5}
+    request = read(asked, model)
+    assert request is not None
+    assert request.spec == {**FIELDS, "strength": 0.5}
     assert CHAT.spec == FIELDS
 
 
@@ -99,9 +99,9 @@ def test_what_may_not_be_asked(asked: object, model: str | None, inline: bool, f
 
 
 def test_report_may_be_asked_for_even_where_profiles_are_fixed() -> None:
-    wish = read({"report": True}, "chat-70b", inline=False)
-    assert wish is not None
-    assert wish.spec == {**FIELDS, "report": True}
+    request = read({"report": True}, "chat-70b", inline=False)
+    assert request is not None
+    assert request.spec == {**FIELDS, "report": True}
 
 
 def test_a_profile_cannot_widen_the_servers_range() -> None:

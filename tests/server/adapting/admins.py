@@ -135,7 +135,7 @@ class Owner:
         records = {record["name"]: record for record in answer.json()["adapters"]}
         assert records[name.name]["pinned"] == name.pinned
         engine = answer.json()["engine"]
-        assert engine["taken"] <= engine["places"]
+        assert engine["taken"] <= engine["slots"]
 
 
 @dataclass

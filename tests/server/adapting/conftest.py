@@ -36,7 +36,7 @@ def web() -> Iterator[Web]:
 def live(
     models: Path, folders: dict[str, Path], web: Web, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """Four places. `a`, `b`, `pack` and, on `chat`, `f` are there; tests leave them so."""
+    """Four slots. `a`, `b`, `pack` and, on `chat`, `f` are there; tests leave them so."""
     state = tmp_path_factory.mktemp("state")
     config = configuration(models, state, remotes=[web.url])
     with serving(Server(models, config)) as found:

@@ -59,22 +59,22 @@ class Kind:
             names: what the server calls an adapter, where that is something else.
             as_model: give the first adapter as the model; its weight must be 1.
         """
-        wishes: list[dict[str, Any]] = []
+        refs: list[dict[str, Any]] = []
         for name, weight, top_k, temperature in self.used:
-            wish: dict[str, Any] = {"name": names.get(name, name), "weight": weight}
+            ref: dict[str, Any] = {"name": names.get(name, name), "weight": weight}
             if top_k is not None:
-                wish |= {"top_k": top_k, "temperature": temperature}
-            wishes.append(wish)
-        wishes += [{"name": names.get(name, name)} for name in self.on_chat]
+                ref |= {"top_k": top_k, "temperature": temperature}
+            refs.append(ref)
+        refs += [{"name": names.get(name, name)} for name in self.on_chat]
         body: dict[str, Any] = {
             "model": "big", "prompt": PROMPTS[self.prompt], "max_tokens": TOKENS, "temperature": 0,
             "logprobs": 1, "ignore_eos": True, "return_token_ids": True,
         }  # fmt: skip
         if as_model:
-            assert wishes[0].pop("weight") == 1.0
-            body["model"] = wishes.pop(0)["name"]
-        if wishes:
-            body["adapters"] = wishes
+            assert refs[0].pop("weight") == 1.0
+            body["model"] = refs.pop(0)["name"]
+        if refs:
+            body["adapters"] = refs
         if self.strength:
             body["steering"] = {"method": "proxy_tuning", "expert": "chat",
                                 "anti_expert": "plain", "strength": self.strength}  # fmt: skip

@@ -21,7 +21,7 @@ PATIENCE_S = 120.0
 
 
 def configuration(models: Path, state: Path, **section: Any) -> dict[str, Any]:
-    """A small server: two companions, four places; `section` changes `adapters`."""
+    """A small server: two companions, four slots; `section` changes `adapters`."""
     adapters = {"roots": ["./adapters"], "max_loaded": 4, "max_rank": 24, **section}
     found = document(adapters=adapters, registry={"directory": str(state)})
     del found["profiles"]["own"], found["streams"]["twin"]

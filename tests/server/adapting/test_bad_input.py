@@ -234,7 +234,7 @@ def test_what_is_not_a_request_for_an_adapter_is_refused_at_once(
 def test_requests_that_cannot_be_answered_name_the_field(
     live: Server, folders: dict[str, Path], oracle: Oracle
 ) -> None:
-    def wish(**fields: Any) -> dict[str, Any]:
+    def ref(**fields: Any) -> dict[str, Any]:
         return {"adapters": [{"name": "a", **fields}]}
 
     pack = {"name": "pack"}
@@ -242,16 +242,16 @@ def test_requests_that_cannot_be_answered_name_the_field(
         ({"model": "nobody"}, 404, "model"),
         ({"model": "a@9"}, 404, "model"),
         ({"model": "a@"}, 404, "model"),
-        (wish(name="nobody"), 404, "adapters.0.name"),
-        (wish(name="a@9"), 404, "adapters.0.name"),
-        (wish(weight=11), 400, "adapters.0.weight"),
-        (wish(weight=-10.5), 400, "adapters.0.weight"),
-        (wish(weight="1"), 400, "adapters.0.weight"),
-        (wish(weight=True), 400, "adapters.0.weight"),
-        (wish(weight=None), 400, "adapters.0.weight"),
-        (wish(top_k=1), 400, "adapters.0.top_k"),
-        (wish(temperature=2), 400, "adapters.0.temperature"),
-        (wish(scale=2), 400, "adapters.0.scale"),
+        (ref(name="nobody"), 404, "adapters.0.name"),
+        (ref(name="a@9"), 404, "adapters.0.name"),
+        (ref(weight=11), 400, "adapters.0.weight"),
+        (ref(weight=-10.5), 400, "adapters.0.weight"),
+        (ref(weight="1"), 400, "adapters.0.weight"),
+        (ref(weight=True), 400, "adapters.0.weight"),
+        (ref(weight=None), 400, "adapters.0.weight"),
+        (ref(top_k=1), 400, "adapters.0.top_k"),
+        (ref(temperature=2), 400, "adapters.0.temperature"),
+        (ref(scale=2), 400, "adapters.0.scale"),
         ({"adapters": [{**pack, "top_k": 4}]}, 400, "adapters.0.top_k"),
         ({"adapters": [{**pack, "top_k": 0}]}, 400, "adapters.0.top_k"),
         ({"adapters": [{**pack, "top_k": 1.5}]}, 400, "adapters.0.top_k"),
@@ -264,7 +264,7 @@ def test_requests_that_cannot_be_answered_name_the_field(
         ({"adapters": {"name": "a"}}, 400, "adapters"),
         ({"adapters": "a"}, 400, "adapters"),
         ({"model": "a", "use_beam_search": True, "n": 2}, 400, "use_beam_search"),
-        (wish(name="a") | {"use_beam_search": True, "n": 2}, 400, "use_beam_search"),
+        (ref(name="a") | {"use_beam_search": True, "n": 2}, 400, "use_beam_search"),
     ):  # fmt: skip
         for stream in (False, True):
             body = {**Kind().body({}), **change, "stream": stream}
@@ -272,7 +272,7 @@ def test_requests_that_cannot_be_answered_name_the_field(
             assert answer.status_code == code, (change, answer.text)
             error = answer.json()["error"]
             assert error["param"] == param, (change, error)
-    nan = json.dumps({**Kind().body({}), **wish(weight=12345)}).replace("12345", "NaN")
+    nan = json.dumps({**Kind().body({}), **ref(weight=12345)}).replace("12345", "NaN")
     answer = httpx.post(f"{live.url}/v1/completions", content=nan,
                         headers={"content-type": "application/json"})  # fmt: skip
     assert answer.status_code == 400 and "weight" in answer.text
@@ -287,8 +287,8 @@ def test_too_much_rank_together_is_refused_with_the_numbers(
     answer = submit(live, "rank18", big)
     assert answer.status_code == 202
     assert settled(live, "rank18")["state"] == "ready"
-    wishes = [{"name": name} for name in ("rank18", "a", "b")]
-    refused = live.post("/v1/completions", {**Kind().body({}), "adapters": wishes})
+    refs = [{"name": name} for name in ("rank18", "a", "b")]
+    refused = live.post("/v1/completions", {**Kind().body({}), "adapters": refs})
     assert refused.status_code == 400, refused.text
     assert "adapters: " in refused.text and "26" in refused.text and "24" in refused.text
     assert record_of(live, "rank18")["here"]["version"] == "1"

@@ -1,5 +1,5 @@
 """A server whose engine fails to load: nobody gets somebody else's adapter, and the record says
-whose fault it was. One place, which every load finds used before.
+whose fault it was. One slot, which every load finds used before.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def wished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def faulty(
     models: Path, folders: dict[str, Path], wished: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """No companions, one place."""
+    """No companions, one slot."""
     config = configuration(models, tmp_path_factory.mktemp("state"), max_loaded=1)
     del config["streams"], config["profiles"]
     environ = {FILE: str(wished), TIMEOUT: str(TIMEOUT_S)}
@@ -88,7 +88,7 @@ def test_a_request_whose_adapter_the_engine_cannot_load_gets_503_and_the_next_it
     load(faulty, "b", folders["b"])
     load(faulty, "a", folders["a"])
     for wish, fault, reason in FAULTS:
-        exact(faulty, A.body({}), oracle(A))  # takes the place
+        exact(faulty, A.body({}), oracle(A))  # takes the slot
         give_wish(wished, wish)
         answer = faulty.post("/v1/completions", B.body({}))
         wished.unlink()

@@ -84,7 +84,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(models: Path, state: Path, web: Web) -> dict[str, Any]:
-    """Three places for more adapters."""
+    """Three slots for more adapters."""
     return configuration(models, state, remotes=[web.url], max_loaded=3)
 
 

@@ -37,7 +37,7 @@ async def leave_after(server: Server, body: dict[str, Any], seconds: float) -> b
 async def test_clients_that_leave_while_they_wait_leave_nothing_behind(
     live: Server, folders: dict[str, Path], oracle: Oracle
 ) -> None:
-    """They leave while they wait for a place, while their set loads, and in mid-answer."""
+    """They leave while they wait for a slot, while their set loads, and in mid-answer."""
     for name in CONTENTS:
         load(live, name, folders[name])
     kinds = [
@@ -47,7 +47,7 @@ async def test_clients_that_leave_while_they_wait_leave_nothing_behind(
         if first < second
     ]
     bodies = [kind.body({}) for kind in (*kinds, *ONE.values())]
-    # Long answers keep the places taken, so that most have to wait.
+    # Long answers keep the slots taken, so that most have to wait.
     left = await asyncio.gather(
         *(leave_after(live, {**body, **LONG, "stream": stream}, 0.03 * i)
           for i, body in enumerate(bodies * 3) for stream in (False, True))

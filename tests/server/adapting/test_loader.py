@@ -49,7 +49,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def loader(models: Path, engine: Engine) -> EngineLoader:
-    """Two places."""
+    """Two slots."""
     targets = {"base": Target("base", base_shapes(models / "base"))}
     return EngineLoader(engine, targets, slots=2, max_rank=16, max_bytes=1 << 30, element_bytes=4)
 
@@ -59,9 +59,9 @@ def content(name: str, folder: Path) -> Content:
 
 
 def evict(loader: EngineLoader) -> None:
-    """As others do that need the place."""
-    for seat in list(loader.residency._seats.values()):
-        loader.residency._evict(seat)
+    """As others do that need the slot."""
+    for slot in list(loader.residency._taken.values()):
+        loader.residency._evict(slot)
 
 
 async def usable(loader: EngineLoader, content: Content) -> None:
@@ -149,7 +149,7 @@ async def test_a_load_that_fails_leaves_nothing(
 async def test_what_is_being_brought_in_is_not_unloaded_meanwhile(
     loader: EngineLoader, engine: Engine, folder: Path
 ) -> None:
-    """An administrator pins an adapter that has to wait for a place, and another unloads it."""
+    """An administrator pins an adapter that has to wait for a slot, and another unloads it."""
     a = content("a", folder)
     await loader.load(a, folder)
     evict(loader)

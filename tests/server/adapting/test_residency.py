@@ -132,7 +132,7 @@ async def test_constant_traffic_on_what_is_held_keeps_nobody_out() -> None:
             async with case.using("a"):
                 await asyncio.sleep(0.01)
 
-    # Two that overlap: the place of `a` is never idle by itself.
+    # Two that overlap: the slot of `a` is never idle by itself.
     traffic = [asyncio.create_task(busy(d)) for d in (0, 0.005)]
     await asyncio.sleep(0.02)
     async with asyncio.timeout(5):

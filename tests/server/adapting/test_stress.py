@@ -111,7 +111,7 @@ def check_records(server: Server, state: Path, owned: Sequence[Name]) -> None:
         assert record["pinned"] == mine.pinned
         assert record["serving"]["source"].endswith(mine.content), (record, mine)
     engine = listing(server)["engine"]
-    assert engine["taken"] <= engine["places"] and engine["evictions"] > 0
+    assert engine["taken"] <= engine["slots"] and engine["evictions"] > 0
 
 
 def check_nothing_is_left(server: Server, state: Path) -> None:

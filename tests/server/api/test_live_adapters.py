@@ -32,7 +32,7 @@ def folders(models: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def server(models: Path, folders: dict[str, Path]) -> Iterator[Server]:
-    """Three places, one adapter from the configuration; no playground."""
+    """Three slots, one adapter from the configuration; no playground."""
     section = {
         "roots": ["./adapters"], "max_loaded": 3, "max_rank": 24,
         "preload": [{"name": "a", "source": "./adapters/a"}],

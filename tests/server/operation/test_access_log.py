@@ -1,4 +1,4 @@
-"""The observer: ids, series, log lines and spans of requests, in front of a gate without engine."""
+"""The access log: ids, series, log lines, spans of requests; in front of a gate without engine."""
 
 from __future__ import annotations
 

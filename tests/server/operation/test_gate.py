@@ -198,6 +198,43 @@ async def test_one_request_more_than_the_limit_is_told_to_come_back() -> None:
         assert (await http.post("/v1/completions")).status_code == 200
 
 
+def told(answer: httpx.Response) -> dict[str, str]:
+    """The headers with a caller's limits."""
+    start = "x-ratelimit-"
+    return {k.removeprefix(start): v for k, v in answer.headers.items() if k.startswith(start)}
+
+
+async def test_every_answer_of_a_caller_with_limits_tells_what_is_left() -> None:
+    app = gate(auth={"api_keys": ["free", {"key": "two", "requests_per_minute": 2}],
+                     "admin_key": "admin"})  # fmt: skip
+    fresh = {"limit-requests": "2", "remaining-requests": "2", "reset-requests": "0s"}
+    async with client(app) as http:
+        for key, path in (("free", "/v1/models"), ("two", "/metrics"), ("admin", "/admin/status"),
+                          ("wrong", "/v1/models"), ("two", "/health")):  # fmt: skip
+            assert told(await http.get(path, headers=bearer(key))) == {}
+        assert told(await http.get("/v1/models", headers=bearer("two"))) == fresh
+        large = await http.post("/v1/x", headers=bearer("two"), content=b"x" * (BODY_LIMIT + 1))
+        assert (large.status_code, told(large)) == (413, fresh)
+        for left in ("1", "0"):
+            answer = await http.post("/v1/completions", headers=bearer("two"))
+            now = {**fresh, "remaining-requests": left, "reset-requests": "1m0s"}
+            assert (answer.status_code, told(answer)) == (200, now)
+        refused = await http.post("/v1/completions", headers=bearer("two"))
+        assert (refused.status_code, told(refused)) == (429, now)
+        assert refused.headers["retry-after"] == "60"
+        app.server = app.server.model_copy(update={"max_in_flight": 1})
+        app.state.enter()
+        full = await http.post("/v1/completions", headers=bearer("two"))
+        assert full.status_code == 429 and "limit of 1 requests" in error_of(full)["message"]
+        assert told(full) == now
+
+
+async def test_without_keys_the_limits_of_all_clients_together_are_told() -> None:
+    async with client(gate(limits={"tokens_per_minute": 7})) as http:
+        found = told(await http.get("/v1/models"))
+    assert found == {"limit-tokens": "7", "remaining-tokens": "7", "reset-tokens": "0s"}
+
+
 async def test_a_request_that_is_cut_off_before_its_answer_is_told() -> None:
     app = gate()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -26,6 +27,12 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
 def keyed(name: str) -> dict[str, Any]:
     return {"headers": {"authorization": f"Bearer {KEYS[name]}"}}
+
+
+def told(answer: httpx.Response) -> dict[str, str]:
+    """The headers with a key's limits."""
+    start = "x-ratelimit-"
+    return {k.removeprefix(start): v for k, v in answer.headers.items() if k.startswith(start)}
 
 
 class Stream(threading.Thread):
@@ -80,10 +87,17 @@ def test_a_request_that_names_no_length_gets_the_longest(operated: Server) -> No
 
 def test_a_key_s_requests_per_minute(operated: Server, redis: RedisServer) -> None:
     refused = value(operated, "coxswain_refusals_total", reason="requests_per_minute")
-    for _ in range(3):
-        complete(operated, **keyed("slow"))
+    for left in (2, 1, 0):
+        answer = operated.post("/v1/completions", {**BODY, "stream": left == 1}, **keyed("slow"))
+        assert answer.status_code == 200, answer.text
+        assert told(answer)["limit-requests"] == "3"
+        assert told(answer)["remaining-requests"] == str(left)
     answer = operated.post("/v1/completions", BODY, **keyed("slow"))
     assert answer.status_code == 429
+    assert told(answer).items() >= {"limit-requests": "3", "remaining-requests": "0"}.items()
+    assert re.fullmatch("1m0s|[0-9]+s", told(answer)["reset-requests"])
+    assert told(operated.get("/v1/models", **keyed("slow"))).keys() == told(answer).keys()
+    assert told(operated.post("/v1/completions", BODY)) == {}
     assert answer.json()["error"]["code"] == "rate_limit_exceeded"
     assert 1 <= int(answer.headers["retry-after"]) <= 60
     assert value(operated, "coxswain_refusals_total", reason="requests_per_minute") == refused + 1
@@ -104,6 +118,8 @@ def test_a_key_s_tokens_per_minute(operated: Server) -> None:
     )  # fmt: skip
     assert refused.status_code == 429
     assert "limit of 40 tokens per minute" in refused.json()["error"]["message"]
+    assert told(refused)["limit-tokens"] == "40"
+    assert told(refused)["remaining-tokens"] == "0"
 
 
 def test_keys_that_are_wrong_are_counted(operated: Server) -> None:

@@ -122,7 +122,7 @@ def test_steering_is_measured_without_a_report_and_the_reply_does_not_tell(
 def test_where_adapters_are_and_what_moving_them_takes(operated: Server) -> None:
     moved = {name: value(operated, f"coxswain_adapter_{name}_total")
              for name in ("loads", "evictions")}  # fmt: skip
-    for name in ("b", "c", "b"):  # two places, one of them pinned: each makes the other leave
+    for name in ("b", "c", "b"):  # two slots, one of them pinned: each makes the other leave
         complete(operated, {**BODY, "model": name})
     assert value(operated, "coxswain_adapter_loads_total") >= moved["loads"] + 2
     assert value(operated, "coxswain_adapter_evictions_total") >= moved["evictions"] + 2

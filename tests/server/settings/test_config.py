@@ -134,6 +134,13 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     assert found.profiles["p"].chat_template == "{{ messages }}"
 
 
+@pytest.mark.parametrize("section", ["registry", "limits"])
+def test_passwords_of_redis_do_not_show(section: str) -> None:
+    field = {"registry": "url", "limits": "redis"}[section]
+    document = {"model": "m", section: {field: "redis://:hidden@host:6379"}}
+    assert "hidden" not in repr(parse(document, Path("/nowhere"), {}))
+
+
 def test_keys_come_from_the_environment_and_do_not_show() -> None:
     environ = {"COXSWAIN_API_KEYS": "key-1, key-2", "COXSWAIN_ADMIN_KEY": "key-3"}
     found = parse({"model": "a", "auth": {"api_keys": ["file"]}}, Path("/"), environ)

@@ -127,6 +127,6 @@ def test_a_browser_may_ask(server: Server) -> None:
 def test_adapters_can_be_loaded(server: Server) -> None:
     """The admin API is local, the registry embedded."""
     found = server.get("/admin/adapters", headers={}).json()
-    assert found["adapters"] == [] and found["engine"]["places"] == 2
+    assert found["adapters"] == [] and found["engine"]["slots"] == 2
     log = server.log.read_text()
     assert "--max-log-len has no effect" in log

@@ -1,4 +1,4 @@
-"""More adapters than places: all of them answer, pinned ones stay, and nobody is kept out."""
+"""More adapters than slots: all of them answer, pinned ones stay, and nobody is kept out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.server.watch import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-PLACES = 4
+SLOTS = 4
 ONE = {name: Kind(((name, 1.0, None, None),)) for name in ("a", "b", *CONTENTS)}
 PAIRS = [
     Kind(((first, 1.0, None, None), (second, 0.5, None, None)))
@@ -46,7 +46,7 @@ async def right(client: httpx.AsyncClient, body: dict[str, Any], expected: Expec
 
 @pytest.fixture
 def eight(live: Server, folders: dict[str, Path]) -> None:
-    """Twice as many adapters as places."""
+    """Twice as many adapters as slots."""
     for name in CONTENTS:
         load(live, name, folders[name])
 
@@ -76,7 +76,7 @@ async def test_evicted_adapters_answer_again_and_pinned_ones_are_never_evicted(
                 assert shown["a"]["here"]["resident"] and shown["v3"]["here"]["resident"]
         after = listing(live)["engine"]
         assert after["evictions"] - before["evictions"] > len(kinds)
-        assert after["taken"] == PLACES
+        assert after["taken"] == SLOTS
         # Those that are pinned are not loaded again, however many others come and go.
         for _ in range(5):
             await right(http, ONE["a"].body({}), oracle(ONE["a"]))
@@ -127,7 +127,7 @@ async def test_more_sets_at_once_than_places_wait_their_turn_and_none_is_kept_ou
             # Its answer is waited for while the others go on.
             await right(http, kind.body({}), oracle(kind))
         over = True
-    assert listing(live)["engine"]["taken"] == PLACES
+    assert listing(live)["engine"]["taken"] == SLOTS
     drop_contents(live)
 
 
