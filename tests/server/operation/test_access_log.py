@@ -203,7 +203,7 @@ def test_text_is_for_people() -> None:
 
 
 FORGED = (
-    "x\r\n\x1b[2Kcoxswain: request status=200\u2028coxswain: ready\ncoxswain: ended\rcoxswain: a"
+    "x\r\n\x1b[2Kcoxswain: request status=200\u2028coxswain: ready\ncoxswain: a\rcoxswain: b"
 )
 
 
