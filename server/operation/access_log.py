@@ -19,7 +19,7 @@ from server.settings.operating import LoggingConfig
 
 HEADER = "x-request-id"
 
-_USABLE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+USABLE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 """A client's own id that can be put into logs and headers; for others a new one is made."""
 
 
@@ -28,7 +28,7 @@ def with_ids(app: ASGIApp) -> ASGIApp:
     from then on, in those of the answer, and in every log record of the request.
     """
     return CorrelationIdMiddleware(
-        app, HEADER, validator=lambda given: bool(_USABLE_ID.fullmatch(given))
+        app, HEADER, validator=lambda given: bool(USABLE_ID.fullmatch(given))
     )
 
 

@@ -63,7 +63,7 @@ def one_record(text: str) -> str:
     return "\n    ".join(shown)
 
 
-class _Text(logging.Formatter):
+class Text(logging.Formatter):
     """`coxswain: message name=value …`."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -117,12 +117,12 @@ def setup(config: LoggingConfig) -> None:
         logging.captureWarnings(True)
         os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(ENGINE))
         return
-    handler.setFormatter(_Text("coxswain: %(message)s"))
+    handler.setFormatter(Text("coxswain: %(message)s"))
     ours.handlers, ours.propagate = [handler], False
     # Else Python writes what uvicorn and asyncio warn of as it is.
     others = logging.StreamHandler(sys.stderr)
     others.setLevel(logging.WARNING)
-    others.setFormatter(_Text("coxswain: %(levelname)s %(name)s: %(message)s"))
+    others.setFormatter(Text("coxswain: %(levelname)s %(name)s: %(message)s"))
     root.handlers = [others]
 
 

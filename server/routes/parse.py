@@ -9,6 +9,7 @@ from vllm.entrypoints.openai.responses.utils import construct_input_messages
 from vllm.renderers.chat_utils import parse_chat_messages
 
 from server.errors import HttpError
+from server.operation.access_log import USABLE_ID
 from server.requests.failures import reading
 from server.requests.own_prompts import Conversation
 from server.requests.protocol import (
@@ -120,11 +121,14 @@ def _parsed(
         more: further fields of the result.
 
     Raises:
-        BadValue: the place in which plans travel is taken.
+        BadValue: the place in which plans travel is taken, or the id would break log lines.
     """
     asked: Any = request
     if isinstance(asked.vllm_xargs, Mapping) and KEY in asked.vllm_xargs:
         raise BadValue("use the `steering` field", field=f"vllm_xargs.{KEY}")
+    if "request_id" in asked.model_fields_set and not USABLE_ID.fullmatch(asked.request_id):
+        raise BadValue("it cannot be written into logs", field="request_id",
+                       value=asked.request_id, allowed=USABLE_ID.pattern)  # fmt: skip
     return ParsedRequest(
         asked.model, request.steering, request.adapters or (), max_tokens_field=max_tokens_field,
         fields=own_names(prompt, max_tokens_field, logprobs), **more,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import multiprocessing
 import os
 import signal
@@ -26,11 +27,23 @@ def register() -> None:
     from steering.worker.streams.config import register_hooks
 
     end_with_parent()
+    log_like_vllm()
     register_hooks()
     speculator_hook.install()
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, "steering.worker.model:SteeredForCausalLM")
         ModelRegistry.register_model(HYBRID, "steering.worker.hybrid:SteeredHybridForCausalLM")
+
+
+def log_like_vllm() -> None:
+    """Gives this package's lines vLLM's form in the engine's processes, where nothing else has."""
+    own, vllm = logging.getLogger("steering"), logging.getLogger("vllm")
+    if own.handlers or not vllm.handlers or multiprocessing.parent_process() is None:
+        return
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(vllm.handlers[0].formatter)
+    own.addHandler(handler)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -21,7 +22,7 @@ from tests.server.api.asking import PROXY
 from tests.server.api.test_live_broken import damaged
 from tests.server.live import TEMPLATE, Server, document
 from tests.server.operation.collector import Collector, attributes
-from tests.server.operation.test_live_telemetry import lines, value
+from tests.server.operation.test_live_telemetry import value
 from tests.server.watch import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
@@ -89,6 +90,13 @@ def datas(answer: httpx.Response) -> list[dict[str, Any]]:
     """The events of a stream; comments and `[DONE]` are none."""
     told = [line for line in answer.text.splitlines() if line.startswith("data: {")]
     return [json.loads(line.removeprefix("data: ")) for line in told]
+
+
+def lines(server: Server, identifier: str = "") -> list[dict[str, Any]]:
+    """The log's objects; of one request, if it is named."""
+    told = [line for line in server.log.read_text().splitlines() if line.startswith("{")]
+    found = map(json.loads, told)
+    return [one for one in found if identifier in ("", one.get("request_id"))]
 
 
 def request_line(server: Server, identifier: str) -> dict[str, Any]:
@@ -172,7 +180,7 @@ def test_the_same_request_without_a_bug_is_answered(
 
 @pytest.mark.parametrize("path", APIS)
 def test_a_client_that_leaves_at_any_moment_leaves_nothing(outcomes: Server, path: str) -> None:
-    before = outcomes.log.read_text().count("\n")
+    before = len(outcomes.log.read_text())
     endless = asked(path, stream=True, ignore_eos=True, logit_bias={str(BAD): -100})
     endless[next(f for f in endless if f.startswith("max_"))] = 200
     for read in (0, 1, 200, 3000):
@@ -186,10 +194,10 @@ def test_a_client_that_leaves_at_any_moment_leaves_nothing(outcomes: Server, pat
                 got += sock.recv(4096)
         until(lambda: outcomes.get("/ready").json()["in_flight"] == 0, 20)
     until(lambda: value(outcomes, "vllm:num_requests_running") == 0, 20)
-    new = "\n".join(outcomes.log.read_text().splitlines()[before:])
+    new = outcomes.log.read_text()[before:]
     assert not [word for word in QUIET if word in new], new
-    left = [one["status"] for one in map(json.loads, new.splitlines()) if "status" in one]
-    assert left == [499] * 4
+    left = [one["status"] for one in lines(outcomes) if one.get("http") == f"POST {path}"]
+    assert left[-4:] == [499] * 4
 
 
 def test_responses_gets_as_many_prompt_tokens_as_chat(outcomes: Server) -> None:
@@ -221,12 +229,15 @@ def test_tools_without_a_parser_are_refused_as_for_chat(
     assert "--" not in chat.text
 
 
-@pytest.mark.parametrize("path", ["/v1/a\ncoxswain: request status=200", "/x\r\x1b[2Kcoxswain: ok"])
-def test_a_path_forges_no_line(outcomes: Server, path: str) -> None:
-    before = outcomes.log.read_text().count("\n")
-    assert httpx.post(outcomes.url + path, json={}).status_code == 404
-    for line in outcomes.log.read_text().splitlines()[before:]:
-        json.loads(line)
+@pytest.mark.parametrize("field", ["request_id", "model", "user", "input"])
+def test_a_field_forges_no_line(outcomes: Server, field: str) -> None:
+    forged = "x\ncoxswain: request status=200\r\x1b[2K"
+    body = asked("/v1/responses", logit_bias={str(BAD): 100})
+    outcomes.post("/v1/responses", {**body, field: forged})
+    outcomes.post("/v1/" + quote(forged), {})
+    assert "\ncoxswain:" not in outcomes.log.read_text()
+    (ended, *_) = [one for one in lines(outcomes) if one["message"].startswith("Request ")]
+    assert ended["logger"] == "steering.worker.scheduler"
 
 
 def test_a_prompt_s_steering_is_told_apart(outcomes: Server) -> None:

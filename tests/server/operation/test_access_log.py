@@ -21,6 +21,7 @@ from server.launch import Run
 from server.operation import metrics, tracing
 from server.operation.access_log import AccessLog, with_ids
 from server.operation.gate import Gate
+from server.operation.logs import OneRecord, Text
 from server.operation.metrics import Names
 from server.settings.config import ConfigInvalid
 from server.settings.operating import LoggingConfig, TracingConfig
@@ -199,6 +200,34 @@ def test_text_is_for_people() -> None:
     assert "    ValueError: broken" in lines
     assert "coxswain: WARNING elsewhere: odd" in lines
     assert lines[-1].startswith("coxswain: loading …")
+
+
+FORGED = (
+    "x\r\n\x1b[2Kcoxswain: request status=200\u2028coxswain: ready\ncoxswain: a\rcoxswain: b"
+)
+
+
+@pytest.mark.parametrize("where", ["message", "field", "exception", "vllm"])
+def test_no_text_of_a_client_passes_for_a_record(where: str) -> None:
+    formatter: logging.Formatter = Text("coxswain: %(message)s")
+    if where == "vllm":
+        formatter = OneRecord(logging.Formatter("ERROR %(message)s"))
+    record = logging.LogRecord(
+        "coxswain", logging.ERROR, "f", 1, "%s",
+        ("fine" if where in ("field", "exception") else FORGED,), None,
+    )  # fmt: skip
+    if where == "field":
+        record.fields = {"http": f"POST /v1/{FORGED}", "model": 'a" status="200'}
+    if where == "exception":
+        record.exc_info = (ValueError, ValueError(FORGED), None)
+    first, *more = formatter.format(record).split("\n")
+    assert first.startswith("coxswain: ") or where == "vllm"
+    assert all(line.startswith("    ") for line in more)
+    assert where == "field" or more
+    assert not set("\r\x1b\u2028") & set("".join([first, *more]))
+    if where == "field":
+        assert not more
+        assert json.loads(first.split(" model=")[1]) == 'a" status="200'
 
 
 @pytest.fixture(scope="module")
