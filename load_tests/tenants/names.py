@@ -13,6 +13,8 @@ import httpx
 
 from load_tests.tenants.findings import Finding
 from load_tests.tenants.stage import (
+    ADMIN_KEY,
+    NAMES,
     NOBODY,
     Prompts,
     Tenant,
@@ -80,7 +82,8 @@ def alike(me: Tenant, you: Tenant) -> Iterator[Finding]:
                 leak = f"{theirs[0]} {theirs[1][:90]} is not {nobody[0]} {nobody[1][:90]}"
             elif theirs[0] < 400:
                 leak = f"it may be used: {theirs[0]}"
-            yield Finding(f"the other's {what}, {where}", f"status {theirs[0]}", leak)
+            yield Finding(f"{me.name} asks for {you.name}'s {what}, {where}",
+                          f"status {theirs[0]}", leak)  # fmt: skip
 
 
 def hidden(me: Tenant, you: Tenant) -> Iterator[Finding]:
@@ -98,19 +101,26 @@ def hidden(me: Tenant, you: Tenant) -> Iterator[Finding]:
             text = call(me, path, body).text
             found += [where for known in theirs if known in text]
     count = sum(1 for _ in attempts("x")) * len(theirs)
-    yield Finding("errors for names that are nearly the other's", f"{count} errors",
+    yield Finding(f"{me.name}: errors for names that are nearly {you.name}'s", f"{count} errors",
                   f"named by {found[0]}" if found else "")  # fmt: skip
 
 
 def metrics(me: Tenant, you: Tenant) -> Iterator[Finding]:
-    """What everybody inside the network reads at `/metrics`."""
-    text = me.http.get("/metrics").text
+    """What tenants, and those who run the server, read at `/metrics`."""
+    status = me.http.get("/metrics").status_code
+    yield Finding("/metrics with a tenant's key", f"status {status}",
+                  "" if status in (401, 403) else "names of all profiles and adapters")  # fmt: skip
+    admin = {"authorization": f"Bearer {ADMIN_KEY}"}
+    text = me.http.get("/metrics", headers=admin).text
     keys = [key_of(tenant.name) for tenant in (me, you)]
     hashes = [hashlib.sha256(key.encode()).hexdigest()[:8] for key in keys]
-    found = [what for what in (*keys, *hashes, "Dorwyn", "Roven") if what in text]
-    lines = f"{len(text.splitlines())} lines"
-    yield Finding("/metrics: keys, their hashes, words of prompts", lines,
-                  f"{found[0]} is there" if found else "")  # fmt: skip
+    private = adapter_of(NAMES[1])
+    found = [what for what in (*keys, *hashes, "Dorwyn", "Roven", private) if what in text]
+    shown = f"{text.count('coxswain_')} series of ours"
+    # The first tenant's profile is there: else nothing was read.
+    blind = "" if profile_of(NAMES[0]) in text else "cannot be seen"
+    yield Finding("/metrics with the admin key: keys, their hashes, words of prompts, a private "
+                  "adapter's name", shown, f"{found[0]} is there" if found else blind)  # fmt: skip
 
 
 def errors_in_time(me: Tenant, you: Tenant, rounds: int, seed: int) -> Finding:

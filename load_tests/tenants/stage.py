@@ -20,6 +20,7 @@ MATE = "alpha-mate"
 NOBODY = "nobod"
 """As long as the tenants' names, so that not even the length of an answer tells."""
 
+ADMIN_KEY = "tenants-admin"
 VOCABULARY = 1100
 """Ids below it are ordinary tokens of the zoo's tokenizer; the first are special."""
 FIRST_ID = 20
@@ -50,17 +51,16 @@ def configuration(folder: Path) -> dict[str, Any]:
         folder: gets the server's state.
     """
     rates = {"requests_per_minute": 1_000_000, "tokens_per_minute": 1_000_000_000}
+    ask = str(ZOO / "adapters" / "ask")
     profile = {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain", "strength": 1.0}
     keys = [
-        {
-            "key": key_of(key),
-            "group": name,
-            "profiles": [profile_of(name)],
-            "adapters": [adapter_of(name)],
-            **rates,
-        }
+        {"key": key_of(key), "group": name, "profiles": [profile_of(name)], **rates}
         for key, name in ((NAMES[0], NAMES[0]), (MATE, NAMES[0]), (NAMES[1], NAMES[1]))
     ]
+    # The first tenant's adapter is hidden from the second by the second's key, and the second's
+    # from the first by being private to the second's group.
+    keys[-1]["adapters"] = [adapter_of(NAMES[1])]
+    visible: tuple[list[str], ...] = ([], [NAMES[1]])
     return {
         "model": str(ZOO / "models" / "base-large"),
         "served_model_name": "base",
@@ -74,13 +74,13 @@ def configuration(folder: Path) -> dict[str, Any]:
             "roots": [str(ZOO / "adapters")],
             # The same content: only the name, and who may use it, differ.
             "preload": [
-                {"name": adapter_of(name), "source": str(ZOO / "adapters" / "ask")}
-                for name in NAMES
+                {"name": adapter_of(name), "source": ask, "visible_to": groups}
+                for name, groups in zip(NAMES, visible, strict=True)
             ],
             "max_loaded": 4,
         },
         "registry": {"directory": str(folder / "state")},
-        "auth": {"admin_key": "tenants-admin", "api_keys": keys},
+        "auth": {"admin_key": ADMIN_KEY, "api_keys": keys},
         "engine": {
             "max_model_len": 512,
             "max_num_seqs": 16,
