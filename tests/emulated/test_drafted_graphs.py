@@ -23,16 +23,16 @@ pytestmark = pytest.mark.engine
 DRAFTS = 2
 VALUED = {"method": "value_augmented", "values": [{"stream": "value", "strength": 2.0}], "top_k": 4}
 CASES = (
-    Case(range(10, 18), mix(chat=1.5, twin=-0.5), max_tokens=7),
-    Case(range(10, 16), max_tokens=4),
+    Case(range(10, 18), mix(chat=1.5, twin=-0.5), max_tokens=5),
+    Case(range(10, 16), max_tokens=3),
     Case(
         range(50, 59),
         mix(chat=1.0),
         {"chat": range(100, 106)},
         adapters=(Use("one"), Use("chat", stream="chat")),
-        max_tokens=7,
+        max_tokens=5,
     ),
-    Case(range(7, 12), mix(chat=4.0), max_tokens=6, arrives=2),
+    Case(range(7, 12), mix(chat=4.0), max_tokens=5, arrives=1),
 )
 """All but the second draft; the last one's drafts are accepted more often than not."""
 
@@ -66,9 +66,9 @@ def test_every_stream_is_replayed_over_drafts(drafting: Engine) -> None:
         step.counters.passes[name] - passes[name] - step.graphs.replays[i]
         for i, name in enumerate(step.names[:3])
     ]
-    # The first step of the three prompts, and of the late one: drafts behind them are replayed.
-    assert all(0 < count <= 4 for count in eager)
-    assert all(step.graphs.replays[i] >= 3 for i in range(3))
+    # Those of the prompts; drafts behind them are replayed.
+    assert all(0 < count <= 2 for count in eager)
+    assert all(step.graphs.replays[i] >= 2 for i in range(3))
     now_offered, now_kept = accepted(drafting)
     assert now_offered > offered and now_kept > kept
 
