@@ -37,7 +37,7 @@ def add_flags(parser: argparse.ArgumentParser, described: dict[str, str]) -> Non
             "json": {"type": _json, "metavar": "JSON"},
             "switch": {"action": argparse.BooleanOptionalAction},
         }
-        group.add_argument(f"--{flag.name}", default=argparse.SUPPRESS, dest=f"flag.{flag.dest}",
+        group.add_argument(f"--{flag.name}", default=argparse.SUPPRESS,
                            help=(text + where).replace("%", "%%"), **forms[flag.form])  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def from_flags(given: argparse.Namespace) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for flag in FLAGS:
-        value = getattr(given, f"flag.{flag.dest}", None)
+        value = getattr(given, flag.dest, None)
         if value is None:
             continue
         try:
@@ -141,7 +141,7 @@ def check_tool_choice(given: argparse.Namespace, parser: str | None) -> None:
     Raises:
         ConfigInvalid: no parser reads the calls, or it is off while one does.
     """
-    asked = getattr(given, "flag.enable_auto_tool_choice", None)
+    asked = getattr(given, "enable_auto_tool_choice", None)
     if asked is not None and asked != (parser is not None):
         raise ConfigInvalid(
             ["--enable-auto-tool-choice: needs chat.tool_call_parser (--tool-call-parser)"]

@@ -70,7 +70,8 @@ def test_the_command_is_one_of_ours() -> None:
     words = re.search(r"^CMD \[(\"serve\".+)\]$", TEXT, re.MULTILINE)
     assert words is not None
     given, rest = parser().parse_known_args(re.findall(r'"([^"]+)"', words[1]))
-    assert (given.command, given.host, rest) == ("serve", "0.0.0.0", [])
+    assert (given.command, given.host) == ("serve", "0.0.0.0")
+    assert rest == ["/etc/coxswain/server.yaml"]
 
 
 def test_every_version_is_pinned() -> None:
