@@ -27,7 +27,7 @@ from adapters.registry.feed import Feed
 from adapters.registry.fetching import Fetching, SupersededError, still
 from adapters.registry.loader import Loaded, Loader
 from adapters.registry.mending import Mender
-from adapters.registry.record import WORKING, Content, Record, check_name
+from adapters.registry.record import WORKING, Content, Record, check_name, check_version
 from adapters.registry.registry import Registry
 from adapters.registry.store import Store
 from adapters.sources.fetch import Fetcher
@@ -108,6 +108,11 @@ class Manager:
         return loaded
 
     @property
+    def fetcher(self) -> Fetcher:
+        """What gets files."""
+        return self._fetcher
+
+    @property
     def unsettled(self) -> list[str]:
         """Adapters that may not be here as their records say; all others are."""
         return [*self._unsettled, *(self._tasks.keys() - self._unsettled.keys())]
@@ -156,7 +161,9 @@ class Manager:
         """
         place = parse_source(source)
         await asyncio.to_thread(self._fetcher.allowed.check, place)
-        want = Content(check_name(name, "name"), check_name(version, "version"), str(place), stream)
+        check_name(name, "name")
+        check_version(version, "version")
+        want = Content(name, version, str(place), stream)
         if not replace and name in self.records and place.kind == "local":
             # Cheap enough to see whether the folder still holds what is registered.
             with contextlib.suppress(AdapterError):

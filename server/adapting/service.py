@@ -15,6 +15,7 @@ from adapters.registry.record import Content, Record, State
 from adapters.sets import AdapterSet
 from server.access import Access
 from server.adapting.loader import EngineLoader
+from server.adapting.on_request import LoadOnRequest
 from server.adapting.registry import registry_of
 from server.adapting.resolve import AdapterRef, resolve_adapters, split
 from server.settings.config import AdaptersConfig, Config
@@ -46,12 +47,14 @@ class Adapters:
         loader: the engine's side.
         max_rank: rank indices of a request's adapters together.
         reserved: names of models that adapters must not have; asked at each request.
+        on_request: loads what requests name; None: nothing is loaded so.
     """
 
     manager: Manager
     loader: EngineLoader
     max_rank: int
     reserved: Callable[[], frozenset[str]]
+    on_request: LoadOnRequest | None = None
 
     @property
     def names(self) -> list[str]:
@@ -61,6 +64,31 @@ class Adapters:
     def known(self, model: str) -> bool:
         """Whether a request's `model` names an adapter, ready or not."""
         return split(model)[0] in self.manager.records
+
+    async def load_missing(
+        self, model: str | None, refs: Sequence[AdapterRef], access: Access
+    ) -> None:
+        """Has adapters loaded that a request names and that no one has registered, as far as the
+        configuration says so; waits until they answer.
+
+        Args:
+            model: its `model`, unless that is the base or a profile.
+            refs: its `adapters` field.
+            access: what its key may use.
+
+        Raises:
+            HttpError: 403, the key may not use one.
+            AdapterError: one cannot be had, or not in time.
+        """
+        if self.on_request is None:
+            return
+        asked = [("model", model)] if model else []
+        asked += [(f"adapters.{i}.name", ref.name) for i, ref in enumerate(refs)]
+        for field, text in asked:
+            name, _ = split(text)
+            if name not in self.manager.loaded and name not in self.reserved():
+                access.check_adapter(name)
+                await self.on_request.load(name, field)
 
     def resolve(
         self,
@@ -256,7 +284,8 @@ async def opened(
     assert section is not None
     stage("opening the adapter registry")
     async with registry_of(config, loader) as manager:
-        found = Adapters(manager, loader, section.max_rank, reserved)
+        asked = LoadOnRequest(manager, section) if section.load_on_request else None
+        found = Adapters(manager, loader, section.max_rank, reserved, asked)
         loader.pinned, loader.mend = found.pinned, manager.mend
         keeping = asyncio.create_task(_keep_pinned(found))
         try:

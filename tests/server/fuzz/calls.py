@@ -27,7 +27,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from server.operation.auth import is_admin
+from server.paths import is_admin
 from tests.server.fuzz.sound import bodies, names
 from tests.strange import spoiled, values
 
