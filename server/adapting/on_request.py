@@ -48,15 +48,14 @@ class LoadOnRequest:
 
     async def load(self, name: str, field: str) -> None:
         """Loads an adapter that does not answer here, and waits until it does. Of several requests
-        that name it, all wait for one load.
+        that name it, all wait for one load. Nothing happens where no source has it.
 
         Args:
             name: of the adapter.
             field: where the request names it.
 
         Raises:
-            NoAdapter: no source has it.
-            AdapterError: it cannot be served, or not in time.
+            AdapterError: it cannot be served, or not in time; or a source did not answer.
         """
         task = self._loads.get(name)
         if task is None:
@@ -83,14 +82,16 @@ class LoadOnRequest:
         stale = record is not None and record.state == "failed" and record.loaded_by == BY
         if record is None or (stale and time.time() - record.changed_s > AGAIN_S):
             source = await self._find(name)
+            if source is None:
+                return
             self._check_number()
             await self._manager.submit(name, source, replace=record is not None, by=BY)
         while True:
             record = self._manager.records.get(name)
             if name in self._manager.loaded:
                 return
-            if record is None:
-                raise NoAdapter("unloaded meanwhile")
+            if record is None or record.state == "unloading":
+                raise NoAdapter("it is being unloaded")
             if record.state not in WORKING and record.state != "ready":
                 raise kind_of(record.error or "")(record.reason or f"it is {record.state}")
             if (failure := self._manager.failure(name)) is not None:
@@ -102,16 +103,15 @@ class LoadOnRequest:
         if mine >= MOST:
             raise NoRoom(f"requests have registered {MOST} adapters; unload some")
 
-    async def _find(self, name: str) -> str:
-        """The source that has an adapter.
+    async def _find(self, name: str) -> str | None:
+        """The source that has an adapter; None: none has.
 
         Raises:
-            NoAdapter: none.
             SourceAway: one did not answer, and none of the others has it.
         """
         since = self._nowhere.get(name)
         if not NAME.fullmatch(name) or (since and time.monotonic() - since < AGAIN_S):
-            raise NoAdapter("no adapter of this name is registered, and no source has it")
+            return None
         away: SourceAway | None = None
         async with self._looks:
             for text in self._candidates(name):
@@ -129,7 +129,7 @@ class LoadOnRequest:
         self._nowhere.move_to_end(name)
         while len(self._nowhere) > MOST:
             self._nowhere.popitem(last=False)
-        raise NoAdapter("no adapter of this name is registered, and no source has it")
+        return None
 
     def _candidates(self, name: str) -> Iterator[str]:
         for source in self._sources:

@@ -130,8 +130,8 @@ def test_a_tool_is_called(server: Server) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
 def test_errors_have_anthropic_s_shape(server: Server, path: str, stream: bool) -> None:
-    image = [{"role": "user", "content": [
-        {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1:9/x.png"}}]}]  # fmt: skip
+    url = {"type": "url", "url": "http://127.0.0.1:9/x.png"}
+    image = [{"role": "user", "content": [{"type": "image", "source": url}]}]
     bad, missing = "invalid_request_error", "not_found_error"
     cases: list[tuple[dict[str, Any], int, str, str]] = [
         ({"model": "none"}, 404, missing, "no such model"),
