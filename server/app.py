@@ -12,7 +12,7 @@ from server import errors
 from server.context import LEFT, context_of
 from server.errors import HttpError
 from server.requests.failures import MEANT, http_error
-from server.routes import adapters, admin, metrics, openai, openapi, playground
+from server.routes import about, adapters, admin, messages, metrics, openai, openapi, playground
 from server.routes.collector import Present
 from server.settings.config import Config
 from server.validation import problems
@@ -24,7 +24,7 @@ async def _error(request: Request, error: Exception) -> Response:
     context = context_of(request.scope)
     found = http_error(error, context.fields)
     context.refusal = found.reason
-    return errors.response(found)
+    return errors.response(found, request.scope["path"])
 
 
 async def _routing_error(request: Request, error: Exception) -> Response:
@@ -35,19 +35,19 @@ async def _routing_error(request: Request, error: Exception) -> Response:
         message = f"No such path: {request.scope['path']}"
     elif error.status_code == 405:
         message = f"{request.method} is not possible on {request.scope['path']}"
-    answer = errors.response(HttpError(error.status_code, message))
+    answer = errors.response(HttpError(error.status_code, message), request.scope["path"])
     answer.headers.update(error.headers or {})
     return answer
 
 
-async def _invalid_body(_request: Request, error: Exception) -> JSONResponse:
+async def _invalid_body(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     found = problems([dict(e) if isinstance(e, dict) else {"type": "value_error", "msg": str(e)}
                       for e in error.errors()])  # fmt: skip
     lines = list(dict.fromkeys(str(problem) for problem in found))
     param = found[0].field if found and found[0].field != "body" else None
     message = "; ".join(lines[:3]) or "The request body is not valid."
-    return errors.response(HttpError(400, message, param=param))
+    return errors.response(HttpError(400, message, param=param), request.scope["path"])
 
 
 async def _left(_request: Request, _error: Exception) -> Response:
@@ -72,6 +72,8 @@ def build_app(config: Config, methods: Registry) -> FastAPI:
     app.state.present = Present()
     app.state.enable_server_load_tracking = False
     app.include_router(openai.router)
+    app.include_router(messages.router)
+    app.include_router(about.router)
     app.include_router(admin.router)
     app.include_router(adapters.router)
     app.include_router(metrics.router)

@@ -18,6 +18,7 @@ from server.adapting.service import opened
 from server.checks.adapters import Layers, targets
 from server.checks.diagnosis import Diagnosis
 from server.checks.doctor import snapshot
+from server.checks.end_tokens import end_tokens
 from server.console import as_json
 from server.operation.listening import address
 from server.operation.logs import OneRecord
@@ -118,6 +119,10 @@ async def assemble(
         snapshot=streams,
         limits=config.steering.limits,
         aliases=config.aliases,
+        vocabulary=diagnosis.streams[BASE].checkpoint.vocabulary,
+        end_tokens=await in_thread(
+            lambda: end_tokens(diagnosis, {n: one.tokenizer for n, one in found.items()})
+        ),
     )
     adapters = None
     if config.adapters is not None:

@@ -6,6 +6,9 @@ from typing import Any
 
 from prometheus_client import Gauge
 from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.stats import SchedulerStats
+
+from server.adapting.served_names import ServedNames
 
 MOST = 64
 """Combinations of running and waiting sets of adapters that `vllm:lora_requests_info` shows. vLLM
@@ -35,11 +38,31 @@ class _Newest:
 
 
 class BoundedSeries(PrometheusStatLogger):
-    """vLLM's series of one engine."""
+    """vLLM's series of one engine; adapters are called there as clients call them."""
 
     gauge_lora_info: Any
+    served: ServedNames
+
+    @classmethod
+    def naming(cls, served: ServedNames) -> type[BoundedSeries]:
+        """The class for an engine; vLLM makes the object.
+
+        Args:
+            served: the names of the engine's adapters.
+        """
+        return type(cls.__name__, (cls,), {"served": served})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.gauge_lora_info is not None:
             self.gauge_lora_info = _Newest(self.gauge_lora_info)
+
+    def record(self, scheduler_stats: SchedulerStats | None, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's, which lists contents, and running ones as waiting, too."""
+        if scheduler_stats is not None and self.gauge_lora_info is not None:
+            stats, names = scheduler_stats, self.served
+            running = [one for one, n in stats.running_lora_adapters.items() if n]
+            waiting = [one for one, n in stats.waiting_lora_adapters.items() if n]
+            stats.running_lora_adapters = dict.fromkeys(names.of(running), 1)
+            stats.waiting_lora_adapters = dict.fromkeys(names.of_waiting(waiting), 1)
+        super().record(scheduler_stats, *args, **kwargs)

@@ -22,6 +22,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from adapters.errors import AdapterError, EngineAway, RankFault, ServerFault, from_wire
 from adapters.sets import AdapterSet
 from server.adapting.residency import Residency
+from server.adapting.served_names import ServedNames
 from server.engine_series import BoundedSeries
 from server.requests import probing
 from server.requests.echo import echoed
@@ -41,6 +42,9 @@ class SteeredLLM(AsyncLLM):
 
     residency: Residency | None = None
     """Which adapters it holds; None without LoRA."""
+
+    served_names: ServedNames
+    """What clients call them."""
 
     def submit(self, request: EngineRequest) -> AsyncGenerator[RequestOutput, None]:
         """Runs a prepared request; closing the generator aborts it."""
@@ -191,11 +195,13 @@ def start_engine(arguments: dict[str, Any]) -> SteeredLLM:
     # requests. The processes that this thread starts inherit its mask; we alone answer, and drain.
     resource_tracker.ensure_running()  # its own start would lift the mask
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    served = ServedNames()
     engine: SteeredLLM = SteeredLLM.from_vllm_config(
         vllm_config=config,
         usage_context=UsageContext.OPENAI_API_SERVER,
         # Any logger of one's own turns statistics on.
-        stat_loggers=None if args.disable_log_stats else [BoundedSeries],
+        stat_loggers=None if args.disable_log_stats else [BoundedSeries.naming(served)],
         disable_log_stats=args.disable_log_stats,
     )
+    engine.served_names = served
     return engine

@@ -1,4 +1,5 @@
-"""Every error leaves as `{"error": {message, type, param, code}}`, the shape of the OpenAI API.
+"""Every error leaves as `{"error": {message, type, param, code}}`, the shape of the OpenAI API; on
+`/v1/messages` as `{"type": "error", "error": {type, message}}`, Anthropic's.
 
 One table: HTTP status → (type, code). The class of a `SteeringError` decides its status.
 """
@@ -30,6 +31,7 @@ from adapters.errors import (
     TooLarge,
 )
 from adapters.errors import DoesNotFit as AdapterDoesNotFit
+from server.paths import is_messages
 from server.vllm_words import PROMPT, in_our_words, is_too_long
 from steering.errors import BadValue, DoesNotFit, NotFound, SteeringError
 
@@ -56,6 +58,18 @@ _TABLE: dict[int, tuple[str, str]] = {
     504: ("timeout_error", "request_timeout"),
     507: ("server_error", "no_room"),
 }
+
+_ANTHROPIC = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""Anthropic's words by status; for the others `invalid_request_error` below 500, `api_error` from
+there on (https://docs.anthropic.com/en/api/errors)."""
 
 _STATUS: tuple[tuple[type[SteeringError], int], ...] = (
     (NotFound, 404),
@@ -118,7 +132,7 @@ class HttpError(Exception):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends itself: an error is an ASGI application, so middleware can answer with it."""
-        await response(self)(scope, receive, send)
+        await response(self, scope["path"])(scope, receive, send)
 
 
 def body(
@@ -135,15 +149,23 @@ def code_of(error: HttpError) -> str:
     return str(body(error.status, error.message, code=error.code)["error"]["code"])
 
 
-def response(error: HttpError) -> JSONResponse:
-    """The HTTP answer for an error."""
+def told(error: HttpError, path: str) -> dict[str, Any]:
+    """The error body in the shape of the path's API."""
+    if not is_messages(path):
+        return body(error.status, error.message, error.param, error.code)
+    kind = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = _ANTHROPIC.get(error.status, kind)
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def response(error: HttpError, path: str) -> JSONResponse:
+    """The HTTP answer for an error on a path."""
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(error.retry_after_s)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    content = body(error.status, error.message, error.param, error.code)
-    return JSONResponse(content, error.status, headers)
+    return JSONResponse(told(error, path), error.status, headers)
 
 
 def from_steering(error: SteeringError) -> HttpError:
@@ -162,7 +184,9 @@ def from_adapters(error: AdapterError) -> HttpError:
     """An error of the adapter layer as an HTTP error; `param` is the field."""
     status = status_of(type(error))
     retry = 5 if status == 503 else None
-    return HttpError(status, str(error), param=error.field or None, retry_after_s=retry)
+    code = "model_not_found" if status == 404 and error.field == "model" else None
+    return HttpError(status, str(error), param=error.field or None, code=code,
+                     retry_after_s=retry)  # fmt: skip
 
 
 _APPENDED = re.compile(r" \(parameter=\w+(, value=.*)?\)$", re.DOTALL)
@@ -216,9 +240,11 @@ def event(path: str, error: HttpError, number: int = 0) -> str:
         error: what ends the stream.
         number: of events before it.
     """
-    content = body(error.status, error.message, error.param, error.code)
+    content = told(error, path)
+    if is_messages(path):
+        return f"event: error\ndata: {json.dumps(content)}\n\n"
     if path == "/v1/responses":
-        told = {"type": "error", **{k: content["error"][k] for k in ("code", "message", "param")},
-                "sequence_number": number}  # fmt: skip
-        return f"event: error\ndata: {json.dumps(told)}\n\n"
+        event = {"type": "error", **{k: content["error"][k] for k in ("code", "message", "param")},
+                 "sequence_number": number}  # fmt: skip
+        return f"event: error\ndata: {json.dumps(event)}\n\n"
     return f"data: {json.dumps(content)}\n\n"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from server.checks.capacity import cpu_cache_bytes
 from server.settings.config import Config, StreamConfig
+from steering.spec import MOST_STOPS
 
 if TYPE_CHECKING:
     from server.checks.diagnosis import Diagnosis
@@ -50,6 +51,8 @@ def environment(config: Config) -> list[str]:
         "TOKENIZERS_PARALLELISM": "false",
         # Choices per request, as in the OpenAI API; vLLM's own limit is 16384.
         "VLLM_MAX_N_SEQUENCES": "128",
+        # Texts at which a reply may end; vLLM's own limit is 4, as OpenAI's.
+        "VLLM_MAX_STOP_STRINGS": str(MOST_STOPS),
         # OpenMP threads that wait for each other spin a fifteenth of libgomp's default before they
         # sleep: where something else used the cores, some steps took 50 times as long.
         "GOMP_SPINCOUNT": "20000",

@@ -18,6 +18,7 @@ from server.engine_vllm import SteeredLLM
 from server.operation.rate_limits import RateLimits
 from server.operation.state import ServerState
 from server.requests.failures import raise_again
+from server.requests.messages import SteeredMessages
 from server.requests.models import SteeredModels
 from server.requests.own_prompts import OwnPrompts, Reader
 from server.requests.profiles import Profiles
@@ -56,7 +57,7 @@ class Serving:
         methods: the installed methods.
         profiles: the profiles.
         resolver: resolves requests.
-        models, chat, completion, responses, tokenization: vLLM's serving classes.
+        models, chat, completion, responses, messages, tokenization: vLLM's serving classes.
         counters: the worker's counters, as last polled.
         streams: what `/admin/streams` shows, by name.
         adapters: the adapters; None: the server has none.
@@ -73,6 +74,7 @@ class Serving:
     chat: OpenAIServingChat
     completion: OpenAIServingCompletion
     responses: OpenAIServingResponses
+    messages: SteeredMessages
     tokenization: ServingTokenization
     counters: StreamCounters = field(default_factory=StreamCounters)
     streams: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -177,6 +179,7 @@ def build(
         chat=OpenAIServingChat(engine, models, "assistant", **details, **shared, **parsers),
         completion=OpenAIServingCompletion(engine, models, request_logger=None, **details),
         responses=OpenAIServingResponses(engine, models, **details, **shared, **parsers),
+        messages=SteeredMessages(engine, models, "assistant", **details, **shared, **parsers),
         tokenization=ServingTokenization(models, renderer, **shared),
         streams=streams,
         adapters=adapters,

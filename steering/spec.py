@@ -20,6 +20,9 @@ from steering.method import Limits, refusal
 FIELD = "steering"
 """The request field, and the first part of every field path in an error."""
 
+MOST_STOPS = 16
+"""Texts at which a reply may end."""
+
 OVERRIDABLE_ALWAYS = frozenset({"report"})
 """Fields that a caller may set on a profile even where callers may not steer freely."""
 
@@ -42,6 +45,33 @@ class ProfileLimits(BaseModel):
     weight: Range | None = Field(None, description="Range of every weight, [low, high].")
 
 
+Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MOST_STOPS)]
+
+
+class Sampling(BaseModel):
+    """How requests with a profile are drawn, each field where a request does not set it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    temperature: float | None = Field(None, ge=0, description="0: the most likely token.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Probability of the tokens to keep.")
+    top_k: int | None = Field(None, ge=0, description="Tokens to keep; 0: all.")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="Probability of a token to keep, of the most likely one's."
+    )
+    repetition_penalty: float | None = Field(
+        None, gt=0, description="Above 1: tokens of prompt and reply become less likely."
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Taken from the score of each token of the reply."
+    )
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="The same for each time that it is there."
+    )
+    max_tokens: int | None = Field(None, ge=1, description="Longest reply, in tokens.")
+    stop: Stops | None = Field(None, description="Texts at which a reply ends.")
+
+
 class Profile(BaseModel):
     """A named steering object, set up by the operator. Frozen; extra fields are the method's."""
 
@@ -54,6 +84,20 @@ class Profile(BaseModel):
     )
     chat_template: str | None = Field(
         None, description="The base's chat template for this profile: its text, or a file's path."
+    )
+    system: str | None = Field(
+        None,
+        min_length=1,
+        description="A system prompt for conversations that bring none. Text completions are no "
+        "conversations.",
+    )
+    sampling: Sampling = Field(
+        default_factory=Sampling, description="Defaults of sampling parameters."
+    )
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None,
+        description="Tokens of the base that end a reply, beside its own end. Absent: the ends of "
+        "the streams with positive weight, where they are tokens of the base.",
     )
     description: str | None = Field(None, description="One sentence for people.")
 

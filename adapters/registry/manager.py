@@ -27,7 +27,7 @@ from adapters.registry.feed import Feed
 from adapters.registry.fetching import Fetching, SupersededError, still
 from adapters.registry.loader import Loaded, Loader
 from adapters.registry.mending import Mender
-from adapters.registry.record import WORKING, Content, Record, check_name
+from adapters.registry.record import WORKING, Content, Record, check_name, check_version
 from adapters.registry.registry import Registry
 from adapters.registry.store import Store
 from adapters.sources.fetch import Fetcher
@@ -106,6 +106,11 @@ class Manager:
         return loaded
 
     @property
+    def fetcher(self) -> Fetcher:
+        """What gets files."""
+        return self._fetcher
+
+    @property
     def unsettled(self) -> list[str]:
         """Adapters that may not be here as their records say; all others are."""
         return [*self._unsettled, *(self._tasks.keys() - self._unsettled.keys())]
@@ -155,8 +160,9 @@ class Manager:
         """
         place = parse_source(source)
         await asyncio.to_thread(self._fetcher.allowed.check, place)
-        want = Content(check_name(name, "name"), check_name(version, "version"), str(place), stream,
-                       visible_to=visible_to)  # fmt: skip
+        check_name(name, "name")
+        check_version(version, "version")
+        want = Content(name, version, str(place), stream, visible_to=visible_to)
         if not replace and name in self.records and place.kind == "local":
             # Cheap enough to see whether the folder still holds what is registered.
             with contextlib.suppress(AdapterError):

@@ -24,8 +24,11 @@ State = Literal["pending", "downloading", "loading", "ready", "failed", "unloadi
 SCHEMA = "2"
 """Version of everything stored; another one is refused, never guessed at."""
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
-"""Names and versions: they appear in URLs and, joined by `@`, as `model` in requests."""
+_PART = r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}"
+NAME = re.compile(f"{_PART}(/{_PART})?")
+VERSION = re.compile(_PART)
+"""Names and versions: they appear in URLs and, joined by `@`, as `model` in requests. Names may be
+those of a hub, `owner/name`."""
 
 WORKING: frozenset[State] = frozenset({"pending", "downloading", "loading"})
 """States in which some replica is at work; without a living owner another takes over."""
@@ -145,14 +148,27 @@ class Record(msgspec.Struct, frozen=True):
 
 
 def check_name(text: str, field: str) -> str:
-    """The name or version itself.
+    """The name itself.
 
     Raises:
         BadSource: it has characters that we do not put into URLs.
     """
-    if not NAME.fullmatch(text):
-        raise BadSource("not a usable name", field=field, value=text,
-                        allowed="letters, digits, . _ : -; at most 128 characters")  # fmt: skip
+    return _checked(text, field, NAME, "letters, digits, . _ : - and one /; at most 128 characters "
+                    "on either side of it")  # fmt: skip
+
+
+def check_version(text: str, field: str) -> str:
+    """The version itself.
+
+    Raises:
+        BadSource: it has characters that we do not put into URLs.
+    """
+    return _checked(text, field, VERSION, "letters, digits, . _ : -; at most 128 characters")
+
+
+def _checked(text: str, field: str, form: re.Pattern[str], allowed: str) -> str:
+    if not form.fullmatch(text):
+        raise BadSource("not a usable name", field=field, value=text, allowed=allowed)
     return text
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from adapters.errors import BadAdapter, SourceAway, StoreFull, TooLarge
+from adapters.errors import BadAdapter, BadSource, SourceAway, StoreFull, TooLarge
 from adapters.formats import meteora, peft
 from adapters.formats.config import read_object
 from adapters.formats.inspect import read_artefact
@@ -95,6 +95,23 @@ class Fetcher:
             digest, path = self.store.keep(folder)
         return Fetched(digest, path, kind, size)
 
+    def present(self, source: Source) -> bool:
+        """Whether a place has the config of an adapter; its other files are not looked at.
+
+        Raises:
+            BadSource: the source is not allowed.
+            SourceAway: it did not answer.
+        """
+        self.allowed.check(source)
+        try:
+            origin = self._reach(source, Clock.start(self.limits))
+            try:
+                return any(_opens(origin, name) for name in (peft.CONFIG, meteora.CONFIG))
+            finally:
+                origin.close()
+        except BadSource:
+            return False  # no such folder or repository, or it is not ours to read
+
     def _reach(self, source: Source, clock: Clock) -> Origin:
         found: list[Origin] = []
         persistently(lambda: found.append(self._origin(source)), self.limits.tries, clock)
@@ -118,6 +135,14 @@ class Fetcher:
                 from adapters.sources.remote import HubFolder
 
                 return HubFolder(source, self.limits, endpoint=self.hub_endpoint)
+
+
+def _opens(origin: Origin, name: str) -> bool:
+    try:
+        with origin.open(name):
+            return True
+    except AbsentError:
+        return False
 
 
 class _Transfer:

@@ -15,6 +15,7 @@ from adapters.registry.record import Content, Record, State
 from adapters.sets import AdapterSet
 from server.access import Access
 from server.adapting.loader import EngineLoader
+from server.adapting.on_request import LoadOnRequest
 from server.adapting.registry import registry_of
 from server.adapting.resolve import AdapterRef, owners_of, resolve_adapters, sees, split
 from server.operation.auth import groups_of
@@ -48,6 +49,7 @@ class Adapters:
         max_rank: rank indices of a request's adapters together.
         reserved: names of models that adapters must not have; asked at each request.
         groups: of this server's API keys.
+        on_request: loads what requests name; None: nothing is loaded so.
     """
 
     manager: Manager
@@ -55,6 +57,7 @@ class Adapters:
     max_rank: int
     reserved: Callable[[], frozenset[str]]
     groups: frozenset[str] = frozenset()
+    on_request: LoadOnRequest | None = None
 
     def names(self, access: Access | None = None) -> list[str]:
         """Adapters that answer here, sorted.
@@ -73,6 +76,30 @@ class Adapters:
     def private(self, name: str) -> bool:
         """Whether an adapter is private to some groups, so that others must not hear of it."""
         return any(owners_of(name, self.manager))
+
+    async def load_missing(
+        self, model: str | None, refs: Sequence[AdapterRef], access: Access
+    ) -> None:
+        """Has adapters loaded that a request names and that no one has registered, as far as the
+        configuration says so and the key may use them; waits until they answer.
+
+        Args:
+            model: its `model`, unless that is the base or a profile.
+            refs: its `adapters` field.
+            access: what its key may use.
+
+        Raises:
+            AdapterError: one cannot be had, or not in time.
+        """
+        if self.on_request is None:
+            return
+        asked = [("model", model)] if model else []
+        asked += [(f"adapters.{i}.name", ref.name) for i, ref in enumerate(refs)]
+        for field, text in asked:
+            name, _ = split(text)
+            known = name in self.manager.loaded or name in self.reserved()
+            if not known and access.sees_adapter(name, owners_of(name, self.manager)):
+                await self.on_request.load(name, field)
 
     def resolve(
         self,
@@ -300,7 +327,8 @@ async def opened(
     assert section is not None
     stage("opening the adapter registry")
     async with registry_of(config, loader) as manager:
-        found = Adapters(manager, loader, section.max_rank, reserved, groups_of(config))
+        asked = LoadOnRequest(manager, section) if section.load_on_request else None
+        found = Adapters(manager, loader, section.max_rank, reserved, groups_of(config), asked)
         loader.pinned, loader.mend = found.pinned, manager.mend
         keeping = asyncio.create_task(_keep_pinned(found))
         try:

@@ -13,7 +13,7 @@ from adapters.errors import AdapterError
 from adapters.formats.base import BaseShapes, plain_shapes
 from adapters.formats.inspect import inspect
 from adapters.formats.peft import CONFIG
-from adapters.registry.record import check_name
+from adapters.registry.record import check_name, check_version
 from adapters.sources.source import Allowed, parse_source
 from server.checks.diagnosis import Diagnosis
 from server.settings.config import AdaptersConfig, Config, PreloadConfig
@@ -159,7 +159,7 @@ def _preload(
 ) -> Iterator[str]:
     try:
         check_name(one.name, "name")
-        check_name(one.version, "version")
+        check_version(one.version, "version")
         source = parse_source(one.source)
         Allowed(tuple(map(Path, section.roots)), section.remotes).check(source)
     except AdapterError as error:

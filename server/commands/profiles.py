@@ -61,7 +61,11 @@ def run(given: argparse.Namespace) -> int:
         from server.settings.file import load
 
         profiles = load(given.config).profiles
-        _list([{"name": n, "origin": "config", **p.spec} for n, p in profiles.items()], given)
+        shown = {
+            name: profile.model_dump(exclude_none=True, exclude_defaults=True)
+            for name, profile in profiles.items()
+        }
+        _list([{"name": n, "origin": "config", **fields} for n, fields in shown.items()], given)
         return 0
     return talk(given, lambda client: _run(given, client))
 

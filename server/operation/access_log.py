@@ -12,9 +12,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.context import RequestContext, with_context
 from server.operation import metrics
-from server.operation.auth import is_admin
 from server.operation.logs import request_line
 from server.operation.tracing import Tracing
+from server.paths import is_inference
 from server.settings.operating import LoggingConfig
 
 HEADER = "x-request-id"
@@ -70,12 +70,6 @@ class AccessLog:
                 request_line(context, self.logging, method, path)
             if self.tracing is not None and span is not None:
                 self.tracing.end(span, context)
-
-
-def is_inference(scope: Scope) -> bool:
-    """Whether a request asks the model for something."""
-    path: str = scope["path"]
-    return scope["method"] == "POST" and path.startswith("/v1/") and not is_admin(path)
 
 
 def _with_headers(scope: Scope, own: Mapping[str, str]) -> Scope:

@@ -12,23 +12,14 @@ from starlette.types import Scope
 from server.access import EVERYTHING, Access
 from server.errors import HttpError
 from server.operation.local import check_local, check_names, is_loopback
+from server.paths import is_admin, needs_key
 from server.settings.auth import LimitedKey, digests_of_header
 from server.settings.config import Config
 from server.settings.operating import Rate
 
-_ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-"""Paths beside `/admin` that need the admin key: vLLM's own."""
-
-_GUARDED = ("/v1/", "/tokenize", "/detokenize")
-
-
-def is_admin(path: str) -> bool:
-    """Whether a path belongs to administration."""
-    return path == "/admin" or path.startswith("/admin/") or path in _ADMIN
-
 
 class Auth:
-    """Checks keys in constant time; says whether a path is administration's.
+    """Checks keys in constant time.
 
     Args:
         config: sections `auth` and `server`.
@@ -59,12 +50,13 @@ class Auth:
         check_names(headers)
         if is_admin(path):
             self._check_admin(scope, headers)
-        elif path.startswith(_GUARDED) and self._api:
+        elif needs_key(path) and self._api:
             found = self._find(headers)
             if found is None:
                 raise HttpError(
                     401,
-                    "Missing or unknown API key. Send it as `Authorization: Bearer …`.",
+                    "Missing or unknown API key. Send it as `Authorization: Bearer …` or as "
+                    "`x-api-key`.",
                     reason="unauthenticated",
                 )
             return found
@@ -138,9 +130,11 @@ def _fingerprint(known: bytes) -> str:
 def _given(headers: Headers) -> tuple[bytes, ...]:
     """Hashes of the key that was given, one for each way in which it may be meant; or none."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        key = headers.get("x-api-key", "")  # as Anthropic's clients send it
     # Not all blanks: what Latin-1 takes for one may end a letter in UTF-8.
     key = key.strip(" \t")
-    return digests_of_header(key) if scheme.lower() == "bearer" and key else ()
+    return digests_of_header(key) if key else ()
 
 
 def _is(headers: Headers, known: bytes) -> bool:

@@ -17,15 +17,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.context import RequestContext, context_of
 from server.errors import HttpError
-from server.operation.auth import Auth, is_admin
+from server.operation.auth import Auth
 from server.operation.limits import RequestLimits, last, too_large
 from server.operation.rate_limits import RateLimits
 from server.operation.state import ServerState
+from server.paths import PROBES, is_admin, is_model
 from server.settings.operating import LimitsConfig, ServerConfig
 
 RETRY_AFTER_S = 5
 logger = logging.getLogger("coxswain")
-_INFERENCE = ("/v1/", "/tokenize", "/detokenize")
 
 
 class Gate:
@@ -62,8 +62,8 @@ class Gate:
         context = context_of(scope)
         send = self._heading(context, send)
         try:
-            if path in ("/health", "/ready"):
-                if scope["method"] not in ("GET", "HEAD"):
+            if path in PROBES:
+                if scope["method"] not in PROBES[path]:
                     raise HttpError(405, f"{scope['method']} is not possible on {path}")
                 await self._probe(path)(scope, receive, send)
                 return
@@ -98,10 +98,11 @@ class Gate:
         status: dict[str, Any] = {"status": state.phase, "in_flight": state.in_flight}
         if state.phase != "ready":
             status["reason"] = state.reason
-        healthy = state.phase != "dead" if path == "/health" else state.phase == "ready"
-        if path == "/ready" and healthy and state.leaving:
+        ready = path != "/health"
+        healthy = state.phase == "ready" if ready else state.phase != "dead"
+        if ready and healthy and state.leaving:
             healthy, status["reason"] = False, "the server is asked to end"
-        elif path == "/ready" and healthy and state.silent_s > self.server.engine_timeout_s:
+        elif ready and healthy and state.silent_s > self.server.engine_timeout_s:
             healthy = False
             status["reason"] = f"the engine has not answered for {state.silent_s:.0f} s"
         retry = {"retry-after": str(RETRY_AFTER_S)}
@@ -112,7 +113,7 @@ class Gate:
         if self.inner is None or state.phase in ("starting", "dead"):
             raise HttpError(503, f"The server is {state.phase}: {state.reason}", code=state.phase,
                             retry_after_s=RETRY_AFTER_S, reason=state.phase)  # fmt: skip
-        if state.phase == "draining" and path.startswith(_INFERENCE):
+        if state.phase == "draining" and is_model(path):
             raise HttpError(503, "The server is draining and takes no new requests.",
                             code="draining", retry_after_s=RETRY_AFTER_S,
                             reason="draining")  # fmt: skip
@@ -139,7 +140,7 @@ class Gate:
         if length.isdigit() and int(length) > self.server.max_body_bytes:
             return too_large(self.server.max_body_bytes)
         most = self.server.max_in_flight
-        if self.state.in_flight >= most and path.startswith(_INFERENCE):
+        if self.state.in_flight >= most and is_model(path):
             return HttpError(429, f"The server is at its limit of {most} requests.",
                              retry_after_s=1, reason="queue_full")  # fmt: skip
         return None
@@ -149,7 +150,7 @@ class Gate:
     ) -> None:
         assert self.inner is not None
         limited = RequestLimits(scope, receive, send, self.server, self.limits)
-        counts = scope["path"].startswith(_INFERENCE)
+        counts = is_model(scope["path"])
         if counts:
             self.state.enter()
         try:
@@ -178,5 +179,4 @@ class Gate:
 
 def _rated(scope: Scope) -> bool:
     """Whether its caller's rates concern a request."""
-    path: str = scope["path"]
-    return path.startswith(_INFERENCE) and not is_admin(path)
+    return is_model(scope["path"]) and not is_admin(scope["path"])

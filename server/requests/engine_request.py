@@ -85,6 +85,18 @@ def prepare(
     return replace(request, prompt=prompt, base_ids=base_ids, pad=pad, tag=tag)
 
 
+def end_at(params: SamplingParams, ids: Sequence[int]) -> None:
+    """Lets more tokens end a reply, as the model's own end does; `params` is changed in place.
+
+    Args:
+        params: of a request; nothing is changed where it ignores the model's own end.
+        ids: tokens of the base.
+    """
+    if ids and not params.ignore_eos:
+        params.stop_token_ids = [*dict.fromkeys([*(params.stop_token_ids or ()), *ids])]
+        params._all_stop_token_ids |= set(ids)
+
+
 def refuse_lag(pad: int, hybrid: bool) -> None:
     """Refuses own prompts that the base would lag behind, if its layers keep a state.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 from pydantic import ValidationError
@@ -13,7 +14,8 @@ from server.settings.config import NAME
 from server.validation import problems
 from steering.errors import BadValue, NotFound
 from steering.method import Limits, Snapshot
-from steering.resolve import Methods, check_profile
+from steering.plan import SteeringPlan
+from steering.resolve import Methods, Resolved, check_profile
 from steering.spec import Profile
 
 MOST = 1000
@@ -32,6 +34,9 @@ class Profiles(Mapping[str, Profile]):
         methods: the installed methods.
         snapshot: the server's streams.
         limits: the server's ranges.
+        vocabulary: rows of the base's embedding table; None: unknown.
+        end_tokens: by stream, the tokens of the base that end the stream's texts and not the
+            base's.
 
     Raises:
         SteeringError: a profile that cannot be resolved, with fields under `profiles.<name>`.
@@ -46,12 +51,15 @@ class Profiles(Mapping[str, Profile]):
         snapshot: Snapshot,
         limits: Limits,
         aliases: Collection[str] = (),
+        vocabulary: int | None = None,
+        end_tokens: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ) -> None:
         self._aliases = aliases
         self._configured = dict(configured)
         self._put: dict[str, Profile] = {}
         self._base_name = base_name
         self._methods, self._snapshot, self._limits = methods, snapshot, limits
+        self._vocabulary, self._end_tokens = vocabulary, end_tokens
         for name, profile in self._configured.items():
             self._check(name, profile)
 
@@ -64,6 +72,20 @@ class Profiles(Mapping[str, Profile]):
 
     def __len__(self) -> int:
         return len(self._configured) + len(self._put)
+
+    def stop_token_ids(self, name: str, plan: SteeringPlan | None = None) -> tuple[int, ...]:
+        """The tokens that end replies of a profile, beside the base's own; by rising id.
+
+        Args:
+            name: of the profile.
+            plan: of a request with it; None: the profile's own.
+        """
+        profile = self[name]
+        if profile.stop_token_ids is not None:
+            return profile.stop_token_ids
+        weights = (plan or self._check(name, profile).plan).weights
+        found = {end for stream, c in weights if c > 0 for end in self._end_tokens.get(stream, ())}
+        return tuple(sorted(found))
 
     def origin(self, name: str) -> Origin:
         """Where a profile comes from."""
@@ -121,8 +143,13 @@ class Profiles(Mapping[str, Profile]):
             raise HttpError(409, f"The profile {name!r} is in the configuration file: change it "
                             "there and restart.", param="name")  # fmt: skip
 
-    def _check(self, name: str, profile: Profile) -> None:
+    def _check(self, name: str, profile: Profile) -> Resolved:
         resolved = check_profile(
             name, profile, methods=self._methods, snapshot=self._snapshot, limits=self._limits
         )
         check_profile_templates(name, profile, resolved)
+        for i, end in enumerate(profile.stop_token_ids or ()):
+            if self._vocabulary is not None and end >= self._vocabulary:
+                raise BadValue("no token of the base", value=end, allowed=f"< {self._vocabulary}",
+                               field=f"profiles.{name}.stop_token_ids.{i}")  # fmt: skip
+        return resolved

@@ -6,7 +6,11 @@ import difflib
 from dataclasses import replace
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field, ModelWrapValidatorHandler, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
+from vllm.entrypoints.anthropic.protocol import (
+    AnthropicCountTokensRequest,
+    AnthropicMessagesRequest,
+)
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -31,6 +35,13 @@ HARMLESS = frozenset(
 )  # fmt: skip
 """Fields of the OpenAI API that vLLM does not have and whose absence changes no answer's meaning:
 common clients send them."""
+
+
+OURS = frozenset({"steering", "adapters"})
+"""The fields that are ours."""
+
+_LIKE = 0.75
+"""From which likeness on, 0 to 1, a field's name is taken for a misspelt one of ours."""
 
 
 class ReadableMixin(BaseModel):
@@ -87,6 +98,18 @@ class SteeredResponsesRequest(SteeringMixin, ResponsesRequest):
         return replace(super().build_tok_params(model_config), add_special_tokens=False)
 
 
+class SteeredMessagesRequest(SteeringMixin, AnthropicMessagesRequest):
+    """Body of POST /v1/messages."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class SteeredCountRequest(SteeringMixin, AnthropicCountTokensRequest):
+    """Body of POST /v1/messages/count_tokens."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 class TokenizeMessages(ReadableMixin, TokenizeChatRequest):
     """Body of POST /tokenize with messages."""
 
@@ -95,19 +118,37 @@ class TokenizeText(ReadableMixin, TokenizeCompletionRequest):
     """Body of POST /tokenize with a text."""
 
 
-def refuse_unknown(request: BaseModel) -> None:
+def refuse_unknown(request: BaseModel, *, every: bool) -> None:
     """Refuses fields that nobody would read.
 
-    vLLM ignores them: a misspelt `steering` or `seed` would go unnoticed.
+    As with OpenAI and vLLM they are ignored, but for what is written like a field of ours: the
+    reply would not be steered, and nothing would tell.
+
+    Args:
+        request: a body.
+        every: whether all of them are refused.
 
     Raises:
         BadValue: the first such field, with the one that may be meant.
     """
     known = type(request).model_fields
     for name in sorted((request.model_extra or {}).keys() - HARMLESS):
+        ours = _ours(name) if known.keys() >= OURS else None
+        if ours is None and not every:
+            continue
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise BadValue(f"unknown field{hint}", field=name)
+        meant = ours or (near[0] if near else None)
+        raise BadValue(f"unknown field; did you mean {meant}?" if meant else "unknown field",
+                       field=name)  # fmt: skip
+
+
+def _ours(name: str) -> str | None:
+    """Which field of ours a field that is unknown is written like."""
+    name = name.lower()
+    for field, stem in (("steering", "steer"), ("adapters", "adapter")):
+        if name.startswith(stem) or difflib.SequenceMatcher(None, name, field).ratio() >= _LIKE:
+            return field
+    return None
 
 
 TokenizeAny = TokenizeText | TokenizeMessages

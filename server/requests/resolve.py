@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from server.access import Access
+from server.adapting.resolve import AdapterRef
 from server.adapting.service import Adapters
 from server.context import RequestContext
 from server.errors import HttpError
@@ -25,7 +26,7 @@ from steering.errors import BadValue
 from steering.method import Limits, OwnPrompt, Snapshot
 from steering.plan import BARE
 from steering.resolve import Methods, Resolved, resolve
-from steering.spec import FIELD, SteeringRequest, read_steering
+from steering.spec import FIELD, Profile, SteeringRequest, read_steering
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,16 @@ class Resolver:
         raise HttpError(404, f"model: no such model (got {asked!r}); served: {known}",
                         param="model", code="model_not_found")  # fmt: skip
 
+    def profile_of(self, model: str | None, steering: object) -> Profile | None:
+        """The profile that a request names by its `model` or its `steering` field; None without
+        one, and where `resolve` will find fault with it.
+        """
+        named = steering.get("profile") if isinstance(steering, Mapping) else steering
+        for name in (named, self.aliases.get(model or "", model)):
+            if isinstance(name, str) and name in self.profiles:
+                return self.profiles[name]
+        return None
+
     def served(self, access: Access) -> list[str]:
         """Names of the models that a key may use."""
         adapters = self.adapters.names(access) if self.adapters is not None else []
@@ -103,6 +114,7 @@ class Resolver:
             SteeringError: what is wrong with a field, or does not go together.
             NoAdapter: an adapter is not ready here.
         """
+        await self.load_missing(parsed.model, parsed.adapters, context.access)
         model = self.model_of(parsed.model, context.access)
         context.model, context.method = model.name, BARE.method
         asked = self._steering(parsed, model, context.access)
@@ -126,6 +138,29 @@ class Resolver:
                 for conversation in await self._distinct(found, parsed)
             ]
         return result
+
+    async def load_missing(
+        self, model: str | None, refs: Sequence[AdapterRef], access: Access
+    ) -> None:
+        """Has adapters loaded that a request names and nobody has registered, as far as the
+        configuration says so.
+
+        Args:
+            model: as the request wrote it.
+            refs: its `adapters` field.
+            access: what its key may use.
+
+        Raises:
+            HttpError: 403, the key may not use one.
+            AdapterError: one cannot be had, or not in time.
+        """
+        if self.adapters is None:
+            return
+        model = self.aliases.get(model or "", model)
+        ours = not model or model == self.base_name or model in self.profiles
+        await self.adapters.load_missing(
+            None if ours else model, refs if self.inline else (), access
+        )  # fmt: skip
 
     def _steering(
         self, parsed: ParsedRequest, model: Model, access: Access
@@ -169,8 +204,9 @@ class Resolver:
                 plan, model.adapter, parsed.adapters, request.limits.weight, context.access,
                 context.resources,
             )  # fmt: skip
+        stops = self.profiles.stop_token_ids(request.profile, plan) if request.profile else ()
         result = ResolvedRequest(
-            [plan], request.profile, template, parsed.max_tokens, parsed.max_tokens_field,
+            [plan], request.profile, template, stops, parsed.max_tokens, parsed.max_tokens_field,
             parsed.n, adapter_set, adapters,
         )  # fmt: skip
         return replace(found, plan=plan), result

@@ -59,6 +59,7 @@ class ResolvedRequest:
         plans: the plan of each of the request's prompts, in order; a single one holds for all.
         profile: the profile it came from, or None.
         chat_template: the base's, if the profile brings one.
+        stop_token_ids: the profile's token ids that end a reply, beside the base's own.
         max_tokens: what the caller asked for explicitly, or None.
         max_tokens_field: what the request calls that.
         n: choices per prompt.
@@ -72,6 +73,7 @@ class ResolvedRequest:
     plans: Sequence[SteeringPlan]
     profile: str | None = None
     chat_template: str | None = None
+    stop_token_ids: Sequence[int] = ()
     max_tokens: int | None = None
     max_tokens_field: str = "max_tokens"
     n: int = 1

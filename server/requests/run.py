@@ -20,12 +20,19 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from adapters.errors import AdapterError, passing
 from adapters.sets import AdapterSet
 from server.adapting.residency import Residency
+from server.adapting.served_names import ServedNames
 from server.context import RequestContext
 from server.operation import metrics
 from server.operation.counting import counted
 from server.operation.limits import check_prompt, fit_context, limit_reply
 from server.requests import best_of_n
-from server.requests.engine_request import EngineRequest, keep_apart, prepare, refuse_lag
+from server.requests.engine_request import (
+    EngineRequest,
+    end_at,
+    keep_apart,
+    prepare,
+    refuse_lag,
+)
 from server.requests.failures import ours, ours_in
 from server.requests.resolved import Report, ResolvedRequest
 from server.settings.operating import LimitsConfig
@@ -39,6 +46,7 @@ class Engine(Protocol):
 
     model_config: Any
     residency: Residency | None
+    served_names: ServedNames
 
     def submit(self, request: EngineRequest) -> AsyncGenerator[RequestOutput, None]:
         """Runs a prepared request; closing the generator aborts it."""
@@ -102,6 +110,7 @@ class RequestEngine:
         if isinstance(request.prompt, dict) and "prompt_token_ids" in request.prompt:
             check_prompt(self._limits, len(request.prompt["prompt_token_ids"]))
         limit_reply(request.params, self._limits.max_output_tokens)
+        end_at(request.params, self.resolved.stop_token_ids)
         plan, wanted = self.resolved.plan_of(index), self.resolved.adapter_set
         if plan.adapters:
             assert wanted is not None
@@ -155,17 +164,20 @@ class RequestEngine:
         residency = self.engine.residency
         assert residency is not None
         residency.check_room(wanted)
+        names, served = [one.name for one in self.resolved.adapters], self.engine.served_names
 
         async def held() -> AsyncGenerator[RequestOutput, None]:
             began = time.perf_counter()
             async with AsyncExitStack() as stack:
                 try:
-                    await stack.enter_async_context(residency.holding(wanted))
+                    with served.waiting(names):
+                        await stack.enter_async_context(residency.holding(wanted))
                 except AdapterError as error:
                     if not passing(error):
                         raise
                     # Of what vLLM does not know it makes a 500, and a traceback, in streams.
                     raise RetryableRequestError(str(error)) from error
+                stack.enter_context(served.using(wanted.name, names))
                 await stack.enter_async_context(aclosing(outputs))
                 metrics.WAIT_SECONDS.observe(time.perf_counter() - began)
                 async for output in outputs:

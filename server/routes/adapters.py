@@ -122,7 +122,7 @@ async def load_adapter(raw_request: Request) -> Response:
     return JSONResponse(described(record, found), 202)
 
 
-@router.get("/admin/adapters/{name}")
+@router.get("/admin/adapters/{name:path}")
 async def get_adapter(name: str, raw_request: Request) -> Response:
     """One adapter."""
     found = _adapters(raw_request)
@@ -131,21 +131,21 @@ async def get_adapter(name: str, raw_request: Request) -> Response:
     return JSONResponse(described(record, found, progress.get(name, 0)))
 
 
-@router.delete("/admin/adapters/{name}", status_code=202)
+@router.delete("/admin/adapters/{name:path}", status_code=202)
 async def unload_adapter(name: str, raw_request: Request) -> Response:
     """Unloads an adapter: new requests no longer find it, running ones finish."""
     found = _adapters(raw_request)
     return JSONResponse(described(await found.manager.remove(name), found), 202)
 
 
-@router.post("/admin/adapters/{name}/pin")
+@router.post("/admin/adapters/{name:path}/pin")
 async def pin_adapter(name: str, raw_request: Request) -> Response:
     """Brings an adapter into the engine and keeps it there."""
     found = _adapters(raw_request)
     return JSONResponse(described(await found.pin(name, True), found))
 
 
-@router.post("/admin/adapters/{name}/unpin")
+@router.post("/admin/adapters/{name:path}/unpin")
 async def unpin_adapter(name: str, raw_request: Request) -> Response:
     """Lets an adapter be evicted again."""
     found = _adapters(raw_request)

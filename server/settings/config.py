@@ -164,6 +164,12 @@ class AdaptersConfig(Section):
         "looks for `<source>/<name>`, in this order; each inside `roots` or `remotes`. `hf://`: "
         "names are `owner/name`. Absent: `roots`, then `remotes`.",
     )
+    request_wait_s: float = Field(
+        60.0,
+        gt=0,
+        description="How long a request waits for an adapter that `load_on_request` loads, in "
+        "seconds; then it is refused with 503, and the load goes on.",
+    )
     max_loaded: int = Field(
         8,
         ge=1,

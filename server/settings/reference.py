@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from server.settings import auth, config, operating
-from steering.spec import Profile, ProfileLimits
+from steering.spec import Profile, ProfileLimits, Sampling
 
 _HEAD = """\
 # Configuration
@@ -51,6 +51,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("streams.NAME", config.StreamConfig),
     ("profiles.NAME", Profile),
     ("profiles.NAME.limits", ProfileLimits),
+    ("profiles.NAME.sampling", Sampling),
     ("steering", config.SteeringConfig),
     ("steering.speculation", config.SpeculationConfig),
     ("auth", auth.AuthConfig),

@@ -25,10 +25,17 @@ START_S = 240.0
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
+CHAT_END = 6
+"""The token, `<|end|>`, that ends the texts of `chat`, as tuned models have one of their own."""
+
+
 def make_models(root: Path) -> None:
     """A base without chat template, and two companions."""
     make_model(root / "base", "llama", seed=1)
     make_model(root / "chat", "qwen2", seed=2)
+    ends = root / "chat" / "generation_config.json"
+    said = json.loads(ends.read_text()) if ends.is_file() else {}
+    ends.write_text(json.dumps({**said, "eos_token_id": [2, CHAT_END]}))
     make_model(root / "plain", "qwen2", seed=3)
     for file in (root / "base").glob("chat_template*"):
         file.unlink()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,10 @@ def folders(models: Path) -> dict[str, Path]:
     root, base = models / "adapters", models / "base"
     found = {name: make_lora(root / name, base, seed=10 + i) for i, name in enumerate("abcde")}
     found["f"] = make_lora(root / "f", models / "chat", seed=30)
+    for i, name in enumerate(("acme/first", "acme/pinned", "second")):
+        found[name] = make_lora(root / "asked" / name, base, seed=20 + i)
+    (root / "asked" / "broken").mkdir()
+    (root / "asked" / "broken" / "adapter_config.json").write_text("{}")
     found["pack"] = make_native(root / "pack", base, tasks=3, seed=40)
     return found
 
@@ -36,6 +42,7 @@ def server(models: Path, folders: dict[str, Path]) -> Iterator[Server]:
     section = {
         "roots": ["./adapters"], "max_loaded": 3, "max_rank": 24,
         "preload": [{"name": "a", "source": "./adapters/a"}],
+        "load_on_request": True, "request_sources": ["./adapters/asked"],
     }  # fmt: skip
     config = document(adapters=section, registry={"directory": "./state"}, playground=False)
     found = Server(models, config)
@@ -110,3 +117,94 @@ def test_a_server_without_playground_has_neither_page_nor_offers(server: Server)
     for path in ("/playground", "/playground/main.js"):
         assert server.get(path).status_code == 404
     assert server.get("/v1/playground").status_code == 404
+
+
+def refused(server: Server, **body: Any) -> tuple[int, dict[str, Any]]:
+    request = {"model": "big", "prompt": PROMPT, "max_tokens": 1, **body}
+    answer = httpx.post(f"{server.url}/v1/completions", json=request, timeout=60)
+    return answer.status_code, answer.json()["error"]
+
+
+def test_an_adapter_is_loaded_by_the_first_request_that_names_it(
+    server: Server, folders: dict[str, Path]
+) -> None:
+    base, name = folders["a"].parents[1] / "base", "acme/first"
+    assert server.get(f"/admin/adapters/{name}").status_code == 404
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: ask(server, model=name), range(6)))
+    for answer in answers:
+        assert answer["model"] == name
+        expect(answer, base, Applied(folders[name]))
+    record = server.get(f"/admin/adapters/{name}").json()
+    assert (record["state"], record["loaded_by"]) == ("ready", "a request")
+    mixed = ask(server, model="a", adapters=[{"name": "second", "weight": 0.5}])
+    expect(mixed, base, Applied(folders["a"]), Applied(folders["second"], 0.5))
+
+
+def test_what_no_source_has_is_not_found_and_what_is_broken_is_told(server: Server) -> None:
+    before = server.get("/admin/adapters").json()["adapters"]
+    for name in ("nowhere", "acme/nowhere", "../b", "acme/../../b", "acme/first/x", "/etc", "b@1"):
+        if name != "b@1":
+            status, error = refused(server, model=name)
+            assert (status, error["code"]) == (404, "model_not_found"), name
+        status, error = refused(server, adapters=[{"name": f"x{name}"}])
+        assert (status, error["param"]) == (404, "adapters.0.name"), name
+    assert server.get("/admin/adapters").json()["adapters"] == before
+    for _ in range(2):
+        status, error = refused(server, model="broken")
+        assert (status, error["param"]) == (422, "model")
+        assert "adapter_config.json" in error["message"]
+
+
+def test_names_of_a_hub_can_be_administered(server: Server, folders: dict[str, Path]) -> None:
+    name = "acme/pinned"
+    record = load(server, name, folders[name], version="2")
+    assert (record["name"], record["state"]) == (name, "ready"), record
+    for spelled in (name, "acme%2Fpinned"):
+        for verb, pinned in (("pin", True), ("unpin", False)):
+            answer = server.post(f"/admin/adapters/{spelled}/{verb}", None)
+            assert (answer.status_code, answer.json()["pinned"]) == (200, pinned)
+    assert ask(server, model=f"{name}@2")["model"] == f"{name}@2"
+    assert server.get(f"/v1/models/{name}").json()["id"] == name
+    assert f'adapter_name="{name}"' in server.get("/metrics").text
+    assert server.delete(f"/admin/adapters/{name}").status_code == 202
+    for bad in ("a/b/c", "/a", "a/", "a//b", "../a", "a/..", ".a/b"):
+        answer = server.post("/admin/adapters", {"name": bad, "source": str(folders["b"])})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "name"), bad
+    status, error = refused(server, model="acme/pinned@1/2")
+    assert status == 404, error
+
+
+def label(page: str, name: str) -> set[str]:
+    """The names in the newest series of `vllm:lora_requests_info`."""
+    lines = [one for one in page.splitlines() if one.startswith("vllm:lora_requests_info{")]
+    newest = max(lines, key=lambda line: float(line.split()[-1]), default="")
+    return {one for one in newest.partition(f'{name}="')[2].partition('"')[0].split(",") if one}
+
+
+def test_routers_read_the_names_that_clients_send(server: Server, folders: dict[str, Path]) -> None:
+    load(server, "b", folders["b"], replace=True)
+    long = {"max_tokens": 200, "ignore_eos": True}
+    bodies: list[dict[str, Any]] = [
+        {"model": "a"}, {"model": "big", "adapters": [{"name": "a"}, {"name": "b"}]},
+    ]  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(ask, server, **body, **long) for body in bodies]
+
+        def seen() -> str | None:
+            page = server.get("/metrics").text
+            return page if label(page, "running_lora_adapters") == {"a", "b"} else None
+
+        page = until(seen)
+        for one in running:
+            one.result()
+    assert 'max_lora="3"' in page
+    (loaded,) = re.findall(r'vllm:lora_adapter_loaded\{(.*adapter_name="a".*)\} 1', page)
+    assert 'level="gpu"' in loaded and 'pinned="false"' in loaded and 'model_name="big"' in loaded
+    assert "vllm:max_gpu_lora_adapters" in page
+    ask(server)  # without any
+
+    def gone() -> bool:
+        return not label(server.get("/metrics").text, "running_lora_adapters")
+
+    assert until(gone)

@@ -27,7 +27,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from server.operation.auth import is_admin
+from server.paths import is_admin
 from tests.server.fuzz.sound import bodies, names
 from tests.strange import spoiled, values
 
@@ -47,6 +47,7 @@ CHECKS = [
 `positive_data_acceptance`: which tokens, streams and adapters there are, the schema cannot say."""
 
 SHARES = {"POST /v1/completions": 6, "POST /v1/chat/completions": 6, "POST /v1/responses": 4,
+          "POST /v1/messages": 4, "POST /v1/messages/count_tokens": 2, "POST /invocations": 2,
           "POST /tokenize": 2, "POST /detokenize": 2, "PUT /admin/profiles/{name}": 6,
           "POST /admin/adapters": 4, "POST /v1/load_lora_adapter": 3,
           "POST /v1/unload_lora_adapter": 2, "GET /v1/models/{name}": 2,

@@ -125,6 +125,19 @@ def bodies(root: str) -> dict[str, st.SearchStrategy[Body]]:
             {"model": models, "input": st.sampled_from(WORDS), "max_output_tokens": _few()},
             optional={**_sampling(), "instructions": st.sampled_from(WORDS)},
         ),
+        "POST /v1/messages": fixed(
+            {"model": models, "messages": _messages(), "max_tokens": _few()},
+            optional={**_sampling(), "system": st.sampled_from(WORDS), "top_k": st.integers(0, 5),
+                      "stop_sequences": st.sampled_from([["a"], []])},
+        ),
+        "POST /v1/messages/count_tokens": fixed(
+            {"model": models, "messages": _messages()},
+            optional={"steering": steering(), "adapters": adapters(),
+                      "system": st.sampled_from(WORDS)},
+        ),
+        "POST /invocations": fixed({"model": models, "prompt": prompts, "max_tokens": _few()})
+        | fixed({"model": models, "messages": _messages(), "max_tokens": _few()},
+                optional=_sampling()),
         "POST /tokenize": fixed({"model": models, "prompt": st.sampled_from(WORDS)})
         | fixed({"model": models, "messages": _messages()}),
         "POST /detokenize": fixed(

@@ -1,0 +1,92 @@
+"""Anthropic's Messages API: read as a chat request, answered by vLLM's own class."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import lru_cache
+from typing import Any
+
+from fastapi import Request
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+from server.requests.protocol import (
+    SteeredChatRequest,
+    SteeredCountRequest,
+    SteeredMessagesRequest,
+)
+
+
+class SteeredMessages(AnthropicServingMessages):
+    """VLLM's handler, for requests that are chat requests by now."""
+
+    async def to_chat(
+        self, request: SteeredMessagesRequest | SteeredCountRequest, template: str | None
+    ) -> SteeredChatRequest:
+        """The chat request that a request stands for.
+
+        Args:
+            request: in Anthropic's form.
+            template: the base's chat template for it; None: the server's.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        disabled = request.thinking is not None and request.thinking.type == "disabled"
+        effort = await self._get_disabled_thinking_effort() if disabled else "none"
+        merge = self._merge_inline_system if template is None else _first_only(template)
+        chat = self.to_chat_completion_request(
+            request, merge_inline_system=merge, disabled_thinking_effort=effort
+        )
+        chat.max_completion_tokens = None  # the same as `max_tokens`, whose name clients know
+        found = SteeredChatRequest.model_construct(chat.model_fields_set, **vars(chat))
+        found.steering, found.adapters = request.steering, request.adapters
+        return found
+
+    async def answer(
+        self, chat: SteeredChatRequest, raw: Request
+    ) -> AsyncGenerator[str, None] | AnthropicMessagesResponse | ErrorResponse:
+        """The answer in Anthropic's form to a request that `to_chat` made."""
+        result = await self.create_chat_completion(chat, raw)
+        if isinstance(result, ErrorResponse):
+            return result
+        if isinstance(result, ChatCompletionResponse):
+            return self.messages_full_converter(result)
+        return self.message_stream_converter(result)
+
+    async def message_stream_converter(
+        self, generator: AsyncGenerator[str, None]
+    ) -> AsyncGenerator[str, None]:
+        """VLLM's events; what ends `generator` is raised behind them."""
+        failed: list[Exception] = []
+
+        async def until_error() -> AsyncGenerator[str, None]:
+            try:
+                async with aclosing(generator):
+                    async for event in generator:
+                        yield event
+            except Exception as error:  # vLLM would make "internal_error" of all of them
+                failed.append(error)
+
+        async with aclosing(super().message_stream_converter(until_error())) as events:
+            async for event in events:
+                yield event
+        if failed:
+            raise failed[0]
+
+    async def count(self, chat: SteeredChatRequest) -> int | ErrorResponse:
+        """Tokens of a request's prompt, as the base reads it."""
+        found: Any = await self.render_chat_request(chat)
+        if isinstance(found, ErrorResponse):
+            return found
+        _, (prompt,) = found
+        return len(prompt["prompt_token_ids"])
+
+
+@lru_cache(maxsize=64)
+def _first_only(template: str) -> bool:
+    """Whether a chat template takes system messages at the beginning only."""
+    return bool(SteeredMessages._detect_merge_inline_system(template))
