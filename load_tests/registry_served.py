@@ -34,7 +34,8 @@ async def tick(pauses: Path) -> None:
 
 def run(pauses: Path, arguments: list[str]) -> int:
     """The server's exit status."""
-    opened = assemble.opened
+    module: Any = assemble
+    opened = module.opened
 
     @asynccontextmanager
     async def timed(*args: Any, **options: Any) -> AsyncIterator[Any]:
@@ -47,7 +48,7 @@ def run(pauses: Path, arguments: list[str]) -> int:
         finally:
             ticking.cancel()
 
-    assemble.opened = timed  # type: ignore[assignment]
+    module.opened = timed
     return main.run(arguments)
 
 

@@ -95,7 +95,7 @@ class Residency:
     @property
     def alone(self) -> set[tuple[str | None, str | None]]:
         """(owner, digest) of the adapters that are sets of their own in the engine."""
-        members = [seat.found.members for seat in self._seats.values()]
+        members = [slot.found.members for slot in self._taken.values()]
         return {(one[0].owner, one[0].digest) for one in members if len(one) == 1}
 
     @property

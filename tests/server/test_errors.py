@@ -30,4 +30,4 @@ def test_every_adapter_error_has_its_status() -> None:
 def test_what_may_pass_says_when_to_try_again(name: str) -> None:
     found = from_adapters(getattr(adapters.errors, name)("gone"))
     assert found.param is None
-    assert int(response(found).headers["retry-after"]) > 0
+    assert int(response(found, "/v1/models").headers["retry-after"]) > 0
