@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import logging
 import multiprocessing
@@ -178,6 +179,7 @@ class Run:
             loaded = await in_thread(lambda: load(self.config, diagnosis, stage))
             self.engine = loaded.engine
             stage("starting the engine")
+            await in_thread(_settle_memory)
             try:
                 serving = await assemble(
                     self.config, self.state, loaded, self.closing, stage, self.rates
@@ -190,6 +192,7 @@ class Run:
                 raise StartFailed([f"registry: {error}"]) from error
             app = await building
             app.state.serving = serving
+            await in_thread(_settle_memory)
             seconds = progress.seconds
         self.gate.inner = app
         self.state.become_ready()
@@ -290,3 +293,11 @@ def serve(config: Config) -> int:
         for problem in error.problems:
             say(f"coxswain: {problem}")
         return 1
+
+
+def _settle_memory() -> None:
+    """What is there now stays: Python's collector would walk through all of vLLM again and again,
+    and stop the event loop for some tenths of a second each time.
+    """
+    gc.collect()
+    gc.freeze()

@@ -16,6 +16,11 @@ from redis.backoff import NoBackoff
 
 from adapters.registry.address import Address
 
+_AT_ONCE = 48
+"""Scripts that run at the same time, each on a connection: redis-py's pools have 100, and fail
+whoever asks for one more.
+"""
+
 
 class Client:
     """Lives on one event loop. Connects when it is first used.
@@ -58,6 +63,7 @@ class Client:
             self.redis = Redis(host=host, port=port, db=address.database, **login, **options,
                                **secure)  # fmt: skip
         self._digests: dict[str, str] = {}
+        self._turns = asyncio.Semaphore(_AT_ONCE)
 
     async def run(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """What a script answers. Its keys must share a hash tag.
@@ -69,10 +75,11 @@ class Client:
         if digest is None:
             sha = hashlib.sha1(script.encode(), usedforsecurity=False)
             digest = self._digests[script] = sha.hexdigest()
-        try:
-            return await self.redis.evalsha(digest, len(keys), *keys, *args)
-        except exceptions.NoScriptError:
-            return await self.redis.eval(script, len(keys), *keys, *args)
+        async with self._turns:
+            try:
+                return await self.redis.evalsha(digest, len(keys), *keys, *args)
+            except exceptions.NoScriptError:
+                return await self.redis.eval(script, len(keys), *keys, *args)
 
     async def close(self) -> None:
         """Gives all connections back."""

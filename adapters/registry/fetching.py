@@ -96,14 +96,10 @@ class Fetching:
             if telling is not None:
                 telling.cancel()
 
-    async def stored(self, want: Content) -> Path:
-        """A content's files, unread if they are here: they are read when the engine needs them.
-
-        Raises:
-            AdapterError: they are not, and cannot be had.
-        """
+    def stored(self, want: Content) -> Path | None:
+        """A content's files if they are here, unread: they are when the engine needs them."""
         assert want.digest is not None
-        return self._fetcher.store.folder(want.digest) or await self.folder(want)
+        return self._fetcher.store.folder(want.digest)
 
     async def folder(self, want: Content) -> Path:
         """A content's files, checked; fetched again where they are missing or were changed.

@@ -29,6 +29,7 @@ from adapters.registry.loader import Loaded, Loader
 from adapters.registry.mending import Mender
 from adapters.registry.record import WORKING, Content, Record, check_name, check_version
 from adapters.registry.registry import Registry
+from adapters.registry.settling import Settling
 from adapters.registry.store import Store
 from adapters.sources.fetch import Fetcher
 from adapters.sources.source import parse_source
@@ -37,9 +38,6 @@ logger = logging.getLogger("coxswain")
 
 _RETRY_S = 5.0
 _COLLECT_S = 600.0
-
-_BATCH = 100
-"""Adapters that are looked at before the event loop gets its turn."""
 
 
 class Manager:
@@ -79,9 +77,7 @@ class Manager:
         self.loaded: Mapping[str, Loaded] = MappingProxyType(self._here)
         """Everything that answers here, by name."""
         self._failed: dict[str, Failure] = {}
-        self._unsettled: dict[str, None] = {}  # names that may have something to do, in order
-        self._wake = asyncio.Event()
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._settling = Settling(self, self._steps)
         self._leaving: dict[asyncio.Task[None], Content] = {}
         self._mender = Mender(fetcher.store, self._named, self._fetching.folder)
 
@@ -113,7 +109,7 @@ class Manager:
     @property
     def unsettled(self) -> list[str]:
         """Adapters that may not be here as their records say; all others are."""
-        return [*self._unsettled, *(self._tasks.keys() - self._unsettled.keys())]
+        return self._settling.unsettled
 
     async def progress(self, records: Iterable[Record]) -> dict[str, int]:
         """Bytes fetched so far, by name, of those that are being fetched."""
@@ -193,13 +189,13 @@ class Manager:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.feed.run())
-                group.create_task(self._settle())
+                group.create_task(self._settling.run())
                 group.create_task(self._collect())
         finally:
-            tasks = [*self._tasks.values(), *self._leaving]
-            for task in tasks:
+            await self._settling.end()
+            for task in self._leaving:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*self._leaving, return_exceptions=True)
             with contextlib.suppress(RegistryAway):
                 for record in self.records.values():
                     if record.owner == self.registry.replica and record.state in WORKING:
@@ -213,45 +209,20 @@ class Manager:
             if serving and loaded and serving.key == loaded.content.key:
                 self._here[name] = Loaded(serving, loaded.folder)
         # What is pinned answers first, and has its place in the engine first.
-        self._unsettled |= dict.fromkeys(sorted(changed, key=lambda n: n not in self.feed.pinned))
-        self._wake.set()
+        self._settling.look_at(sorted(changed, key=lambda n: n not in self.feed.pinned))
 
-    async def _settle(self) -> None:
-        """Starts a task for every adapter that has something to do and none under way.
+    def away(self) -> bool:
+        """Whether the registry cannot be reached."""
+        return self.feed.away is not None
 
-        What changed is looked at at once, what is under way again every second: failures that may
-        pass, and owners that died, are noticed without any write.
-        """
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await self._wake.wait()
-            self._wake.clear()
-            for i, name in enumerate(list(self._unsettled)):
-                if self.feed.away is not None:
-                    break
-                if name not in self._tasks:
-                    self._begin(name)
-                if i % _BATCH == _BATCH - 1:
-                    await asyncio.sleep(0)
-
-    def _begin(self, name: str) -> None:
-        if self._next(name) != "nothing":
-            task = asyncio.create_task(self._steps(name), name=f"adapter {name}")
-            self._tasks[name] = task
-            task.add_done_callback(lambda done: self._done(name, done))
-            return
+    def rests(self, name: str) -> bool:
+        """Whether an adapter with nothing to do has none until its record changes."""
         record = self.records.get(name)
         waits = record is not None and record.state in (*WORKING, "unloading")
-        if not waits and name not in self._failed:
-            self._unsettled.pop(name, None)  # until its record changes
+        return not waits and name not in self._failed
 
-    def _done(self, name: str, task: asyncio.Task[None]) -> None:
-        del self._tasks[name]
-        self._unsettled[name] = None
-        log_unexpected(name, task)
-
-    def _next(self, name: str) -> Step:
+    def next_step(self, name: str) -> Step:
+        """What is to be done about an adapter."""
         record, here = self.records.get(name), self._here.get(name)
         failed = self._failed.get(name)
         if failed is not None:
@@ -266,7 +237,7 @@ class Manager:
     async def _steps(self, name: str) -> None:
         """Steps until there is nothing to do, or Redis is away: its return starts them again."""
         try:
-            while (step := self._next(name)) != "nothing":
+            while (step := self.next_step(name)) != "nothing":
                 record = self.records.get(name)
                 if step == "drop":
                     self._leave(self._here.pop(name).content)
@@ -338,7 +309,10 @@ class Manager:
         want = record.serving
         assert want is not None
         try:
-            folder = await self._fetching.stored(want)
+            folder = self._fetching.stored(want)
+            if folder is None:
+                self._settling.checked(record.name)
+                folder = await self._fetching.folder(want)
             try:
                 await self._check(record, folder)
             except BadAdapter:  # are these still the bytes that were registered?

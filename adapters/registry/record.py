@@ -43,7 +43,7 @@ _FOLLOWS: dict[State, frozenset[State]] = {
 }
 
 
-class Facts(msgspec.Struct, frozen=True):
+class Facts(msgspec.Struct, frozen=True, gc=False):
     """What loading found out about an adapter.
 
     Args:
@@ -59,7 +59,7 @@ class Facts(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...] = ()
 
 
-class Content(msgspec.Struct, frozen=True):
+class Content(msgspec.Struct, frozen=True, gc=False):
     """One content under one name. Two artefacts with the same digest have the same bytes.
 
     Args:
@@ -93,7 +93,7 @@ class Content(msgspec.Struct, frozen=True):
         )  # fmt: skip
 
 
-class Record(msgspec.Struct, frozen=True):
+class Record(msgspec.Struct, frozen=True, gc=False):
     """One adapter in the registry. Immutable; a change makes a new one.
 
     Args:

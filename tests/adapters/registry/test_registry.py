@@ -213,6 +213,15 @@ async def test_two_clients_and_thousands_of_operations_lose_no_write(
             assert (record.state in WORKING) <= bool(record.owner and record.job)
 
 
+async def test_hundreds_of_calls_at_once_wait_for_each_other(
+    redis_url: str, namespace: str
+) -> None:
+    async with opened(redis_url, namespace) as store:
+        registry = Registry(store, "me")
+        await asyncio.gather(*(registry.submit(content(f"n{i}")) for i in range(400)))
+        assert len(await all_records(store)) == 400
+
+
 async def test_garbage_in_redis_is_named_not_served(redis_url: str, namespace: str) -> None:
     async with opened(redis_url, namespace) as store:
         registry = Registry(store, "me")
