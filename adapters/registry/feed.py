@@ -77,8 +77,8 @@ class Feed:
     def trusts_leases(self) -> bool:
         """Whether a missing lease means a dead replica.
 
-        Not right after Redis was away: the others' leases ran out in that time as well, and
-        they get as long as a lease lasts to renew them.
+        Not right after Redis was away, or has lost writes: the others' leases ran out or went in
+        that time as well, and they get as long as a lease lasts to renew them.
         """
         back = self._back_since_s
         return self.away is None and (back is None or time.monotonic() - back > self._alive_s)
@@ -124,7 +124,7 @@ class Feed:
             self._store.registry, self._position = found.position.registry, NOWHERE
             return False
         if known.token and found.whole and found.position.writes - known.writes < LOG:
-            self.losses += 1
+            self._forgot()
             logger.error("Redis has lost the registry's last writes (it was restored, or failed "
                          "over); this replica follows what is left")  # fmt: skip
         self._take(found)
@@ -153,7 +153,7 @@ class Feed:
 
     async def _put_back(self, found: Changes) -> None:
         """Writes what this replica knew into a registry that does not; others do the same."""
-        self.losses += 1
+        self._forgot()
         into = found.position.registry
         missing = [record for name, record in self._records.items() if name not in found.records]
         logger.error("Redis has lost the registry (FLUSHALL, or another Redis in its place); this "
@@ -163,6 +163,11 @@ class Feed:
             await asyncio.gather(
                 *(self._store.swap(r.name, "", r, new_token(), into=into) for r in some)
             )
+
+    def _forgot(self) -> None:
+        """Redis has lost writes, and with them, it may be, leases of replicas that live."""
+        self.losses += 1
+        self._back_since_s = time.monotonic()
 
     def _lost_sight(self, error: Exception) -> None:
         if self.away is None:
