@@ -11,6 +11,10 @@ from tests.adapters.make import make_lora, make_native
 from tests.server.live import Server, document
 
 FULL, LIMITED, ADMIN = "key-full-0123", "key-limited-4567", "key-admin-89ab"
+TEAM = ("key-team-cdef", "key-team-0246")
+"""Two keys of one group."""
+
+LETTERS, METRICS = "clé-voilà", "key-metrics-8ace"
 
 
 @pytest.fixture(scope="package")
@@ -25,13 +29,16 @@ def folders(models: Path) -> dict[str, Path]:
 @pytest.fixture(scope="package")
 def keyed(models: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
           ) -> Iterator[Server]:  # fmt: skip
-    """Adapters `a` and `pack` are loaded; the limited key may use `own` and `a` only."""
+    """Adapters `a`, `pack` and the team's `secret` are loaded; a limited key: `own`, `a`."""
+    team = [{"key": key, "group": "team"} for key in TEAM]
     limited = {"key": LIMITED, "profiles": ["own"], "adapters": ["a"]}
     config = document(
         adapters={"roots": ["./keyed"], "max_loaded": 3, "max_rank": 24,
-                  "preload": [{"name": n, "source": f"./keyed/{n}"} for n in ("a", "pack")]},
+                  "preload": [*({"name": n, "source": f"./keyed/{n}"} for n in ("a", "pack")),
+                              {"name": "secret", "source": "./keyed/b", "visible_to": ["team"]}]},
         registry={"directory": str(tmp_path_factory.mktemp("state"))},
-        auth={"api_keys": [FULL, limited], "admin_key": ADMIN},
+        auth={"api_keys": [FULL, limited, *team, LETTERS],
+              "admin_key": ADMIN, "metrics_key": METRICS},
     )  # fmt: skip
     found = Server(models, config)
     try:

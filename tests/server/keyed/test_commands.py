@@ -49,7 +49,7 @@ def test_status_tells_what_the_admin_api_tells(shell: Shell, keyed: Server) -> N
     for words in ("status         ready", "base           big", "chat", "tokens run"):
         assert words in told
     found = shell.json("status")
-    assert found["status"] == "ready" and found["adapters"] == ["a", "pack"]
+    assert found["status"] == "ready" and found["adapters"] == ["a", "pack", "secret"]
     want = [one["name"] for one in keyed.get("/admin/streams").json()["streams"]]
     assert [one["name"] for one in found["streams"]] == want == ["base", "chat", "plain", "twin"]
 
@@ -105,8 +105,12 @@ def test_adapters_are_loaded_listed_pinned_and_unloaded(
 ) -> None:
     record = shell.json("adapters", "load", "b", str(folders["b"]), "--version", "7")
     assert record["state"] == "ready" and record["version"] == "7"
-    rows = {row.split()[0]: row for row in shell.out("adapters", "list").splitlines()[2:5]}
-    assert rows.keys() == {"a", "b", "pack"} and "lora" in rows["b"] and "meteora" in rows["pack"]
+    rows = {row.split()[0]: row for row in shell.out("adapters", "list").splitlines()[2:6]}
+    assert (
+        rows.keys() == {"a", "b", "pack", "secret"}
+        and "lora" in rows["b"]
+        and "meteora" in rows["pack"]
+    )
     assert shell.out("adapters", "pin", "b") == "b is pinned\n"
     assert shell.json("adapters", "show", "b")["pinned"] is True
     assert shell.json("adapters", "unpin", "b")["pinned"] is False

@@ -17,8 +17,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.access import Access
 from server.context import RequestContext, context_of, with_context
 from server.errors import HttpError, from_vllm
-from server.operation.auth import Auth, is_loopback
+from server.operation.auth import Auth
 from server.operation.gate import Gate
+from server.operation.local import is_loopback
 from server.operation.rate_limits import RateLimits
 from server.operation.state import ServerState
 from server.routes.body import strict_json
