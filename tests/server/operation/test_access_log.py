@@ -202,9 +202,7 @@ def test_text_is_for_people() -> None:
     assert lines[-1].startswith("coxswain: loading …")
 
 
-FORGED = (
-    "x\r\n\x1b[2Kcoxswain: request status=200\u2028coxswain: ready\ncoxswain: a\rcoxswain: b"
-)
+FORGED = "x\r\n\x1b[2Kcoxswain: request status=200\u2028coxswain: ready\ncoxswain: a\rcoxswain: b"
 
 
 @pytest.mark.parametrize("where", ["message", "field", "exception", "vllm"])
