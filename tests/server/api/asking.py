@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 
+from tests.models import VOCAB_SIZE
 from tests.server.live import Server
 
 PROXY = {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain"}
@@ -14,6 +15,9 @@ PROMPT = "Water boils at"
 IMAGE = [{"role": "user", "content": [
     {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}]}]  # fmt: skip
 GREEDY = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+BAD = VOCAB_SIZE - 1
+"""A token that breaks the stream `plain` of the server `fresh`: its next step gives no numbers."""
+
 LONG = "Please answer the question in one short sentence. " * 3
 
 

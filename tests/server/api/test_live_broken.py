@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from tests.models import VOCAB_SIZE, make_model
-from tests.server.api.asking import GREEDY, PROXY, complete, text
+from tests.server.api.asking import BAD, GREEDY, PROXY, complete, text
 from tests.server.live import Server, document
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
-
-BAD = VOCAB_SIZE - 1
-"""A token that breaks the stream `plain`."""
 
 TOOL = {
     "type": "function",
@@ -33,37 +26,6 @@ TOOL = {
         },
     },
 }
-
-
-def damaged(folder: Path, name: str, row: int, number: float) -> None:
-    (file,) = folder.glob("*.safetensors")
-    tensors = load_file(file)
-    tensors[name][row] = number
-    save_file(tensors, file, {"format": "pt"})
-
-
-@pytest.fixture(scope="module")
-def folder(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models of the other tests, but for streams that are broken."""
-    root = tmp_path_factory.mktemp("broken")
-    for name in ("base", "chat"):
-        (root / name).symlink_to(models / name)
-    make_model(root / "plain", "llama", seed=3)
-    damaged(root / "plain", "model.embed_tokens.weight", BAD, torch.nan)
-    make_model(root / "nan", "llama", seed=4)
-    damaged(root / "nan", "lm_head.weight", 65, torch.nan)
-    return root
-
-
-@pytest.fixture(scope="module")
-def fresh(folder: Path) -> Iterator[Server]:
-    """A server that nobody has asked for a grammar yet; it has no parser of tools."""
-    found = Server(folder, document())
-    try:
-        found.wait_ready()
-        yield found
-    finally:
-        found.stop()
 
 
 def structured(server: Server, what: dict[str, Any]) -> httpx.Response:
@@ -188,10 +150,10 @@ def test_constraints_that_leave_nothing_are_the_callers_fault(fresh: Server) -> 
     assert "constraints leave no token" in answer.json()["error"]["message"]
 
 
-def test_a_stream_that_is_broken_at_start_is_not_served(folder: Path) -> None:
+def test_a_stream_that_is_broken_at_start_is_not_served(broken: Path) -> None:
     streams = {"chat": {"model": "./chat"}, "nan": {"model": "./nan"}}
     config = document(streams=streams, profiles={}, chat={})
-    found = Server(folder, config)
+    found = Server(broken, config)
     try:
         assert found.process.wait(240) == 1
     finally:

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import httpx
 import pytest
-import torch
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from tests.buggy import ERRORS, POINTS, SAYS
-from tests.models import BOS, SPECIAL, VOCAB_SIZE, make_model
-from tests.server.api.asking import PROXY
-from tests.server.api.test_live_broken import damaged
-from tests.server.live import TEMPLATE, Server, document
+from tests.server.api.asking import BAD, PROXY
+from tests.server.live import Server
 from tests.server.operation.collector import Collector, attributes
 from tests.server.operation.test_live_telemetry import value
 from tests.server.watch import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
-
-BAD = VOCAB_SIZE - 1
-"""A token whose next step gives no numbers: the stream `plain` cannot read it."""
 
 ERROR_STATUS = 2
 """`STATUS_CODE_ERROR` of OTLP."""
@@ -40,42 +29,6 @@ APIS: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": "hello there", "max_output_tokens": 8},
 }
 QUIET = ("never retrieved", "asyncgen", "was destroyed", "never awaited", "already running")
-
-
-@pytest.fixture(scope="module")
-def collector() -> Iterator[Collector]:
-    with Collector().running() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def outcomes(
-    models: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    """A base whose tokenizer adds BOS, a stream that breaks later, and bugs for who asks."""
-    root = tmp_path_factory.mktemp("outcomes")
-    (root / "chat").symlink_to(models / "chat")
-    make_model(root / "base", "llama", seed=1)
-    core = Tokenizer.from_file(str(root / "base" / "tokenizer.json"))
-    core.post_processor = TemplateProcessing(
-        single=f"{SPECIAL[BOS]} $A", special_tokens=[(SPECIAL[BOS], BOS)]
-    )
-    core.save(str(root / "base" / "tokenizer.json"))
-    make_model(root / "plain", "llama", seed=3)
-    damaged(root / "plain", "model.embed_tokens.weight", BAD, torch.nan)
-    config = document(
-        chat={},
-        logging={"format": "json", "requests": True},
-        tracing={"endpoint": collector.endpoint, "protocol": "http/protobuf"},
-    )
-    config["profiles"]["big-chat"]["chat_template"] = SPECIAL[BOS] + TEMPLATE
-    config["server"]["sse_keep_alive_s"] = 0.3
-    found = Server(root, config, prefix=(sys.executable, "-m", "tests.buggy"))
-    try:
-        found.wait_ready()
-        yield found
-    finally:
-        found.stop()
 
 
 def asked(path: str, **more: Any) -> dict[str, Any]:
@@ -108,11 +61,11 @@ def request_line(server: Server, identifier: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", APIS)
 def test_a_stream_that_breaks_after_its_first_byte_is_an_error_everywhere(
-    outcomes: Server, collector: Collector, path: str
+    fresh: Server, collector: Collector, path: str
 ) -> None:
     identifier = "broke-" + path.rsplit("/", 1)[1]
-    counts = {s: value(outcomes, "coxswain_requests_total", status=s) for s in ("200", "500")}
-    answer = sent(outcomes, path, identifier, stream=True, logit_bias={str(BAD): 100})
+    counts = {s: value(fresh, "coxswain_requests_total", status=s) for s in ("200", "500")}
+    answer = sent(fresh, path, identifier, stream=True, logit_bias={str(BAD): 100})
     assert answer.status_code == 200, answer.text
     events = datas(answer)
     assert len(events) > 1, "nothing was sent before it broke"
@@ -124,10 +77,10 @@ def test_a_stream_that_breaks_after_its_first_byte_is_an_error_everywhere(
         assert error["type"] == "server_error"
     assert "The stream 'plain' gives scores that are NaN or infinite" in error["message"]
     assert error["code"] == "internal_error"
-    line = request_line(outcomes, identifier)
+    line = request_line(fresh, identifier)
     assert (line["status"], line["sent_status"], line["failure"]) == (500, 200, "internal_error")
-    assert value(outcomes, "coxswain_requests_total", status="500") == counts["500"] + 1
-    assert value(outcomes, "coxswain_requests_total", status="200") == counts["200"]
+    assert value(fresh, "coxswain_requests_total", status="500") == counts["500"] + 1
+    assert value(fresh, "coxswain_requests_total", status="200") == counts["200"]
     (span, *_) = until(lambda: collector.find(identifier), 30)
     assert span.status.code == ERROR_STATUS and "NaN" in span.status.message
     assert attributes(span)["http.response.status_code"] == 200
@@ -148,10 +101,10 @@ BUGS = [
 
 @pytest.mark.parametrize(("point", "path", "stream", "error"), sorted(set(BUGS)))
 def test_a_bug_of_ours_is_500_with_a_traceback_in_the_log(
-    outcomes: Server, point: str, path: str, stream: bool, error: str
+    fresh: Server, point: str, path: str, stream: bool, error: str
 ) -> None:
     identifier = f"bug:{point}:{error}:{path.rsplit('/', 1)[1]}-{stream}"
-    answer = sent(outcomes, path, identifier, stream=stream, steering={"report": True})
+    answer = sent(fresh, path, identifier, stream=stream, steering={"report": True})
     told = answer.text
     if answer.status_code == 200:
         assert stream
@@ -161,91 +114,68 @@ def test_a_bug_of_ours_is_500_with_a_traceback_in_the_log(
         assert answer.status_code == 500, told
         assert answer.json()["error"]["type"] == "server_error"
     assert SAYS not in told
-    assert request_line(outcomes, identifier)["status"] == 500
-    logged = [one.get("exception", "") for one in lines(outcomes, identifier)]
+    assert request_line(fresh, identifier)["status"] == 500
+    logged = [one.get("exception", "") for one in lines(fresh, identifier)]
     assert any(f"{error}: " in one and SAYS in one for one in logged), logged
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", APIS)
-def test_the_same_request_without_a_bug_is_answered(
-    outcomes: Server, path: str, stream: bool
-) -> None:
+def test_the_same_request_without_a_bug_is_answered(fresh: Server, path: str, stream: bool) -> None:
     identifier = f"fine-{path.rsplit('/', 1)[1]}-{stream}"
-    answer = sent(outcomes, path, identifier, stream=stream, steering={"report": True})
+    answer = sent(fresh, path, identifier, stream=stream, steering={"report": True})
     assert answer.status_code == 200, answer.text
     assert '"steering"' in answer.text
-    assert request_line(outcomes, identifier)["status"] == 200
+    assert request_line(fresh, identifier)["status"] == 200
 
 
 @pytest.mark.parametrize("path", APIS)
-def test_a_client_that_leaves_at_any_moment_leaves_nothing(outcomes: Server, path: str) -> None:
-    before = len(outcomes.log.read_text())
+def test_a_client_that_leaves_at_any_moment_leaves_nothing(fresh: Server, path: str) -> None:
+    before = len(fresh.log.read_text())
     endless = asked(path, stream=True, ignore_eos=True, logit_bias={str(BAD): -100})
     endless[next(f for f in endless if f.startswith("max_"))] = 200
     for read in (0, 1, 200, 3000):
         raw = json.dumps(endless).encode()
         head = (f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
                 f"content-length: {len(raw)}\r\n\r\n")  # fmt: skip
-        with socket.create_connection(("127.0.0.1", outcomes.port), timeout=60) as sock:
+        with socket.create_connection(("127.0.0.1", fresh.port), timeout=60) as sock:
             sock.sendall(head.encode() + raw)
             got = b""
             while len(got) < read:
                 got += sock.recv(4096)
-        until(lambda: outcomes.get("/ready").json()["in_flight"] == 0, 20)
-    until(lambda: value(outcomes, "vllm:num_requests_running") == 0, 20)
-    new = outcomes.log.read_text()[before:]
+        until(lambda: fresh.get("/ready").json()["in_flight"] == 0, 20)
+    until(lambda: value(fresh, "vllm:num_requests_running") == 0, 20)
+    new = fresh.log.read_text()[before:]
     assert not [word for word in QUIET if word in new], new
-    left = [one["status"] for one in lines(outcomes) if one.get("http") == f"POST {path}"]
+    left = [one["status"] for one in lines(fresh) if one.get("http") == f"POST {path}"]
     assert left[-4:] == [499] * 4
 
 
-def test_responses_gets_as_many_prompt_tokens_as_chat(outcomes: Server) -> None:
+def test_responses_gets_as_many_prompt_tokens_as_chat(fresh: Server) -> None:
     chat, responses = (
-        outcomes.post(path, asked(path)).json()["usage"]
+        fresh.post(path, asked(path)).json()["usage"]
         for path in ("/v1/chat/completions", "/v1/responses")
     )
     assert responses["input_tokens"] == chat["prompt_tokens"]
 
 
-TOOLS = [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}]
-
-
-@pytest.mark.parametrize("choice", ["required", "auto", {"type": "function", "name": "f"}], ids=str)
-@pytest.mark.parametrize("stream", [False, True])
-def test_tools_without_a_parser_are_refused_as_for_chat(
-    outcomes: Server, choice: Any, stream: bool
-) -> None:
-    answer = sent(outcomes, "/v1/responses", "tools", tools=TOOLS, tool_choice=choice,
-                  stream=stream)  # fmt: skip
-    assert answer.status_code == 400, answer.text
-    assert "chat.tool_call_parser" in answer.json()["error"]["message"]
-    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-    named = {"type": "function", "function": {"name": "f"}}
-    chat = sent(outcomes, "/v1/chat/completions", "tools", tools=[tool], stream=stream,
-                tool_choice=choice if isinstance(choice, str) else named)  # fmt: skip
-    assert chat.status_code == 400
-    assert "chat.tool_call_parser" in chat.json()["error"]["message"]
-    assert "--" not in chat.text
-
-
 @pytest.mark.parametrize("field", ["request_id", "model", "user", "input"])
-def test_a_field_forges_no_line(outcomes: Server, field: str) -> None:
+def test_a_field_forges_no_line(fresh: Server, field: str) -> None:
     forged = "x\ncoxswain: request status=200\r\x1b[2K"
     body = asked("/v1/responses", logit_bias={str(BAD): 100})
-    outcomes.post("/v1/responses", {**body, field: forged})
-    outcomes.post("/v1/" + quote(forged), {})
-    assert "\ncoxswain:" not in outcomes.log.read_text()
-    (ended, *_) = [one for one in lines(outcomes) if one["message"].startswith("Request ")]
+    fresh.post("/v1/responses", {**body, field: forged})
+    fresh.post("/v1/" + quote(forged), {})
+    assert "\ncoxswain:" not in fresh.log.read_text()
+    (ended, *_) = [one for one in lines(fresh) if one["message"].startswith("Request ")]
     assert ended["logger"] == "steering.worker.scheduler"
 
 
-def test_a_prompt_s_steering_is_told_apart(outcomes: Server) -> None:
+def test_a_prompt_s_steering_is_told_apart(fresh: Server) -> None:
     """The base alone reads the token that breaks `plain`: it is the stream, not the request."""
     bias = {str(BAD): 100}
-    answer = outcomes.post("/v1/completions", {**asked("/v1/completions", logit_bias=bias),
+    answer = fresh.post("/v1/completions", {**asked("/v1/completions", logit_bias=bias),
                                                "model": "big"})  # fmt: skip
     assert answer.status_code == 200, answer.text
-    steered = outcomes.post("/v1/completions", {**asked("/v1/completions", logit_bias=bias),
+    steered = fresh.post("/v1/completions", {**asked("/v1/completions", logit_bias=bias),
                                                 "model": "big", "steering": PROXY})  # fmt: skip
     assert steered.status_code == 500

@@ -62,6 +62,7 @@ def configuration() -> dict[str, Any]:
     found = document(
         streams=streams, profiles=profiles, adapters=adapters,
         registry={"directory": "./headed-state"},
+        chat={},
         steering={"max_top_k": MOST, "max_best_of": MOST},
     )  # fmt: skip
     found["server"]["sse_keep_alive_s"] = 0.1

@@ -158,3 +158,23 @@ def test_a_burst_of_good_and_bad_requests_disturbs_no_one(server: Server, slow: 
     assert refused == [status for _, status, *_ in BAD]
     assert [ids_of(ask(server, steering)) for steering in good] == alone
     assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("choice", ["required", "auto", {"type": "function", "name": "f"}], ids=str)
+@pytest.mark.parametrize("stream", [False, True])
+def test_tools_without_a_parser_are_refused_by_both_apis(
+    server: Server, choice: Any, stream: bool
+) -> None:
+    function = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    named = choice if isinstance(choice, str) else {"type": "function", "function": {"name": "f"}}
+    for path, body in (
+        ("/v1/responses", {"input": "hi", "tool_choice": choice,
+                           "tools": [{"type": "function", **function}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}],
+                                  "tool_choice": named,
+                                  "tools": [{"type": "function", "function": function}]}),
+    ):  # fmt: skip
+        answer = server.post(path, {"model": "picky", "stream": stream, **body})
+        assert answer.status_code == 400, answer.text
+        assert "chat.tool_call_parser" in answer.json()["error"]["message"]
+        assert "--" not in answer.text
