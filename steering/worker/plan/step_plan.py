@@ -80,11 +80,6 @@ class StepPlan:
     classes: Classes
     valued: tuple[tuple[int, Values], ...]
 
-    @property
-    def distinct(self) -> list[StreamBatch]:
-        """The batches, each once."""
-        return list({id(b): b for b in self.batches if b is not None}.values())
-
 
 def plan_step(schedule: Schedule, tables: BatchTables) -> StepPlan:
     """The plan of a step.
