@@ -12,6 +12,7 @@ from contextlib import aclosing
 from multiprocessing import resource_tracker
 from typing import Any
 
+from vllm.config import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -190,6 +191,9 @@ def start_engine(arguments: dict[str, Any]) -> SteeredLLM:
         arguments: from `steering.engine_args.steered_engine_args`.
     """
     args = AsyncEngineArgs(**arguments)
+    if isinstance(args.structured_outputs_config, dict):
+        # vLLM writes the reasoning parser into it, as into an object.
+        args.structured_outputs_config = StructuredOutputsConfig(**args.structured_outputs_config)
     config = args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     # A terminal's Ctrl-C reaches every process of its group, and an engine that gets it drops its
     # requests. The processes that this thread starts inherit its mask; we alone answer, and drain.
