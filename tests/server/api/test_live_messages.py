@@ -135,7 +135,7 @@ def test_errors_have_anthropic_s_shape(server: Server, path: str, stream: bool) 
     bad, missing = "invalid_request_error", "not_found_error"
     cases: list[tuple[dict[str, Any], int, str, str]] = [
         ({"model": "none"}, 404, missing, "no such model"),
-        ({"steering": "none"}, 404, missing, "no such profile"),
+        ({"model": "big", "steering": "none"}, 404, missing, "no such profile"),
         ({"steering": {"strength": 9}}, 400, bad, "steering.strength"),
         ({"steering": {"strenght": 1}}, 400, bad, "steering.strenght"),
         ({"adapters": [{"name": "a"}]}, 400, bad, "no adapters"),
