@@ -11,7 +11,10 @@ from typing import Any
 from fastapi import Request
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse, ChatMessage
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionResponse,
+    ChatCompletionResponseChoice,
+)
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from server.requests.protocol import (
@@ -56,7 +59,7 @@ class SteeredMessages(AnthropicServingMessages):
         if isinstance(result, ErrorResponse):
             return result
         if isinstance(result, ChatCompletionResponse):
-            _keep_whole_calls(result.choices[0].message)
+            _keep_whole_calls(result.choices[0])
             return self.messages_full_converter(result)
         return self.message_stream_converter(result)
 
@@ -89,15 +92,19 @@ class SteeredMessages(AnthropicServingMessages):
         return len(prompt["prompt_token_ids"])
 
 
-def _keep_whole_calls(message: ChatMessage) -> None:
+def _keep_whole_calls(choice: ChatCompletionResponseChoice) -> None:
     """Makes text of calls that the model broke off, or whose arguments are no object: Anthropic's
     form has no other place for them.
     """
+    message = choice.message
     whole = [call for call in message.tool_calls if _is_object(call.function.arguments)]
-    if len(whole) < len(message.tool_calls):
-        texts = [c.function.arguments for c in message.tool_calls if c not in whole]
-        message.content = "".join([message.content or "", *texts])
-        message.tool_calls = whole
+    if len(whole) == len(message.tool_calls):
+        return
+    texts = [call.function.arguments for call in message.tool_calls if call not in whole]
+    message.content = "".join([message.content or "", *texts])
+    message.tool_calls = whole
+    if not whole and choice.finish_reason == "tool_calls":
+        choice.finish_reason = "stop"
 
 
 def _is_object(text: str) -> bool:

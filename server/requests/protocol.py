@@ -53,7 +53,8 @@ _LIKE = 0.75
 
 class ReadableMixin(BaseModel):
     """A request whose validators, vLLM's, may trip over what they do not find in it, and put
-    defaults into it."""
+    defaults into it.
+    """
 
     _given: frozenset[str] = PrivateAttr(frozenset())
 
