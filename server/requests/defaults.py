@@ -25,7 +25,7 @@ def use_profile(request: Any, profile: Profile | None) -> None:
     for name, value in profile.sampling.model_dump(exclude_none=True).items():
         names = _REPLY if name == "max_tokens" else (name,)
         fields = [one for one in names if one in type(request).model_fields]
-        if fields and not any(_set(request, one) for one in fields):
+        if fields and not any(request.given(one) for one in fields):
             setattr(request, fields[0], value)
 
 
@@ -46,11 +46,6 @@ def use_system(request: Any, profile: Profile | None) -> None:
         given = request.input if isinstance(request.input, list) else []
         if not any(_role(item) in _SYSTEM for item in given):
             request.instructions = profile.system
-
-
-def _set(request: Any, field: str) -> bool:
-    """Whether a request brings a field; null is as good as nothing."""
-    return field in request.model_fields_set and getattr(request, field) is not None
 
 
 def _role(message: Any) -> Any:

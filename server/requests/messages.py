@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import lru_cache
@@ -10,7 +11,10 @@ from typing import Any
 from fastapi import Request
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionResponse,
+    ChatCompletionResponseChoice,
+)
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from server.requests.protocol import (
@@ -44,6 +48,7 @@ class SteeredMessages(AnthropicServingMessages):
         chat.max_completion_tokens = None  # the same as `max_tokens`, whose name clients know
         found = SteeredChatRequest.model_construct(chat.model_fields_set, **vars(chat))
         found.steering, found.adapters = request.steering, request.adapters
+        found._given = frozenset(name for name, value in vars(found).items() if value is not None)
         return found
 
     async def answer(
@@ -54,6 +59,7 @@ class SteeredMessages(AnthropicServingMessages):
         if isinstance(result, ErrorResponse):
             return result
         if isinstance(result, ChatCompletionResponse):
+            _keep_whole_calls(result.choices[0])
             return self.messages_full_converter(result)
         return self.message_stream_converter(result)
 
@@ -84,6 +90,28 @@ class SteeredMessages(AnthropicServingMessages):
             return found
         _, (prompt,) = found
         return len(prompt["prompt_token_ids"])
+
+
+def _keep_whole_calls(choice: ChatCompletionResponseChoice) -> None:
+    """Makes text of calls that the model broke off, or whose arguments are no object: Anthropic's
+    form has no other place for them.
+    """
+    message = choice.message
+    whole = [call for call in message.tool_calls if _is_object(call.function.arguments)]
+    if len(whole) == len(message.tool_calls):
+        return
+    texts = [call.function.arguments for call in message.tool_calls if call not in whole]
+    message.content = "".join([message.content or "", *texts])
+    message.tool_calls = whole
+    if not whole and choice.finish_reason == "tool_calls":
+        choice.finish_reason = "stop"
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 @lru_cache(maxsize=64)

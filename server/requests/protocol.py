@@ -6,7 +6,14 @@ import difflib
 from dataclasses import replace
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    model_validator,
+)
 from vllm.entrypoints.anthropic.protocol import (
     AnthropicCountTokensRequest,
     AnthropicMessagesRequest,
@@ -45,14 +52,25 @@ _LIKE = 0.75
 
 
 class ReadableMixin(BaseModel):
-    """A request whose validators, vLLM's, may trip over what they do not find in it."""
+    """A request whose validators, vLLM's, may trip over what they do not find in it, and put
+    defaults into it.
+    """
+
+    _given: frozenset[str] = PrivateAttr(frozenset())
+
+    def given(self, field: str) -> bool:
+        """Whether the body that came has a field; null is as good as nothing."""
+        return field in self._given
 
     @model_validator(mode="wrap")
     @classmethod
     def _read(cls, body: Any, read: ModelWrapValidatorHandler[Self]) -> Self:
         """VLLM's validators, some of which run before the types are checked."""
         try:
-            return read(body)
+            given = frozenset(name for name, value in body.items() if value is not None)
+            found = read(body)
+            found._given = given
+            return found
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(
                 f"a part of the request is empty, missing or of the wrong type: {error}"

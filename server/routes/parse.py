@@ -72,7 +72,7 @@ def parse_completion(request: SteeredCompletionRequest, parts: Serving) -> Parse
     return _parsed(
         request,
         conversations=conversations,
-        max_tokens=request.max_tokens if "max_tokens" in request.model_fields_set else None,
+        max_tokens=request.max_tokens if request.given("max_tokens") else None,
         n=request.n or 1,
         prompts=len(_prompts(request.prompt)),
         beam_search=bool(request.use_beam_search),

@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.live import Server
+from tests.server.api.asking import PROXY
+from tests.server.live import TEMPLATE, Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -18,7 +19,7 @@ BODY: dict[str, Any] = {
     "steering": {"report": True},
 }  # fmt: skip
 TOOL = {
-    "name": "f",
+    "name": "f", "strict": True,
     "input_schema": {
         "type": "object", "properties": {"x": {"type": "integer", "enum": [1, 2]}},
         "required": ["x"], "additionalProperties": False,
@@ -107,24 +108,34 @@ def test_steering_and_a_stop_sequence_do_what_they_do_in_chat(server: Server) ->
     assert (cut["stop_reason"], cut["stop_sequence"]) == ("stop_sequence", text[3:5])
 
 
-def test_a_tool_is_called(server: Server) -> None:
+def test_a_tool_is_called_and_what_is_no_call_is_text(server: Server) -> None:
+    # A random model would fill its room with the white space that the grammar of tools allows.
+    profile = {**PROXY, "chat_template": TEMPLATE, "sampling": {"repetition_penalty": 4}}
+    assert httpx.put(f"{server.url}/admin/profiles/caller", json=profile).status_code == 201
     asked: dict[str, Any] = {
-        "tools": [TOOL], "tool_choice": {"type": "tool", "name": "f"}, "max_tokens": 60,
+        "model": "caller", "tools": [TOOL], "tool_choice": {"type": "tool", "name": "f"},
+        "max_tokens": 100,
     }  # fmt: skip
-    (block,) = (found := ask(server, **asked))["content"]
-    assert found["stop_reason"] == "tool_use"
-    assert (block["type"], block["name"]) == ("tool_use", "f")
-    assert block["input"]["x"] in (1, 2)
-    events = streamed(server, **asked)
-    start = next(one for one in events if one["type"] == "content_block_start")
-    assert start["content_block"]["name"] == "f"
-    assert json.loads(words(events, "partial_json")) == block["input"]
-    assert events[-2]["delta"]["stop_reason"] == "tool_use"
-    # What came of it is the next request's.
-    more = [*MESSAGES, {"role": "assistant", "content": [block]},
-            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": block["id"],
-                                          "content": "done"}]}]  # fmt: skip
-    assert ask(server, messages=more, tools=[TOOL])["usage"]["output_tokens"] == 8
+    try:
+        (block,) = (found := ask(server, **asked))["content"]
+        assert found["stop_reason"] == "tool_use"
+        assert (block["type"], block["name"]) == ("tool_use", "f")
+        assert block["input"]["x"] in (1, 2)
+        events = streamed(server, **asked)
+        start = next(one for one in events if one["type"] == "content_block_start")
+        assert start["content_block"]["name"] == "f"
+        assert json.loads(words(events, "partial_json")) == block["input"]
+        assert events[-2]["delta"]["stop_reason"] == "tool_use"
+        # What came of it is the next request's.
+        result = {"type": "tool_result", "tool_use_id": block["id"], "content": "done"}
+        more = [*MESSAGES, {"role": "assistant", "content": [block]},
+                {"role": "user", "content": [result]}]  # fmt: skip
+        assert ask(server, messages=more, tools=[TOOL])["usage"]["output_tokens"] == 8
+        cut = ask(server, **{**asked, "max_tokens": found["usage"]["output_tokens"] - 8})
+        assert cut["stop_reason"] == "max_tokens"
+        assert [one["type"] for one in cut["content"]] == ["text"]
+    finally:
+        server.delete("/admin/profiles/caller")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -135,7 +146,7 @@ def test_errors_have_anthropic_s_shape(server: Server, path: str, stream: bool) 
     bad, missing = "invalid_request_error", "not_found_error"
     cases: list[tuple[dict[str, Any], int, str, str]] = [
         ({"model": "none"}, 404, missing, "no such model"),
-        ({"steering": "none"}, 404, missing, "no such profile"),
+        ({"model": "big", "steering": "none"}, 404, missing, "no such profile"),
         ({"steering": {"strength": 9}}, 400, bad, "steering.strength"),
         ({"steering": {"strenght": 1}}, 400, bad, "steering.strenght"),
         ({"adapters": [{"name": "a"}]}, 400, bad, "no adapters"),

@@ -269,6 +269,6 @@ def _broken_stream(answer: Any) -> str | None:
             event = json.loads(line.removeprefix("data: "))
             error = event.get("error") or (event if event.get("type") == "error" else None)
             kind = (error or {}).get("code"), (error or {}).get("type")
-            if error and ("internal_error" in kind or "server_error" in kind):
+            if error and {"internal_error", "server_error", "api_error"} & set(kind):
                 return line
     return None

@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 NOBODY = "zzz"
 
 
-def bearer(key: str) -> dict[str, str | bytes]:
-    return {"authorization": f"Bearer {key}".encode()}
+def bearer(key: str) -> list[tuple[bytes, bytes]]:
+    return [(b"authorization", f"Bearer {key}".encode())]
 
 
 def post(server: Server, key: str, path: str, body: Any) -> httpx.Response:
@@ -29,7 +29,7 @@ def post(server: Server, key: str, path: str, body: Any) -> httpx.Response:
 
 
 def get(server: Server, key: str | None, path: str) -> httpx.Response:
-    headers = {} if key is None else bearer(key)
+    headers = [] if key is None else bearer(key)
     return httpx.get(server.url + path, headers=headers, timeout=60)
 
 
@@ -136,15 +136,15 @@ def test_a_replacement_makes_nothing_public(keyed: Server, folders: dict[str, Pa
 
 def test_a_key_has_letters_outside_ascii(keyed: Server) -> None:
     for raw in (LETTERS.encode(), LETTERS.encode("latin-1")):
-        headers = {"authorization": b"Bearer " + raw}
+        headers = [(b"authorization", b"Bearer " + raw)]
         assert httpx.get(f"{keyed.url}/v1/models", headers=headers).status_code == 200
 
 
 def test_a_host_that_is_none_is_the_caller_s_fault(keyed: Server) -> None:
-    for headers in ({"host": "["}, {"host": "a:b"}, {"origin": "http://["}):
+    for header in ((b"host", b"["), (b"host", b"a:b"), (b"origin", b"http://[")):
         for path in ("/admin/status", "/v1/models", "/nowhere", "/playground"):
-            answer = httpx.get(keyed.url + path, headers={**headers, **bearer(ADMIN)})
-            assert answer.status_code == 400, (path, headers)
+            answer = httpx.get(keyed.url + path, headers=[header, *bearer(ADMIN)])
+            assert answer.status_code == 400, (path, header)
 
 
 # ---- the prefix cache -----------------------------------------------------------------------

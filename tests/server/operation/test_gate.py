@@ -16,12 +16,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.access import Access
 from server.context import RequestContext, context_of, with_context
-from server.errors import HttpError, from_vllm
+from server.errors import HttpError, event, from_vllm
 from server.operation.auth import Auth
 from server.operation.gate import Gate
 from server.operation.local import is_loopback
 from server.operation.rate_limits import RateLimits
 from server.operation.state import ServerState
+from server.paths import is_inference, takes_rates
 from server.routes.body import strict_json
 from server.settings.config import Config
 from server.settings.file import parse
@@ -350,3 +351,77 @@ async def test_the_application_learns_what_the_key_may_use() -> None:
         for key in ("narrow", "wide"):
             assert (await http.get("/v1/models", headers=bearer(key))).status_code == 200
     assert seen == [Access(profiles=frozenset({"p"})), Access()]
+
+
+INFERENCE = ("/v1/completions", "/v1/messages", "/invocations")
+TOKENS = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
+
+
+@pytest.mark.parametrize("path", [*INFERENCE, *TOKENS])
+async def test_every_path_of_the_model_has_the_same_rules(path: str) -> None:
+    app = gate(auth={"api_keys": ["k"]}, server={"max_in_flight": 1}, limits={
+        "requests_per_minute": 1})  # fmt: skip
+    key = {"x-api-key": "k"}
+    async with client(app) as web:
+        assert (await web.post(path)).status_code == 401
+        assert (await web.post(path, headers={"x-api-key": "other"})).status_code == 401
+        other = {"authorization": "Bearer other", **key}
+        assert (await web.post(path, headers=other)).status_code == 401
+        assert (await web.post(path, headers=key)).status_code == 200
+        answer = await web.post(path, headers=key)
+        assert (answer.status_code, "per minute" in answer.text) == (429, True)
+        app.state.enter()
+        assert "at its limit" in (await web.post(path, headers=key)).text
+        app.state.leave()
+        app.state.phase = "draining"
+        assert (await web.post(path, headers=key)).status_code == 503
+    assert app.state.in_flight == 0
+
+
+@pytest.mark.parametrize("path", ["/tokenizer_info", "/version", "/load", "/v1/models"])
+async def test_what_tells_of_the_server_needs_a_key(path: str) -> None:
+    async with client(gate(auth={"api_keys": ["k"]})) as web:
+        assert (await web.get(path)).status_code == 401
+        assert (await web.get(path, headers={"x-api-key": "k"})).status_code == 200
+
+
+async def test_ping_says_what_ready_says() -> None:
+    app = gate(auth={"api_keys": ["k"]})
+    for phase, status in (("starting", 503), ("ready", 200), ("draining", 503)):
+        app.state.phase = phase  # type: ignore[assignment]
+        async with client(app) as web:
+            for answer in (
+                await web.get("/ping"),
+                await web.post("/ping"),
+                await web.get("/ready"),
+            ):
+                assert answer.status_code == status, phase
+            assert (await web.post("/ready")).status_code == 405
+
+
+def test_only_what_draws_is_inference() -> None:
+    for path in (*INFERENCE, *TOKENS):
+        scope = request_scope(path)
+        assert is_inference(scope) == (path in INFERENCE)
+        assert takes_rates(scope)
+        assert not takes_rates({**scope, "method": "GET"})
+    for path in ("/v1/load_lora_adapter", "/admin/drain", "/version", "/ping"):
+        assert not is_inference(request_scope(path)) and not takes_rates(request_scope(path))
+
+
+@pytest.mark.parametrize(("headers", "status", "kind"), [
+    ({}, 401, "authentication_error"), ({"content-length": "9" * 9}, 413, "request_too_large"),
+])  # fmt: skip
+async def test_the_gate_refuses_messages_in_anthropic_s_shape(
+    headers: dict[str, str], status: int, kind: str
+) -> None:
+    app = gate(auth={"api_keys": ["k"]} if status == 401 else {})
+    async with client(app) as web:
+        answer = await web.post("/v1/messages", headers=headers)
+    assert answer.status_code == status
+    found = answer.json()
+    assert found["type"] == "error" and found["error"].keys() == {"type", "message"}
+    assert found["error"]["type"] == kind
+    lines = event("/v1/messages", HttpError(503, "late")).split("\n")
+    assert lines[0] == "event: error"
+    assert json.loads(lines[1].removeprefix("data: "))["error"]["type"] == "overloaded_error"
