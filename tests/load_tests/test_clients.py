@@ -77,16 +77,21 @@ def test_checks_report_each_failure(capfd: pytest.CaptureFixture[str]) -> None:
     assert "no end after 1 s" in found[3].reason
 
 
+def _raised(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
 def test_refused_wants_the_class_and_the_words() -> None:
     with refused(KeyError, "name") as found:
-        raise KeyError("name")
+        _raised(KeyError("name"))
     assert isinstance(found.error, KeyError)
     with pytest.raises(AssertionError, match="nothing was raised"), refused(KeyError):
-        pass
+        _raised(None)
     with pytest.raises(AssertionError, match="does not say"), refused(KeyError, "other"):
-        raise KeyError("name")
+        _raised(KeyError("name"))
     with pytest.raises(ValueError, match="another"), refused(KeyError):
-        raise ValueError("another")
+        _raised(ValueError("another"))
 
 
 def test_a_client_that_breaks_is_a_failed_check(tmp_path: Path) -> None:
