@@ -197,7 +197,7 @@ class Manager:
                 task.cancel()
             await asyncio.gather(*self._leaving, return_exceptions=True)
             with contextlib.suppress(RegistryAway):
-                for record in self.records.values():
+                for record in list(self.records.values()):
                     if record.owner == self.registry.replica and record.state in WORKING:
                         await self.registry.release(record)
             await self.feed.leave()
