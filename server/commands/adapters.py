@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
     load.add_argument("--stream", default="base", help="the stream that it changes")
     load.add_argument("--pin", action="store_true", help="never evict it")
     load.add_argument("--visible-to", action="append", metavar="GROUP",
-                      help="the group of API keys that alone sees it; may be given again")  # fmt: skip
+                      help="a group of API keys that alone sees it; again for more")  # fmt: skip
     load.add_argument("--replace", action="store_true", help="replace what has this name")
     load.add_argument("--no-wait", action="store_true", help="do not wait until it is ready")
     others = {"show": "everything about one", "unload": "unload one",
