@@ -51,6 +51,8 @@ def add(commands: Any) -> None:
     load.add_argument("--version", default="1", help="a label: requests may say NAME@VERSION")
     load.add_argument("--stream", default="base", help="the stream that it changes")
     load.add_argument("--pin", action="store_true", help="never evict it")
+    load.add_argument("--visible-to", action="append", metavar="GROUP",
+                      help="a group of API keys that alone sees it; again for more")  # fmt: skip
     load.add_argument("--replace", action="store_true", help="replace what has this name")
     load.add_argument("--no-wait", action="store_true", help="do not wait until it is ready")
     others = {"show": "everything about one", "unload": "unload one",
@@ -101,7 +103,8 @@ def _load(given: argparse.Namespace, client: httpx.Client) -> dict[str, Any]:
     if source.startswith((".", "~")) or Path(source).is_dir():
         source = str(Path(source).expanduser().resolve())
     body = {"name": given.name, "source": source, "version": given.version,
-            "stream": given.stream, "pin": given.pin, "replace": given.replace}  # fmt: skip
+            "stream": given.stream, "pin": given.pin, "replace": given.replace,
+            "visible_to": given.visible_to}  # fmt: skip
     record: dict[str, Any] = ask(client, "POST", "adapters", json=body)
     with _Watched() as watched:
         while not given.no_wait and record["state"] not in ("ready", "failed"):

@@ -89,14 +89,15 @@ class Resolver:
         raise HttpError(404, f"model: no such model (got {asked!r}); served: {known}",
                         param="model", code="model_not_found")  # fmt: skip
 
-    def profile_of(self, model: str | None, steering: object) -> Profile | None:
+    def profile_of(self, model: str | None, steering: object, access: Access) -> Profile | None:
         """The profile that a request names by its `model` or its `steering` field; None without
         one, and where `resolve` will find fault with it.
         """
+        seen = access.seen_profiles(self.profiles)
         named = steering.get("profile") if isinstance(steering, Mapping) else steering
         for name in (named, self.aliases.get(model or "", model)):
-            if isinstance(name, str) and name in self.profiles:
-                return self.profiles[name]
+            if isinstance(name, str) and name in seen:
+                return seen[name]
         return None
 
     def served(self, access: Access) -> list[str]:
@@ -151,7 +152,6 @@ class Resolver:
             access: what its key may use.
 
         Raises:
-            HttpError: 403, the key may not use one.
             AdapterError: one cannot be had, or not in time.
         """
         if self.adapters is None:

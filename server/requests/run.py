@@ -164,7 +164,8 @@ class RequestEngine:
         residency = self.engine.residency
         assert residency is not None
         residency.check_room(wanted)
-        names, served = [one.name for one in self.resolved.adapters], self.engine.served_names
+        private, served = self._context.private, self.engine.served_names
+        names = [metrics.PRIVATE] if private else [one.name for one in self.resolved.adapters]
 
         async def held() -> AsyncGenerator[RequestOutput, None]:
             began = time.perf_counter()

@@ -43,8 +43,8 @@ async def _chat(
 ) -> SteeredChatRequest:
     """The chat request that a request stands for."""
     check_fields(request, raw)
-    parts = serving(raw)
-    profile = parts.resolver.profile_of(request.model, request.steering)
+    parts, access = serving(raw), context_of(raw.scope).access
+    profile = parts.resolver.profile_of(request.model, request.steering, access)
     template = profile.chat_template if profile is not None else None
     with reading(lambda: False):
         return await parts.messages.to_chat(request, template)

@@ -157,7 +157,8 @@ async def resolve(
     if parts.config.logging.prompts:
         context.prompt = next((v for f in _PROMPTS if (v := getattr(request, f, None))), None)
     with reading(lambda: False):
-        use_profile(request, parts.resolver.profile_of(request.model, request.steering))
+        profile = parts.resolver.profile_of(request.model, request.steering, context.access)
+        use_profile(request, profile)
     parsed = parse(request, parts)
     context.fields = parsed.fields
     resolved = await parts.resolver.resolve(parsed, context)

@@ -39,8 +39,11 @@ def get(server: Server, key: str | None, path: str) -> httpx.Response:
 def attempts(name: str) -> Iterator[tuple[str, Any]]:
     """(path, body) of everywhere that a name can be put; None: a GET."""
     yield f"/v1/models/{name}", None
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
     bodies: dict[str, dict[str, Any]] = {
-        "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+        "/v1/chat/completions": chat,
+        "/v1/messages": chat,
+        "/invocations": chat,
         "/v1/completions": {"prompt": "x", "max_tokens": 1},
         "/v1/responses": {"input": "x", "max_output_tokens": 16},
     }
@@ -72,7 +75,7 @@ def test_what_a_key_may_not_use_is_answered_as_what_is_not_there(
     for (path, body), (path_no, body_no) in zip(attempts(hidden), attempts(NOBODY), strict=True):
         theirs = told(keyed, key, hidden, path, body)
         assert theirs == told(keyed, key, NOBODY, path_no, body_no), (path, body)
-        assert theirs[0] in (403, 404) and (key == LIMITED or theirs[0] == 404)
+        assert theirs[0] in ((403, 404) if key == LIMITED else (404,)), (path, body, theirs)
 
 
 def test_no_answer_names_what_a_key_may_not_use(keyed: Server) -> None:
@@ -184,7 +187,7 @@ def test_a_prompt_is_cached_for_its_group_alone(keyed: Server, more: dict[str, A
 def test_chat_and_responses_are_kept_apart_too(keyed: Server) -> None:
     for path, field, words in (("/v1/chat/completions", "messages", "chat"),
                                ("/v1/responses", "input", "responses")):  # fmt: skip
-        text = " ".join(random.Random(words).choices(["river", "Hello", "stone", "two"], k=150))
+        text = " ".join(random.Random(words).choices(["river", "Hello", "stone", "two"], k=60))
         talk = [{"role": "user", "content": text}]
         body: dict[str, Any] = {"model": "big-chat", field: talk, "temperature": 0}
         body |= {"max_output_tokens" if field == "input" else "max_tokens": 1}
