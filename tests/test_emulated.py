@@ -52,7 +52,7 @@ def test_the_core_of_the_engine_suite(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.emulated
 def test_the_engine_suite(capsys: pytest.CaptureFixture[str]) -> None:
-    show(capsys, interpret(*PLUGIN, "tests/engine"))
+    show(capsys, interpret(*PLUGIN, "tests/engine", "--timeout=900"))
 
 
 @pytest.mark.fleet

@@ -75,6 +75,10 @@ PLANS["all of these"] = tuple(
 )
 
 
+VALUED = ("values", "all of these")
+"""Of these; requests with values verify no drafts."""
+
+
 @cache
 def pretended() -> str:
     """The name of a device that does not exist."""
@@ -318,9 +322,7 @@ def page() -> str:
     ]
     for name, plans in PLANS.items():
         for report, drafts in CASES:
-            if (report != "off" and not any(plans)) or (
-                drafts and name in ("values", "all of these")
-            ):
+            if (report != "off" and not any(plans)) or (drafts and name in VALUED):
                 continue
             counts = counted(TritonReadout, plans, report, drafts)
             numbers = " | ".join(str(counts[column]) for column in COLUMNS)

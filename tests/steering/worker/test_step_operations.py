@@ -23,7 +23,14 @@ from steering.worker.plan.step_plan import Classes
 from steering.worker.readout.readout import Readout
 from steering.worker.readout.triton import TritonReadout
 from tests.steering.worker import step_operations
-from tests.steering.worker.step_operations import DRAFTS, PLANS, Recorder, Refused, pretended
+from tests.steering.worker.step_operations import (
+    DRAFTS,
+    PLANS,
+    VALUED,
+    Recorder,
+    Refused,
+    pretended,
+)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton has no build for this machine"
@@ -36,7 +43,14 @@ PAGE = Path(__file__).parents[3] / "docs" / "read-out-operations.md"
 @pytest.mark.parametrize(("report", "drafts"), [("off", 0), ("tokens", DRAFTS)])
 def test_nothing_waits_on_the_torch_path(name: str, report: Report, drafts: int) -> None:
     """On a GPU without Triton; the page has the path with it."""
+    drafts = 0 if name in VALUED else drafts
     assert step_operations.counted(Readout, PLANS[name], report, drafts)["operations"]
+
+
+def test_requests_with_values_must_not_verify_drafts() -> None:
+    """Only their last token's candidates would be valued."""
+    with pytest.raises(RuntimeError, match=r"requests with values verify drafts: \['1', '2'\]"):
+        step_operations.step_of(PLANS["values"], drafts=DRAFTS)
 
 
 def test_the_page_has_what_is_counted() -> None:
