@@ -48,7 +48,8 @@ class SteeredMessages(AnthropicServingMessages):
         chat.max_completion_tokens = None  # the same as `max_tokens`, whose name clients know
         found = SteeredChatRequest.model_construct(chat.model_fields_set, **vars(chat))
         found.steering, found.adapters = request.steering, request.adapters
-        found._given = frozenset(name for name, value in vars(found).items() if value is not None)
+        given = (name for name in type(request).model_fields if request.given(name))
+        found._given = frozenset("stop" if name == "stop_sequences" else name for name in given)
         return found
 
     async def answer(
