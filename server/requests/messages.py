@@ -23,7 +23,6 @@ from server.requests.protocol import (
     SteeredMessagesRequest,
 )
 
-
 _CONVERTED = "chat_completion_stream_generator" in vars(AnthropicServingMessages)
 """Whether vLLM's class converts streams inside `create_chat_completion`, as that of 0.33 does."""
 
