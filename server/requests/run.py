@@ -164,7 +164,10 @@ class RequestEngine:
         residency = self.engine.residency
         assert residency is not None
         residency.check_room(wanted)
-        names, served = [one.name for one in self.resolved.adapters], self.engine.served_names
+        names = [one.name for one in self.resolved.adapters]
+        if self._context.private:
+            names = [metrics.PRIVATE]
+        served = self.engine.served_names
 
         async def held() -> AsyncGenerator[RequestOutput, None]:
             began = time.perf_counter()

@@ -131,9 +131,12 @@ def _for_routers(adapters: Adapters, model: str) -> Iterator[Metric]:
         labels=["model_name", "adapter_name", "level", "pinned"],
     )  # fmt: skip
     held = [name for name in sorted(loaded) if adapters.loader.resident(loaded[name].content)]
+    samples = set()
     for name in held[:MOST_ADAPTERS]:
         record = records.get(name)
         pinned = str(bool(record and record.pinned)).lower()
+        samples.add((PRIVATE if adapters.private(name) else name, pinned))
+    for name, pinned in sorted(samples):
         family.add_metric([model, name, "gpu", pinned], 1.0)
     yield family
     residency = adapters.loader.residency
