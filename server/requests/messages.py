@@ -23,6 +23,9 @@ from server.requests.protocol import (
     SteeredMessagesRequest,
 )
 
+_CONVERTED = "chat_completion_stream_generator" in vars(AnthropicServingMessages)
+"""Whether vLLM's class converts streams inside `create_chat_completion`, as that of 0.33 does."""
+
 
 class SteeredMessages(AnthropicServingMessages):
     """VLLM's handler, for requests that are chat requests by now."""
@@ -39,8 +42,7 @@ class SteeredMessages(AnthropicServingMessages):
         Raises:
             ValueError: it cannot be read.
         """
-        disabled = request.thinking is not None and request.thinking.type == "disabled"
-        effort = await self._get_disabled_thinking_effort() if disabled else "none"
+        effort = await self._effort(request)
         merge = self._merge_inline_system if template is None else _first_only(template)
         chat = self.to_chat_completion_request(
             request, merge_inline_system=merge, disabled_thinking_effort=effort
@@ -48,8 +50,17 @@ class SteeredMessages(AnthropicServingMessages):
         chat.max_completion_tokens = None  # the same as `max_tokens`, whose name clients know
         found = SteeredChatRequest.model_construct(chat.model_fields_set, **vars(chat))
         found.steering, found.adapters = request.steering, request.adapters
-        found._given = frozenset(name for name, value in vars(found).items() if value is not None)
+        given = (name for name in type(request).model_fields if request.given(name))
+        found._given = frozenset("stop" if name == "stop_sequences" else name for name in given)
         return found
+
+    async def _effort(self, request: SteeredMessagesRequest | SteeredCountRequest) -> Any:
+        """What stands for `thinking: {"type": "disabled"}` with this model."""
+        resolver = getattr(self, "disabled_thinking_effort_resolver", None)
+        if resolver is not None:  # vLLM 0.33
+            return await resolver.resolve_for(request)
+        disabled = request.thinking is not None and request.thinking.type == "disabled"
+        return await self._get_disabled_thinking_effort() if disabled else "none"
 
     async def answer(
         self, chat: SteeredChatRequest, raw: Request
@@ -61,7 +72,7 @@ class SteeredMessages(AnthropicServingMessages):
         if isinstance(result, ChatCompletionResponse):
             _keep_whole_calls(result.choices[0])
             return self.messages_full_converter(result)
-        return self.message_stream_converter(result)
+        return result if _CONVERTED else self.message_stream_converter(result)
 
     async def message_stream_converter(
         self, generator: AsyncGenerator[str, None]

@@ -128,13 +128,16 @@ def _for_routers(adapters: Adapters, model: str) -> Iterator[Metric]:
     loaded, records = adapters.manager.loaded, adapters.manager.records
     family = GaugeMetricFamily(
         "vllm:lora_adapter_loaded",
-        "1 for each adapter that the engine holds, unless it is private to some API keys.",
+        "1 for each adapter that the engine holds; those private to some API keys are `private`.",
         labels=["model_name", "adapter_name", "level", "pinned"],
     )  # fmt: skip
     held = [name for name in sorted(loaded) if adapters.loader.resident(loaded[name].content)]
-    for name in [name for name in held if not adapters.private(name)][:MOST_ADAPTERS]:
+    samples = set()
+    for name in held[:MOST_ADAPTERS]:
         record = records.get(name)
         pinned = str(bool(record and record.pinned)).lower()
+        samples.add((PRIVATE if adapters.private(name) else name, pinned))
+    for name, pinned in sorted(samples):
         family.add_metric([model, name, "gpu", pinned], 1.0)
     yield family
     residency = adapters.loader.residency

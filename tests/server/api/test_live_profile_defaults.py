@@ -15,7 +15,7 @@ from tests.server.live import TEMPLATE, Server
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
 SYSTEM = "Be brief."
-SAMPLING = {"temperature": 0, "max_tokens": 5, "repetition_penalty": 1.3}
+SAMPLING = {"temperature": 0, "max_tokens": 5, "repetition_penalty": 1.3, "presence_penalty": 1.5}
 MESSAGES = [{"role": "user", "content": "hi"}]
 SAID = [{"role": "system", "content": SYSTEM}, *MESSAGES]
 SET = {**SAMPLING, "model": "big-chat"}
