@@ -50,7 +50,7 @@ class BoundedSeries(PrometheusStatLogger):
         Args:
             served: the names of the engine's adapters.
         """
-        return type(cls.__name__, (cls,), {"served": served})
+        return type("BoundedSeries", (cls,), {"served": served})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

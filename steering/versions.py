@@ -22,10 +22,6 @@ DIFFERENCES: Mapping[str, str] = {
     "vllm.config:CacheConfig": _SETTING,
     "vllm.config:VllmConfig": _SETTING,
     "vllm.engine.arg_utils:AsyncEngineArgs": _SETTING,
-    "vllm.entrypoints.anthropic.serving:AnthropicServingMessages._get_disabled_thinking_effort": (
-        "streams are converted elsewhere, and what stands for disabled thinking; "
-        "`server/requests/messages.py` looks which it is"
-    ),
     "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": _FIELD,
     "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionResponseChoice": _FIELD,
     "vllm.entrypoints.openai.completion.protocol:CompletionRequest": _FIELD,

@@ -60,7 +60,8 @@ class SteeredMessages(AnthropicServingMessages):
         if resolver is not None:  # vLLM 0.33
             return await resolver.resolve_for(request)
         disabled = request.thinking is not None and request.thinking.type == "disabled"
-        return await self._get_disabled_thinking_effort() if disabled else "none"
+        older: Any = self  # 0.32 has this method, 0.33 what is asked for above
+        return await older._get_disabled_thinking_effort() if disabled else "none"
 
     async def answer(
         self, chat: SteeredChatRequest, raw: Request

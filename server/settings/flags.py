@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import json
 import logging
 from collections.abc import Sequence
@@ -190,10 +191,16 @@ def engine_flags(argv: list[str]) -> dict[str, Any]:
     return engine
 
 
+_PARSERS = ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.common.cli_args")
+"""Modules that have `make_arg_parser`: that of vLLM 0.32, and that of 0.33."""
+
+
 def vllm_parser() -> Any:
     """VLLM's own parser of `vllm serve`, which does not end the process."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    where = next(filter(importlib.util.find_spec, _PARSERS))
+    make_arg_parser = importlib.import_module(where).make_arg_parser
 
     class Parser(FlexibleArgumentParser):
         def _pull_args_from_config(self, args: list[str]) -> list[str]:
