@@ -30,6 +30,7 @@ from load_tests.clients.checks import Checks, refused
 check = Checks("litellm", "litellm")
 litellm.num_retries = 0
 litellm.suppress_debug_info = True
+litellm.disable_stop_sequence_limit = True  # it cuts stop lists to OpenAI's four otherwise
 
 PROVIDERS = ("openai", "hosted_vllm")
 HERE: dict[str, Any] = {"api_base": f"{URL}/v1", "api_key": KEY, "max_retries": 0, "timeout": 50}
