@@ -62,24 +62,24 @@ class Access:
         named = self.adapters is None or name in self.adapters
         return named and all(not groups or self.group in groups for groups in owners)
 
-    def check_steering(self, asked: object, profile: str | None) -> None:
+    def check_steering(self, steering: object, profile: str | None) -> None:
         """Refuses steering of its own, and changes of a profile, to a key that is limited to some.
 
         Args:
-            asked: the `steering` field.
+            steering: the `steering` field.
             profile: the profile that the request's model is, or None.
 
         Raises:
             HttpError: 403.
         """
-        if self.steers or not isinstance(asked, Mapping):
+        if self.steers or not isinstance(steering, Mapping):
             return
-        named = profile is not None or asked.get("profile") is not None
-        changed = sorted(map(str, asked.keys() - OVERRIDABLE_ALWAYS - {"profile"}))
+        named = profile is not None or steering.get("profile") is not None
+        changed = sorted(map(str, steering.keys() - OVERRIDABLE_ALWAYS - {"profile"}))
         if named and changed:
             raise _forbidden("This API key takes profiles as they are; of their options only "
                              "`report` may be set.", f"{FIELD}.{changed[0]}")  # fmt: skip
-        if not named and (changed or not asked.keys() & OVERRIDABLE_ALWAYS):
+        if not named and (changed or not steering.keys() & OVERRIDABLE_ALWAYS):
             raise _forbidden("This API key may use its profiles only, not steering of its own.",
                              FIELD)  # fmt: skip
 

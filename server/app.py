@@ -22,9 +22,9 @@ from steering.plugins import Registry
 async def _error(request: Request, error: Exception) -> Response:
     """Errors that say whose fault they are, and bugs, which are logged."""
     context = context_of(request.scope)
-    found = http_error(error, context.fields)
-    context.refusal = found.reason
-    return errors.response(found, request.scope["path"])
+    failure = http_error(error, context.fields)
+    context.refusal = failure.reason
+    return errors.response(failure, request.scope["path"])
 
 
 async def _routing_error(request: Request, error: Exception) -> Response:
@@ -42,10 +42,14 @@ async def _routing_error(request: Request, error: Exception) -> Response:
 
 async def _invalid_body(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    found = problems([dict(e) if isinstance(e, dict) else {"type": "value_error", "msg": str(e)}
-                      for e in error.errors()])  # fmt: skip
-    lines = list(dict.fromkeys(str(problem) for problem in found))
-    param = found[0].field if found and found[0].field != "body" else None
+    bad_values = problems(
+        [
+            dict(e) if isinstance(e, dict) else {"type": "value_error", "msg": str(e)}
+            for e in error.errors()
+        ]
+    )
+    lines = list(dict.fromkeys(str(problem) for problem in bad_values))
+    param = bad_values[0].field if bad_values and bad_values[0].field != "body" else None
     message = "; ".join(lines[:3]) or "The request body is not valid."
     return errors.response(HttpError(400, message, param=param), request.scope["path"])
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 def readers(config: Config, diagnosis: Diagnosis) -> dict[str, Reader]:
     """A tokenizer for each stream. Reads files: run in a thread."""
-    found: dict[str, Reader] = {}
+    by_stream: dict[str, Reader] = {}
     by_folder: dict[str, Any] = {}
     trusted = bool(config.engine.get("trust_remote_code", False))
     for name, fact in diagnosis.streams.items():
@@ -45,8 +45,10 @@ def readers(config: Config, diagnosis: Diagnosis) -> dict[str, Reader]:
         if folder not in by_folder:
             by_folder[folder] = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
         tokenizer = by_folder[folder]
-        found[name] = Reader(tokenizer, fact.checkpoint.vocabulary, bool(tokenizer.chat_template))
-    return found
+        by_stream[name] = Reader(
+            tokenizer, fact.checkpoint.vocabulary, bool(tokenizer.chat_template)
+        )
+    return by_stream
 
 
 def adapter_loader(config: Config, loaded: Loaded, layers: Layers) -> EngineLoader:
@@ -110,7 +112,7 @@ async def assemble(
     quiet_logs()
     loaded.engine.limits = config.limits
     bound = await loaded.engine.bind()
-    found = await in_thread(lambda: readers(config, diagnosis))
+    stream_readers = await in_thread(lambda: readers(config, diagnosis))
     streams = snapshot(config)
     profiles = Profiles(
         config.profiles,
@@ -121,7 +123,9 @@ async def assemble(
         aliases=config.aliases,
         vocabulary=diagnosis.streams[BASE].checkpoint.vocabulary,
         end_tokens=await in_thread(
-            lambda: end_tokens(diagnosis, {n: one.tokenizer for n, one in found.items()})
+            lambda: end_tokens(
+                diagnosis, {n: reader.tokenizer for n, reader in stream_readers.items()}
+            )
         ),
     )
     adapters = None
@@ -133,7 +137,7 @@ async def assemble(
             return frozenset({config.name, *profiles, *config.aliases})
 
         adapters = await closing.enter_async_context(opened(config, loader, reserved, stage))
-    shown = {name: fact.describe() for name, fact in diagnosis.streams.items()}
+    descriptions = {name: fact.describe() for name, fact in diagnosis.streams.items()}
     return parts.build(
         config,
         state,
@@ -141,8 +145,8 @@ async def assemble(
         diagnosis.methods,
         profiles,
         streams,
-        found,
-        shown,
+        stream_readers,
+        descriptions,
         adapters,
         rates,
     )

@@ -121,5 +121,5 @@ def with_context(scope: Scope, context: RequestContext) -> Scope:
 
 def context_of(scope: Scope) -> RequestContext:
     """The context of the request that a scope belongs to."""
-    found: RequestContext = scope["state"][KEY]
-    return found
+    context: RequestContext = scope["state"][KEY]
+    return context

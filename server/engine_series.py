@@ -61,8 +61,8 @@ class BoundedSeries(PrometheusStatLogger):
         """As vLLM's, which lists contents, and running ones as waiting, too."""
         if scheduler_stats is not None and self.gauge_lora_info is not None:
             stats, names = scheduler_stats, self.served
-            running = [one for one, n in stats.running_lora_adapters.items() if n]
-            waiting = [one for one, n in stats.waiting_lora_adapters.items() if n]
+            running = [set_name for set_name, n in stats.running_lora_adapters.items() if n]
+            waiting = [set_name for set_name, n in stats.waiting_lora_adapters.items() if n]
             stats.running_lora_adapters = dict.fromkeys(names.of(running), 1)
             stats.waiting_lora_adapters = dict.fromkeys(names.of_waiting(waiting), 1)
         super().record(scheduler_stats, *args, **kwargs)

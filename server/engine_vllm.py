@@ -76,14 +76,14 @@ class SteeredLLM(AsyncLLM):
         except Exception:  # the engine is going down; its tallies go with it
             return
 
-    async def load_set(self, found: AdapterSet) -> None:
+    async def load_set(self, adapter_set: AdapterSet) -> None:
         """Loads a set of adapters into a slot of every engine, or of none; see `Residency`.
 
         Raises:
             BadAdapter, DoesNotFit: the worker cannot use it.
             ServerFault: the engine could not, for a reason of its own.
         """
-        path = str(found.lora_request()["lora_path"])
+        path = str(adapter_set.lora_request()["lora_path"])
         try:
             # Requests run on between two pieces of reading; only the copy into the slot is left.
             while not all(await self._adapters("coxswain_read_ahead", path, READING_S)):
@@ -93,16 +93,16 @@ class SteeredLLM(AsyncLLM):
             # Where a load is late, this stands behind it in the engine's queue, and before all
             # that comes later: nothing is left of it then, whether we hear of that or not.
             with contextlib.suppress(AdapterError):
-                await asyncio.shield(self._in_background(self.unload_set(found)))
+                await asyncio.shield(self._in_background(self.unload_set(adapter_set)))
             raise
 
-    async def unload_set(self, found: AdapterSet) -> None:
+    async def unload_set(self, adapter_set: AdapterSet) -> None:
         """Leaves nothing of a set in any engine.
 
         Raises:
             ServerFault: the engine does not say that it is so.
         """
-        await self._adapters("coxswain_unload", str(found.lora_request()["lora_path"]))
+        await self._adapters("coxswain_unload", str(adapter_set.lora_request()["lora_path"]))
 
     async def _adapters(self, name: str, *args: Any) -> list[Any]:
         """One remote call to every worker of every engine, about adapters; their results.
@@ -112,17 +112,17 @@ class SteeredLLM(AsyncLLM):
             EngineAway: no answer in time, or the engine has ended.
         """
         try:
-            answers = [one for workers in await self._ask(name, *args) for one in workers]
+            answers = [answer for workers in await self._ask(name, *args) for answer in workers]
         except TimeoutError as error:
             raise EngineAway(f"the engine did not answer within {RPC_TIMEOUT_S:g} s") from error
         except EngineDeadError as error:
             raise EngineAway("the engine has ended") from error
         except Exception as error:  # a bare one, with the engine's text
             raise ServerFault(f"the engine failed: {error}") from error
-        errors = [from_wire(one["error"]) for one in answers if "error" in one]
+        errors = [from_wire(answer["error"]) for answer in answers if "error" in answer]
         if errors:
             raise next((error for error in errors if not isinstance(error, RankFault)), errors[0])
-        return [one["done"] for one in answers]
+        return [answer["done"] for answer in answers]
 
     async def report(self, tag: str, tokens: dict[str, int]) -> dict[str, dict[str, Any]]:
         """What the worker measured for one prompt; the worker forgets it.
@@ -139,8 +139,8 @@ class SteeredLLM(AsyncLLM):
         # The ranks of an engine take the same steps.
         engines = [workers[0] for workers in await self._ask("coxswain_counters")]
         return {
-            "steps": sum(one["steps"] for one in engines),
-            **{what: {stream: sum(one[what][stream] for one in engines)
+            "steps": sum(engine["steps"] for engine in engines),
+            **{what: {stream: sum(engine[what][stream] for engine in engines)
                       for stream in engines[0][what]}
                for what in ("tokens", "passes")},
         }  # fmt: skip
@@ -154,10 +154,10 @@ class SteeredLLM(AsyncLLM):
         Raises:
             GenerationError: a stream or head gives no numbers.
         """
-        found: dict[str, Any] = (await self._ask("coxswain_bind"))[0][0]
+        bound: dict[str, Any] = (await self._ask("coxswain_bind"))[0][0]
         settings = self.vllm_config.additional_config["coxswain"]
         await self._try(probing.plan(settings["streams"]))
-        return found
+        return bound
 
     async def _try(self, plan: SteeringPlan) -> None:
         """Draws one token."""

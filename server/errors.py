@@ -177,7 +177,7 @@ def from_steering(error: SteeringError) -> HttpError:
 
 def status_of(kind: type[AdapterError]) -> int:
     """The HTTP status of a class of errors of the adapter layer."""
-    return next(status for one, status in _ADAPTER_STATUS if issubclass(kind, one))
+    return next(status for base, status in _ADAPTER_STATUS if issubclass(kind, base))
 
 
 def from_adapters(error: AdapterError) -> HttpError:
@@ -226,9 +226,9 @@ def in_the_request_s_words(error: HttpError, fields: Mapping[str, str]) -> HttpE
         error: it is changed in place.
         fields: vLLM's name of a field → the request's.
     """
-    if error.param is not None and (own := fields.get(error.param)) is not None:
-        error.message = re.sub(rf"^{re.escape(error.param)}\b", own, error.message)
-        error.param = own
+    if error.param is not None and (name := fields.get(error.param)) is not None:
+        error.message = re.sub(rf"^{re.escape(error.param)}\b", name, error.message)
+        error.param = name
     return error
 
 

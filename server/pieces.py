@@ -24,23 +24,23 @@ def in_pieces(entries: Sequence[T]) -> Iterator[Sequence[T]]:
 
 
 def json_list(
-    key: str, entries: Sequence[T], shown: Callable[[T], Any], rest: dict[str, Any]
+    key: str, entries: Sequence[T], to_json: Callable[[T], Any], rest: dict[str, Any]
 ) -> StreamingResponse:
     """A JSON object with a long list.
 
     Args:
         key: of the list.
         entries: what it is made of.
-        shown: an entry as JSON has it; None: it is left out.
+        to_json: an entry as JSON has it; None: it is left out.
         rest: the object's other values; at least one.
     """
 
     async def text() -> AsyncIterator[str]:
         begun = f"{{{json.dumps(key)}:["
         for piece in in_pieces(entries):
-            found = [one for one in map(shown, piece) if one is not None]
-            if found:
-                yield begun + _dumped(found)[1:-1]
+            values = [value for value in map(to_json, piece) if value is not None]
+            if values:
+                yield begun + _dumped(values)[1:-1]
                 begun = ","
             await asyncio.sleep(0)  # sending alone lets nobody else have a turn
         yield ("" if begun == "," else begun) + "]," + _dumped(rest)[1:]

@@ -94,25 +94,25 @@ class Serving:
         )
 
 
-def for_request(serving: V, parts: Serving, asked: str | None, template: str | None) -> V:
+def for_request(serving: V, parts: Serving, model: str | None, template: str | None) -> V:
     """One of vLLM's serving objects as one request sees it; errors inside streams are raised.
 
     Args:
         serving: the server's; it is not changed.
         parts: the server's.
-        asked: the profile or adapter that the request names as its model, or None.
+        model: the profile or adapter that the request names as its model, or None.
         template: the base's chat template for it; None: the server's.
     """
-    found: Any = copy.copy(serving)
-    found.models = parts.models.for_request(asked)
-    found.create_streaming_error_response = raise_again
-    found._convert_generation_error_to_streaming_response = raise_again
+    handler: Any = copy.copy(serving)
+    handler.models = parts.models.for_request(model)
+    handler.create_streaming_error_response = raise_again
+    handler._convert_generation_error_to_streaming_response = raise_again
     if template is not None:
-        found.chat_template = template
-        if hasattr(found, "online_renderer"):
-            found.online_renderer = copy.copy(found.online_renderer)
-            found.online_renderer.chat_template = template
-    bound: V = found
+        handler.chat_template = template
+        if hasattr(handler, "online_renderer"):
+            handler.online_renderer = copy.copy(handler.online_renderer)
+            handler.online_renderer.chat_template = template
+    bound: V = handler
     return bound
 
 

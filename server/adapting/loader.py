@@ -86,8 +86,8 @@ class EngineLoader:
             if not self.leases.used(content.digest) and self._forget(content):
                 self.residency.drop(content.digest)  # the engine may be at it, or be done
             raise  # if it is used, an unload that waits forgets it
-        told = {target.warning(base): None for base in bases}
-        warnings = tuple(text for text in told if text is not None)
+        texts = {target.warning(base): None for base in bases}
+        warnings = tuple(text for text in texts if text is not None)
         base = bases[0] if bases else ""
         return Facts(artefact.kind, base, size * self._element_bytes, warnings)
 
@@ -115,15 +115,15 @@ class EngineLoader:
     # What the residency loads and unloads. The engine reads the files each time a set comes, maybe
     # weeks after they were checked: what was changed since must not answer.
 
-    async def load_set(self, found: AdapterSet) -> None:
+    async def load_set(self, adapter_set: AdapterSet) -> None:
         """Brings a set whose files are whole into the engine."""
-        for member in found.members:
+        for member in adapter_set.members:
             await self.mend(member.digest)
-        await self._engine.load_set(found)
+        await self._engine.load_set(adapter_set)
 
-    async def unload_set(self, found: AdapterSet) -> None:
+    async def unload_set(self, adapter_set: AdapterSet) -> None:
         """Takes one out."""
-        await self._engine.unload_set(found)
+        await self._engine.unload_set(adapter_set)
 
     def artefact(self, content: Content) -> Artefact:
         """What was found in a content that is loaded."""
@@ -146,11 +146,11 @@ class EngineLoader:
         owner = self.targets[content.stream].owner
         return AdapterSet.of([Member.of(artefact, content.digest, owner)])
 
-    def _bytes(self, found: AdapterSet) -> int:
-        return sum(self._sizes[member.digest] for member in found.members) * self._element_bytes
+    def _bytes(self, adapter_set: AdapterSet) -> int:
+        return sum(self._sizes[m.digest] for m in adapter_set.members) * self._element_bytes
 
-    def _is_pinned(self, found: AdapterSet) -> bool:
-        return len(found.members) == 1 and found.members[0].digest in self.pinned()
+    def _is_pinned(self, adapter_set: AdapterSet) -> bool:
+        return len(adapter_set.members) == 1 and adapter_set.members[0].digest in self.pinned()
 
 
 async def _trust(digest: str) -> None:
@@ -165,6 +165,6 @@ def _look(
     bases = []
     for file in artefact.files:
         if Path(file).name == CONFIG:
-            said = json.loads((folder / file).read_bytes()).get("base_model_name_or_path")
-            bases += [said] if isinstance(said, str) and said else []
+            base = json.loads((folder / file).read_bytes()).get("base_model_name_or_path")
+            bases += [base] if isinstance(base, str) and base else []
     return artefact, elements(artefact), bases

@@ -25,9 +25,9 @@ def state_directory(config: Config, environ: Mapping[str, str] | None = None) ->
     registry = config.registry or RegistryConfig()
     if registry.directory is not None:
         return Path(registry.directory)
-    given = (os.environ if environ is None else environ).get("XDG_STATE_HOME", "")
+    state_home = (os.environ if environ is None else environ).get("XDG_STATE_HOME", "")
     # The specification: relative paths are invalid and to be ignored.
-    home = Path(given) if given.startswith("/") else Path.home() / ".local" / "state"
+    home = Path(state_home) if state_home.startswith("/") else Path.home() / ".local" / "state"
     return home / "coxswain" / re.sub(r"[^A-Za-z0-9_.-]", "_", config.name)
 
 

@@ -27,7 +27,7 @@ _SAME_ID = "the engine gives these adapters the id of others that are pinned; un
 class Slots(Protocol):
     """What of the engine is needed here."""
 
-    async def load_set(self, found: AdapterSet) -> None:
+    async def load_set(self, adapter_set: AdapterSet) -> None:
         """Loads a set into a slot.
 
         Raises:
@@ -35,7 +35,7 @@ class Slots(Protocol):
         """
         ...
 
-    async def unload_set(self, found: AdapterSet) -> None:
+    async def unload_set(self, adapter_set: AdapterSet) -> None:
         """Empties its slot."""
         ...
 
@@ -95,8 +95,8 @@ class Residency:
     @property
     def alone(self) -> set[tuple[str | None, str | None]]:
         """(owner, digest) of the adapters that are sets of their own in the engine."""
-        members = [slot.found.members for slot in self._taken.values()]
-        return {(one[0].owner, one[0].digest) for one in members if len(one) == 1}
+        by_slot = [slot.found.members for slot in self._taken.values()]
+        return {(members[0].owner, members[0].digest) for members in by_slot if len(members) == 1}
 
     @property
     def bytes(self) -> int:
@@ -113,7 +113,7 @@ class Residency:
             raise DoesNotFit("more bytes than adapters.max_loaded_bytes", field=field, value=size,
                              allowed=f"≤ {self.max_bytes}")  # fmt: skip
 
-    def check_room(self, found: AdapterSet) -> None:
+    def check_room(self, adapter_set: AdapterSet) -> None:
         """Whether a set can be held as long as the pins are as they are; asked before a response
         begins, whose status could not tell afterwards.
 
@@ -121,23 +121,23 @@ class Residency:
             NoRoom: what is pinned leaves too little.
             DoesNotFit: it is larger than all of the room.
         """
-        if found.name in self._taken:
+        if adapter_set.name in self._taken:
             return
-        size = self._bytes_of(found)
+        size = self._bytes_of(adapter_set)
         self.check(size, "adapters")
         pinned = [slot for slot in self._taken.values() if self._pinned(slot.found)]
-        if any(slot.found.set_id == found.set_id for slot in pinned):
+        if any(slot.found.set_id == adapter_set.set_id for slot in pinned):
             raise NoRoom(_SAME_ID, field="adapters")
         if len(pinned) >= self.slots or sum(s.size for s in pinned) + size > self.max_bytes:
             raise NoRoom(_PINNED, field="adapters")
 
-    def spare(self, found: AdapterSet) -> bool:
+    def spare(self, adapter_set: AdapterSet) -> bool:
         """Whether a set can be brought in without another leaving; nobody is kept waiting."""
-        size = self._bytes_of(found)
-        return not self._making_room.locked() and not self._in_the_way(found, size)
+        size = self._bytes_of(adapter_set)
+        return not self._making_room.locked() and not self._in_the_way(adapter_set, size)
 
     @asynccontextmanager
-    async def holding(self, found: AdapterSet) -> AsyncIterator[None]:
+    async def holding(self, adapter_set: AdapterSet) -> AsyncIterator[None]:
         """Keeps a set in the engine; waits for room first, in the order of arrival.
 
         Raises:
@@ -145,7 +145,7 @@ class Residency:
             DoesNotFit: it is larger than all of the room.
             AdapterError: the engine could not load it.
         """
-        slot = await self._take(found)
+        slot = await self._take(adapter_set)
         try:
             await asyncio.shield(slot.loading)
             yield
@@ -154,9 +154,9 @@ class Residency:
             if not slot.users:
                 self._idle.set()
 
-    async def admit(self, found: AdapterSet) -> None:
+    async def admit(self, adapter_set: AdapterSet) -> None:
         """Brings a set into the engine before somebody asks for it."""
-        async with self.holding(found):
+        async with self.holding(adapter_set):
             pass
 
     async def remove(self, digest: str) -> None:
@@ -177,31 +177,31 @@ class Residency:
             if not slot.users and any(member.digest == digest for member in slot.found.members):
                 self._evict(slot)
 
-    async def _take(self, found: AdapterSet) -> _Slot:
+    async def _take(self, adapter_set: AdapterSet) -> _Slot:
         """The set's slot with this user counted; it may still be loading."""
-        slot = self._taken.get(found.name)
+        slot = self._taken.get(adapter_set.name)
         if slot is None or slot.leaving:
             async with self._making_room:
-                slot = self._taken.get(found.name)
+                slot = self._taken.get(adapter_set.name)
                 if slot is None:
-                    size = self._bytes_of(found)
-                    await self._make_room(found, size)
-                    slot = self._open(found, size)
+                    size = self._bytes_of(adapter_set)
+                    await self._make_room(adapter_set, size)
+                    slot = self._open(adapter_set, size)
         slot.users += 1
-        self._taken.move_to_end(found.name)
+        self._taken.move_to_end(adapter_set.name)
         return slot
 
-    async def _make_room(self, found: AdapterSet, size: int) -> None:
+    async def _make_room(self, adapter_set: AdapterSet, size: int) -> None:
         """Evicts the least recently used until there is room; one caller at a time, in order.
 
         If all are in use, the oldest takes no new users: constant traffic on those that are held
         must not keep others out for ever.
         """
         self.check(size, "adapters")
-        while in_the_way := self._in_the_way(found, size):
+        while in_the_way := self._in_the_way(adapter_set, size):
             unpinned = [slot for slot in in_the_way if not self._pinned(slot.found)]
             if not unpinned:
-                same_id = in_the_way[0].found.set_id == found.set_id
+                same_id = in_the_way[0].found.set_id == adapter_set.set_id
                 raise NoRoom(_SAME_ID if same_id else _PINNED, field="adapters")
             idle = next((slot for slot in unpinned if not slot.users), None)
             if idle is not None:
@@ -213,14 +213,14 @@ class Residency:
             finally:
                 unpinned[0].leaving = False
 
-    def _in_the_way(self, found: AdapterSet, size: int) -> list[_Slot]:
+    def _in_the_way(self, adapter_set: AdapterSet, size: int) -> list[_Slot]:
         """Slots of which one must go first, the least recently used before the others.
 
         The engine knows sets by their ids, so the one that has this set's id must go. Else all
         are in the way if the engine is full, and none if not.
         """
         slots = list(self._taken.values())
-        if same_id := [slot for slot in slots if slot.found.set_id == found.set_id]:
+        if same_id := [slot for slot in slots if slot.found.set_id == adapter_set.set_id]:
             return same_id
         full = len(slots) >= self.slots or self.bytes + size > self.max_bytes
         return slots if full else []
@@ -229,9 +229,9 @@ class Residency:
         self._idle.clear()
         await self._idle.wait()
 
-    def _open(self, found: AdapterSet, size: int) -> _Slot:
-        slot = _Slot(found, size)
-        self._taken[found.name] = slot
+    def _open(self, adapter_set: AdapterSet, size: int) -> _Slot:
+        slot = _Slot(adapter_set, size)
+        self._taken[adapter_set.name] = slot
         slot.loading = asyncio.create_task(self._load(slot))
         # Whoever asked may be gone when it fails.
         slot.loading.add_done_callback(lambda task: task.cancelled() or task.exception())

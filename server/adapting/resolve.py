@@ -53,9 +53,9 @@ def resolve_adapters(
     Raises:
         NoAdapter: one is not ready here, or not for this key.
     """
-    asked = [("model", "model", AdapterRef(name=model))] if model else []
-    asked += [(f"adapters.{i}", f"adapters.{i}.name", ref) for i, ref in enumerate(refs)]
-    return [_resolve(field, where, ref, access, manager, loader) for field, where, ref in asked]
+    entries = [("model", "model", AdapterRef(name=model))] if model else []
+    entries += [(f"adapters.{i}", f"adapters.{i}.name", ref) for i, ref in enumerate(refs)]
+    return [_resolve(field, where, ref, access, manager, loader) for field, where, ref in entries]
 
 
 def _resolve(

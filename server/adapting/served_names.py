@@ -28,26 +28,26 @@ class ServedNames:
             self._waiting -= held
 
     @contextmanager
-    def using(self, found: str, names: Iterable[str]) -> Iterator[None]:
+    def using(self, set_name: str, names: Iterable[str]) -> Iterator[None]:
         """While the engine has a request.
 
         Args:
-            found: the name of its set, as the engine knows it.
+            set_name: the name of its set, as the engine knows it.
             names: as clients write them.
         """
         held = Counter(set(names))
-        self._using.setdefault(found, Counter()).update(held)
+        self._using.setdefault(set_name, Counter()).update(held)
         try:
             yield
         finally:
-            self._using[found] -= held
-            if not self._using[found]:
-                del self._using[found]
+            self._using[set_name] -= held
+            if not self._using[set_name]:
+                del self._using[set_name]
 
     def of(self, sets: Iterable[str]) -> list[str]:
         """The names by which some sets are used now, sorted, at most `MOST`."""
-        found = {name for one in sets for name in self._using.get(one, ())}
-        return sorted(found)[:MOST]
+        names = {name for set_name in sets for name in self._using.get(set_name, ())}
+        return sorted(names)[:MOST]
 
     def of_waiting(self, sets: Iterable[str]) -> list[str]:
         """Those of sets that wait in the engine, and of requests that wait to get there."""

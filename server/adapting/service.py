@@ -65,8 +65,8 @@ class Adapters:
         Args:
             access: of a key that sees only some; None: all.
         """
-        found = sorted(self.manager.loaded)
-        return found if access is None else [n for n in found if sees(access, n, self.manager)]
+        loaded = sorted(self.manager.loaded)
+        return loaded if access is None else [n for n in loaded if sees(access, n, self.manager)]
 
     def known(self, model: str, access: Access | None = None) -> bool:
         """Whether a request's `model` names an adapter, ready or not; see `names`."""
@@ -93,9 +93,9 @@ class Adapters:
         """
         if self.on_request is None:
             return
-        asked = [("model", model)] if model else []
-        asked += [(f"adapters.{i}.name", ref.name) for i, ref in enumerate(refs)]
-        for field, text in asked:
+        entries = [("model", model)] if model else []
+        entries += [(f"adapters.{i}.name", ref.name) for i, ref in enumerate(refs)]
+        for field, text in entries:
             name, _ = split(text)
             known = name in self.manager.loaded or name in self.reserved()
             if not known and access.sees_adapter(name, owners_of(name, self.manager)):
@@ -118,10 +118,10 @@ class Adapters:
         """
         resolved = resolve_adapters(model, refs, access, self.manager, self.loader)
         owners = {name: target.owner for name, target in self.loader.targets.items()}
-        plan, found = adapt(plan, resolved, owners, weight=weight, max_rank=self.max_rank)
-        if found is not None:
-            held.enter_context(self.loader.leases.lease(m.digest for m in found.members))
-        return plan, found, resolved
+        plan, adapter_set = adapt(plan, resolved, owners, weight=weight, max_rank=self.max_rank)
+        if adapter_set is not None:
+            held.enter_context(self.loader.leases.lease(m.digest for m in adapter_set.members))
+        return plan, adapter_set, resolved
 
     # The admin API.
 
@@ -211,7 +211,7 @@ class Adapters:
     def missing(self) -> list[str]:
         """Adapters that serve elsewhere, or did before, and are neither loaded nor failed here."""
         manager = self.manager
-        found = []
+        names = []
         for name in manager.unsettled:
             record = manager.records.get(name)
             if record is None or record.serving is None or record.state == "unloading":
@@ -219,8 +219,8 @@ class Adapters:
             here = manager.loaded.get(name)
             same = here is not None and here.content.key == record.serving.key
             if not same and manager.failure(name) is None:
-                found.append(name)
-        return found
+                names.append(name)
+        return names
 
     async def until(self, name: str) -> Record:
         """Waits until a submitted adapter answers here, or failed.
@@ -327,66 +327,68 @@ async def opened(
     assert section is not None
     stage("opening the adapter registry")
     async with registry_of(config, loader) as manager:
-        asked = LoadOnRequest(manager, section) if section.load_on_request else None
-        found = Adapters(manager, loader, section.max_rank, reserved, groups_of(config), asked)
-        loader.pinned, loader.mend = found.pinned, manager.mend
-        keeping = asyncio.create_task(_keep_pinned(found))
+        on_request = LoadOnRequest(manager, section) if section.load_on_request else None
+        adapters = Adapters(
+            manager, loader, section.max_rank, reserved, groups_of(config), on_request
+        )
+        loader.pinned, loader.mend = adapters.pinned, manager.mend
+        keeping = asyncio.create_task(_keep_pinned(adapters))
         try:
             await manager.look()
-            await _preload(section, found)
-            await _settled(found, stage)
-            yield found
+            await _preload(section, adapters)
+            await _settled(adapters, stage)
+            yield adapters
         finally:
             keeping.cancel()
 
 
-async def _keep_pinned(found: Adapters) -> None:
+async def _keep_pinned(adapters: Adapters) -> None:
     """Pinned adapters are in the engine: also those that another replica pinned or replaced."""
     while True:
         await asyncio.sleep(PINS_S)
-        for name in list(found.manager.feed.pinned):
-            loaded = found.manager.loaded.get(name)
-            if loaded is None or found.loader.resident(loaded.content):
+        for name in list(adapters.manager.feed.pinned):
+            loaded = adapters.manager.loaded.get(name)
+            if loaded is None or adapters.loader.resident(loaded.content):
                 continue
             # Without room, or unloaded meanwhile: the next look finds it again, or no more.
             with contextlib.suppress(AdapterError, KeyError):
-                await found.loader.admit(loaded.content)
+                await adapters.loader.admit(loaded.content)
 
 
-async def _preload(section: AdaptersConfig, found: Adapters) -> None:
+async def _preload(section: AdaptersConfig, adapters: Adapters) -> None:
     """Asks for the configuration's adapters; what is registered otherwise is replaced."""
     problems = []
-    for i, one in enumerate(section.preload):
-        asked: Mapping[str, Any] = {"version": one.version, "stream": one.stream,
-                                    "pin": one.pin, "by": "the configuration",
-                                    "visible_to": one.visible_to}  # fmt: skip
+    for i, entry in enumerate(section.preload):
+        options: Mapping[str, Any] = {"version": entry.version, "stream": entry.stream,
+                                      "pin": entry.pin, "by": "the configuration",
+                                      "visible_to": entry.visible_to}  # fmt: skip
         try:
             try:
-                await found.submit(one.name, one.source, replace=False, **asked)
+                await adapters.submit(entry.name, entry.source, replace=False, **options)
             except Conflict:
-                await found.submit(one.name, one.source, replace=True, **asked)
+                await adapters.submit(entry.name, entry.source, replace=True, **options)
         except AdapterError as error:
-            problems.append(f"adapters.preload.{i} ({one.name}): {error}")
+            problems.append(f"adapters.preload.{i} ({entry.name}): {error}")
     if problems:
         raise PreloadFailed(problems)
-    for i, one in enumerate(section.preload):
-        record = await found.until(one.name)
-        why = failed(record, found)
+    for i, entry in enumerate(section.preload):
+        record = await adapters.until(entry.name)
+        why = failed(record, adapters)
         if why is not None:
-            problems.append(f"adapters.preload.{i} ({one.name}): {why}")
+            problems.append(f"adapters.preload.{i} ({entry.name}): {why}")
     if problems:
         raise PreloadFailed(problems)
 
 
-async def _settled(found: Adapters, stage: Callable[[str], None]) -> None:
+async def _settled(adapters: Adapters, stage: Callable[[str], None]) -> None:
     """Waits until everything that serves elsewhere, or did before, is loaded or has failed here."""
-    said = ""
+    last_text = ""
     while True:
-        missing = found.missing()
+        missing = adapters.missing()
         if not missing:
             return
-        here = len(found.manager.loaded)
+        here = len(adapters.manager.loaded)
         text = f"loading adapters: {here} of {here + len(missing)}"
-        if text != said:
-            stage(said := text)
+        if text != last_text:
+            stage(last_text := text)
         await asyncio.sleep(LOOK_S)

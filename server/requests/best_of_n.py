@@ -127,8 +127,8 @@ async def _read(
         )
         options = {key: request.options[key] for key in _KEPT if key in request.options}
         # The worker takes the number in front for the choice, as in vLLM's own ids of choices.
-        own = EngineRequest(request.prompt, params, f"{index}_{request.id}", options)
-        outputs = engine.engine.submit(prepare(own, plan, tag, reply))
+        engine_request = EngineRequest(request.prompt, params, f"{index}_{request.id}", options)
+        outputs = engine.engine.submit(prepare(engine_request, plan, tag, reply))
         async with aclosing(outputs):
             async for _ in outputs:
                 pass
@@ -136,10 +136,10 @@ async def _read(
     reading = [asyncio.create_task(read(*pair)) for pair in enumerate(replies)]
     try:
         await asyncio.gather(*reading)
-        found = await engine.engine.report(tag, {})
-        if len(found) < len(replies):
-            raise RuntimeError(f"the engine has read {len(found)} of {len(replies)} replies")
-        return found
+        reports = await engine.engine.report(tag, {})
+        if len(reports) < len(replies):
+            raise RuntimeError(f"the engine has read {len(reports)} of {len(replies)} replies")
+        return reports
     except BaseException:
         for task in reading:
             task.cancel()

@@ -24,8 +24,8 @@ def use_profile(request: Any, profile: Profile | None) -> None:
     use_system(request, profile)
     for name, value in profile.sampling.model_dump(exclude_none=True).items():
         names = _REPLY if name == "max_tokens" else (name,)
-        fields = [one for one in names if one in type(request).model_fields]
-        if fields and not any(request.given(one) for one in fields):
+        fields = [field for field in names if field in type(request).model_fields]
+        if fields and not any(request.given(field) for field in fields):
             setattr(request, fields[0], value)
 
 
@@ -43,8 +43,8 @@ def use_system(request: Any, profile: Profile | None) -> None:
         if not any(_role(message) in _SYSTEM for message in request.messages):
             request.messages = [{"role": "system", "content": profile.system}, *request.messages]
     elif "instructions" in fields and request.instructions is None:
-        given = request.input if isinstance(request.input, list) else []
-        if not any(_role(item) in _SYSTEM for item in given):
+        items = request.input if isinstance(request.input, list) else []
+        if not any(_role(item) in _SYSTEM for item in items):
             request.instructions = profile.system
 
 

@@ -30,13 +30,13 @@ def echoed(
 async def _echoed(
     outputs: AsyncGenerator[RequestOutput, None],
 ) -> AsyncGenerator[RequestOutput, None]:
-    known = None
+    prompt_logprobs = None
     begun: set[int] = set()
     async with aclosing(outputs):
         async for output in outputs:
-            known = known or output.prompt_logprobs
+            prompt_logprobs = prompt_logprobs or output.prompt_logprobs
             new = {choice.index for choice in output.outputs} - begun
             if new and not output.prompt_logprobs:
-                output.prompt_logprobs = known
+                output.prompt_logprobs = prompt_logprobs
             begun |= new
             yield output

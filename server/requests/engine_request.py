@@ -128,8 +128,8 @@ def keep_apart(request: EngineRequest, salt: str | None) -> EngineRequest:
         return request
     if not isinstance(request.prompt, dict):
         raise TypeError(f"a prompt without a place for a salt: {type(request.prompt).__name__}")
-    own = salted(request.prompt.get("cache_salt"), salt)
-    return replace(request, prompt={**request.prompt, "cache_salt": own})
+    cache_salt = salted(request.prompt.get("cache_salt"), salt)
+    return replace(request, prompt={**request.prompt, "cache_salt": cache_salt})
 
 
 def salted(salt: str | None, key: str) -> str:

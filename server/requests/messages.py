@@ -48,11 +48,11 @@ class SteeredMessages(AnthropicServingMessages):
             request, merge_inline_system=merge, disabled_thinking_effort=effort
         )
         chat.max_completion_tokens = None  # the same as `max_tokens`, whose name clients know
-        found = SteeredChatRequest.model_construct(chat.model_fields_set, **vars(chat))
-        found.steering, found.adapters = request.steering, request.adapters
-        given = (name for name in type(request).model_fields if request.given(name))
-        found._given = frozenset("stop" if name == "stop_sequences" else name for name in given)
-        return found
+        steered = SteeredChatRequest.model_construct(chat.model_fields_set, **vars(chat))
+        steered.steering, steered.adapters = request.steering, request.adapters
+        fields = (name for name in type(request).model_fields if request.given(name))
+        steered._given = frozenset("stop" if name == "stop_sequences" else name for name in fields)
+        return steered
 
     async def _effort(self, request: SteeredMessagesRequest | SteeredCountRequest) -> Any:
         """What stands for `thinking: {"type": "disabled"}` with this model."""
@@ -97,10 +97,10 @@ class SteeredMessages(AnthropicServingMessages):
 
     async def count(self, chat: SteeredChatRequest) -> int | ErrorResponse:
         """Tokens of a request's prompt, as the base reads it."""
-        found: Any = await self.render_chat_request(chat)
-        if isinstance(found, ErrorResponse):
-            return found
-        _, (prompt,) = found
+        rendered: Any = await self.render_chat_request(chat)
+        if isinstance(rendered, ErrorResponse):
+            return rendered
+        _, (prompt,) = rendered
         return len(prompt["prompt_token_ids"])
 
 

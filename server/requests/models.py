@@ -26,16 +26,16 @@ class SteeredModels(OpenAIServingModels):
         self._asked: str | None = None
         self._aliases = aliases
 
-    def for_request(self, asked: str | None) -> SteeredModels:
+    def for_request(self, model: str | None) -> SteeredModels:
         """The list as one request sees it.
 
         Args:
-            asked: the profile or adapter that it names as its model, and that is there: its answer
+            model: the profile or adapter that it names as its model, and that is there: its answer
                 carries that name. None: the base.
         """
-        found = copy.copy(self)
-        found._asked = asked
-        return found
+        view = copy.copy(self)
+        view._asked = model
+        return view
 
     def is_base_model(self, model_name: str) -> bool:
         """Whether a name needs no adapter of vLLM's: ours travel with the plan."""
@@ -52,11 +52,11 @@ class SteeredModels(OpenAIServingModels):
         Args:
             names: of all of them, the base's first.
         """
-        found = await super().show_available_models()
-        for card in found.data:
+        models = await super().show_available_models()
+        for card in models.data:
             card.owned_by = "coxswain"
-        found.data += [self.card(name) for name in names[1:]]
-        return found
+        models.data += [self.card(name) for name in names[1:]]
+        return models
 
     def card(self, name: str) -> ModelCard:
         """A further model."""

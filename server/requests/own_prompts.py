@@ -109,16 +109,16 @@ class OwnPrompts:
                 prompt that is too long or empty.
             HttpError: 429, too many templates of this caller wait.
         """
-        found = {}
+        ids = {}
         for stream, prompt in prompts.items():
             where = f"{field}.prompts.{stream}"
             text = None
             if prompt.chat_template is not None and not trusted:
                 text = await self._rendered(caller, stream, prompt, conversation, where)
-            found[stream] = await asyncio.to_thread(
+            ids[stream] = await asyncio.to_thread(
                 self._one, stream, prompt, conversation, where, default_template, text
             )
-        return found
+        return ids
 
     async def _rendered(
         self,

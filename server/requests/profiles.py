@@ -84,8 +84,10 @@ class Profiles(Mapping[str, Profile]):
         if profile.stop_token_ids is not None:
             return profile.stop_token_ids
         weights = (plan or self._check(name, profile).plan).weights
-        found = {end for stream, c in weights if c > 0 for end in self._end_tokens.get(stream, ())}
-        return tuple(sorted(found))
+        token_ids = {
+            end for stream, c in weights if c > 0 for end in self._end_tokens.get(stream, ())
+        }
+        return tuple(sorted(token_ids))
 
     def origin(self, name: str) -> Origin:
         """Where a profile comes from."""

@@ -67,10 +67,10 @@ class ReadableMixin(BaseModel):
     def _read(cls, body: Any, read: ModelWrapValidatorHandler[Self]) -> Self:
         """VLLM's validators, some of which run before the types are checked."""
         try:
-            given = frozenset(name for name, value in body.items() if value is not None)
-            found = read(body)
-            found._given = given
-            return found
+            fields = frozenset(name for name, value in body.items() if value is not None)
+            request = read(body)
+            request._given = fields
+            return request
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(
                 f"a part of the request is empty, missing or of the wrong type: {error}"
@@ -149,12 +149,12 @@ def refuse_unknown(request: BaseModel, *, every: bool) -> None:
     Raises:
         BadValue: the first such field, with the one that may be meant.
     """
-    known = type(request).model_fields
+    fields = type(request).model_fields
     for name in sorted((request.model_extra or {}).keys() - HARMLESS):
-        ours = _ours(name) if known.keys() >= OURS else None
+        ours = _ours(name) if fields.keys() >= OURS else None
         if ours is None and not every:
             continue
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name, fields, n=1)
         meant = ours or (near[0] if near else None)
         raise BadValue(f"unknown field; did you mean {meant}?" if meant else "unknown field",
                        field=name)  # fmt: skip

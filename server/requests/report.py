@@ -19,31 +19,31 @@ def summary(resolved: ResolvedRequest, decode: Callable[[int], str]) -> dict[str
     """
     plan = resolved.plan
     choices = {
-        prompt * resolved.n + int(choice): found
+        prompt * resolved.n + int(choice): record
         for prompt, report in sorted(resolved.reports.items())
-        for choice, found in sorted(report.items(), key=lambda item: int(item[0]))
+        for choice, record in sorted(report.items(), key=lambda item: int(item[0]))
     }
-    found: dict[str, Any] = {"method": plan.method}
+    record: dict[str, Any] = {"method": plan.method}
     if resolved.profile is not None:
-        found["profile"] = resolved.profile
-    found["strengths"] = dict(plan.weights)
+        record["profile"] = resolved.profile
+    record["strengths"] = dict(plan.weights)
     if plan.values is not None:
-        found["values"] = {"strengths": dict(plan.values.strengths), "top_k": plan.values.top_k}
-    found["streams"] = list(plan.streams)
+        record["values"] = {"strengths": dict(plan.values.strengths), "top_k": plan.values.top_k}
+    record["streams"] = list(plan.streams)
     reports = list(choices.values())
     if plan.adapters:
-        found["adapters"] = [_adapter(resolved, use, reports) for use in plan.adapters]
-    found |= _totals(reports)
+        record["adapters"] = [_adapter(resolved, use, reports) for use in plan.adapters]
+    record |= _totals(reports)
     if plan.rule.kind is RuleKind.CRITICAL:
-        found["share_critical"] = _share(reports, "critical")
+        record["share_critical"] = _share(reports, "critical")
     if plan.best is not None:
-        found["best_of_n"] = {
+        record["best_of_n"] = {
             "value": plan.best.head,
             "n": plan.best.n,
             "generated_tokens": sum(report["generated_tokens"] for report in reports),
         }
     if plan.report == "tokens" or len(choices) > 1 or plan.best is not None:
-        found["choices"] = [
+        record["choices"] = [
             {
                 "index": index,
                 **_totals([report]),
@@ -52,7 +52,7 @@ def summary(resolved: ResolvedRequest, decode: Callable[[int], str]) -> dict[str
             }
             for index, report in choices.items()
         ]
-    return found
+    return record
 
 
 def _adapter(
@@ -60,25 +60,25 @@ def _adapter(
 ) -> dict[str, Any]:
     """One adapter of the request; for a pack, how often tokens were routed to which member."""
     key = (use.stream, use.digest)
-    one = next(p for p in resolved.adapters if (p.stream, p.digest) == key)
-    found: dict[str, Any] = {
-        "name": one.name, "version": one.version, "digest": one.digest, "stream": one.stream,
-        "weight": use.weight,
+    adapter = next(p for p in resolved.adapters if (p.stream, p.digest) == key)
+    entry: dict[str, Any] = {
+        "name": adapter.name, "version": adapter.version, "digest": adapter.digest,
+        "stream": adapter.stream, "weight": use.weight,
     }  # fmt: skip
-    if one.artefact.gates:
-        found |= {"top_k": use.top_k, "temperature": use.temperature}
-        counts = [0] * len(one.artefact.members)
+    if adapter.artefact.gates:
+        entry |= {"top_k": use.top_k, "temperature": use.temperature}
+        counts = [0] * len(adapter.artefact.members)
         for report in reports:
             routed = report["routed"].get(use.stream, {}).get(use.digest)
             if routed is None:
                 continue
             counts = [a + b for a, b in zip(counts, routed, strict=True)]
         total = sum(counts)
-        found["routed"] = {
+        entry["routed"] = {
             member: count / total if total else None
-            for member, count in zip(one.artefact.members, counts, strict=True)
+            for member, count in zip(adapter.artefact.members, counts, strict=True)
         }
-    return found
+    return entry
 
 
 def _totals(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -111,12 +111,12 @@ def _share(reports: Sequence[Mapping[str, Any]], what: str) -> float | None:
 
 def _critical(entry: Mapping[str, Any], plan: SteeringPlan) -> dict[str, Any]:
     """What is known of a token of `critical_tokens`; nothing for other methods."""
-    found = {k: entry[k] for k in ("critical_probability", "critical") if k in entry}
+    details = {k: entry[k] for k in ("critical_probability", "critical") if k in entry}
     if "critical" in entry:
         k = plan.rule.stream
         aligned = next(name for name, c in plan.weights if c and name != k)
-        found["chosen_by"] = k if entry["critical"] else aligned
-    return found
+        details["chosen_by"] = k if entry["critical"] else aligned
+    return details
 
 
 def _values(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,8 +129,8 @@ def _chosen(report: Mapping[str, Any]) -> dict[str, Any]:
     """Among which values one reply was chosen; nothing for other methods."""
     if "chosen" not in report:
         return {}
-    found = {key: report[key] for key in ("generated_tokens", "chosen")}
-    return {**found, "values": [_finite(value) for value in report["values"]]}
+    fields = {key: report[key] for key in ("generated_tokens", "chosen")}
+    return {**fields, "values": [_finite(value) for value in report["values"]]}
 
 
 def _detail(
@@ -161,11 +161,11 @@ def _detail(
 def _choices(entry: Mapping[str, Any], decode: Callable[[int], str]) -> dict[str, Any]:
     """What the base and each stream by itself found most likely in a token's place."""
     choices: Mapping[str, tuple[int, float]] = entry.get("choices", {})
-    told = {
+    by_stream = {
         stream: {"token": decode(token), "token_id": token, "logprob": _finite(logprob)}
         for stream, (token, logprob) in choices.items()
     }
-    return {"stream_choices": told} if told else {}
+    return {"stream_choices": by_stream} if by_stream else {}
 
 
 def _finite(value: float) -> float | None:

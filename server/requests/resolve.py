@@ -78,15 +78,15 @@ class Resolver:
         Raises:
             HttpError: 404, no such model for this key.
         """
-        asked, model = model, self.aliases.get(model, model) if model else None
+        name, model = model, self.aliases.get(model, model) if model else None
         if model is None or model == self.base_name:
             return Model()
         if model in access.seen_profiles(self.profiles):
             return Model(model, profile=model)
         if self.adapters is not None and self.adapters.known(model, access):
             return Model(model, adapter=model)
-        known = shortened(self.served(access))
-        raise HttpError(404, f"model: no such model (got {asked!r}); served: {known}",
+        names = shortened(self.served(access))
+        raise HttpError(404, f"model: no such model (got {name!r}); served: {names}",
                         param="model", code="model_not_found")  # fmt: skip
 
     def profile_of(self, model: str | None, steering: object, access: Access) -> Profile | None:
@@ -103,8 +103,8 @@ class Resolver:
     def served(self, access: Access) -> list[str]:
         """Names of the models that a key may use."""
         adapters = self.adapters.names(access) if self.adapters is not None else []
-        found = [self.base_name, *access.seen_profiles(self.profiles), *adapters]
-        return [*found, *(name for name, target in self.aliases.items() if target in found)]
+        names = [self.base_name, *access.seen_profiles(self.profiles), *adapters]
+        return [*names, *(name for name, target in self.aliases.items() if target in names)]
 
     async def resolve(self, parsed: ParsedRequest, context: RequestContext) -> ResolvedRequest:
         """The request's plans, limits checked and prompts tokenised; its adapters stay loaded until
@@ -118,25 +118,27 @@ class Resolver:
         await self.load_missing(parsed.model, parsed.adapters, context.access)
         model = self.model_of(parsed.model, context.access)
         context.model, context.method = model.name, BARE.method
-        asked = self._steering(parsed, model, context.access)
-        request, found = asked or (SteeringRequest({}, self.limits), _bare())
-        context.method = found.plan.method
+        steering = self._steering(parsed, model, context.access)
+        request, resolved = steering or (SteeringRequest({}, self.limits), _bare())
+        context.method = resolved.plan.method
         context.profile = request.profile or context.profile
-        found, result = self._with_adapters(parsed, model, request, found, context)
-        names = [(one.name, one.digest) for one in result.adapters]
+        resolved, result = self._with_adapters(parsed, model, request, resolved, context)
+        names = [(adapter.name, adapter.digest) for adapter in result.adapters]
         private = self.adapters is not None and any(self.adapters.private(n) for n, _ in names)
         context.use_adapters(names, private)
-        _check(parsed, found)
-        best = found.plan.best
+        _check(parsed, resolved)
+        best = resolved.plan.best
         check_counts(
             self.most, prompts=parsed.prompts, n=parsed.n, drawn=best.n if best else 1,
             max_tokens=parsed.max_tokens, field=parsed.max_tokens_field,
         )  # fmt: skip
-        if found.prompts:
+        if resolved.prompts:
             caller = context.access.caller
             result.plans = [
-                found.with_prompts(await self._ids(request, found.prompts, conversation, caller))
-                for conversation in await self._distinct(found, parsed)
+                resolved.with_prompts(
+                    await self._ids(request, resolved.prompts, conversation, caller)
+                )
+                for conversation in await self._distinct(resolved, parsed)
             ]
         return result
 
@@ -185,13 +187,13 @@ class Resolver:
         parsed: ParsedRequest,
         model: Model,
         request: SteeringRequest,
-        found: Resolved,
+        resolved: Resolved,
         context: RequestContext,
     ) -> tuple[Resolved, ResolvedRequest]:
         """The plan with the request's adapters."""
         profile = self.profiles.get(request.profile) if request.profile else None
         template = profile.chat_template if profile is not None else None
-        plan, adapter_set = found.plan, None
+        plan, adapter_set = resolved.plan, None
         adapters: Sequence[ResolvedAdapter] = ()
         if parsed.adapters or model.adapter is not None:
             if self.adapters is None:
@@ -209,12 +211,12 @@ class Resolver:
             [plan], request.profile, template, stops, parsed.max_tokens, parsed.max_tokens_field,
             parsed.n, adapter_set, adapters,
         )  # fmt: skip
-        return replace(found, plan=plan), result
+        return replace(resolved, plan=plan), result
 
     @staticmethod
-    async def _distinct(found: Resolved, parsed: ParsedRequest) -> Sequence[Conversation | None]:
+    async def _distinct(resolved: Resolved, parsed: ParsedRequest) -> Sequence[Conversation | None]:
         """The conversations for which own prompts differ: one, unless a template renders them."""
-        if any(p.chat_template is not None for p in found.prompts.values()):
+        if any(p.chat_template is not None for p in resolved.prompts.values()):
             return await asyncio.to_thread(parsed.conversations)
         return [None]
 
@@ -226,8 +228,8 @@ class Resolver:
         caller: str,
     ) -> dict[str, tuple[int, ...]]:
         profile = self.profiles.get(request.profile) if request.profile else None
-        given = profile.spec.get("prompts") if profile else None
-        trusted = given is not None and request.spec.get("prompts") == given
+        profile_prompts = profile.spec.get("prompts") if profile else None
+        trusted = profile_prompts is not None and request.spec.get("prompts") == profile_prompts
         return await self.own_prompts.token_ids(
             prompts,
             conversation,
@@ -242,16 +244,16 @@ def _bare() -> Resolved:
     return Resolved(BARE, MappingProxyType({}))
 
 
-def _check(parsed: ParsedRequest, found: Resolved) -> None:
+def _check(parsed: ParsedRequest, resolved: Resolved) -> None:
     """Refuses what does not go together.
 
     Raises:
         BadValue: it names the field.
     """
-    plan = found.plan
+    plan = resolved.plan
     if parsed.beam_search and (plan.steers or plan.adapters or plan.report != "off"):
         raise BadValue("not possible together with steering or adapters", field="use_beam_search")
-    if parsed.prompt_logprobs and found.prompts:
+    if parsed.prompt_logprobs and resolved.prompts:
         raise BadValue("log-probabilities of the prompt are undefined where a stream reads a "
                        "prompt of its own", field=f"{FIELD}.prompts")  # fmt: skip
     if parsed.prompt_logprobs and plan.values is not None:

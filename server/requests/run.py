@@ -165,7 +165,7 @@ class RequestEngine:
         assert residency is not None
         residency.check_room(wanted)
         private, served = self._context.private, self.engine.served_names
-        names = [metrics.PRIVATE] if private else [one.name for one in self.resolved.adapters]
+        names = [metrics.PRIVATE] if private else [a.name for a in self.resolved.adapters]
 
         async def held() -> AsyncGenerator[RequestOutput, None]:
             began = time.perf_counter()

@@ -64,19 +64,19 @@ async def load(raw_request: Request) -> Response:
 async def tokenizer_info(raw_request: Request) -> Response:
     """The settings of the base's tokenizer, without those that name a place."""
     parts = serving(raw_request)
-    told = plain(await parts.tokenization.get_tokenizer_info()).model_dump(mode="json")
+    info = plain(await parts.tokenization.get_tokenizer_info()).model_dump(mode="json")
     template = getattr(parts.engine.renderer.tokenizer, "chat_template", None)
     if isinstance(template, str):
-        told.setdefault("chat_template", template)
-    kind = told["tokenizer_class"]
+        info.setdefault("chat_template", template)
+    kind = info["tokenizer_class"]
     for wrapper in ("TokenizerPool", "Cached"):  # vLLM's own
         kind = kind.removeprefix(wrapper)
-    told["tokenizer_class"] = kind
+    info["tokenizer_class"] = kind
     model = parts.engine.model_config
-    hidden = {json.dumps(str(one))[1:-1] for one in (model.model, model.tokenizer)}
+    hidden = {json.dumps(str(place))[1:-1] for place in (model.model, model.tokenizer)}
     return JSONResponse({
-        name: value for name, value in told.items()
-        if not name.endswith(_PATHS) and not any(one in json.dumps(value) for one in hidden)
+        name: value for name, value in info.items()
+        if not name.endswith(_PATHS) and not any(place in json.dumps(value) for place in hidden)
     })  # fmt: skip
 
 

@@ -86,8 +86,8 @@ async def _body(request: Request, kind: type[B]) -> B:
 @router.get("/admin/adapters")
 async def list_adapters(raw_request: Request) -> Response:
     """All adapters of the registry, and how this server stands to them."""
-    found = _adapters(raw_request)
-    residency, feed = found.loader.residency, found.manager.feed
+    adapters = _adapters(raw_request)
+    residency, feed = adapters.loader.residency, adapters.manager.feed
     rest = {
         "engine": {
             "slots": residency.slots,
@@ -99,12 +99,12 @@ async def list_adapters(raw_request: Request) -> Response:
         },
         "registry": {"away": feed.away, "losses": feed.losses},
     }
-    manager = found.manager
+    manager = adapters.manager
     progress = await manager.progress(list(manager.records.values()))
 
     def shown(name: str) -> dict[str, Any] | None:
         record = manager.records.get(name)
-        return described(record, found, progress.get(name, 0)) if record else None
+        return described(record, adapters, progress.get(name, 0)) if record else None
 
     return json_list("adapters", sorted(manager.records), shown, rest)
 
@@ -112,44 +112,44 @@ async def list_adapters(raw_request: Request) -> Response:
 @router.post("/admin/adapters", status_code=202, openapi_extra=takes(AdapterRequest))
 async def load_adapter(raw_request: Request) -> Response:
     """Asks for an adapter; answers at once. Its `state` goes to `ready` or `failed`."""
-    found = _adapters(raw_request)
+    adapters = _adapters(raw_request)
     body = await _body(raw_request, AdapterRequest)
-    record = await found.submit(
+    record = await adapters.submit(
         body.name, body.source, version=body.version, stream=body.stream,
         replace=body.replace, pin=body.pin, by=admin_name(raw_request.headers),
         visible_to=body.visible_to,
     )  # fmt: skip
-    return JSONResponse(described(record, found), 202)
+    return JSONResponse(described(record, adapters), 202)
 
 
 @router.get("/admin/adapters/{name:path}")
 async def get_adapter(name: str, raw_request: Request) -> Response:
     """One adapter."""
-    found = _adapters(raw_request)
-    record = await found.manager.registry.get(name)
-    progress = await found.manager.progress([record])
-    return JSONResponse(described(record, found, progress.get(name, 0)))
+    adapters = _adapters(raw_request)
+    record = await adapters.manager.registry.get(name)
+    progress = await adapters.manager.progress([record])
+    return JSONResponse(described(record, adapters, progress.get(name, 0)))
 
 
 @router.delete("/admin/adapters/{name:path}", status_code=202)
 async def unload_adapter(name: str, raw_request: Request) -> Response:
     """Unloads an adapter: new requests no longer find it, running ones finish."""
-    found = _adapters(raw_request)
-    return JSONResponse(described(await found.manager.remove(name), found), 202)
+    adapters = _adapters(raw_request)
+    return JSONResponse(described(await adapters.manager.remove(name), adapters), 202)
 
 
 @router.post("/admin/adapters/{name:path}/pin")
 async def pin_adapter(name: str, raw_request: Request) -> Response:
     """Brings an adapter into the engine and keeps it there."""
-    found = _adapters(raw_request)
-    return JSONResponse(described(await found.pin(name, True), found))
+    adapters = _adapters(raw_request)
+    return JSONResponse(described(await adapters.pin(name, True), adapters))
 
 
 @router.post("/admin/adapters/{name:path}/unpin")
 async def unpin_adapter(name: str, raw_request: Request) -> Response:
     """Lets an adapter be evicted again."""
-    found = _adapters(raw_request)
-    return JSONResponse(described(await found.pin(name, False), found))
+    adapters = _adapters(raw_request)
+    return JSONResponse(described(await adapters.pin(name, False), adapters))
 
 
 @router.post(
@@ -157,19 +157,19 @@ async def unpin_adapter(name: str, raw_request: Request) -> Response:
 )
 async def load_lora_adapter(raw_request: Request) -> Response:
     """VLLM's call: answers when the adapter is ready."""
-    found = _adapters(raw_request)
+    adapters = _adapters(raw_request)
     body = await _body(raw_request, LoadLora)
     name = body.lora_name
-    known = found.manager.records.get(name)
-    if known and (known.state != "failed" or known.serving) and not body.load_inplace:
+    existing = adapters.manager.records.get(name)
+    if existing and (existing.state != "failed" or existing.serving) and not body.load_inplace:
         raise Conflict(f"The lora adapter '{name}' has already been loaded. If you want to load "
                        "the adapter in place, set 'load_inplace' to True.",
                        field="lora_name")  # fmt: skip
-    await found.submit(name, body.lora_path, version="1", stream="base",
-                       replace=body.load_inplace, pin=False,
-                       by=admin_name(raw_request.headers))  # fmt: skip
-    record = await found.until(name)
-    if (fault := failed(record, found)) is not None:
+    await adapters.submit(name, body.lora_path, version="1", stream="base",
+                          replace=body.load_inplace, pin=False,
+                          by=admin_name(raw_request.headers))  # fmt: skip
+    record = await adapters.until(name)
+    if (fault := failed(record, adapters)) is not None:
         error = from_adapters(fault)
         error.param = "lora_path"
         raise error
@@ -181,7 +181,7 @@ async def load_lora_adapter(raw_request: Request) -> Response:
 )
 async def unload_lora_adapter(raw_request: Request) -> Response:
     """VLLM's call."""
-    found = _adapters(raw_request)
+    adapters = _adapters(raw_request)
     body = await _body(raw_request, UnloadLora)
-    await found.manager.remove(body.lora_name)
+    await adapters.manager.remove(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -19,8 +19,8 @@ router = APIRouter(prefix="/admin")
 
 
 def _serving(request: Request) -> Serving:
-    found: Serving = request.app.state.serving
-    return found
+    parts: Serving = request.app.state.serving
+    return parts
 
 
 def _record(name: str, profile: Profile, parts: Serving) -> dict[str, Any]:
@@ -37,8 +37,8 @@ def _record(name: str, profile: Profile, parts: Serving) -> dict[str, Any]:
 async def list_profiles(raw_request: Request) -> Response:
     """All profiles; `origin` says where each comes from."""
     parts = _serving(raw_request)
-    found = [_record(name, profile, parts) for name, profile in parts.profiles.items()]
-    return JSONResponse({"profiles": found})
+    profiles = [_record(name, profile, parts) for name, profile in parts.profiles.items()]
+    return JSONResponse({"profiles": profiles})
 
 
 @router.get("/profiles/{name}")
@@ -76,7 +76,7 @@ async def list_streams(raw_request: Request) -> Response:
     """The base and its streams: architecture, sizes, and what they have run since the start."""
     parts = _serving(raw_request)
     counters = parts.counters
-    found = [
+    streams = [
         {
             "name": name,
             **facts,
@@ -85,14 +85,14 @@ async def list_streams(raw_request: Request) -> Response:
         }
         for name, facts in parts.streams.items()
     ]
-    return JSONResponse({"streams": found})
+    return JSONResponse({"streams": streams})
 
 
 @router.get("/methods")
 async def list_methods(raw_request: Request) -> Response:
     """The installed steering methods with the JSON schema of their options."""
     parts = _serving(raw_request)
-    found = [
+    methods = [
         {
             "name": name,
             "package": plugin.package,
@@ -102,7 +102,7 @@ async def list_methods(raw_request: Request) -> Response:
         }
         for name, plugin in parts.methods.plugins.items()
     ]
-    return JSONResponse({"methods": found, "not_allowed": list(parts.methods.ignored)})
+    return JSONResponse({"methods": methods, "not_allowed": list(parts.methods.ignored)})
 
 
 @router.get("/status")

@@ -163,10 +163,10 @@ def answers(model: Any, *, streams: bool = False) -> dict[int | str, dict[str, A
         model: of the JSON body.
         streams: server-sent events may come instead.
     """
-    found: dict[str, Any] = {"model": model, "description": "The answer."}
+    response: dict[str, Any] = {"model": model, "description": "The answer."}
     if streams:
-        found["content"] = {"text/event-stream": {"itemSchema": _EVENT}}
-    return {200: found}
+        response["content"] = {"text/event-stream": {"itemSchema": _EVENT}}
+    return {200: response}
 
 
 def text(kind: str = "text/plain") -> dict[int | str, dict[str, Any]]:

@@ -34,11 +34,11 @@ class Present(Collector):
 
     def look(self, parts: Serving) -> None:
         """Takes down how the server stands now; on the event loop."""
-        found = [*_server(parts), *_streams(parts.counters)]
+        families = [*_server(parts), *_streams(parts.counters)]
         if parts.adapters is not None:
-            found += [*_residency(parts.adapters), *_registry(parts.adapters)]
-            found += _for_routers(parts.adapters, parts.config.name)
-        self._families = found
+            families += [*_residency(parts.adapters), *_registry(parts.adapters)]
+            families += _for_routers(parts.adapters, parts.config.name)
+        self._families = families
 
     def collect(self) -> Iterator[Metric]:
         """For prometheus_client."""
@@ -145,9 +145,9 @@ def _for_routers(adapters: Adapters, model: str) -> Iterator[Metric]:
         ("num_gpu_loaded_lora_adapters", "Sets of adapters that it holds.", len(residency.held)),
         ("max_gpu_lora_adapters", "How many it can hold.", residency.slots),
     ):
-        one = GaugeMetricFamily(f"vllm:{series}", text, labels=["model_name"])
-        one.add_metric([model], value)
-        yield one
+        gauge = GaugeMetricFamily(f"vllm:{series}", text, labels=["model_name"])
+        gauge.add_metric([model], value)
+        yield gauge
 
 
 def _registry(adapters: Adapters) -> Iterator[Metric]:

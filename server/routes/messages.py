@@ -68,7 +68,7 @@ async def count_tokens(request: SteeredCountRequest, raw_request: Request) -> Re
     parts, context = serving(raw_request), context_of(raw_request.scope)
     chat = await _chat(request, raw_request)
     resolved = await resolve(chat, parse_chat, parts, context)
-    own = for_request(parts.messages, parts, context.model, resolved.chat_template)
+    handler = for_request(parts.messages, parts, context.model, resolved.chat_template)
     with reading(lambda: False):
-        count = plain(await own.count(chat))
+        count = plain(await handler.count(chat))
     return JSONResponse({"input_tokens": count})

@@ -63,8 +63,8 @@ UNKNOWN_FIELDS = "x-coxswain-unknown-fields"
 
 def serving(request: Request) -> Serving:
     """The server's parts."""
-    found: Serving = request.app.state.serving
-    return found
+    parts: Serving = request.app.state.serving
+    return parts
 
 
 def _dump(result: Any) -> dict[str, Any]:
@@ -115,14 +115,14 @@ async def serve(request: Any, raw: Request, api: Api) -> Response:
     parts, context = serving(raw), context_of(raw.scope)
     check_fields(request, raw)
     resolved = await resolve(request, api.parse, parts, context)
-    own = for_request(api.served(parts), parts, context.model, resolved.chat_template)
-    own.engine_client = RequestEngine(parts.engine, context, resolved, parts.config.limits)
+    handler = for_request(api.served(parts), parts, context.model, resolved.chat_template)
+    handler.engine_client = RequestEngine(parts.engine, context, resolved, parts.config.limits)
 
     def taken() -> bool:
         return bool(context.prompt_tokens)
 
     with reading(taken):
-        result = plain(await api.create(own, request, raw))
+        result = plain(await api.create(handler, request, raw))
     report = partial(_report, resolved, parts)
     if isinstance(result, AsyncGenerator):
         events = api.events(reading_in(result, taken), report if resolved.reporting else None)
@@ -131,18 +131,18 @@ async def serve(request: Any, raw: Request, api: Api) -> Response:
         wait = resolved.plan.best is None
         return await sse.streamed(events, raw, context, every_s, wait=wait)
     content = api.dump(result)
-    if (found := report()) is not None:
-        content["steering"] = found
+    if (steering := report()) is not None:
+        content["steering"] = steering
     return JSONResponse(content)
 
 
 def check_fields(request: Any, raw: Request) -> None:
     """Refuses fields that nobody reads, as far as the configuration or a header asks for it."""
-    asked = raw.headers.get(UNKNOWN_FIELDS)
-    if asked not in (None, "refuse"):
-        raise BadValue("not a value of this header", field=UNKNOWN_FIELDS, value=asked,
+    header = raw.headers.get(UNKNOWN_FIELDS)
+    if header not in (None, "refuse"):
+        raise BadValue("not a value of this header", field=UNKNOWN_FIELDS, value=header,
                        allowed="refuse")  # fmt: skip
-    every = asked == "refuse" or serving(raw).config.server.unknown_fields == "refuse"
+    every = header == "refuse" or serving(raw).config.server.unknown_fields == "refuse"
     refuse_unknown(request, every=every)
 
 
@@ -269,15 +269,15 @@ async def _tokens(
     check_fields(request, raw)
     _text_only(request)
     await parts.resolver.load_missing(request.model, (), context.access)
-    asked = parts.resolver.model_of(request.model, context.access)
-    profile = parts.profiles[asked.profile] if asked.profile else None
+    model = parts.resolver.model_of(request.model, context.access)
+    profile = parts.profiles[model.profile] if model.profile else None
     template = profile.chat_template if profile is not None else None
     if isinstance(request, TokenizeMessages):
         use_system(request, profile)
         _need_template(template, parts)
-    own = for_request(parts.tokenization, parts, asked.name, template)
+    handler = for_request(parts.tokenization, parts, model.name, template)
     with reading(lambda: False):
-        result = plain(await create(own, request, raw))
+        result = plain(await create(handler, request, raw))
     return JSONResponse(result.model_dump())
 
 

@@ -88,18 +88,18 @@ def statuses(path: str, operation: dict[str, Any]) -> list[int]:
         path: as in the schema.
         operation: its entry there.
     """
-    found = {500, 503}
+    codes = {500, 503}
     if needs_key(path) or is_admin(path):
-        found |= {401, 403, 504}
+        codes |= {401, 403, 504}
     if is_model(path):
-        found.add(429)
+        codes.add(429)
     if "{" in path or "adapter" in path:
-        found |= {400, 404, 409}
+        codes |= {400, 404, 409}
     if "requestBody" in operation:
-        found |= {400, 404, 408, 413, 422, 501}
+        codes |= {400, 404, 408, 413, 422, 501}
     if "adapter" in path:
-        found.add(507)
-    return sorted(found)
+        codes.add(507)
+    return sorted(codes)
 
 
 def _tell_errors(schema: dict[str, Any]) -> None:
@@ -112,8 +112,8 @@ def _tell_errors(schema: dict[str, Any]) -> None:
         for operation in operations.values():
             operation["responses"].pop("422", None)
             for status in statuses(path, operation):
-                told = {"description": HTTPStatus(status).phrase, "content": content}
-                operation["responses"].setdefault(str(status), told)
+                response = {"description": HTTPStatus(status).phrase, "content": content}
+                operation["responses"].setdefault(str(status), response)
 
 
 def _probes() -> dict[str, Any]:
@@ -123,8 +123,8 @@ def _probes() -> dict[str, Any]:
     shape = {"type": "object", "properties": fields, "required": ["status", "in_flight"]}
     content = {"application/json": {"schema": shape}}
     takes = "whether it takes requests"
-    said = {"/health": "whether the process is of use", "/ready": takes,
-            "/ping": f"{takes}; SageMaker asks here"}  # fmt: skip
+    purposes = {"/health": "whether the process is of use", "/ready": takes,
+                "/ping": f"{takes}; SageMaker asks here"}  # fmt: skip
     return {
         path: {
             method.lower(): {
@@ -138,7 +138,7 @@ def _probes() -> dict[str, Any]:
             for method in PROBES[path]
             if method != "HEAD"
         }
-        for path, what in said.items()
+        for path, what in purposes.items()
     }
 
 

@@ -43,12 +43,12 @@ def parse_chat(request: SteeredChatRequest, parts: Serving) -> ParsedRequest:
         options["tools"] = [tool.model_dump() for tool in request.tools]
     for key in ("chat_template", "tokenize"):
         options.pop(key, None)
-    asked = request.max_completion_tokens
+    limit = request.max_completion_tokens
     return _parsed(
         request,
         conversations=lambda: [_conversation(request.messages, parts, options)],
-        max_tokens=asked if asked is not None else request.max_tokens,
-        max_tokens_field="max_tokens" if asked is None else "max_completion_tokens",
+        max_tokens=limit if limit is not None else request.max_tokens,
+        max_tokens_field="max_tokens" if limit is None else "max_completion_tokens",
         prompt="messages",
         logprobs="top_logprobs",
         n=request.n or 1,
@@ -123,14 +123,14 @@ def _parsed(
     Raises:
         BadValue: the place in which plans travel is taken, or the id would break log lines.
     """
-    asked: Any = request
-    if isinstance(asked.vllm_xargs, Mapping) and KEY in asked.vllm_xargs:
+    body: Any = request
+    if isinstance(body.vllm_xargs, Mapping) and KEY in body.vllm_xargs:
         raise BadValue("use the `steering` field", field=f"vllm_xargs.{KEY}")
-    if "request_id" in asked.model_fields_set and not USABLE_ID.fullmatch(asked.request_id):
+    if "request_id" in body.model_fields_set and not USABLE_ID.fullmatch(body.request_id):
         raise BadValue("it cannot be written into logs", field="request_id",
-                       value=asked.request_id, allowed=USABLE_ID.pattern)  # fmt: skip
+                       value=body.request_id, allowed=USABLE_ID.pattern)  # fmt: skip
     return ParsedRequest(
-        asked.model, request.steering, request.adapters or (), max_tokens_field=max_tokens_field,
+        body.model, request.steering, request.adapters or (), max_tokens_field=max_tokens_field,
         fields=own_names(prompt, max_tokens_field, logprobs), **more,
     )  # fmt: skip
 

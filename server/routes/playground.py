@@ -63,27 +63,27 @@ async def offers(raw_request: Request) -> Response:
     """What the caller's key may use: profiles, methods with their options, streams, adapters."""
     parts: Serving = raw_request.app.state.serving
     resolver, access = parts.resolver, context_of(raw_request.scope).access
-    own = resolver.inline and access.steers
+    may_steer = resolver.inline and access.steers
     limits = resolver.limits
     return JSONResponse(
         {
             "base": resolver.base_name,
             "chat": parts.has_template,
             "max_model_len": parts.engine.model_config.max_model_len,
-            "own_methods": own,
-            "options": own,
+            "own_methods": may_steer,
+            "options": may_steer,
             "limits": {"strength": limits.strength, "weight": limits.weight,
                        "top_k": limits.top_k, "best_of": limits.best_of},
             "profiles": [
-                _profile(name, profile, own)
+                _profile(name, profile, may_steer)
                 for name, profile in access.seen_profiles(resolver.profiles).items()
             ],
             "methods": [
                 {"name": name, "description": (method.__doc__ or "").strip().split("\n")[0],
                  "options": method.config.model_json_schema()}
-                for name, method in (resolver.methods.items() if own else ())
+                for name, method in (resolver.methods.items() if may_steer else ())
             ],
-            "streams": _streams(parts) if own else [],
+            "streams": _streams(parts) if may_steer else [],
             "adapters": _adapters(parts.adapters, access)
             if parts.adapters and resolver.inline
             else [],
@@ -91,11 +91,13 @@ async def offers(raw_request: Request) -> Response:
     )  # fmt: skip
 
 
-def _profile(name: str, profile: Profile, own: bool) -> dict[str, Any]:
+def _profile(name: str, profile: Profile, may_steer: bool) -> dict[str, Any]:
     """A profile without its texts: prompts and templates are the operator's own, and so are the
     options where callers take profiles as they are.
     """
-    options = {k: v for k, v in profile.spec.items() if k != "prompts" and (own or k == "method")}
+    options = {
+        k: v for k, v in profile.spec.items() if k != "prompts" and (may_steer or k == "method")
+    }
     return {
         "name": name,
         "description": profile.description,
@@ -107,20 +109,20 @@ def _profile(name: str, profile: Profile, own: bool) -> dict[str, Any]:
 
 def _streams(parts: Serving) -> list[dict[str, Any]]:
     configured = parts.config.streams
-    found = []
+    streams = []
     for name, head in parts.resolver.snapshot.streams.items():
         same_as = configured[name].same_as if name in configured else None
-        found.append({"name": name, "head": head, "same_as": same_as})
-    return found
+        streams.append({"name": name, "head": head, "same_as": same_as})
+    return streams
 
 
 def _adapters(adapters: Adapters, access: Access) -> list[dict[str, Any]]:
-    found = []
+    entries = []
     for name in adapters.names(access):
         record = adapters.manager.records.get(name)
         if record is None:
             continue
         facts = record.want.facts
-        found.append({"name": name, "version": record.want.version, "stream": record.want.stream,
-                      "kind": facts.kind if facts else None})  # fmt: skip
-    return found
+        entries.append({"name": name, "version": record.want.version, "stream": record.want.stream,
+                        "kind": facts.kind if facts else None})  # fmt: skip
+    return entries

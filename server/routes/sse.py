@@ -41,8 +41,8 @@ async def completion_events(events: Events, report: Reports | None) -> Events:
     head: dict[str, Any] | None = None
     async with aclosing(events):
         async for event in events:
-            if event == DONE and report and head is not None and (found := report()) is not None:
-                yield f"data: {json.dumps({**head, 'choices': [], 'steering': found})}\n\n"
+            if event == DONE and report and head is not None and (steering := report()) is not None:
+                yield f"data: {json.dumps({**head, 'choices': [], 'steering': steering})}\n\n"
             elif report and head is None and event.startswith("data: {"):
                 chunk = json.loads(event.removeprefix("data: "))
                 head = {key: chunk.get(key) for key in ("id", "object", "created", "model")}
@@ -53,9 +53,9 @@ async def message_events(events: Events, report: Reports | None) -> Events:
     """A stream of Anthropic's API; its `message_delta` carries the `steering` object."""
     async with aclosing(events):
         async for event in events:
-            if report and event.startswith(_DELTA) and (found := report()) is not None:
+            if report and event.startswith(_DELTA) and (steering := report()) is not None:
                 data = json.loads(event.removeprefix(_DELTA))
-                event = f"{_DELTA}{json.dumps({**data, 'steering': found})}\n\n"
+                event = f"{_DELTA}{json.dumps({**data, 'steering': steering})}\n\n"
             yield event
 
 
@@ -67,8 +67,8 @@ async def response_events(events: AsyncGenerator[Any, None], report: Reports | N
             data = event.model_dump(mode="json", by_alias=True)
             if "response" in data:
                 data["response"]["store"] = False
-            if report and kind in _LAST and (found := report()) is not None:
-                data["response"]["steering"] = found
+            if report and kind in _LAST and (steering := report()) is not None:
+                data["response"]["steering"] = steering
             yield f"event: {kind}\ndata: {json.dumps(data)}\n\n"
 
 
@@ -123,12 +123,12 @@ class _Stream(StreamingResponse):
 
 async def _begin(events: Events) -> list[str]:
     """The events up to the first one that the engine had a part in."""
-    found = []
+    first = []
     async for event in events:
-        found.append(event)
+        first.append(event)
         if not event.startswith(_FIRST):
             break
-    return found
+    return first
 
 
 async def _told(
@@ -143,9 +143,9 @@ async def _told(
             context.events += 1
             yield event
     except Exception as error:
-        found = http_error(error, context.fields)
-        context.fail(found)
-        yield errors.event(path, found, context.events)
+        failure = http_error(error, context.fields)
+        context.fail(failure)
+        yield errors.event(path, failure, context.events)
     finally:
         await _end(begin, events)
 
