@@ -110,14 +110,14 @@ def bar(*columns: ProgressColumn, lines: bool = False) -> Bars:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Text in columns; the first row is the head."""
-    found = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    grid = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in rows[0]:
-        found.add_column(Text(name))
+        grid.add_column(Text(name))
     for row in rows[1:]:
-        found.add_row(*(Text(cell) for cell in row))
+        grid.add_row(*(Text(cell) for cell in row))
     # Each row in one line, however long: programs read it too.
     text = StringIO()
-    Console(width=1 << 16, file=text).print(found)
+    Console(width=1 << 16, file=text).print(grid)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
@@ -129,7 +129,7 @@ def facts(record: Mapping[str, Any]) -> str:
 
 def _told(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_told(one)}" for key, one in value.items())
+        return ", ".join(f"{key}: {_told(item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(_told(one) for one in value)
+        return ", ".join(_told(item) for item in value)
     return "" if value is None else str(value)

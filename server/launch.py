@@ -134,9 +134,9 @@ class Run:
 
     async def _until_end(self, port: int) -> tuple[int, str]:
         """Serves; returns the exit status and what to say last."""
-        asked = asyncio.create_task(self.state.drain.wait())
+        draining = asyncio.create_task(self.state.drain.wait())
         self.loading = loading = asyncio.create_task(self._load(port))
-        await asyncio.wait({asked, loading}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({draining, loading}, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             return 0, "stopped while loading"
         try:
@@ -152,7 +152,7 @@ class Run:
             return 1, f"cannot start: {type(error).__name__}: {error}"
         watching = asyncio.create_task(self._watch())
         polling = asyncio.create_task(self._poll(serving))
-        await asyncio.wait({asked, watching}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({draining, watching}, return_when=asyncio.FIRST_COMPLETED)
         polling.cancel()
         if watching.done():
             return await self._died(watching.result())

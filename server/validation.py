@@ -144,11 +144,13 @@ def problems(
         prefix: put in front of every path, e.g. `steering`.
         skip: see `dotted`.
     """
-    found = []
+    bad_values = []
     for error in _best_branch(errors)[:MAX_REPORTED]:
         path = dotted(error.get("loc", ()), skip)
-        found.append(problem(error, ".".join(part for part in (prefix, path) if part) or "body"))
-    return found
+        bad_values.append(
+            problem(error, ".".join(part for part in (prefix, path) if part) or "body")
+        )
+    return bad_values
 
 
 DEEPEST = 100

@@ -52,8 +52,8 @@ def own_names(prompt: str, max_tokens: str, logprobs: str) -> dict[str, str]:
         max_tokens: e.g. `max_completion_tokens`.
         logprobs: e.g. `top_logprobs`.
     """
-    found = {"input_text": prompt, PROMPT: prompt, "max_tokens": max_tokens, "logprobs": logprobs}
-    return {theirs: own for theirs, own in found.items() if theirs != own}
+    names = {"input_text": prompt, PROMPT: prompt, "max_tokens": max_tokens, "logprobs": logprobs}
+    return {theirs: ours for theirs, ours in names.items() if theirs != ours}
 
 
 def in_our_words(message: str) -> str:
@@ -61,7 +61,7 @@ def in_our_words(message: str) -> str:
     for theirs in sorted(_SETTINGS, key=len, reverse=True):
         message = message.replace(theirs, _SETTINGS[theirs])
     message = _ENVIRONMENT.sub("", message)
-    return _FLAG.sub(lambda found: f"`engine.{found[1].replace('-', '_')}`", message)
+    return _FLAG.sub(lambda match: f"`engine.{match[1].replace('-', '_')}`", message)
 
 
 def is_too_long(message: str) -> bool:

@@ -36,16 +36,16 @@ class Target:
     shapes: BaseShapes
     names: tuple[str, ...] = ()
 
-    def warning(self, said: str) -> str | None:
+    def warning(self, base_model: str) -> str | None:
         """What to tell of an adapter that says which model it was made for.
 
         Args:
-            said: its `base_model_name_or_path`; may be empty.
+            base_model: its `base_model_name_or_path`; may be empty.
         """
-        known = {_called(name) for name in self.names if _called(name)}
-        if not _called(said) or not known or _called(said) in known:
+        names = {_called(name) for name in self.names if _called(name)}
+        if not _called(base_model) or not names or _called(base_model) in names:
             return None
-        return (f"made for {said}, says its {CONFIG}; here it changes {self.names[0]}, whose "
+        return (f"made for {base_model}, says its {CONFIG}; here it changes {self.names[0]}, whose "
                 "layers have the same shapes")  # fmt: skip
 
 
@@ -82,10 +82,12 @@ def _names(config: Config, diagnosis: Diagnosis, owner: str) -> tuple[str, ...]:
     """What a stream's model is called."""
     source = config.model if owner == BASE else config.streams[owner].model
     folder = diagnosis.streams[owner].checkpoint.folder
-    said = json.loads((folder / "config.json").read_bytes()).get("_name_or_path")
+    name_or_path = json.loads((folder / "config.json").read_bytes()).get("_name_or_path")
     served = config.name if owner == BASE else ""
     return tuple(
-        name for name in (source, str(folder), served, said) if isinstance(name, str) and name
+        name
+        for name in (source, str(folder), served, name_or_path)
+        if isinstance(name, str) and name
     )
 
 
@@ -124,30 +126,30 @@ def slot_bytes(config: Config, section: AdaptersConfig, shapes: list[BaseShapes]
     return sides * slot_rank(section.max_rank) * section.max_loaded * item
 
 
-def adapter_problems(config: Config, section: AdaptersConfig, found: Diagnosis) -> list[str]:
+def adapter_problems(config: Config, section: AdaptersConfig, diagnosis: Diagnosis) -> list[str]:
     """What is wrong with the section `adapters`, one line each."""
     lines = [
         f"adapters.roots.{i}: no such directory: {root}"
         for i, root in enumerate(section.roots)
         if not Path(root).is_dir()
     ]
-    known: dict[str, Target] = {}
+    streams: dict[str, Target] = {}
     # Without them: the weights are not here yet, or a stream is broken.
     with contextlib.suppress(AdapterError, KeyError):
-        known = targets(config, found)
+        streams = targets(config, diagnosis)
     taken: dict[str, str] = {config.name: "the base", **dict.fromkeys(config.profiles, "a profile")}
-    for i, one in enumerate(section.preload):
+    for i, preload in enumerate(section.preload):
         where = f"adapters.preload.{i}"
-        if one.name in taken:
-            lines.append(f"{where}.name: taken by {taken[one.name]} (got {one.name!r})")
-        taken[one.name] = "another adapter"
-        lines += [f"{where}.{line}" for line in _preload(section, one, known)]
+        if preload.name in taken:
+            lines.append(f"{where}.name: taken by {taken[preload.name]} (got {preload.name!r})")
+        taken[preload.name] = "another adapter"
+        lines += [f"{where}.{line}" for line in _preload(section, preload, streams)]
     compilation = config.engine.get("compilation_config")
     mode = compilation.get("mode") if isinstance(compilation, Mapping) else None
     if mode not in (None, 0, "0", "NONE") and adapters_run_uncompiled():
         lines.append(f"engine.compilation_config.mode: refused (got {mode!r}): on this platform "
                      "engines with adapters are not compiled; leave it out")  # fmt: skip
-    pins = sum(one.pin for one in section.preload)
+    pins = sum(preload.pin for preload in section.preload)
     if pins >= section.max_loaded:
         lines.append(f"adapters.preload: {pins} are pinned; allowed: fewer than "
                      f"adapters.max_loaded, {section.max_loaded}")  # fmt: skip
@@ -155,24 +157,24 @@ def adapter_problems(config: Config, section: AdaptersConfig, found: Diagnosis) 
 
 
 def _preload(
-    section: AdaptersConfig, one: PreloadConfig, known: dict[str, Target]
+    section: AdaptersConfig, preload: PreloadConfig, streams: dict[str, Target]
 ) -> Iterator[str]:
     try:
-        check_name(one.name, "name")
-        check_version(one.version, "version")
-        source = parse_source(one.source)
+        check_name(preload.name, "name")
+        check_version(preload.version, "version")
+        source = parse_source(preload.source)
         Allowed(tuple(map(Path, section.roots)), section.remotes).check(source)
     except AdapterError as error:
         yield str(error)
         return
-    if not known:
+    if not streams:
         return
-    if one.stream not in known:
-        yield f"stream: no such stream (got {one.stream!r}); allowed: {', '.join(known)}"
+    if preload.stream not in streams:
+        yield f"stream: no such stream (got {preload.stream!r}); allowed: {', '.join(streams)}"
     elif source.kind == "local":
         try:
-            inspect(Path(source.place), known[one.stream].shapes, max_rank=section.max_rank)
+            inspect(Path(source.place), streams[preload.stream].shapes, max_rank=section.max_rank)
         except AdapterError as error:
             yield f"source: {error}"
         except OSError as error:
-            yield f"source: {error.strerror}: {one.source}"
+            yield f"source: {error.strerror}: {preload.source}"

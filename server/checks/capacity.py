@@ -20,35 +20,35 @@ ROOM = 64
 
 def context_length(config: Config, base: Checkpoint) -> int | None:
     """Tokens of the longest request: `engine.max_model_len`, else what the base reaches."""
-    asked = config.engine.get("max_model_len")
-    return asked if isinstance(asked, int) and asked > 0 else base.context
+    max_model_len = config.engine.get("max_model_len")
+    return max_model_len if isinstance(max_model_len, int) and max_model_len > 0 else base.context
 
 
-def contexts(config: Config, found: Diagnosis) -> list[str]:
+def contexts(config: Config, diagnosis: Diagnosis) -> list[str]:
     """Streams that cannot hold the longest request."""
-    length = context_length(config, found.streams[BASE].checkpoint)
+    length = context_length(config, diagnosis.streams[BASE].checkpoint)
     if length is None:
         return ["engine.max_model_len: is required, because the base does not say its context"]
     return [
         f"{where(name)}: holds {fact.checkpoint.context} tokens, requests may have {length}; "
         f"set engine.max_model_len to at most {fact.checkpoint.context}"
-        for name, fact in found.streams.items()
+        for name, fact in diagnosis.streams.items()
         if fact.checkpoint.context is not None and fact.checkpoint.context < length
     ]
 
 
-def memory(config: Config, found: Diagnosis) -> list[str]:
+def memory(config: Config, diagnosis: Diagnosis) -> list[str]:
     """Whether the weights fit, and the key-value cache of one request of full length."""
-    weights, one = _weights(config, found), _one_request(config, found)
+    weights, request_bytes = _weights(config, diagnosis), _one_request(config, diagnosis)
     machine, what = _machine(config)
-    given = config.engine.get("kv_cache_memory_bytes")
-    cache = given * ranks_of(config) if isinstance(given, int) else one
+    rank_bytes = config.engine.get("kv_cache_memory_bytes")
+    cache = rank_bytes * ranks_of(config) if isinstance(rank_bytes, int) else request_bytes
     lines = []
-    if one > cache:
-        length = context_length(config, found.streams[BASE].checkpoint)
+    if request_bytes > cache:
+        length = context_length(config, diagnosis.streams[BASE].checkpoint)
         lines.append(
             f"engine.kv_cache_memory_bytes: {_size(cache)} cannot hold one request of {length} "
-            f"tokens, which takes {_size(one)}"
+            f"tokens, which takes {_size(request_bytes)}"
         )
     if weights + cache > machine:
         lines.append(
@@ -58,7 +58,7 @@ def memory(config: Config, found: Diagnosis) -> list[str]:
     return lines
 
 
-def cpu_cache_bytes(config: Config, found: Diagnosis) -> int | None:
+def cpu_cache_bytes(config: Config, diagnosis: Diagnosis) -> int | None:
     """Bytes of each rank's key-value cache on a CPU, where nobody says how many.
 
     vLLM's own default takes 92 % of the machine's memory, and refuses to start where something
@@ -70,34 +70,34 @@ def cpu_cache_bytes(config: Config, found: Diagnosis) -> int | None:
     """
     from vllm.platforms import current_platform
 
-    told = {"kv_cache_memory_bytes", "gpu_memory_utilization"} & config.engine.keys()
-    if told or os.environ.get("VLLM_CPU_KVCACHE_SPACE") or not current_platform.is_cpu():
+    explicit = {"kv_cache_memory_bytes", "gpu_memory_utilization"} & config.engine.keys()
+    if explicit or os.environ.get("VLLM_CPU_KVCACHE_SPACE") or not current_platform.is_cpu():
         return None
-    one, (free, _) = _one_request(config, found), _machine(config)
+    request_bytes, (free, _) = _one_request(config, diagnosis), _machine(config)
     running = config.engine.get("max_num_seqs")
     room = min(ROOM, running) if isinstance(running, int) and running > 0 else ROOM
-    half = int(free - _weights(config, found)) // 2
-    scratch = _scratch(config, found)
-    return max(one, min(room * one + scratch, half)) // ranks_of(config)
+    half = int(free - _weights(config, diagnosis)) // 2
+    scratch = _scratch(config, diagnosis)
+    return max(request_bytes, min(room * request_bytes + scratch, half)) // ranks_of(config)
 
 
-def _weights(config: Config, found: Diagnosis) -> int:
+def _weights(config: Config, diagnosis: Diagnosis) -> int:
     """Bytes of all weights, once loaded, with the room for adapters."""
     dtype = str(config.engine.get("dtype", "auto"))
-    owners = [f.checkpoint for f in found.streams.values() if f.owns_weights]
+    owners = [f.checkpoint for f in diagnosis.streams.values() if f.owns_weights]
     total = sum(point.weight_bytes(dtype) for point in owners)
-    total += _joined(config, found)
+    total += _joined(config, diagnosis)
     if config.adapters is not None:
         total += slot_bytes(config, config.adapters, _shapes(owners))
     return total
 
 
-def _joined(config: Config, found: Diagnosis) -> int:
+def _joined(config: Config, diagnosis: Diagnosis) -> int:
     """Bytes of the tables that lie side by side (`steering.one_product`)."""
     dtype, total = str(config.engine.get("dtype", "auto")), 0
     for streams in config.steering.one_product:
-        facts = [found.streams[n] for n in streams if n in found.streams]
-        owners = [found.streams[BASE], *(f for f in facts if f.owns_weights)]
+        facts = [diagnosis.streams[n] for n in streams if n in diagnosis.streams]
+        owners = [diagnosis.streams[BASE], *(f for f in facts if f.owns_weights)]
         total += sum(
             f.checkpoint.vocabulary * f.checkpoint.hidden * f.checkpoint.item_bytes(dtype)
             for f in owners
@@ -105,7 +105,7 @@ def _joined(config: Config, found: Diagnosis) -> int:
     return total
 
 
-def _scratch(config: Config, found: Diagnosis) -> int:
+def _scratch(config: Config, diagnosis: Diagnosis) -> int:
     """Bytes of the blocks of the key-value cache in which value streams evaluate candidates."""
     from vllm.platforms import current_platform
 
@@ -113,34 +113,34 @@ def _scratch(config: Config, found: Diagnosis) -> int:
         return 0
     size = config.engine.get("block_size") or (128 if current_platform.is_cpu() else 16)
     tokens = SCRATCH * config.steering.max_top_k * int(size)
-    return tokens * sum(fact.kv_bytes for fact in found.streams.values())
+    return tokens * sum(fact.kv_bytes for fact in diagnosis.streams.values())
 
 
 def _shapes(points: list[Checkpoint]) -> list[BaseShapes]:
     """Of the models whose files are here already."""
-    found = []
+    shapes = []
     for point in points:
         with contextlib.suppress(BadAdapter):
-            found.append(base_shapes(point.folder))
-    return found
+            shapes.append(base_shapes(point.folder))
+    return shapes
 
 
-def _one_request(config: Config, found: Diagnosis) -> int:
+def _one_request(config: Config, diagnosis: Diagnosis) -> int:
     """Bytes of the key-value cache of one request of full length, all streams together."""
-    length = context_length(config, found.streams[BASE].checkpoint) or 0
-    return length * sum(fact.kv_bytes for fact in found.streams.values())
+    length = context_length(config, diagnosis.streams[BASE].checkpoint) or 0
+    return length * sum(fact.kv_bytes for fact in diagnosis.streams.values())
 
 
 def ranks_of(config: Config) -> int:
     """Devices that the models are split over."""
-    asked = config.engine.get("tensor_parallel_size")
-    return asked if isinstance(asked, int) and asked > 0 else 1
+    size = config.engine.get("tensor_parallel_size")
+    return size if isinstance(size, int) and size > 0 else 1
 
 
 def engines_of(config: Config) -> int:
     """Copies of the models, each with an engine of its own (`engine.data_parallel_size`)."""
-    asked = config.engine.get("data_parallel_size")
-    return asked if isinstance(asked, int) and asked > 0 else 1
+    size = config.engine.get("data_parallel_size")
+    return size if isinstance(size, int) and size > 0 else 1
 
 
 def _machine(config: Config) -> tuple[int, str]:

@@ -136,8 +136,8 @@ def _language_shape(folder: Path) -> dict[str, Any]:
     """The config of the language part, with the defaults that config.json leaves out."""
     from vllm.transformers_utils.config import get_config
 
-    found: dict[str, Any] = get_config(str(folder), False).get_text_config().to_dict()
-    return found
+    config: dict[str, Any] = get_config(str(folder), False).get_text_config().to_dict()
+    return config
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -41,80 +41,83 @@ def snapshot(config: Config) -> Snapshot:
 
 def diagnose(config: Config) -> Diagnosis:
     """All checks, in order; later ones are left out where an earlier one found no ground."""
-    found = Diagnosis()
-    found.problems += _not_yet(config)
-    found.guard("plugins", lambda: _methods(config, found))
-    found.problems += engine_problems(config.engine)
-    found.problems += _parsers(config)
+    diagnosis = Diagnosis()
+    diagnosis.problems += _not_yet(config)
+    diagnosis.guard("plugins", lambda: _methods(config, diagnosis))
+    diagnosis.problems += engine_problems(config.engine)
+    diagnosis.problems += _parsers(config)
     if (template := config.chat.template) is not None:
-        found.guard("chat.template", lambda: check_template(template, "chat.template"))
+        diagnosis.guard("chat.template", lambda: check_template(template, "chat.template"))
     try:
         tls_options(config.server.tls)
     except OSError as error:
-        found.problems.append(str(error))
+        diagnosis.problems.append(str(error))
     for name, source, owns in _sources(config):
-        found.guard(where(name), lambda n=name, s=source, o=owns: _stream(config, found, n, s, o))  # type: ignore[misc]
-    if found.methods is not None:
-        _profiles(config, found, found.methods)
-    if BASE in found.streams:
-        check_heads(config, found)
-        _vocabularies(config, found)
-        found.problems += value_problems(config, found)
-        found.problems += speculation_problems(config, found)
-        found.problems += one_product_problems(config, found)
-        found.problems += _architectures(config, found)
-        found.problems += _beside_hybrid(config, found)
-        found.problems += contexts(config, found)
-        found.problems += memory(config, found)
+        diagnosis.guard(
+            where(name),
+            lambda n=name, s=source, o=owns: _stream(config, diagnosis, n, s, o),  # type: ignore[misc]
+        )
+    if diagnosis.methods is not None:
+        _profiles(config, diagnosis, diagnosis.methods)
+    if BASE in diagnosis.streams:
+        check_heads(config, diagnosis)
+        _vocabularies(config, diagnosis)
+        diagnosis.problems += value_problems(config, diagnosis)
+        diagnosis.problems += speculation_problems(config, diagnosis)
+        diagnosis.problems += one_product_problems(config, diagnosis)
+        diagnosis.problems += _architectures(config, diagnosis)
+        diagnosis.problems += _beside_hybrid(config, diagnosis)
+        diagnosis.problems += contexts(config, diagnosis)
+        diagnosis.problems += memory(config, diagnosis)
     if config.adapters is not None:
-        found.problems += adapter_problems(config, config.adapters, found)
-    return found
+        diagnosis.problems += adapter_problems(config, config.adapters, diagnosis)
+    return diagnosis
 
 
 def _sources(config: Config) -> list[tuple[str, str, bool]]:
     """(stream, model, owns its weights) of the streams that run, base first."""
-    found = [(BASE, config.model, True)]
+    sources = [(BASE, config.model, True)]
     for name, stream in config.streams.items():
         if stream.model is not None:
-            found.append((name, stream.model, True))
+            sources.append((name, stream.model, True))
         elif stream.same_as is not None:
             other = config.streams.get(stream.same_as)
-            found.append((name, config.model if other is None else other.model or config.model,
-                          False))  # fmt: skip
-    return found
+            sources.append((name, config.model if other is None else other.model or config.model,
+                            False))  # fmt: skip
+    return sources
 
 
 def _not_yet(config: Config) -> list[str]:
     """Sections that the schema knows and this version does not serve."""
-    found = []
+    problems = []
     if config.registry is not None and config.adapters is None:
-        found.append("registry: records adapters, and there is no section `adapters`")
+        problems.append("registry: records adapters, and there is no section `adapters`")
     for name, stream in config.streams.items():
         if stream.same_as not in (None, BASE):
-            found.append(f"streams.{name}.same_as: only `{BASE}` can be shared at present")
-    return found
+            problems.append(f"streams.{name}.same_as: only `{BASE}` can be shared at present")
+    return problems
 
 
-def _methods(config: Config, found: Diagnosis) -> None:
-    found.methods = discover(config.plugins)
+def _methods(config: Config, diagnosis: Diagnosis) -> None:
+    diagnosis.methods = discover(config.plugins)
 
 
 def engine_problems(engine: Mapping[str, Any]) -> list[str]:
     """Engine arguments that vLLM does not know, that are ours, or that cannot be served."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    known = {f.name for f in dataclasses.fields(AsyncEngineArgs)}
-    found = []
+    arguments = {f.name for f in dataclasses.fields(AsyncEngineArgs)}
+    problems = []
     for name in engine:
         if name in RESERVED_ENGINE:
-            found.append(f"engine.{name}: not here: {RESERVED_ENGINE[name]}")
-        elif name not in known:
-            near = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=1)
+            problems.append(f"engine.{name}: not here: {RESERVED_ENGINE[name]}")
+        elif name not in arguments:
+            near = difflib.get_close_matches(name.replace("-", "_"), sorted(arguments), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            found.append(f"engine.{name}: vLLM has no such engine argument{hint}")
-    found += [f"engine.{name}: {sentence}" for name, sentence in refusals(engine)]
-    found += refused_environment()
-    return found
+            problems.append(f"engine.{name}: vLLM has no such engine argument{hint}")
+    problems += [f"engine.{name}: {sentence}" for name, sentence in refusals(engine)]
+    problems += refused_environment()
+    return problems
 
 
 def _parsers(config: Config) -> list[str]:
@@ -122,24 +125,24 @@ def _parsers(config: Config) -> list[str]:
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
 
-    found = []
+    problems = []
     for key, manager in (("tool_call_parser", ToolParserManager),
                          ("reasoning_parser", ReasoningParserManager)):  # fmt: skip
-        name, known = getattr(config.chat, key), manager.list_registered()
-        if name is not None and name not in known:
-            found.append(f"chat.{key}: no such parser (got {name!r}); "
-                         f"allowed: one of: {', '.join(known)}")  # fmt: skip
-    return found
+        name, parsers = getattr(config.chat, key), manager.list_registered()
+        if name is not None and name not in parsers:
+            problems.append(f"chat.{key}: no such parser (got {name!r}); "
+                            f"allowed: one of: {', '.join(parsers)}")  # fmt: skip
+    return problems
 
 
-def _stream(config: Config, found: Diagnosis, name: str, source: str, owns: bool) -> None:
+def _stream(config: Config, diagnosis: Diagnosis, name: str, source: str, owns: bool) -> None:
     point = inspect(source)
     if point.encoder_decoder:
         raise Unusable(f"{point.architecture} is encoder-decoder; streams are decoders alone")
     _served(config, name, point)
     kv_bytes = point.kv_bytes(str(config.engine.get("dtype", "auto")))
-    shown = source if owns else f"same as {config.streams[name].same_as}"
-    found.streams[name] = StreamFacts(name, shown, point, point.vocabulary, kv_bytes, owns)
+    label = source if owns else f"same as {config.streams[name].same_as}"
+    diagnosis.streams[name] = StreamFacts(name, label, point, point.vocabulary, kv_bytes, owns)
 
 
 def _served(config: Config, name: str, point: Checkpoint) -> None:
@@ -159,9 +162,9 @@ def _served(config: Config, name: str, point: Checkpoint) -> None:
         raise Unusable(str(error)) from error
 
 
-def _beside_hybrid(config: Config, found: Diagnosis) -> list[str]:
+def _beside_hybrid(config: Config, diagnosis: Diagnosis) -> list[str]:
     """What a base whose layers keep a state cannot do."""
-    architecture = found.streams[BASE].checkpoint.architecture
+    architecture = diagnosis.streams[BASE].checkpoint.architecture
     if not is_hybrid(architecture):
         return []
     refused = beside_hybrid(
@@ -173,9 +176,9 @@ def _beside_hybrid(config: Config, found: Diagnosis) -> list[str]:
     return [f"{where(BASE)}: {line}" for line in refused]
 
 
-def _profiles(config: Config, found: Diagnosis, methods: Registry) -> None:
+def _profiles(config: Config, diagnosis: Diagnosis, methods: Registry) -> None:
     for name, profile in config.profiles.items():
-        found.guard(
+        diagnosis.guard(
             f"profiles.{name}",
             lambda n=name, p=profile: _check_profile(config, methods, n, p),  # type: ignore[misc]
         )
@@ -188,27 +191,27 @@ def _check_profile(config: Config, methods: Registry, name: str, profile: Any) -
     check_profile_templates(name, profile, resolved)
 
 
-def _vocabularies(config: Config, found: Diagnosis) -> None:
+def _vocabularies(config: Config, diagnosis: Diagnosis) -> None:
     """Compares each stream's tokens with the base's; the base's own tell its table's padding."""
     loaded: dict[Path, Vocabulary] = {}
-    for name in list(found.streams):
-        found.guard(where(name), lambda n=name: _overlap(found, n, loaded))  # type: ignore[misc]
+    for name in list(diagnosis.streams):
+        diagnosis.guard(where(name), lambda n=name: _overlap(diagnosis, n, loaded))  # type: ignore[misc]
         if not loaded:
             return
 
 
-def _overlap(found: Diagnosis, name: str, loaded: dict[Path, Vocabulary]) -> None:
-    fact = found.streams[name]
-    for folder in (found.streams[BASE].checkpoint.folder, fact.checkpoint.folder):
+def _overlap(diagnosis: Diagnosis, name: str, loaded: dict[Path, Vocabulary]) -> None:
+    fact = diagnosis.streams[name]
+    for folder in (diagnosis.streams[BASE].checkpoint.folder, fact.checkpoint.folder):
         if folder not in loaded:
             loaded[folder] = load_vocabulary(str(folder))
-    base = loaded[found.streams[BASE].checkpoint.folder]
+    base = loaded[diagnosis.streams[BASE].checkpoint.folder]
     laid: Overlap = overlap(base, loaded[fact.checkpoint.folder], name=name)
-    found.overlaps[name] = laid.to_wire()
-    found.streams[name] = dataclasses.replace(fact, shared=int(laid.shared.sum()))
+    diagnosis.overlaps[name] = laid.to_wire()
+    diagnosis.streams[name] = dataclasses.replace(fact, shared=int(laid.shared.sum()))
 
 
-def _architectures(config: Config, found: Diagnosis) -> list[str]:
+def _architectures(config: Config, diagnosis: Diagnosis) -> list[str]:
     """What vLLM and its attention backend can run."""
     from vllm.platforms import current_platform
 
@@ -218,7 +221,7 @@ def _architectures(config: Config, found: Diagnosis) -> list[str]:
 
         sizes = CPUAttentionBackend.get_supported_head_sizes()
     lines = []
-    for name, fact in found.streams.items():
+    for name, fact in diagnosis.streams.items():
         if not fact.owns_weights:
             continue
         heads, ranks = fact.checkpoint.heads, ranks_of(config)

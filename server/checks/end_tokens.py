@@ -22,24 +22,24 @@ def end_tokens(diagnosis: Diagnosis, tokenizers: Mapping[str, Any]) -> dict[str,
         diagnosis: of streams that fit.
         tokenizers: of all streams.
     """
-    own = {
+    ends = {
         name: _of(fact.checkpoint.folder, tokenizers[name])
         for name, fact in diagnosis.streams.items()
     }
-    found = {}
+    extra = {}
     for name, wire in diagnosis.overlaps.items():
         shared = Overlap.from_wire(wire).shared
-        more = own[name] - own[BASE]
-        found[name] = tuple(sorted(i for i in more if 0 <= i < len(shared) and shared[i]))
-    return found
+        more = ends[name] - ends[BASE]
+        extra[name] = tuple(sorted(i for i in more if 0 <= i < len(shared) and shared[i]))
+    return extra
 
 
 def _of(folder: Path, tokenizer: Any) -> set[int]:
     """The end that `tokenizer` knows, and those of generation_config.json and config.json."""
-    found = {tokenizer.eos_token_id}
+    ids = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
         file = folder / name
         if file.is_file():
-            given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-            found |= set(given) if isinstance(given, list) else {given}
-    return {one for one in found if isinstance(one, int)}
+            value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            ids |= set(value) if isinstance(value, list) else {value}
+    return {token_id for token_id in ids if isinstance(token_id, int)}

@@ -10,21 +10,25 @@ from steering.plan import BASE
 _FIELD = "steering.one_product"
 
 
-def one_product_problems(config: Config, found: Diagnosis) -> list[str]:
+def one_product_problems(config: Config, diagnosis: Diagnosis) -> list[str]:
     """What is wrong with `steering.one_product`, in one line each."""
     lines = []
     if config.steering.one_product and ranks_of(config) > 1:
         lines.append(f"engine.tensor_parallel_size: refused (got {ranks_of(config)}): {_FIELD} "
                      "has not been run split")  # fmt: skip
     models = [n for n, s in config.streams.items() if s.head in (None, "q")]
-    rows = found.streams[BASE].checkpoint.vocabulary
+    rows = diagnosis.streams[BASE].checkpoint.vocabulary
     for i, streams in enumerate(config.steering.one_product):
         for name in streams:
             if name not in models:
                 lines.append(f"{_FIELD}[{i}]: not a stream with scores of its own (got {name!r}); "
                              f"allowed: {'one of: ' + ', '.join(models) or 'none'}")  # fmt: skip
                 continue
-            own = found.streams[name].checkpoint.vocabulary if name in found.streams else rows
-            if own != rows:
-                lines.append(f"{_FIELD}[{i}]: {name} has a table of {own} rows, the base of {rows}")
+            size = (
+                diagnosis.streams[name].checkpoint.vocabulary if name in diagnosis.streams else rows
+            )
+            if size != rows:
+                lines.append(
+                    f"{_FIELD}[{i}]: {name} has a table of {size} rows, the base of {rows}"
+                )
     return lines

@@ -10,22 +10,22 @@ from steering.plan import BASE
 _FIELD = "steering.speculation"
 
 
-def speculation_problems(config: Config, found: Diagnosis) -> list[str]:
+def speculation_problems(config: Config, diagnosis: Diagnosis) -> list[str]:
     """What is wrong with `steering.speculation`, in one line each."""
-    asked = config.steering.speculation
-    if asked is None:
+    section = config.steering.speculation
+    if section is None:
         return []
     lines = []
     able = [
         name for name, s in config.streams.items() if s.model is not None and s.head is None
     ]  # fmt: skip
-    if asked.draft not in able:
+    if section.draft not in able:
         lines.append(
             f"{_FIELD}.draft: not a stream with a language model of its own "
-            f"(got {asked.draft!r}); allowed: {'one of: ' + ', '.join(able) if able else 'none'}"
+            f"(got {section.draft!r}); allowed: {'one of: ' + ', '.join(able) if able else 'none'}"
         )
-    length = context_length(config, found.streams[BASE].checkpoint)
-    if length is not None and asked.tokens + 2 > length:
-        lines.append(f"{_FIELD}.tokens: {asked.tokens} drafts do not fit into requests of "
+    length = context_length(config, diagnosis.streams[BASE].checkpoint)
+    if length is not None and section.tokens + 2 > length:
+        lines.append(f"{_FIELD}.tokens: {section.tokens} drafts do not fit into requests of "
                      f"{length} tokens; allowed: at most {length - 2}")  # fmt: skip
     return lines

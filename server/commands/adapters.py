@@ -61,34 +61,34 @@ def add(commands: Any) -> None:
         flags(verbs.add_parser(verb, help=text)).add_argument("name", metavar="NAME")
 
 
-def run(given: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Runs one verb.
 
     Returns:
         The exit status.
     """
-    return talk(given, lambda client: _run(given, client))
+    return talk(args, lambda client: _run(args, client))
 
 
-def _run(given: argparse.Namespace, client: httpx.Client) -> int:
-    if given.verb == "list":
-        found = ask(client, "GET", "adapters")
-        dump(found) if given.json else _list(found)
+def _run(args: argparse.Namespace, client: httpx.Client) -> int:
+    if args.verb == "list":
+        listing = ask(client, "GET", "adapters")
+        dump(listing) if args.json else _list(listing)
         return 0
-    if given.verb == "load":
-        record = _load(given, client)
-        told = _progress(record)
+    if args.verb == "load":
+        record = _load(args, client)
+        text = _progress(record)
     else:
-        one = named("adapters", given.name)
-        calls = {"show": ("GET", one), "unload": ("DELETE", one),
-                 "pin": ("POST", f"{one}/pin"), "unpin": ("POST", f"{one}/unpin")}  # fmt: skip
-        record = ask(client, *calls[given.verb])
-        told = {
+        path = named("adapters", args.name)
+        calls = {"show": ("GET", path), "unload": ("DELETE", path),
+                 "pin": ("POST", f"{path}/pin"), "unpin": ("POST", f"{path}/unpin")}  # fmt: skip
+        record = ask(client, *calls[args.verb])
+        text = {
             "show": facts(record),
-            "unload": f"{given.name} is unloading: new requests no longer find it",
-        }.get(given.verb, f"{given.name} is {'pinned' if record['pinned'] else 'not pinned'}")
-    dump(record) if given.json else print(told)
-    if given.verb == "load":
+            "unload": f"{args.name} is unloading: new requests no longer find it",
+        }.get(args.verb, f"{args.name} is {'pinned' if record['pinned'] else 'not pinned'}")
+    dump(record) if args.json else print(text)
+    if args.verb == "load":
         _warn(record)
     return 0
 
@@ -98,21 +98,21 @@ def _warn(record: dict[str, Any]) -> None:
         print(f"{record['name']}: warning: {text}", file=sys.stderr)
 
 
-def _load(given: argparse.Namespace, client: httpx.Client) -> dict[str, Any]:
-    source = given.source
+def _load(args: argparse.Namespace, client: httpx.Client) -> dict[str, Any]:
+    source = args.source
     if source.startswith((".", "~")) or Path(source).is_dir():
         source = str(Path(source).expanduser().resolve())
-    body = {"name": given.name, "source": source, "version": given.version,
-            "stream": given.stream, "pin": given.pin, "replace": given.replace,
-            "visible_to": given.visible_to}  # fmt: skip
+    body = {"name": args.name, "source": source, "version": args.version,
+            "stream": args.stream, "pin": args.pin, "replace": args.replace,
+            "visible_to": args.visible_to}  # fmt: skip
     record: dict[str, Any] = ask(client, "POST", "adapters", json=body)
     with _Watched() as watched:
-        while not given.no_wait and record["state"] not in ("ready", "failed"):
+        while not args.no_wait and record["state"] not in ("ready", "failed"):
             watched.see(record)
             time.sleep(POLL_S)
-            record = ask(client, "GET", named("adapters", given.name))
+            record = ask(client, "GET", named("adapters", args.name))
     if record["state"] == "failed":
-        raise Failed(f"{given.name}: {record['reason']}{_hint(record)}")
+        raise Failed(f"{args.name}: {record['reason']}{_hint(record)}")
     return record
 
 
@@ -158,21 +158,21 @@ def _progress(record: dict[str, Any]) -> str:
     return text
 
 
-def _list(found: dict[str, Any]) -> None:
+def _list(listing: dict[str, Any]) -> None:
     rows = [("adapter", "version", "kind", "stream", "state", "size", "in the engine", "source")]
-    for record in found["adapters"]:
+    for record in listing["adapters"]:
         here = "pinned" if record["pinned"] else "yes" if record["here"]["resident"] else "no"
         rows.append((
             record["name"], record["version"], record["kind"] or "", record["stream"],
             record["state"], size(record["size_bytes"]), here, record["source"],
         ))  # fmt: skip
     print(table(rows))
-    for record in found["adapters"]:
+    for record in listing["adapters"]:
         if why := record["reason"] or record["here"]["failure"]:
             print(f"{record['name']}: {why}{_hint(record)}")
         _warn(record)
-    engine = found["engine"]
+    engine = listing["engine"]
     print(f"{engine['taken']} of {engine['slots']} slots of the engine are taken, "
           f"{size(engine['bytes'])} of {size(engine['max_bytes'])}")  # fmt: skip
-    if found["registry"]["away"]:
-        print(f"the registry does not answer: {found['registry']['away']}")
+    if listing["registry"]["away"]:
+        print(f"the registry does not answer: {listing['registry']['away']}")

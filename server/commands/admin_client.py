@@ -47,7 +47,7 @@ def flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def talk(given: argparse.Namespace, work: Callable[[httpx.Client], int]) -> int:
+def talk(args: argparse.Namespace, work: Callable[[httpx.Client], int]) -> int:
     """Runs `work` with a client of the server that the flags name; what fails becomes one line.
 
     Returns:
@@ -58,12 +58,12 @@ def talk(given: argparse.Namespace, work: Callable[[httpx.Client], int]) -> int:
     key = os.environ.get("COXSWAIN_ADMIN_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        with httpx.Client(base_url=given.url, headers=headers, timeout=TIMEOUT_S) as client:
+        with httpx.Client(base_url=args.url, headers=headers, timeout=TIMEOUT_S) as client:
             return work(client)
     except httpx.InvalidURL as error:
-        print(f"coxswain: --url {given.url}: {error}", file=sys.stderr)
+        print(f"coxswain: --url {args.url}: {error}", file=sys.stderr)
     except httpx.HTTPError as error:
-        print(f"coxswain: {given.url}: {error}", file=sys.stderr)
+        print(f"coxswain: {args.url}: {error}", file=sys.stderr)
     except (Refused, Failed) as error:
         print(f"coxswain: {error}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -81,10 +81,10 @@ def ask(client: httpx.Client, verb: str, path: str, **options: Any) -> Any:
     if answer.status_code == 204:
         return None
     try:
-        found = answer.json()
+        body = answer.json()
         if answer.is_success:
-            return found
-        message = found["error"]["message"]
+            return body
+        message = body["error"]["message"]
     except (ValueError, LookupError, TypeError):
         raise Refused(answer.status_code, "not an answer of Coxswain") from None
     raise Refused(answer.status_code, message)
@@ -95,9 +95,9 @@ def named(kind: str, name: str) -> str:
     return f"{kind}/{quote(name, safe='')}"
 
 
-def dump(found: object) -> None:
+def dump(value: object) -> None:
     """Prints JSON."""
-    print(json.dumps(found, indent=2, ensure_ascii=False))
+    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def size(count: float | None) -> str:

@@ -46,45 +46,45 @@ def add(commands: Any) -> None:
     show = flags(verbs.add_parser("show", help="everything about one"))
     put = flags(verbs.add_parser("put", help="add or replace one, until the server ends"))
     delete = flags(verbs.add_parser("delete", help="forget one that was put"))
-    for one in (show, put, delete):
-        one.add_argument("name", metavar="NAME", help="what requests call it")
+    for subparser in (show, put, delete):
+        subparser.add_argument("name", metavar="NAME", help="what requests call it")
     put.add_argument("spec", metavar="JSON", help="the profile, or @FILE, or @- to read it")
 
 
-def run(given: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Runs one verb.
 
     Returns:
         The exit status.
     """
-    if given.verb == "list" and given.config is not None:
+    if args.verb == "list" and args.config is not None:
         from server.settings.file import load
 
-        profiles = load(given.config).profiles
-        shown = {
+        profiles = load(args.config).profiles
+        by_name = {
             name: profile.model_dump(exclude_none=True, exclude_defaults=True)
             for name, profile in profiles.items()
         }
-        _list([{"name": n, "origin": "config", **fields} for n, fields in shown.items()], given)
+        _list([{"name": n, "origin": "config", **fields} for n, fields in by_name.items()], args)
         return 0
-    return talk(given, lambda client: _run(given, client))
+    return talk(args, lambda client: _run(args, client))
 
 
-def _run(given: argparse.Namespace, client: httpx.Client) -> int:
-    if given.verb == "list":
-        _list(ask(client, "GET", "profiles")["profiles"], given)
+def _run(args: argparse.Namespace, client: httpx.Client) -> int:
+    if args.verb == "list":
+        _list(ask(client, "GET", "profiles")["profiles"], args)
         return 0
-    one = named("profiles", given.name)
-    if given.verb == "show":
-        record = ask(client, "GET", one)
-        dump(record) if given.json else print(facts(record))
-    elif given.verb == "put":
-        record = ask(client, "PUT", one, json=_spec(given.spec))
-        dump(record) if given.json else print(f"{given.name}: {record['method']}")
+    path = named("profiles", args.name)
+    if args.verb == "show":
+        record = ask(client, "GET", path)
+        dump(record) if args.json else print(facts(record))
+    elif args.verb == "put":
+        record = ask(client, "PUT", path, json=_spec(args.spec))
+        dump(record) if args.json else print(f"{args.name}: {record['method']}")
     else:
-        ask(client, "DELETE", one)
-        dump({"name": given.name, "deleted": True}) if given.json else print(
-            f"{given.name} is gone; requests that use it now finish"
+        ask(client, "DELETE", path)
+        dump({"name": args.name, "deleted": True}) if args.json else print(
+            f"{args.name} is gone; requests that use it now finish"
         )
     return 0
 
@@ -100,20 +100,20 @@ def _spec(text: str) -> object:
             text = sys.stdin.read()
         elif text.startswith("@"):
             text = Path(text[1:]).read_text(encoding="utf-8")
-        found: object = json.loads(text)
+        spec: object = json.loads(text)
     except OSError as error:
         raise Failed(f"{text[1:]}: {error.strerror}") from error
     except ValueError as error:
         raise Failed(f"the profile is not JSON: {error}") from error
-    return found
+    return spec
 
 
-def _list(found: list[dict[str, Any]], given: argparse.Namespace) -> None:
-    if given.json:
-        dump({"profiles": found})
+def _list(profiles: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    if args.json:
+        dump({"profiles": profiles})
         return
     rows = [("profile", "origin", "method", "options")]
-    for record in found:
+    for record in profiles:
         # A template has many lines, a table one for each profile.
         options = ", ".join(f"{key}={shorten(str(value), 60)}" for key, value in record.items()
                             if key not in ("name", "origin", "method"))  # fmt: skip

@@ -48,41 +48,41 @@ def add(commands: Any) -> None:
     drain.add_argument("--no-wait", action="store_true", help="do not wait until it has ended")
 
 
-def run(given: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Runs one of the two.
 
     Returns:
         The exit status.
     """
-    work = _status if given.command == "status" else _drain
-    return talk(given, lambda client: work(given, client))
+    work = _status if args.command == "status" else _drain
+    return talk(args, lambda client: work(args, client))
 
 
-def _status(given: argparse.Namespace, client: httpx.Client) -> int:
-    found = ask(client, "GET", "status")
+def _status(args: argparse.Namespace, client: httpx.Client) -> int:
+    status = ask(client, "GET", "status")
     streams = ask(client, "GET", "streams")["streams"]
-    if given.json:
-        dump({**found, "streams": streams})
+    if args.json:
+        dump({**status, "streams": streams})
         return 0
-    versions = {name: version for name, version in found["versions"].items() if version}
+    versions = {name: version for name, version in status["versions"].items() if version}
     # The table below says more of the streams.
-    print(facts({**{k: v for k, v in found.items() if k != "streams"}, "versions": versions}))
+    print(facts({**{k: v for k, v in status.items() if k != "streams"}, "versions": versions}))
     print()
     rows = [("stream", "architecture", "tokens run", "passes")]
-    rows += [(one["name"], str(one.get("architecture", "")), str(one["tokens"]),
-              str(one["passes"])) for one in streams]  # fmt: skip
+    rows += [(stream["name"], str(stream.get("architecture", "")), str(stream["tokens"]),
+              str(stream["passes"])) for stream in streams]  # fmt: skip
     print(table(rows))
     return 0
 
 
-def _drain(given: argparse.Namespace, client: httpx.Client) -> int:
+def _drain(args: argparse.Namespace, client: httpx.Client) -> int:
     answer = ask(client, "POST", "drain")
     running = int(answer["in_flight"])
-    if not given.no_wait:
+    if not args.no_wait:
         _wait(client, running)
-    if given.json:
+    if args.json:
         dump(answer)
-    elif given.no_wait:
+    elif args.no_wait:
         print(f"draining: {running} requests run")
     else:
         print("the server has ended")
@@ -93,8 +93,8 @@ def _wait(client: httpx.Client, running: int) -> None:
     """Waits until nothing answers; shows how many requests are still to finish."""
     import httpx
 
-    with bar(TEXT, MofNCompleteColumn(), BarColumn(), TimeElapsedColumn()) as shown:
-        task = shown.add_task("draining", total=running)
+    with bar(TEXT, MofNCompleteColumn(), BarColumn(), TimeElapsedColumn()) as progress:
+        task = progress.add_task("draining", total=running)
         while True:
             try:
                 left = int(client.get("/ready").json()["in_flight"])
@@ -102,5 +102,5 @@ def _wait(client: httpx.Client, running: int) -> None:
                 return
             except (ValueError, LookupError, TypeError):
                 left = running  # a proxy answers in its place
-            shown.update(task, completed=running - min(left, running))
+            progress.update(task, completed=running - min(left, running))
             time.sleep(POLL_S)

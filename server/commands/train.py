@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
         recipe.add(recipes)
 
 
-def run(given: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Runs `coxswain train`.
 
     Returns:
@@ -31,7 +31,7 @@ def run(given: argparse.Namespace) -> int:
     from adapters.errors import AdapterError
 
     try:
-        return _RECIPES[given.recipe].run(given)
+        return _RECIPES[args.recipe].run(args)
     except (AdapterError, OSError) as error:
         print(f"coxswain: {error}", file=sys.stderr)
         return 1

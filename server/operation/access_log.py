@@ -28,7 +28,7 @@ def with_ids(app: ASGIApp) -> ASGIApp:
     from then on, in those of the answer, and in every log record of the request.
     """
     return CorrelationIdMiddleware(
-        app, HEADER, validator=lambda given: bool(USABLE_ID.fullmatch(given))
+        app, HEADER, validator=lambda request_id: bool(USABLE_ID.fullmatch(request_id))
     )
 
 
@@ -72,9 +72,9 @@ class AccessLog:
                 self.tracing.end(span, context)
 
 
-def _with_headers(scope: Scope, own: Mapping[str, str]) -> Scope:
+def _with_headers(scope: Scope, span_headers: Mapping[str, str]) -> Scope:
     """The request with headers of our span, below which vLLM puts its own."""
-    ours = [(name.encode(), value.encode()) for name, value in own.items()]
+    ours = [(name.encode(), value.encode()) for name, value in span_headers.items()]
     names = {name for name, _ in ours}
     headers = [pair for pair in scope["headers"] if pair[0] not in names]
     return {**scope, "headers": [*headers, *ours]}

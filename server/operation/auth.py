@@ -51,15 +51,15 @@ class Auth:
         if is_admin(path):
             self._check_admin(scope, headers)
         elif needs_key(path) and self._api:
-            found = self._find(headers)
-            if found is None:
+            access = self._find(headers)
+            if access is None:
                 raise HttpError(
                     401,
                     "Missing or unknown API key. Send it as `Authorization: Bearer …` or as "
                     "`x-api-key`.",
                     reason="unauthenticated",
                 )
-            return found
+            return access
         elif path == "/metrics" and self._metrics_closed:
             self._check_metrics(headers)
         return EVERYTHING
@@ -88,19 +88,19 @@ class Auth:
 
     def _find(self, headers: Headers) -> Access | None:
         """The access of the API key that was given; the time does not tell which it was."""
-        found = None
-        given = _given(headers)
-        for known, allowed in self._api:
-            if any(hmac.compare_digest(digest, known) for digest in given):
-                found = allowed
-        return found
+        access = None
+        digests = _given(headers)
+        for expected, allowed in self._api:
+            if any(hmac.compare_digest(digest, expected) for digest in digests):
+                access = allowed
+        return access
 
 
 def _api_key(entry: LimitedKey, default: Rate, secret: bytes) -> tuple[bytes, Access]:
     profiles, adapters = (
         None if names is None else frozenset(names) for names in (entry.profiles, entry.adapters)
     )
-    known = entry.key.get_secret_value()
+    digest = entry.key.get_secret_value()
     rates = {
         name: getattr(entry if name in entry.model_fields_set else default, name)
         for name in Rate.model_fields
@@ -108,8 +108,8 @@ def _api_key(entry: LimitedKey, default: Rate, secret: bytes) -> tuple[bytes, Ac
     group = _group_of(entry)
     # Of whom the cache holds something must not be guessed, so the salt is no plain name.
     salt = hmac.new(secret, group.encode(), hashlib.sha256).hexdigest()
-    return known, Access(
-        profiles, adapters, _fingerprint(known), group=group, salt=salt, rate=Rate(**rates)
+    return digest, Access(
+        profiles, adapters, _fingerprint(digest), group=group, salt=salt, rate=Rate(**rates)
     )
 
 
@@ -123,8 +123,8 @@ def _group_of(entry: LimitedKey) -> str:
     return entry.group or f"key:{_fingerprint(entry.key.get_secret_value())}"
 
 
-def _fingerprint(known: bytes) -> str:
-    return known.hex()[:8]
+def _fingerprint(digest: bytes) -> str:
+    return digest.hex()[:8]
 
 
 def _given(headers: Headers) -> tuple[bytes, ...]:
@@ -137,12 +137,12 @@ def _given(headers: Headers) -> tuple[bytes, ...]:
     return digests_of_header(key) if key else ()
 
 
-def _is(headers: Headers, known: bytes) -> bool:
+def _is(headers: Headers, expected: bytes) -> bool:
     """Whether the given key is this one."""
-    return any(hmac.compare_digest(one, known) for one in _given(headers))
+    return any(hmac.compare_digest(digest, expected) for digest in _given(headers))
 
 
 def admin_name(headers: Headers) -> str:
     """Whom records name as their cause: a fingerprint of the key, or a caller without one."""
-    given = _given(headers)
-    return f"key {_fingerprint(given[0])}" if given else "local"
+    digests = _given(headers)
+    return f"key {_fingerprint(digests[0])}" if digests else "local"

@@ -178,13 +178,13 @@ def limit_reply(params: SamplingParams, most: int | None) -> None:
 
 
 def fit_context(
-    params: SamplingParams, asked: int | None, field: str, prompt: int, pad: int, context: int
+    params: SamplingParams, max_tokens: int | None, field: str, prompt: int, pad: int, context: int
 ) -> None:
     """Keeps the reply inside what the context leaves it; `params` is changed in place.
 
     Args:
         params: of the request.
-        asked: the caller's own limit of the reply's tokens, or None.
+        max_tokens: the caller's own limit of the reply's tokens, or None.
         field: what the request calls that.
         prompt: tokens of the longest prompt of the request.
         pad: by how many it is longer than the base's.
@@ -199,9 +199,9 @@ def fit_context(
         raise TooLong(f"the longest prompt of the request has {prompt} tokens",
                       field="steering.prompts" if pad else PROMPT,
                       allowed=f"at most {context - 1}")  # fmt: skip
-    if asked is not None and pad and asked > room:
+    if max_tokens is not None and pad and max_tokens > room:
         raise TooLong(f"a stream's own prompt of {prompt} tokens leaves room for {room}",
-                      field=field, value=asked, allowed=f"at most {room}")  # fmt: skip
+                      field=field, value=max_tokens, allowed=f"at most {room}")  # fmt: skip
     limit_reply(params, room)
 
 

@@ -132,14 +132,14 @@ def _no_password() -> str:
 
 
 def _signature(tls: TlsConfig) -> list[tuple[int, int] | None]:
-    found: list[tuple[int, int] | None] = []
+    signature: list[tuple[int, int] | None] = []
     for file in (tls.certificate, tls.key, tls.client_ca):
         try:
             facts = os.stat(file) if file is not None else None
         except OSError:
             facts = None
-        found.append(None if facts is None else (facts.st_mtime_ns, facts.st_ino))
-    return found
+        signature.append(None if facts is None else (facts.st_mtime_ns, facts.st_ino))
+    return signature
 
 
 async def refresh(http: uvicorn.Config, tls: TlsConfig) -> None:
@@ -147,10 +147,10 @@ async def refresh(http: uvicorn.Config, tls: TlsConfig) -> None:
 
     Looks, and does not listen: the files of a Kubernetes secret change by a link above them.
     """
-    known = _signature(tls)
+    loaded = _signature(tls)
     while True:
         await asyncio.sleep(REFRESH_S)
-        if (now := _signature(tls)) == known or None in now[:2] or http.ssl is None:
+        if (now := _signature(tls)) == loaded or None in now[:2] or http.ssl is None:
             continue
         try:
             http.ssl.load_cert_chain(tls.certificate, tls.key, password=_no_password)
@@ -159,7 +159,7 @@ async def refresh(http: uvicorn.Config, tls: TlsConfig) -> None:
         except (OSError, ssl.SSLError, ValueError) as error:
             logger.warning("server.tls: the changed files cannot be used: %s", error)
             continue
-        known = now
+        loaded = now
         logger.info("server.tls: the changed files are in use")
 
 

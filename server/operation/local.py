@@ -30,11 +30,11 @@ def is_loopback(host: str) -> bool:
     if host.lower() == "localhost":
         return True
     try:
-        found = ipaddress.ip_address(host)
+        ip = ipaddress.ip_address(host)
     except ValueError:
         return False
-    mapped = getattr(found, "ipv4_mapped", None)  # ::ffff:127.0.0.1, of sockets for both families
-    return bool((mapped or found).is_loopback)
+    mapped = getattr(ip, "ipv4_mapped", None)  # ::ffff:127.0.0.1, of sockets for both families
+    return bool((mapped or ip).is_loopback)
 
 
 def check_names(headers: Headers) -> None:
@@ -86,8 +86,8 @@ def _host_of(url: str, header: str) -> str:
         HttpError: 400, it is none.
     """
     try:
-        found = urlsplit(url)
-        found.port  # noqa: B018 – it is read here, and then it raises
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 – it is read here, and then it raises
     except ValueError as error:
         raise HttpError(400, f"The header {header} cannot be read: {error}.") from error
-    return found.hostname or ""
+    return parts.hostname or ""

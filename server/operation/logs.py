@@ -59,8 +59,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2
 def one_record(text: str) -> str:
     """A message whose further lines are indented, so that none can pass for a record."""
     lines = text.replace("\r\n", "\n").split("\n")
-    shown = [_CONTROL.sub(lambda found: repr(found[0])[1:-1], line) for line in lines]
-    return "\n    ".join(shown)
+    escaped = [_CONTROL.sub(lambda match: repr(match[0])[1:-1], line) for line in lines]
+    return "\n    ".join(escaped)
 
 
 class Text(logging.Formatter):

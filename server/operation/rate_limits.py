@@ -98,15 +98,15 @@ class Standing:
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
         """`x-ratelimit-…` of an answer, as OpenAI's API has them."""
-        found = {}
+        fields = {}
         for name, limit, taken, left_s in zip(
             _NAMES, self.limits, self.taken, self.left_s, strict=True
         ):
             if limit:
-                found[f"limit-{name}"] = str(limit)
-                found[f"remaining-{name}"] = str(max(0, limit - taken))
-                found[f"reset-{name}"] = duration(left_s)
-        return [(f"x-ratelimit-{name}".encode(), text.encode()) for name, text in found.items()]
+                fields[f"limit-{name}"] = str(limit)
+                fields[f"remaining-{name}"] = str(max(0, limit - taken))
+                fields[f"reset-{name}"] = duration(left_s)
+        return [(f"x-ratelimit-{name}".encode(), text.encode()) for name, text in fields.items()]
 
 
 def duration(seconds: float) -> str:
@@ -143,9 +143,9 @@ class _Here:
         for i, window in ((2, tokens), (1, requests)):
             if window.taken()[0] >= limits[i - 1] > 0 and not refused:
                 refused = i
-        asked, asked_s = requests.taken(0 if refused else amounts[0])
-        used, used_s = tokens.taken(amounts[1])
-        return Standing(limits, (asked, used), (asked_s, used_s), refused)
+        request_count, requests_s = requests.taken(0 if refused else amounts[0])
+        token_count, tokens_s = tokens.taken(amounts[1])
+        return Standing(limits, (request_count, token_count), (requests_s, tokens_s), refused)
 
 
 class RateLimits:
@@ -208,8 +208,10 @@ class RateLimits:
         answer = await self._run(keys, [WINDOW_S * 1000, *limits, *amounts])
         if answer is None:
             return self._here.take(caller, limits, amounts)
-        refused, asked, asked_ms, used, used_ms = answer
-        return Standing(limits, (asked, used), (asked_ms / 1000, used_ms / 1000), refused)
+        refused, request_count, requests_ms, token_count, tokens_ms = answer
+        return Standing(
+            limits, (request_count, token_count), (requests_ms / 1000, tokens_ms / 1000), refused
+        )
 
     def _key(self, caller: str, what: str) -> str:
         # The braces keep a caller's keys on one node of a cluster.

@@ -53,7 +53,7 @@ class Tracing:
         """Puts what is known of a request into its span, and ends it."""
         from opentelemetry.trace import Status, StatusCode
 
-        found: dict[str, Any] = {
+        attributes: dict[str, Any] = {
             "http.response.status_code": context.sent_status,
             "coxswain.request_id": context.id,
             "coxswain.caller": context.access.caller,
@@ -66,12 +66,12 @@ class Tracing:
             "gen_ai.usage.output_tokens": context.output_tokens,
         }
         if context.first_token_s is not None:
-            found["coxswain.first_token_s"] = context.first_token_s
+            attributes["coxswain.first_token_s"] = context.first_token_s
         if context.refusal is not None:
-            found["coxswain.refusal"] = context.refusal
+            attributes["coxswain.refusal"] = context.refusal
         if context.failure is not None:
-            found["error.type"] = errors.code_of(context.failure)
-        span.set_attributes({k: v for k, v in found.items() if v not in ("", NONE)})
+            attributes["error.type"] = errors.code_of(context.failure)
+        span.set_attributes({k: v for k, v in attributes.items() if v not in ("", NONE)})
         if context.status >= _SERVER_FAULT:
             why = context.failure.message if context.failure is not None else None
             span.set_status(Status(StatusCode.ERROR, why))

@@ -103,10 +103,10 @@ class StreamConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> StreamConfig:
-        given = [name for name in ("model", "same_as", "on") if getattr(self, name) is not None]
-        if len(given) != 1:
+        sources = [name for name in ("model", "same_as", "on") if getattr(self, name) is not None]
+        if len(sources) != 1:
             raise ValueError(
-                f"give exactly one of model, same_as, on; got {', '.join(given) or 'none'}"
+                f"give exactly one of model, same_as, on; got {', '.join(sources) or 'none'}"
             )
         if self.on is not None and (self.head is None or self.path is None):
             raise ValueError("`on` needs `head` and `path`")

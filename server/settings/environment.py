@@ -46,21 +46,21 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             raise ConfigInvalid([f"environment: {name}: there is no section {section!r}"])
     try:
         # Settings of one word could be anybody's: Kubernetes sets COXSWAIN_PORT for a service.
-        found = _Source({name: environ[name] for name in nested})()
+        settings = _Source({name: environ[name] for name in nested})()
     except SettingsError as error:
         field = str(error).partition('field "')[2].partition('"')[0]
-        said = f"{PREFIX}{field.upper()}__…: lists and objects are JSON ({error.__cause__})"
-        raise ConfigInvalid([f"environment: {said}"]) from error
-    if engine := found.get("engine"):
-        found["engine"] = {name: _value(text) for name, text in engine.items()}
-    auth = found.setdefault("auth", {})
+        message = f"{PREFIX}{field.upper()}__…: lists and objects are JSON ({error.__cause__})"
+        raise ConfigInvalid([f"environment: {message}"]) from error
+    if engine := settings.get("engine"):
+        settings["engine"] = {name: _value(text) for name, text in engine.items()}
+    auth = settings.setdefault("auth", {})
     for name in API_KEYS:
         if keys := [key.strip() for key in environ.get(name, "").split(",") if key.strip()]:
             auth["api_keys"] = keys
             break
     if admin := environ.get(ADMIN_KEY, "").strip():
         auth["admin_key"] = admin
-    return found if auth else {key: value for key, value in found.items() if key != "auth"}
+    return settings if auth else {key: value for key, value in settings.items() if key != "auth"}
 
 
 def _value(text: object) -> object:

@@ -21,47 +21,47 @@ from steering.plan import BASE
 
 def _names(config: Config) -> list[BadValue]:
     """Names that cannot be used."""
-    found = []
+    errors = []
     for section, names in (("streams", config.streams), ("profiles", config.profiles)):
         for name in names:
             if not NAME.fullmatch(name):
-                found.append(
+                errors.append(
                     BadValue("not a usable name", field=f"{section}.{name}", value=name,
                              allowed="letters, digits, . _ : -; at most 64 characters")
                 )  # fmt: skip
     for name, target in config.aliases.items():
         field = f"aliases.{name}"
         if not ALIAS.fullmatch(name):
-            found.append(
+            errors.append(
                 BadValue("not a usable name", field=field, value=name,
                          allowed="letters, digits, . _ : - and one /; at most 64 characters a part")
             )  # fmt: skip
         if name == config.name or name in config.profiles:
-            found.append(BadValue("the name is taken", field=field))
+            errors.append(BadValue("the name is taken", field=field))
         if target in config.aliases:
-            found.append(BadValue("an alias of an alias", field=field, value=target))
+            errors.append(BadValue("an alias of an alias", field=field, value=target))
     if BASE in config.streams:
-        found.append(BadValue("the name is taken: it is the base model", field=f"streams.{BASE}"))
+        errors.append(BadValue("the name is taken: it is the base model", field=f"streams.{BASE}"))
     if config.name in config.profiles:
-        found.append(
+        errors.append(
             BadValue("a profile must not have the base's name", field=f"profiles.{config.name}")
         )
-    return found
+    return errors
 
 
 def _references(config: Config) -> list[BadValue]:
     """Streams that point to streams that are not there."""
-    found = []
+    errors = []
     for name, stream in config.streams.items():
         for field in ("same_as", "on"):
             target = getattr(stream, field)
             if target is not None and target != BASE and target not in config.streams:
-                known = ", ".join([BASE, *sorted(config.streams)])
-                found.append(
+                names = ", ".join([BASE, *sorted(config.streams)])
+                errors.append(
                     BadValue("no such stream", field=f"streams.{name}.{field}", value=target,
-                             allowed=f"one of: {known}")
+                             allowed=f"one of: {names}")
                 )  # fmt: skip
-    return found
+    return errors
 
 
 def _reserved(config: Config) -> list[BadValue]:
@@ -102,13 +102,13 @@ def _check_size(document: object) -> None:
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings over others: objects are merged key by key, all else is replaced."""
-    found = dict(below)
+    settings = dict(below)
     for key, value in above.items():
-        under = found.get(key)
+        under = settings.get(key)
         if isinstance(value, Mapping) and isinstance(under, Mapping):
             value = merged(under, value)
-        found[key] = value
-    return found
+        settings[key] = value
+    return settings
 
 
 def _with_adapters(below: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +128,9 @@ _SECRET = ("auth", "registry.url", "limits.redis")
 def _without_secrets(error: Mapping[str, Any]) -> dict[str, Any]:
     """A finding of pydantic's without its input where that is a secret, or holds one."""
     path = ".".join(str(part) for part in error["loc"]) + "."
-    near = any((one + ".").startswith(path) or path.startswith(one + ".") for one in _SECRET)
+    near = any(
+        (secret + ".").startswith(path) or path.startswith(secret + ".") for secret in _SECRET
+    )
     return {**error, "input": None} if near or path == "." else dict(error)
 
 
@@ -162,8 +164,8 @@ def parse(
     try:
         config = Config.model_validate(data, context={"folder": folder})
     except ValidationError as error:
-        found = problems([_without_secrets(dict(e)) for e in error.errors()])
-        raise ConfigInvalid([str(p).removeprefix("body: ") for p in found]) from error
+        errors = problems([_without_secrets(dict(e)) for e in error.errors()])
+        raise ConfigInvalid([str(p).removeprefix("body: ") for p in errors]) from error
     wrong = [*_names(config), *_references(config), *_reserved(config)]
     if wrong:
         raise ConfigInvalid([str(p) for p in wrong])

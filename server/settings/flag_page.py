@@ -30,21 +30,21 @@ def classes(dest: str) -> list[tuple[Class, str]]:
     Args:
         dest: the flag's Python name.
     """
-    found: list[tuple[Class, str]] = []
+    entries: list[tuple[Class, str]] = []
     for flag in FLAGS:
         if flag.dest == dest:
             setting = f"`{flag.setting}`" if flag.setting else ""
-            found.append(("setting", "; ".join(part for part in (setting, flag.note) if part)))
+            entries.append(("setting", "; ".join(part for part in (setting, flag.note) if part)))
     if dest in NO_EFFECT:
-        found.append(("no effect", NO_EFFECT[dest]))
+        entries.append(("no effect", NO_EFFECT[dest]))
     if dest in REFUSED:
-        found.append(("refused", REFUSED[dest]))
-    if dest in RESERVED_ENGINE and not found:
-        found.append(("refused", RESERVED_ENGINE[dest]))
-    if dest in engine_fields() and not found:
+        entries.append(("refused", REFUSED[dest]))
+    if dest in RESERVED_ENGINE and not entries:
+        entries.append(("refused", RESERVED_ENGINE[dest]))
+    if dest in engine_fields() and not entries:
         why = [why for name, _, why in REFUSED_VALUES if name == dest]
-        found.append(("engine", f"some values are refused: {why[0]}" if why else ""))
-    return found
+        entries.append(("engine", f"some values are refused: {why[0]}" if why else ""))
+    return entries
 
 
 def _installed() -> str:

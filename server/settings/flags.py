@@ -49,10 +49,10 @@ which already have its own in every field.
 
 
 def _object(text: str) -> object:
-    found = _json(text)
-    if not isinstance(found, dict):
+    value = _json(text)
+    if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"not a JSON object (got {text[:80]!r})")
-    return found
+    return value
 
 
 def _json(text: str) -> object:
@@ -64,24 +64,24 @@ def _json(text: str) -> object:
 
 def dashed(argv: Sequence[str]) -> list[str]:
     """Flags with `_` for `-` as vLLM takes them too: `--max_model_len`."""
-    found = []
-    for one in argv:
-        name, sign, value = one.partition("=")
+    arguments = []
+    for argument in argv:
+        name, sign, value = argument.partition("=")
         head, dot, rest = name.partition(".")
         flag = head.startswith("--") and len(head) > 2
-        found.append((head.replace("_", "-") + dot + rest + sign + value) if flag else one)
-    return found
+        arguments.append((head.replace("_", "-") + dot + rest + sign + value) if flag else argument)
+    return arguments
 
 
-def from_flags(given: argparse.Namespace) -> dict[str, Any]:
+def from_flags(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags set, nested as in the configuration file.
 
     Raises:
         ConfigInvalid: a value cannot be read.
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for flag in FLAGS:
-        value = getattr(given, flag.dest, None)
+        value = getattr(args, flag.dest, None)
         if value is None:
             continue
         try:
@@ -89,8 +89,8 @@ def from_flags(given: argparse.Namespace) -> dict[str, Any]:
             nested = _nested(flag.setting, setting) if flag.setting else _ELSE[flag.dest](value)
         except ValueError as error:
             raise ConfigInvalid([f"--{flag.name}: {error}"]) from error
-        found = merged(found, nested)
-    return found
+        settings = merged(settings, nested)
+    return settings
 
 
 def _nested(path: str, value: object) -> dict[str, Any]:
@@ -136,17 +136,17 @@ _ELSE: dict[str, Any] = {
 """What flags do that set no single setting."""
 
 
-def check_tool_choice(given: argparse.Namespace, parser: str | None) -> None:
+def check_tool_choice(args: argparse.Namespace, parser: str | None) -> None:
     """`--enable-auto-tool-choice` against what the configuration has.
 
     Raises:
         ConfigInvalid: no parser reads the calls, or it is off while one does.
     """
-    asked = getattr(given, "enable_auto_tool_choice", None)
-    if asked is not None and asked != (parser is not None):
+    enabled = getattr(args, "enable_auto_tool_choice", None)
+    if enabled is not None and enabled != (parser is not None):
         raise ConfigInvalid(
             ["--enable-auto-tool-choice: needs chat.tool_call_parser (--tool-call-parser)"]
-            if asked
+            if enabled
             else ["--no-enable-auto-tool-choice: leave chat.tool_call_parser out"]
         )
 
@@ -169,11 +169,11 @@ def engine_flags(argv: list[str]) -> dict[str, Any]:
         if action.dest in _OBJECTS:
             action.type = _object
     try:
-        found = dict(vars(parser.parse_args(argv)))
+        values = dict(vars(parser.parse_args(argv)))
     except (argparse.ArgumentError, ValueError, IndexError) as error:
         raise ConfigInvalid([f"command line: {error}"]) from error
     wrong, engine = [], {}
-    for name, value in found.items():
+    for name, value in values.items():
         flag = f"--{name.replace('_', '-')}"
         why = REFUSED.get(name) or RESERVED_ENGINE.get(name)
         if name == "model_tag":
@@ -226,6 +226,6 @@ def _unknown(flag: str, parser: argparse.ArgumentParser) -> str:
     why = NO_LONGER.get(flag.lstrip("-").replace("-", "_"))
     if why is not None:
         return f"there is no flag {flag} any more: {why}"
-    known = [*(f"--{one.name}" for one in FLAGS), *parser._option_string_actions]
-    near = difflib.get_close_matches(flag, known, n=1)
+    options = [*(f"--{f.name}" for f in FLAGS), *parser._option_string_actions]
+    near = difflib.get_close_matches(flag, options, n=1)
     return f"there is no flag {flag}" + (f"; is it {near[0]}?" if near else "")

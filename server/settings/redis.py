@@ -60,11 +60,11 @@ def address_of(url: str, ca_file: str | None, environ: Mapping[str, str] | None 
         ca_file: certificates that are trusted instead of the system's; checked before.
         environ: default: the process's.
     """
-    given = os.environ if environ is None else environ
-    found = parse_address(url)
+    env = os.environ if environ is None else environ
+    address = parse_address(url)
     return replace(
-        found,
+        address,
         ca_file=ca_file,
-        password=found.password or given.get(PASSWORD) or None,
-        sentinel_password=given.get(SENTINEL_PASSWORD) or None,
+        password=address.password or env.get(PASSWORD) or None,
+        sentinel_password=env.get(SENTINEL_PASSWORD) or None,
     )

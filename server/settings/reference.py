@@ -99,12 +99,12 @@ _SENTENCE = re.compile(r"(?<!e\.g)\. ")
 
 def descriptions() -> dict[str, str]:
     """The first sentence of each setting's description, by its dotted path."""
-    found = {}
+    sentences = {}
     for title, model in SECTIONS:
         for name, info in model.model_fields.items():
             path = name if title.startswith("(") else f"{title}.{name}"
-            found[path] = _SENTENCE.split(_text(name, info))[0].rstrip(".")
-    return found
+            sentences[path] = _SENTENCE.split(_text(name, info))[0].rstrip(".")
+    return sentences
 
 
 def reference() -> str:

@@ -85,7 +85,7 @@ FLAGS: tuple[Flag, ...] = (
          note="`adapters.preload`: NAME=FOLDER, NAME=owner/name of the hub, or JSON"),
     Flag("max-loras", "adapters.max_loaded", _LORA),
     Flag("max-lora-rank", "adapters.max_rank", _LORA),
-    Flag("adapter-roots", "adapters.roots", _LORA, "texts", lambda v: [_here(one) for one in v],
+    Flag("adapter-roots", "adapters.roots", _LORA, "texts", lambda v: [_here(path) for path in v],
          ours=True),
     Flag("adapter-remotes", "adapters.remotes", _LORA, "texts", ours=True),
     Flag("allowed-origins", "server.cors.origins", _CORS, "json"),

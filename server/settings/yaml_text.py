@@ -34,12 +34,12 @@ def read_yaml(text: str) -> object:
         raise ValueError("nested too deeply") from error
     except MarkedYAMLError as error:
         # The values beside a problem may be keys of `auth`: only the parser's own words are told.
-        told = str(error.problem or error.context).splitlines()[0]
+        message = str(error.problem or error.context).splitlines()[0]
         if isinstance(error, DuplicateKeyError):
-            told = told.split(" with value")[0]
+            message = message.split(" with value")[0]
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark is not None else ""
-        raise ValueError(f"not YAML: {where}{told[:300]}") from error
+        raise ValueError(f"not YAML: {where}{message[:300]}") from error
     except (YAMLError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
         # All but the first: what slips through for `!!bool x` and the like.
         raise ValueError(f"not YAML: {' '.join(str(error).split())[:300]}") from error

@@ -86,7 +86,7 @@ def add(recipes: Any) -> None:
     add_common(parser, samples=True)
 
 
-def run(given: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Runs the recipe.
 
     Returns:
@@ -100,22 +100,22 @@ def run(given: argparse.Namespace) -> int:
     from adapters.training.errors import BadRecipe
 
     for key, default in (("prompts", None), ("model", None), ("request", "{}")):
-        if given.data is not None and (value := getattr(given, key)) != default:
+        if args.data is not None and (value := getattr(args, key)) != default:
             raise BadRecipe(
                 "replies are sampled or ready, not both",
                 field=f"--{key}",
                 value=str(value),
                 allowed="not with --data",
             )
-    served = served_by(given) if given.data is None else None
-    settings = read_settings(CriticSettings, given, served=served, device=device(given))
-    found = train(settings, template_of(given), say=lambda line: print(line, file=sys.stderr))
-    if found["held_out"] is not None:
-        print(table(found["held_out"]))
-    place = f"model: {given.body}, head: classifier, path: {given.out}"
-    if given.probe:
-        place = f"on: STREAM, head: classifier, path: {given.out}"
-    elif given.rank is None:
-        place = f"model: {given.out}, head: classifier"
+    served = served_by(args) if args.data is None else None
+    settings = read_settings(CriticSettings, args, served=served, device=device(args))
+    report = train(settings, template_of(args), say=lambda line: print(line, file=sys.stderr))
+    if report["held_out"] is not None:
+        print(table(report["held_out"]))
+    place = f"model: {args.body}, head: classifier, path: {args.out}"
+    if args.probe:
+        place = f"on: STREAM, head: classifier, path: {args.out}"
+    elif args.rank is None:
+        place = f"model: {args.out}, head: classifier"
     print(f"serve it as a stream: {{{place}}}")
     return 0

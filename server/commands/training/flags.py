@@ -37,13 +37,13 @@ def add_settings(
         groups: fields, by the heading under which `--help` shows them.
         named: flags of fields that are `{name: path}`, given once for each.
     """
-    hints, told = get_type_hints(settings), _sentences(settings)
-    known = {field.name: field for field in fields(settings)}
+    hints, sentences = get_type_hints(settings), _sentences(settings)
+    by_name = {field.name: field for field in fields(settings)}
     for title, names in groups.items():
         group = parser.add_argument_group(title)
         for name in names:
-            default = known[name].default
-            needed, text = default is MISSING, told[name]
+            default = by_name[name].default
+            needed, text = default is MISSING, sentences[name]
             if not needed and default is not None and default is not False:
                 text += f" (default: {default:g})" if isinstance(default, float) else (
                     f" (default: {default})")  # fmt: skip
@@ -85,38 +85,38 @@ def _sentences(settings: type[Any]) -> dict[str, str]:
     """The docstring's sentence about each field."""
     _, _, section = (inspect.getdoc(settings) or "").partition("Args:\n")
     entries = re.split(r"^    (\w+): ", section, flags=re.MULTILINE)[1:]
-    found = dict(zip(entries[::2], entries[1::2], strict=True))
+    texts = dict(zip(entries[::2], entries[1::2], strict=True))
     return {name: " ".join(text.split()).rstrip(".").replace("None: ", "default: ")
-            for name, text in found.items()}  # fmt: skip
+            for name, text in texts.items()}  # fmt: skip
 
 
-def read_settings(settings: type[Any], given: argparse.Namespace, **more: Any) -> Any:
+def read_settings(settings: type[Any], args: argparse.Namespace, **more: Any) -> Any:
     """The settings that a command line gives.
 
     Args:
         settings: the dataclass.
-        given: the flags.
+        args: the flags.
         more: fields that are no flags.
 
     Raises:
         BadRecipe: a name is given twice.
     """
-    found = {field.name: getattr(given, field.name) for field in fields(settings)
-             if field.name not in more}  # fmt: skip
-    for name, value in found.items():
+    values = {field.name: getattr(args, field.name) for field in fields(settings)
+              if field.name not in more}  # fmt: skip
+    for name, value in values.items():
         if isinstance(value, list):
-            found[name] = _unique(name, value)
-    return settings(**found, **more)
+            values[name] = _unique(name, value)
+    return settings(**values, **more)
 
 
 def _unique(name: str, pairs: list[tuple[str, Path]]) -> dict[str, Path]:
     from adapters.training.errors import BadRecipe
 
-    names = [one for one, _ in pairs]
-    for one in names:
-        if names.count(one) > 1:
+    names = [entry for entry, _ in pairs]
+    for entry in names:
+        if names.count(entry) > 1:
             key = flag(name.removesuffix("s"))
-            raise BadRecipe("given twice", field=f"{key} {one}", allowed="each name once")
+            raise BadRecipe("given twice", field=f"{key} {entry}", allowed="each name once")
     return dict(pairs)
 
 
@@ -144,14 +144,14 @@ def add_template(parser: argparse.ArgumentParser) -> None:
                         help="Jinja template for messages (default: the model's own)")  # fmt: skip
 
 
-def device(given: argparse.Namespace) -> str:
+def device(args: argparse.Namespace) -> str:
     """What --device names, or the best there is."""
     import torch
 
-    return given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def template_of(given: argparse.Namespace) -> str | None:
+def template_of(args: argparse.Namespace) -> str | None:
     """The text of --chat-template; None where it is absent.
 
     Raises:
@@ -159,16 +159,16 @@ def template_of(given: argparse.Namespace) -> str | None:
     """
     from adapters.training.errors import BadRecipe
 
-    if given.chat_template is None:
+    if args.chat_template is None:
         return None
     try:
-        text: str = given.chat_template.read_text(encoding="utf-8")
+        text: str = args.chat_template.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadRecipe(f"cannot be read: {error}", field="--chat-template") from error
     return text
 
 
-def served_by(given: argparse.Namespace) -> Any:
+def served_by(args: argparse.Namespace) -> Any:
     """The `adapters.training.served.Served` that a command line names.
 
     Raises:
@@ -178,16 +178,16 @@ def served_by(given: argparse.Namespace) -> Any:
     from adapters.training.served import Served
 
     try:
-        fields = json.loads(given.request)
+        fields = json.loads(args.request)
     except ValueError as error:
-        raise BadRecipe(f"not JSON: {error}", field="--request", value=given.request) from error
+        raise BadRecipe(f"not JSON: {error}", field="--request", value=args.request) from error
     if not isinstance(fields, dict):
         raise BadRecipe(
-            "not a JSON object", field="--request", value=given.request, allowed='{"steering": …}'
+            "not a JSON object", field="--request", value=args.request, allowed='{"steering": …}'
         )
-    if given.concurrency < 1:
+    if args.concurrency < 1:
         raise BadRecipe(
-            "cannot be used", field="--concurrency", value=given.concurrency, allowed="≥ 1"
+            "cannot be used", field="--concurrency", value=args.concurrency, allowed="≥ 1"
         )
-    key = given.key or os.environ.get("COXSWAIN_API_KEYS", "").partition(",")[0].strip() or None
-    return Served(given.server, key, given.model, fields, given.concurrency)
+    key = args.key or os.environ.get("COXSWAIN_API_KEYS", "").partition(",")[0].strip() or None
+    return Served(args.server, key, args.model, fields, args.concurrency)

@@ -70,7 +70,7 @@ def add(recipes: Any) -> None:
     add_common(parser, samples=False)
 
 
-def run(given: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Trains.
 
     Returns:
@@ -81,8 +81,8 @@ def run(given: argparse.Namespace) -> int:
     """
     from adapters.training.meteora.train import train
 
-    settings = read_settings(Settings, given, device=device(given))
-    pack = train(settings, template_of(given), say=lambda line: print(line, file=sys.stderr))
+    settings = read_settings(Settings, args, device=device(args))
+    pack = train(settings, template_of(args), say=lambda line: print(line, file=sys.stderr))
     width = sum(pack.ranks) + len(pack.members)
     print(
         f"{settings.out}: {len(pack.members)} adapters, {len(pack.gates)} gates; "

@@ -87,7 +87,7 @@ def add(recipes: Any) -> None:
     add_common(parser, samples=True)
 
 
-def run(given: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Trains.
 
     Returns:
@@ -99,12 +99,12 @@ def run(given: argparse.Namespace) -> int:
     from adapters.training.value.fit import shown
     from adapters.training.value.train import train
 
-    settings = read_settings(ValueSettings, given, served=served_by(given), device=device(given))
-    found = train(settings, say=lambda line: print(line, file=sys.stderr))
+    settings = read_settings(ValueSettings, args, served=served_by(args), device=device(args))
+    explained = train(settings, say=lambda line: print(line, file=sys.stderr))
     served = (
         f"{{model: {settings.out}, head: value}}"
         if settings.rank is None
         else f"{{model: {settings.body}, head: value, path: {settings.out}}}"
     )
-    print(f"{shown(found)}\nserve it as a stream: {served}")
+    print(f"{shown(explained)}\nserve it as a stream: {served}")
     return 0
