@@ -52,8 +52,8 @@ class _Short(reprlib.Repr):
         if x and level <= 0:
             return "{...}"
         first = islice(x.items(), self.maxdict)
-        shown = (f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in first)
-        return "{" + ", ".join(shown) + "}"
+        items = (f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in first)
+        return "{" + ", ".join(items) + "}"
 
 
 _short = _Short()
@@ -91,8 +91,8 @@ class Fault(Exception):
     def __str__(self) -> str:
         text = f"{self.field}: {self.message}" if self.field else self.message
         if self.value is not None:
-            shown = _short.repr(self.value)
-            text += f" (got {_cut(shown, 80)})"
+            value_text = _short.repr(self.value)
+            text += f" (got {_cut(value_text, 80)})"
         if self.allowed is not None:
             text += f"; allowed: {_cut(self.allowed, _LONGEST_ALLOWED)}"
         return _sendable(text)

@@ -17,12 +17,17 @@ from adapters.tensors import TensorFile
 
 
 def load_set(
-    found: AdapterSet, owner: str, dtype: torch.dtype, base: BaseLayers, *, by_columns: bool = False
+    adapter_set: AdapterSet,
+    owner: str,
+    dtype: torch.dtype,
+    base: BaseLayers,
+    *,
+    by_columns: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """(module, A, B) of every layer of `owner` that the set changes.
 
     Args:
-        found: the set.
+        adapter_set: its members are loaded from their folders.
         owner: one of its models.
         dtype: of the tensors that come out; all else is computed in float32.
         base: the owner's own layers.
@@ -36,8 +41,8 @@ def load_set(
             `dtype` cannot hold.
         DoesNotFit: the base lacks a layer, or a bias of one.
     """
-    layout = found.layout(owner)
-    members = [m for m in found.members if m.owner == owner]
+    layout = adapter_set.layout(owner)
+    members = [m for m in adapter_set.members if m.owner == owner]
     artefacts = [moved(_read(member), base) for member in members]
     opened = [_Opened(artefact) for artefact in artefacts]
     for module in sorted({m for artefact in artefacts for m in artefact.modules}):
@@ -57,10 +62,10 @@ def load_set(
         yield module, a, b
 
 
-def normed(found: AdapterSet, owner: str) -> list[str]:
+def normed(adapter_set: AdapterSet, owner: str) -> list[str]:
     """The layers of `owner` whose row norms `load_set` asks its base for."""
-    members = [_read(m) for m in found.members if m.owner == owner and any(m.diagonals)]
-    parts = (part for artefact in members for one in artefact.parts for part in one.items())
+    members = [_read(m) for m in adapter_set.members if m.owner == owner and any(m.diagonals)]
+    parts = (part for artefact in members for layers in artefact.parts for part in layers.items())
     return sorted({module for module, part in parts if part.magnitude is not None})
 
 

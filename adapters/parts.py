@@ -79,8 +79,8 @@ def load_part(part: Part, module: str, read: Read, base: BaseLayers) -> LoadedPa
         assert a is not None and b is not None
         factor = read(part.magnitude).float() / _norms(a, b, module, base)
         diagonal, b = factor - 1, factor[:, None] * b
-        if (own := base.bias(module)) is not None:  # PEFT does not scale it
-            constant = -diagonal * own if constant is None else constant - diagonal * own
+        if (bias := base.bias(module)) is not None:  # PEFT does not scale it
+            constant = -diagonal * bias if constant is None else constant - diagonal * bias
     if part.multipliers:
         factor = _multiplier(part, module, read, base)
         diagonal = factor - 1
@@ -125,12 +125,12 @@ def _norms(a: torch.Tensor, b: torch.Tensor, module: str, base: BaseLayers) -> t
 
     ‖w + v‖² = ‖w‖² + 2 w·v + ‖v‖², for the row v = b A with a row b of B.
     """
-    own = base.row_norms(module).double().square()
+    base_squared = base.row_norms(module).double().square()
     across = (b.double() * base.product(module, a).double().T).sum(1)
     wide = a.double()
     added = ((b.double() @ (wide @ wide.T)) * b.double()).sum(1)
-    total = own + 2 * across + added
-    if (total <= _CANCELLED * (own + added)).any():
+    total = base_squared + 2 * across + added
+    if (total <= _CANCELLED * (base_squared + added)).any():
         raise BadAdapter(
             "DoRA's product cancels a row of the base's weight, or the row is 0, so that its norm "
             "is not known well enough",
@@ -143,20 +143,20 @@ def _multiplier(part: Part, module: str, read: Read, base: BaseLayers) -> torch.
     """Π l; one that is shorter than the outputs is for the last of them."""
     factor = torch.ones(_shape(module, base)[0])
     for place in part.multipliers:
-        own = read(place).float().flatten()
-        factor[len(factor) - len(own) :] *= own
+        vector = read(place).float().flatten()
+        factor[len(factor) - len(vector) :] *= vector
     return factor
 
 
 def _shape(module: str, base: BaseLayers) -> tuple[int, int]:
-    found = base.linear(module)
-    if found is None:
+    shape = base.linear(module)
+    if shape is None:
         raise DoesNotFit("the base has no such linear layer", field=module)
-    return found
+    return shape
 
 
 def _bias(module: str, base: BaseLayers) -> torch.Tensor:
-    found = base.bias(module)
-    if found is None:
+    bias = base.bias(module)
+    if bias is None:
         raise DoesNotFit("the adapter changes a bias that the base's layer lacks", field=module)
-    return found
+    return bias

@@ -165,8 +165,8 @@ class AdapterSet(msgspec.Struct, frozen=True):
         first = gate = products + constants + diagonals
         blocks = []
         for m in members:
-            own = _columns(m.constants, constant), _columns(m.diagonals, diagonal)
-            blocks.append(Block(m.digest, product, m.ranks, gate if m.routed else None, *own))
+            columns = _columns(m.constants, constant), _columns(m.diagonals, diagonal)
+            blocks.append(Block(m.digest, product, m.ranks, gate if m.routed else None, *columns))
             product += sum(m.ranks)
             constant += sum(m.constants)
             diagonal += sum(m.diagonals)

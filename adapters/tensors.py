@@ -41,7 +41,7 @@ class TensorFile:
         """A tensor of the file, in its shape and dtype; not copied."""
         info = self._infos[name]
         dtype = _DTYPES[info.dtype]
-        found = self._bytes[info.start : info.start + info.size]
+        data = self._bytes[info.start : info.start + info.size]
         if info.start % dtype.itemsize:
-            found = found.clone()
-        return found.view(dtype).view(info.shape)
+            data = data.clone()
+        return data.view(dtype).view(info.shape)

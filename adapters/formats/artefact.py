@@ -106,8 +106,8 @@ class Part:
     @property
     def places(self) -> tuple[Place, ...]:
         """Every tensor that it comes from."""
-        one = (getattr(self, field) for field in _SINGLE)
-        return tuple(place for place in (*one, *self.multipliers) if place is not None)
+        single = (getattr(self, field) for field in _SINGLE)
+        return tuple(place for place in (*single, *self.multipliers) if place is not None)
 
     def inside(self, folder: str) -> Part:
         """The part of an adapter that lies in a sub-folder."""
@@ -115,11 +115,11 @@ class Part:
         def move(place: Place | None) -> Place | None:
             return place and Place(f"{folder}/{place.file}", place.name)
 
-        found = replace(
+        part = replace(
             self, multipliers=tuple(Place(f"{folder}/{p.file}", p.name) for p in self.multipliers)
         )
         single: dict[str, Any] = {field: move(getattr(self, field)) for field in _SINGLE}
-        return replace(found, **single)
+        return replace(part, **single)
 
 
 _SINGLE = ("a", "b", "inner", "outer", "magnitude", "inputs", "offset", "bias")
@@ -158,14 +158,14 @@ class Artefact:
     @property
     def constants(self) -> tuple[bool, ...]:
         """Per member, whether any part adds a constant; empty if none does."""
-        found = tuple(any(p.constant for p in parts.values()) for parts in self.parts)
-        return found if any(found) else ()
+        flags = tuple(any(p.constant for p in parts.values()) for parts in self.parts)
+        return flags if any(flags) else ()
 
     @property
     def diagonals(self) -> tuple[bool, ...]:
         """Per member, whether any part multiplies the output; empty if none does."""
-        found = tuple(any(p.diagonal for p in parts.values()) for parts in self.parts)
-        return found if any(found) else ()
+        flags = tuple(any(p.diagonal for p in parts.values()) for parts in self.parts)
+        return flags if any(flags) else ()
 
     @property
     def plain(self) -> bool:

@@ -127,8 +127,8 @@ def check_options(
                     key, f"this adapter {does}, which is not served; {instead}", config[key]
                 )
         if tokens := config.get("trainable_token_indices"):
-            said = also_changes("embed_tokens", "trainable_token_indices")
-            raise bad_key("trainable_token_indices", said, tokens)
+            message = also_changes("embed_tokens", "trainable_token_indices")
+            raise bad_key("trainable_token_indices", message, tokens)
         if kind == "LORA":  # AdaLoRA begins with a product of 0, whatever this says
             _check_init(config)
     if config.get("use_dora") and (kind != "LORA" or config.get("lora_bias")):
@@ -170,12 +170,12 @@ def _check_init(config: Mapping[str, Any]) -> None:
     if not isinstance(init, str) or init.lower() in _PLAIN_INITS:
         return
     allowed: str | None
-    said, allowed = "no initialisation that PEFT knows", f"true, false, {', '.join(_PLAIN_INITS)}"
+    why, allowed = "no initialisation that PEFT knows", f"true, false, {', '.join(_PLAIN_INITS)}"
     if init.lower().startswith(_CHANGING_INITS):
-        said, allowed = _CHANGED, None
+        why, allowed = _CHANGED, None
     elif init.lower() == "loftq":
-        said, allowed = _ROUNDED, None
-    raise bad_key("init_lora_weights", said, init, allowed)
+        why, allowed = _ROUNDED, None
+    raise bad_key("init_lora_weights", why, init, allowed)
 
 
 _KNOWN = frozenset((

@@ -80,9 +80,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(entries, dict):
         raise BadAdapter("broken header: not an object", field=path.name)
     entries.pop("__metadata__", None)
-    found = {name: _entry(path.name, name, entry) for name, entry in entries.items()}
+    tensors = {name: _entry(path.name, name, entry) for name, entry in entries.items()}
     end = 0
-    for name, (_, start, stop) in sorted(found.items(), key=lambda item: item[1][1:]):
+    for name, (_, start, stop) in sorted(tensors.items(), key=lambda item: item[1][1:]):
         if start != end:
             raise BadAdapter("its data overlaps or leaves a gap", field=f"{path.name}: {name}")
         end = stop
@@ -95,15 +95,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         )
     return {
         name: TensorInfo(info.dtype, info.shape, 8 + length + start)
-        for name, (info, start, _) in found.items()
+        for name, (info, start, _) in tensors.items()
     }
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise ValueError("a name appears twice")
-    return found
+    return entries
 
 
 def _entry(file: str, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
@@ -121,10 +121,10 @@ def _entry(file: str, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
         and len(shape) <= _MOST_DIMENSIONS
     ):
         raise BadAdapter("broken shape or offsets", field=field, value=(shape, offsets))
-    found = TensorInfo(dtype, tuple(shape), 0)
-    if offsets[1] - offsets[0] != found.size:
+    info = TensorInfo(dtype, tuple(shape), 0)
+    if offsets[1] - offsets[0] != info.size:
         raise BadAdapter("its size does not match its shape", field=field, value=tuple(shape))
-    return found, offsets[0], offsets[1]
+    return info, offsets[0], offsets[1]
 
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:

@@ -39,14 +39,14 @@ def moved(artefact: Artefact, base: Linears) -> Artefact:
 
 
 def _moved(parts: dict[str, Part], base: Linears) -> dict[str, Part]:
-    found = {m: replace(part, inputs=None) for m, part in parts.items() if part != Part()}
+    moved_parts = {m: replace(part, inputs=None) for m, part in parts.items() if part != Part()}
     for module, part in parts.items():
         if part.inputs is None:
             continue
         before = _before(module, base, parts)
-        own = found.get(before, Part())
-        found[before] = replace(own, multipliers=(*own.multipliers, part.inputs))
-    return {module: part for module, part in found.items() if part != Part()}
+        target = moved_parts.get(before, Part())
+        moved_parts[before] = replace(target, multipliers=(*target.multipliers, part.inputs))
+    return {module: part for module, part in moved_parts.items() if part != Part()}
 
 
 def _before(module: str, base: Linears, parts: Mapping[str, Part]) -> str:
@@ -58,8 +58,8 @@ def _before(module: str, base: Linears, parts: Mapping[str, Part]) -> str:
     parent, _, last = module.rpartition(".")
     here, gate, up, fused = (base.linear(f"{parent}.{name}") for name in MLP)
     if last == _DOWN and here is not None:
-        halves, one = gate == up == (here[1], here[0]), fused == (2 * here[1], here[0])
-        if one and (not halves or f"{parent}.{_FUSED}" in parts):
+        halves, whole = gate == up == (here[1], here[0]), fused == (2 * here[1], here[0])
+        if whole and (not halves or f"{parent}.{_FUSED}" in parts):
             return f"{parent}.{_FUSED}"
         if halves:
             return f"{parent}.{_UP}"

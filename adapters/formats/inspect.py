@@ -48,36 +48,36 @@ def inspect(folder: Path, base: BaseShapes, *, max_rank: int, values: bool = Tru
         BadAdapter: it is no adapter that can be served, or a value is not finite.
         DoesNotFit: a tensor does not fit the base, or the rank does not fit the server.
     """
-    found = read_artefact(folder)
+    artefact = read_artefact(folder)
     width = (
-        sum(found.ranks) + sum(found.constants) + sum(found.diagonals)
-        + (len(found.members) if found.gates else 0)
+        sum(artefact.ranks) + sum(artefact.constants) + sum(artefact.diagonals)
+        + (len(artefact.members) if artefact.gates else 0)
     )  # fmt: skip
     if width > max_rank:
         raise DoesNotFit("needs too many rank indices", field="rank", value=width,
                          allowed=f"≤ {max_rank}")  # fmt: skip
-    headers = {name: read_header(folder / name) for name in _tensor_files(found)}
-    settled = moved(found, base)
-    _check_before(found, base)
+    headers = {name: read_header(folder / name) for name in _tensor_files(artefact)}
+    settled = moved(artefact, base)
+    _check_before(artefact, base)
     for parts in settled.parts:
         for module, part in parts.items():
             _check_part(part, module, headers, base)
-    for module, gate in found.gates.items():
+    for module, gate in artefact.gates.items():
         size = _linear(base, module, gate.file)
         if size is not None:
-            _expect(gate, headers[gate.file][gate.name].shape, (len(found.members), size[1]))
+            _expect(gate, headers[gate.file][gate.name].shape, (len(artefact.members), size[1]))
     if meteora.RELEASED in headers:
         _check_base_copy(meteora.base_copy(folder), base)
-    for place in sorted(_tensors(found)) if values else ():
+    for place in sorted(_tensors(artefact)) if values else ():
         check_finite(folder / place.file, place.name, headers[place.file][place.name])
-    return found
+    return artefact
 
 
-def elements(found: Artefact) -> int:
+def elements(artefact: Artefact) -> int:
     """Numbers that an engine holds of an artefact; reads headers."""
-    headers = {name: read_header(found.folder / name) for name in _tensor_files(found)}
-    total = sum(prod(headers[gate.file][gate.name].shape) for gate in found.gates.values())
-    for part in (part for parts in found.parts for part in parts.values()):
+    headers = {name: read_header(artefact.folder / name) for name in _tensor_files(artefact)}
+    total = sum(prod(headers[gate.file][gate.name].shape) for gate in artefact.gates.values())
+    for part in (part for parts in artefact.parts for part in parts.values()):
         for place in part.places:
             shape = headers[place.file][place.name].shape
             if place == part.a or place == part.b:  # VeRA's are shared on disk only
@@ -87,21 +87,23 @@ def elements(found: Artefact) -> int:
     return total
 
 
-def _tensors(found: Artefact) -> set[Place]:
+def _tensors(artefact: Artefact) -> set[Place]:
     """Everything that is served."""
-    places = {place for parts in found.parts for part in parts.values() for place in part.places}
-    return places | set(found.gates.values())
+    places = {place for parts in artefact.parts for part in parts.values() for place in part.places}
+    return places | set(artefact.gates.values())
 
 
-def _tensor_files(found: Artefact) -> set[str]:
-    return {place.file for place in _tensors(found)}
+def _tensor_files(artefact: Artefact) -> set[str]:
+    return {place.file for place in _tensors(artefact)}
 
 
-def _check_before(found: Artefact, base: BaseShapes) -> None:
+def _check_before(artefact: Artefact, base: BaseShapes) -> None:
     """Raises if anything but its three layers stands in an MLP whose inputs are scaled (BitNet has
     a norm there).
     """
-    parents = {m.rpartition(".")[0] for parts in found.parts for m, p in parts.items() if p.inputs}
+    parents = {
+        m.rpartition(".")[0] for parts in artefact.parts for m, p in parts.items() if p.inputs
+    }
     for name in base.tensors if parents else ():
         parent, _, rest = name.rpartition(".")[0].rpartition(".")
         if parent in parents and rest not in MLP:
@@ -129,8 +131,8 @@ def _check_part(part: Part, module: str, headers: Headers, base: BaseShapes) -> 
     for place in (part.outer, part.magnitude, part.offset, part.bias):
         if place is not None:
             _expect(place, shape(place), (out,))
-    known = base.layers is None or f"{module}.weight" in base.tensors
-    if part.bias is not None and known and base.tensors.get(f"{module}.bias") != (out,):
+    biases_known = base.layers is None or f"{module}.weight" in base.tensors
+    if part.bias is not None and biases_known and base.tensors.get(f"{module}.bias") != (out,):
         raise DoesNotFit("the adapter changes a bias that the base's layer lacks",
                          field=f"{part.bias.file}: {part.bias.name}")  # fmt: skip
     for place in part.multipliers:
@@ -175,12 +177,12 @@ def _check_base_copy(copy: dict[str, TensorInfo], base: BaseShapes) -> None:
     """The copy of the base inside a released file tells whether it was made for this base."""
     for name, info in copy.items():
         tied = info.shape if name == "lm_head.weight" else None
-        known = base.linear(name.removesuffix(".weight")) or base.tensors.get(name, tied)
+        shape = base.linear(name.removesuffix(".weight")) or base.tensors.get(name, tied)
         # Without all of its tensors, those of which nothing is known tell nothing.
-        if known != info.shape and (known is not None or (base.layers is None and base.whole)):
+        if shape != info.shape and (shape is not None or (base.layers is None and base.whole)):
             raise DoesNotFit(
                 "its copy of the base is of another model",
                 field=f"{meteora.RELEASED}: {name}",
                 value=info.shape,
-                allowed=str(known),
+                allowed=str(shape),
             )

@@ -29,7 +29,7 @@ class Reader(Protocol):
     selectors: Selectors
     """What the config says of layers."""
 
-    def part(self, module: str, found: Found) -> Part:
+    def part(self, module: str, tensors: Found) -> Part:
         """The part of one layer.
 
         Raises:
@@ -60,21 +60,21 @@ class Lora:
         self._extra = {"magnitude": ("use_dora", bool(config.get("use_dora"))),
                        "offset": ("lora_bias", bool(config.get("lora_bias")))}  # fmt: skip
 
-    def part(self, module: str, found: Found) -> Part:
+    def part(self, module: str, tensors: Found) -> Part:
         """As `Reader.part`."""
         rank = _rank(self._rank(module), "r")
         alpha = _number(self._alpha(module), "lora_alpha")
-        part = _product(module, found, rank, alpha / (math.sqrt(rank) if self._root else rank))
+        part = _product(module, tensors, rank, alpha / (math.sqrt(rank) if self._root else rank))
         for field, (key, wanted) in self._extra.items():
-            if wanted != (field in found):
+            if wanted != (field in tensors):
                 without = "its vector is missing" if wanted else "PEFT would drop its vector"
                 raise BadAdapter(f"the config's {key} is {str(wanted).lower()}, and {without}",
                                  field=module)  # fmt: skip
-        size = found["b"][1].shape[0]
+        size = tensors["b"][1].shape[0]
         return replace(
             part,
-            magnitude=_vector(found, "magnitude", size),
-            offset=_vector(found, "offset", size),
+            magnitude=_vector(tensors, "magnitude", size),
+            offset=_vector(tensors, "offset", size),
         )
 
 
@@ -94,10 +94,12 @@ class AdaLora:
         self.selectors = Selectors(config, self.keys)
         self._start = _rank(config.get("init_r", 12), "init_r")
         self._alpha = _number(config.get("lora_alpha", 8), "lora_alpha")
-        given = config.get("rank_pattern") or {}
-        if not isinstance(given, dict):
-            raise bad_key("rank_pattern", "not an object", given)
-        self._kept = {key.rsplit(".", 1)[0]: self._count(kept) for key, kept in given.items()}
+        rank_pattern = config.get("rank_pattern") or {}
+        if not isinstance(rank_pattern, dict):
+            raise bad_key("rank_pattern", "not an object", rank_pattern)
+        self._kept = {
+            key.rsplit(".", 1)[0]: self._count(kept) for key, kept in rank_pattern.items()
+        }
 
     def _count(self, kept: Any) -> int:
         right = isinstance(kept, list) and all(type(k) is bool for k in kept)
@@ -105,12 +107,12 @@ class AdaLora:
             raise bad_key("rank_pattern", f"not a list of {self._start} truth values", kept)
         return sum(kept)
 
-    def part(self, module: str, found: Found) -> Part:
+    def part(self, module: str, tensors: Found) -> Part:
         """As `Reader.part`; an empty part where no rank is left."""
         rank = self._kept.get(module, self._start)
         alpha = self._alpha if self._alpha > 0 else float(rank)  # as PEFT does
-        part = _product(module, found, rank, alpha / (self._start + _EPSILON))
-        place, info = _needed(module, found, "inner", "lora_E")
+        part = _product(module, tensors, rank, alpha / (self._start + _EPSILON))
+        place, info = _needed(module, tensors, "inner", "lora_E")
         if info.shape != (rank, 1):
             raise _shape(place, info, f"({rank}, 1)")
         return replace(part, inner=place) if rank else Part()
@@ -140,16 +142,16 @@ class Vera:
         self._part = replace(_product("base_model", shared, rank, 1.0, "vera"), shared=True)
         self._most = shared["b"][1].shape[0]
 
-    def part(self, module: str, found: Found) -> Part:
+    def part(self, module: str, tensors: Found) -> Part:
         """As `Reader.part`."""
-        size = _needed(module, found, "outer", "vera_lambda_b")[1].shape
-        _needed(module, found, "inner", "vera_lambda_d")
+        size = _needed(module, tensors, "outer", "vera_lambda_b")[1].shape
+        _needed(module, tensors, "inner", "vera_lambda_d")
         if len(size) != 1 or size[0] > self._most:
-            raise _shape(*found["outer"], f"one number for each output, at most {self._most}")
+            raise _shape(*tensors["outer"], f"one number for each output, at most {self._most}")
         return replace(
             self._part,
-            inner=_vector(found, "inner", self._part.rank),
-            outer=_vector(found, "outer", size[0]),
+            inner=_vector(tensors, "inner", self._part.rank),
+            outer=_vector(tensors, "outer", size[0]),
         )
 
 
@@ -167,14 +169,14 @@ class Ia3:
     def __init__(self, config: Mapping[str, Any], shared: Found) -> None:
         del shared
         self.selectors = Selectors(config, self.keys)
-        given = config.get("feedforward_modules")
-        if given is None:
-            raise bad_key("feedforward_modules", UNNAMED, given)
-        self._inputs = named_by(given, "feedforward_modules", self.selectors.budget)
+        feedforward_modules = config.get("feedforward_modules")
+        if feedforward_modules is None:
+            raise bad_key("feedforward_modules", UNNAMED, feedforward_modules)
+        self._inputs = named_by(feedforward_modules, "feedforward_modules", self.selectors.budget)
 
-    def part(self, module: str, found: Found) -> Part:
+    def part(self, module: str, tensors: Found) -> Part:
         """As `Reader.part`."""
-        place, info = found["multiplier"]
+        place, info = tensors["multiplier"]
         axis = 0 if (inputs := self._inputs(module)) else 1
         if len(info.shape) != 2 or info.shape[axis] != 1:
             raise _shape(place, info, "(1, in), as feedforward_modules names it" if inputs else
@@ -188,24 +190,24 @@ KINDS: dict[str, type[Lora | AdaLora | Vera | Ia3]] = {
 """peft_type → how it is read."""
 
 
-def _product(module: str, found: Found, rank: int, scale: float, name: str = "lora") -> Part:
+def _product(module: str, tensors: Found, rank: int, scale: float, name: str = "lora") -> Part:
     for half, axis in (("a", 0), ("b", 1)):
-        place, info = _needed(module, found, half, f"{name}_{half.upper()}")
+        place, info = _needed(module, tensors, half, f"{name}_{half.upper()}")
         if len(info.shape) != 2 or info.shape[axis] != rank:
             raise _shape(place, info, f"rank {rank}", "its shape does not have the config's rank")
-    return Part(found["a"][0], found["b"][0], 0, rank, scale)
+    return Part(tensors["a"][0], tensors["b"][0], 0, rank, scale)
 
 
-def _needed(module: str, found: Found, field: str, name: str) -> tuple[Place, TensorInfo]:
-    if field not in found:
+def _needed(module: str, tensors: Found, field: str, name: str) -> tuple[Place, TensorInfo]:
+    if field not in tensors:
         raise BadAdapter(f"{name} is missing", field=module)
-    return found[field]
+    return tensors[field]
 
 
-def _vector(found: Found, field: str, size: int) -> Place | None:
-    if field not in found:
+def _vector(tensors: Found, field: str, size: int) -> Place | None:
+    if field not in tensors:
         return None
-    place, info = found[field]
+    place, info = tensors[field]
     if info.shape != (size,):
         raise _shape(place, info, f"({size},)")
     return place
@@ -224,7 +226,7 @@ def _number(value: Any, key: str) -> float:
 
 
 def _shape(
-    place: Place, info: TensorInfo, allowed: str, said: str = "its shape does not fit"
+    place: Place, info: TensorInfo, allowed: str, message: str = "its shape does not fit"
 ) -> BadAdapter:
-    return BadAdapter(said, field=f"{place.file}: {place.name}",
+    return BadAdapter(message, field=f"{place.file}: {place.name}",
                       value=info.shape, allowed=allowed)  # fmt: skip

@@ -62,12 +62,12 @@ def read_meteora(folder: Path) -> Artefact:
     if unknown := config.keys() - _KEYS[layout]:
         raise _bad(sorted(unknown)[0], None, ", ".join(sorted(_KEYS[layout])))
     tasks = _tasks(config.get("tasks"))
-    found = _released(folder, config, tasks) if layout == "released" else _native(folder, tasks)
+    pack = _released(folder, config, tasks) if layout == "released" else _native(folder, tasks)
     top_k = config.get("top_k", min(2, len(tasks)))
     if type(top_k) is not int or not 1 <= top_k <= len(tasks):
         raise _bad("top_k", top_k, f"1 to {len(tasks)}")
     temperature = _between(config, "temperature", TEMPERATURES, 1.0)
-    return replace(found, top_k=top_k, temperature=temperature)
+    return replace(pack, top_k=top_k, temperature=temperature)
 
 
 def base_copy(folder: Path) -> dict[str, TensorInfo]:
@@ -119,8 +119,8 @@ def _released(folder: Path, config: dict[str, Any], tasks: tuple[str, ...]) -> A
     if not modules:
         raise BadAdapter("has no MeteoRA tensors", field=RELEASED)
     gates, total = {}, rank * len(tasks)
-    for module, found in modules.items():
-        if missing := {"lora_A", "lora_B", "moe_gate"} - found:
+    for module, names in modules.items():
+        if missing := {"lora_A", "lora_B", "moe_gate"} - names:
             raise BadAdapter(f"{sorted(missing)[0]} is missing", field=f"{RELEASED}: {module}")
         gates[module] = Gate(RELEASED, f"{_PREFIX}{module}.moe_gate.weight")
         _check(header, f"{_PREFIX}{module}.lora_A.weight", 0, total)
@@ -151,25 +151,25 @@ def _native(folder: Path, tasks: tuple[str, ...]) -> Artefact:
     for task in tasks:
         adapter = read_peft(folder / task, task)
         files += [f"{task}/{name}" for name in adapter.files]
-        own = adapter.parts[0]
-        if moved := [m for m, part in own.items() if part.inputs]:
+        modules = adapter.parts[0]
+        if moved := [m for m, part in modules.items() if part.inputs]:
             raise BadAdapter(
                 "a pack takes no IA3 on the inputs of a layer: it acts in the layer before, which "
                 "this gate is not for",
                 field=f"{task}: {moved[0]}",
             )
-        parts.append({m: part.inside(task) for m, part in own.items()})
+        parts.append({m: part.inside(task) for m, part in modules.items()})
         for name in adapter.files:
             inside(folder, f"{task}/{name}")
     header, gates = read_header(inside(folder, GATES)), {}
     for name in header:
         match = _GATE.fullmatch(name)
-        if match is None or not any(match[1] in own for own in parts):
+        if match is None or not any(match[1] in modules for modules in parts):
             raise BadAdapter("belongs to no module of an adapter", field=f"{GATES}: {name}")
         _check(header, name, 0, len(tasks))
         gates[match[1]] = Gate(GATES, name)
-    for task, own in zip(tasks, parts, strict=True):
-        if ungated := own.keys() - gates.keys():
+    for task, modules in zip(tasks, parts, strict=True):
+        if ungated := modules.keys() - gates.keys():
             raise BadAdapter(
                 f"the pack has no gate for this module of {task}",
                 field=f"{GATES}: {sorted(ungated)[0]}",

@@ -158,14 +158,14 @@ class _Run:
     def letters(self, fits: Callable[[str], bool], places: int) -> int:
         """One letter on, where it fits."""
         self._budget.spend(places.bit_count())
-        found, size = 0, len(self._name)
+        matched, size = 0, len(self._name)
         while places:
             place = places & -places
             places ^= place
             i = place.bit_length() - 1
             if i < size and fits(self._name[i]):
-                found |= place << 1
-        return found
+                matched |= place << 1
+        return matched
 
     def one_of(self, items: Any, places: int) -> int:
         """A set of letters in brackets."""
@@ -177,10 +177,10 @@ class _Run:
 
     def branch(self, argument: Any, places: int) -> int:
         """Any of some."""
-        found = 0
+        matched = 0
         for tree in argument[1]:
-            found |= self.sequence(tree, places)
-        return found
+            matched |= self.sequence(tree, places)
+        return matched
 
     def repeat(self, argument: Any, places: int) -> int:
         """So many times; whether greedy or not makes no difference to whether there is a match."""
@@ -190,12 +190,12 @@ class _Run:
             if reached == places:  # nothing changes any more, however often
                 break
             places = reached
-        found, new, times = places, places, least
+        matched, new, times = places, places, least
         while new and times < most:
-            new = self.sequence(tree, new) & ~found
-            found |= new
+            new = self.sequence(tree, new) & ~matched
+            matched |= new
             times += 1
-        return found
+        return matched
 
     def at(self, where: Any, places: int) -> int:
         """A place of a kind."""
@@ -219,12 +219,12 @@ class _Run:
         """The places where an expression matches from there on, or up to there."""
         direction, tree = argument
         back = tree.getwidth()[0] if direction < 0 else 0
-        found = 0
+        matched = 0
         for i in range(back, len(self._name) + 1):
             if places >> i & 1:
                 reached = self.sequence(tree, 1 << (i - back))
-                found |= (reached >> i & 1 if direction < 0 else bool(reached)) << i
-        return found
+                matched |= (reached >> i & 1 if direction < 0 else bool(reached)) << i
+        return matched
 
     def not_ahead(self, argument: Any, places: int) -> int:
         """The other places."""

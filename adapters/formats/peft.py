@@ -53,15 +53,15 @@ def read_peft(folder: Path, name: str = "adapter", left_alone: LeftAlone = _none
     tensors, files = find_tensors(folder)
     layers: dict[str, Found] = {}
     shared: Found = {}
-    for tensor, found in tensors.items():
+    for tensor, entry in tensors.items():
         plain = tensor.removeprefix(_PREFIX)
         if kind == "VERA" and tensor in _SHARED:
-            shared[_SHARED[tensor]] = found
+            shared[_SHARED[tensor]] = entry
         elif not left_alone(plain):
-            module, what = _belongs(tensor, plain, kind, found[0])
-            layers.setdefault(module, {})[what] = found
+            module, what = _belongs(tensor, plain, kind, entry[0])
+            layers.setdefault(module, {})[what] = entry
     reader = KINDS[kind](config, shared)
-    parts = {module: _part(reader, module, found) for module, found in layers.items()}
+    parts = {module: _part(reader, module, entry) for module, entry in layers.items()}
     parts = {module: part for module, part in parts.items() if part != Part()}
     if not parts:
         raise BadAdapter("changes no layer", field=files[0])
@@ -86,15 +86,15 @@ def _belongs(tensor: str, plain: str, kind: str, place: Place) -> tuple[str, str
     raise BadAdapter(_stranger(tensor, plain, kind), field=f"{place.file}: {tensor}")
 
 
-def _part(reader: Reader, module: str, found: Found) -> Part:
+def _part(reader: Reader, module: str, tensors: Found) -> Part:
     """The part of one layer.
 
     Raises:
         BadAdapter: the config leaves the layer out, or tensors are missing or of other shapes.
     """
-    plain, wrapped = found.pop("bias", None), found.pop("wrapped_bias", None)
+    plain, wrapped = tensors.pop("bias", None), tensors.pop("wrapped_bias", None)
     key = reader.selectors.left_out_by(module)
-    if key and (found or wrapped):
+    if key and (tensors or wrapped):
         raise BadAdapter(
             f"has tensors for a layer that {key} leaves out, and PEFT drops them without a word; "
             "remove them, or correct the config",
@@ -103,7 +103,7 @@ def _part(reader: Reader, module: str, found: Found) -> Part:
     if plain and not key:
         raise BadAdapter("PEFT drops the bias of an adapted layer that is not called "
                          f"{module}{_WRAPPED_BIAS}; rename it", field=plain[0].name)  # fmt: skip
-    part = reader.part(module, found) if found else Part()
+    part = reader.part(module, tensors) if tensors else Part()
     if not (bias := plain or wrapped):
         return part
     if len(bias[1].shape) != 1:
@@ -138,8 +138,8 @@ def _stranger(tensor: str, plain: str, kind: str) -> str:
     if kind in ("LORA", "ADALORA") and _NAMED.search(plain):
         return ("has the name of an adapter in it, as in a model's memory; write the adapter with "
                 "PEFT's save_pretrained")  # fmt: skip
-    if found := _OTHERS.search(plain):
-        return f"is of another kind of adapter ({found[1]}) than the config's peft_type, {kind}"
+    if match := _OTHERS.search(plain):
+        return f"is of another kind of adapter ({match[1]}) than the config's peft_type, {kind}"
     if plain.endswith(".weight"):
         return also_changes(module, "modules_to_save, or a vocabulary that was resized")
     return "unexpected tensor"

@@ -47,16 +47,16 @@ class Selectors:
 
     def __init__(self, config: Mapping[str, Any], keys: tuple[str, ...]) -> None:
         self._config, self.budget = config, Budget()
-        given = {key: config.get(key) for key in keys}
-        targets = given["target_modules"]
+        options = {key: config.get(key) for key in keys}
+        targets = options["target_modules"]
         self._target = _by_name(targets, "target_modules", self.budget)
         if self._target is None:
             raise bad_key("target_modules", UNNAMED, targets)
-        self._excluded = _by_name(given.get("exclude_modules"), "exclude_modules", self.budget)
-        layers, pattern = given.get("layers_to_transform"), given.get("layers_pattern")
+        self._excluded = _by_name(options.get("exclude_modules"), "exclude_modules", self.budget)
+        layers, pattern = options.get("layers_to_transform"), options.get("layers_pattern")
         if isinstance(targets, str) and (layers is not None or pattern is not None):
             key = "layers_to_transform" if layers is not None else "layers_pattern"
-            raise bad_key(key, "goes with a list of target_modules only", given[key])
+            raise bad_key(key, "goes with a list of target_modules only", options[key])
         if pattern and layers is None:
             raise bad_key("layers_pattern", "goes with layers_to_transform only", pattern)
         self._named = frozenset(targets) if isinstance(targets, list) else frozenset()
@@ -89,8 +89,8 @@ class Selectors:
         """The number of a layer, if it stands behind what `layers_pattern` says."""
         if pattern is not _FIRST_NUMBER:
             _tried(self._spend, module, pattern.pattern, "layers_pattern")
-        found = pattern.match(module)
-        return found["index"] if found else None
+        match = pattern.match(module)
+        return match["index"] if match else None
 
     def _spend(self, module: str) -> bool:
         self.budget.spend(len(module))
@@ -104,14 +104,14 @@ class Selectors:
         Raises:
             BadAdapter: it is no object, or an expression is broken or too costly.
         """
-        given = self._config.get(key) or {}
-        if not isinstance(given, dict):
-            raise bad_key(key, "not an object", given)
-        first = _Endings(list(given), key, self.budget)
+        patterns = self._config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise bad_key(key, "not an object", patterns)
+        first = _Endings(list(patterns), key, self.budget)
 
         def find(module: str) -> Any:
-            found = first(module)
-            return given.get(module, default) if found is None else given[found]
+            pattern = first(module)
+            return patterns.get(module, default) if pattern is None else patterns[pattern]
 
         return find
 
@@ -187,12 +187,12 @@ class _Endings:
 
     def __call__(self, module: str) -> str | None:
         """The key, None if none matches."""
-        found = [i for end in _endings(module) for i in self._fitting(end)]
+        matches = [i for end in _endings(module) for i in self._fitting(end)]
         for i, text, pattern in self._others:
             if _tried(pattern.match, module, text, self._key):
-                found.append(i)
+                matches.append(i)
                 break
-        return self._texts[min(found)] if found else None
+        return self._texts[min(matches)] if matches else None
 
     def _fitting(self, end: str) -> Iterator[int]:
         """The plain keys that are this end of a name, letter for letter or dot."""

@@ -32,17 +32,17 @@ def find_tensors(folder: Path) -> tuple[Tensors, tuple[str, ...]]:
         return {name: (Place(WEIGHTS, name), info) for name, info in header.items()}, (WEIGHTS,)
     places = _weight_map(folder)
     files = shards(folder)
-    found: Tensors = {}
+    tensors: Tensors = {}
     for shard in files:
         for name, info in read_header(inside(folder, shard)).items():
             if places.get(name) != shard:
                 raise BadAdapter("is not in the index as in this file", field=f"{shard}: {name}")
-            found[name] = (Place(shard, name), info)
-    if missing := places.keys() - found.keys():
+            tensors[name] = (Place(shard, name), info)
+    if missing := places.keys() - tensors.keys():
         name = min(missing)
         raise BadAdapter("the index has a tensor that this file lacks",
                          field=f"{places[name]}: {name}")  # fmt: skip
-    return found, (INDEX, *files)
+    return tensors, (INDEX, *files)
 
 
 def shards(folder: Path) -> tuple[str, ...]:
@@ -55,11 +55,11 @@ def shards(folder: Path) -> tuple[str, ...]:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    given: Any = read_object(inside(folder, INDEX)).get("weight_map")
-    if not isinstance(given, dict) or not given:
+    weight_map: Any = read_object(inside(folder, INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise BadAdapter("has no weight_map", field=INDEX)
     files = set()
-    for name, shard in given.items():
+    for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or "/" in shard:
             raise BadAdapter("not a safetensors file beside the index", field=f"{INDEX}: {name}",
                              value=shard)  # fmt: skip
@@ -67,4 +67,4 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if len(files) > _MOST_SHARDS:
         raise BadAdapter("too many files", field=INDEX, value=len(files),
                          allowed=f"≤ {_MOST_SHARDS}")  # fmt: skip
-    return given
+    return weight_map

@@ -108,12 +108,12 @@ def _database(names: list[str], kind: Kind) -> int:
 
 
 def _hosts(text: str, kind: Kind) -> tuple[tuple[str, int], ...]:
-    found = []
-    for one in text.split(","):
-        match = _HOST.fullmatch(one)
+    hosts = []
+    for host in text.split(","):
+        match = _HOST.fullmatch(host)
         if match is None or not 0 < (port := int(match["port"] or _PORTS[kind])) < 65536:
             raise BadAddress("a host is name or name:port, with a port from 1 to 65535")
-        found.append((match["host"].strip("[]"), port))
-    if kind == "server" and len(found) > 1:
+        hosts.append((match["host"].strip("[]"), port))
+    if kind == "server" and len(hosts) > 1:
         raise BadAddress("several hosts need redis+sentinel:// or redis+cluster://")
-    return tuple(found)
+    return tuple(hosts)

@@ -49,8 +49,8 @@ class Client:
             nodes = [ClusterNode(host, port) for host, port in address.hosts]
             self.redis = RedisCluster(startup_nodes=nodes, **login, **options, **secure)
         elif address.kind == "sentinel":
-            own = {**options, **secure, "password": address.sentinel_password}
-            sentinels = Sentinel(list(address.hosts), sentinel_kwargs=own)
+            sentinel_options = {**options, **secure, "password": address.sentinel_password}
+            sentinels = Sentinel(list(address.hosts), sentinel_kwargs=sentinel_options)
             self._others = sentinels.sentinels
             self.redis = sentinels.master_for(
                 address.service, db=address.database, **login, **options, **secure
@@ -83,8 +83,8 @@ class Client:
 
     async def close(self) -> None:
         """Gives all connections back."""
-        for one in (self.redis, *self._others):
-            await one.aclose()
+        for client in (self.redis, *self._others):
+            await client.aclose()
 
 
 async def heeding(call: Awaitable[Any]) -> Any:

@@ -26,8 +26,8 @@ async def open_store(where: Address | Path, *, namespace: str = "coxswain") -> A
             directory.
     """
     if isinstance(where, Path):
-        async with SqliteStore.opened(where) as own:
-            yield own
+        async with SqliteStore.opened(where) as sqlite_store:
+            yield sqlite_store
         return
     client = Client(where)
     try:

@@ -117,45 +117,45 @@ class Feed:
 
     async def _catch_up(self) -> bool:
         """One piece of what has changed; whether it was the last."""
-        known, alive_ms = self._position, int(self._alive_s * 1000)
-        found = await self._store.look(known, replica=self._replica, alive_ms=alive_ms)
-        if self._store.registry not in ("", found.position.registry):
-            await self._put_back(found)
-            self._store.registry, self._position = found.position.registry, NOWHERE
+        since, alive_ms = self._position, int(self._alive_s * 1000)
+        changes = await self._store.look(since, replica=self._replica, alive_ms=alive_ms)
+        if self._store.registry not in ("", changes.position.registry):
+            await self._put_back(changes)
+            self._store.registry, self._position = changes.position.registry, NOWHERE
             return False
-        if known.token and found.whole and found.position.writes - known.writes < LOG:
+        if since.token and changes.whole and changes.position.writes - since.writes < LOG:
             self._forgot()
             logger.error("Redis has lost the registry's last writes (it was restored, or failed "
                          "over); this replica follows what is left")  # fmt: skip
-        self._take(found)
-        if found.more:
+        self._take(changes)
+        if changes.more:
             return False
-        if found.total != len(self._records):
+        if changes.total != len(self._records):
             self._position = NOWHERE
             return False
         return True
 
-    def _take(self, found: Changes) -> None:
+    def _take(self, changes: Changes) -> None:
         """Makes the view what a look has brought, and tells what changed in it."""
-        changed = [n for n, record in found.records.items() if record != self._records.get(n)]
-        if found.whole:
-            changed += self._records.keys() - found.records.keys()
+        changed = [n for n, record in changes.records.items() if record != self._records.get(n)]
+        if changes.whole:
+            changed += self._records.keys() - changes.records.keys()
         for name in changed:
-            record = found.records.get(name)
+            record = changes.records.get(name)
             if record is None:
                 self._records.pop(name, None)
             else:
                 self._records[name] = record
             (self.pinned.add if record and record.pinned else self.pinned.discard)(name)
-        self._position, self.alive = found.position, found.alive
-        self._store.registry = found.position.registry
+        self._position, self.alive = changes.position, changes.alive
+        self._store.registry = changes.position.registry
         self._tell(changed)
 
-    async def _put_back(self, found: Changes) -> None:
+    async def _put_back(self, changes: Changes) -> None:
         """Writes what this replica knew into a registry that does not; others do the same."""
         self._forgot()
-        into = found.position.registry
-        missing = [record for name, record in self._records.items() if name not in found.records]
+        into = changes.position.registry
+        missing = [record for name, record in self._records.items() if name not in changes.records]
         logger.error("Redis has lost the registry (FLUSHALL, or another Redis in its place); this "
                      "replica puts %d records back", len(missing))  # fmt: skip
         left = iter(missing)

@@ -337,7 +337,7 @@ class Manager:
 
     def _named(self, digest: str) -> list[Content]:
         """What answers here with these bytes."""
-        return [one.content for one in self._here.values() if one.content.digest == digest]
+        return [loaded.content for loaded in self._here.values() if loaded.content.digest == digest]
 
     def _switch(self, new: Loaded) -> None:
         """From here on new requests get the new content; the old one goes when they are done."""

@@ -132,8 +132,8 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 
     def digests(self) -> frozenset[str]:
         """The contents that must stay in the store."""
-        found = (self.want.digest, self.serving.digest if self.serving else None)
-        return frozenset(digest for digest in found if digest)
+        digests = (self.want.digest, self.serving.digest if self.serving else None)
+        return frozenset(digest for digest in digests if digest)
 
     def to(self, state: State, *, now_s: float, **changes: object) -> Record:
         """The record after a transition.

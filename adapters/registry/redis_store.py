@@ -160,16 +160,16 @@ class RedisStore:
         self.channel = f"{self._tag}:changed"
         self.registry = ""
 
-    async def look(self, known: Position, *, replica: str = "", alive_ms: int = 0) -> Changes:
+    async def look(self, since: Position, *, replica: str = "", alive_ms: int = 0) -> Changes:
         """See `Store`."""
-        found = await self._run(_LOOK, *known, replica, alive_ms, _PAGE, TOKEN)
-        position = Position(found[0].decode(), int(found[1]), found[2].decode())
-        alive = frozenset(name.decode() for name in found[4])
-        if found[5]:
+        reply = await self._run(_LOOK, *since, replica, alive_ms, _PAGE, TOKEN)
+        position = Position(reply[0].decode(), int(reply[1]), reply[2].decode())
+        alive = frozenset(name.decode() for name in reply[4])
+        if reply[5]:
             return await self._whole(position, alive)
-        flat = iter(found[6])
+        flat = iter(reply[6])
         records = {name.decode(): _record(raw) for name, raw in zip(flat, flat, strict=True)}
-        return Changes(position, records, more=found[7] > 0, total=found[3], alive=alive)
+        return Changes(position, records, more=reply[7] > 0, total=reply[3], alive=alive)
 
     async def _whole(self, position: Position, alive: frozenset[str]) -> Changes:
         """All records. Those that change meanwhile may be old or new: the next look brings them."""
@@ -193,12 +193,12 @@ class RedisStore:
         most_pins: int | None = None, into: str | None = None,
     ) -> Swapped:  # fmt: skip
         """See `Store`."""
-        found = await self._run(
+        reply = await self._run(
             _SWAP, self.registry if into is None else into, name, old, token,
             encode(new) if new else b"", int(bool(new and new.pinned)),
             "" if most_pins is None else most_pins, self.channel, LOG, TOKEN,
         )  # fmt: skip
-        return Swapped(found[0].decode(), int(found[1]))
+        return Swapped(reply[0].decode(), int(reply[1]))
 
     async def tell_progress(self, name: str, job: str, done_bytes: int) -> None:
         """See `Store`."""
@@ -210,12 +210,12 @@ class RedisStore:
         names = list(jobs)
         keys = [self._told(name) for name in names]
         values = await self._answered(self.client.redis.mget(keys)) if keys else []
-        found = {}
+        fetched = {}
         for name, value in zip(names, values, strict=True):
             job, _, done = (value or b"").decode().partition(" ")
             if done and job == jobs[name]:
-                found[name] = int(done)
-        return found
+                fetched[name] = int(done)
+        return fetched
 
     def _told(self, name: str) -> str:
         return f"{self._tag}:progress:{name}"
@@ -253,14 +253,14 @@ class RedisStore:
             raise RegistryAway(f"Redis does not answer: {error}") from error
 
 
-def _refusal(said: str) -> tuple[str]:
+def _refusal(message: str) -> tuple[str]:
     """What an error that Redis answers means."""
-    if "SCHEMA " in said:
-        found = said.rpartition("SCHEMA ")[2].split()[0]
-        return (f"the registry in Redis has schema {found}; this server knows {SCHEMA}",)
-    if "LOST" in said:
+    if "SCHEMA " in message:
+        schema = message.rpartition("SCHEMA ")[2].split()[0]
+        return (f"the registry in Redis has schema {schema}; this server knows {SCHEMA}",)
+    if "LOST" in message:
         return ("Redis has lost the registry; what this replica knows of it is being put back",)
-    return (f"Redis refuses: {said}",)
+    return (f"Redis refuses: {message}",)
 
 
 def _record(raw: bytes | None) -> Record | None:

@@ -80,9 +80,9 @@ class Registry:
                 raise Conflict(_taken(record), field="name", value=want.name)
             if record.state != "failed" and same and not replace:
                 return record
-            asked = record.to("pending", now_s=now, want=want, attempts=0,
-                              pinned=record.pinned or pin, loaded_by=by)  # fmt: skip
-            return self._begun(asked)
+            pending = record.to("pending", now_s=now, want=want, attempts=0,
+                                pinned=record.pinned or pin, loaded_by=by)  # fmt: skip
+            return self._begun(pending)
 
         changed = await self._change(want.name, edit, most_pins=most_pins)
         assert changed is not None
@@ -140,11 +140,11 @@ class Registry:
         """
 
         def edit(record: Record | None) -> Record:
-            found = _there(record, name)
-            if found.state == "unloading":
-                return found
-            return found.to("unloading", now_s=time.time(), owner=self.replica,
-                            job=secrets.token_hex(8))  # fmt: skip
+            current = _there(record, name)
+            if current.state == "unloading":
+                return current
+            return current.to("unloading", now_s=time.time(), owner=self.replica,
+                              job=secrets.token_hex(8))  # fmt: skip
 
         changed = await self._change(name, edit)
         assert changed is not None
@@ -170,12 +170,12 @@ class Registry:
         """
 
         def edit(record: Record | None) -> Record:
-            found = _there(record, name)
-            if found.state == "unloading":
+            current = _there(record, name)
+            if current.state == "unloading":
                 raise Conflict("the adapter is being unloaded", field="name", value=name)
-            if found.pinned == pinned:
-                return found
-            return msgspec.structs.replace(found, pinned=pinned, changed_s=time.time())
+            if current.pinned == pinned:
+                return current
+            return msgspec.structs.replace(current, pinned=pinned, changed_s=time.time())
 
         changed = await self._change(name, edit, most_pins=most)
         assert changed is not None
@@ -221,10 +221,10 @@ class _SupersededError(Exception):
     """Control flow inside `_mine`."""
 
 
-def _same(is_: Content, asked: Content) -> bool:
-    if asked.digest is not None and is_.digest is not None:
-        return asked.key == is_.key and asked.visible_to == is_.visible_to
-    return is_.same_request(asked)
+def _same(current: Content, want: Content) -> bool:
+    if want.digest is not None and current.digest is not None:
+        return want.key == current.key and want.visible_to == current.visible_to
+    return current.same_request(want)
 
 
 def _there(record: Record | None, name: str) -> Record:

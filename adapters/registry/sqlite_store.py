@@ -107,13 +107,13 @@ class SqliteStore:
         if self._lock is not None:
             os.close(self._lock)
 
-    async def look(self, known: Position, *, replica: str = "", alive_ms: int = 0) -> Changes:
+    async def look(self, since: Position, *, replica: str = "", alive_ms: int = 0) -> Changes:
         """See `Store`."""
         if alive_ms:
             self._replica = replica
         alive = frozenset({self._replica} - {""})
-        behind, total = self._position.writes - known.writes, len(self._records)
-        if known.registry != self._position.registry or behind > len(self._log):
+        behind, total = self._position.writes - since.writes, len(self._records)
+        if since.registry != self._position.registry or behind > len(self._log):
             return Changes(self._position, dict(self._records), True, total=total, alive=alive)
         names = [self._log[-i] for i in range(1, behind + 1)]
         records = {name: self._records.get(name) for name in names}
@@ -163,14 +163,14 @@ class SqliteStore:
     async def tell_progress(self, name: str, job: str, done_bytes: int) -> None:
         """See `Store`."""
         record = self._records.get(name)
-        self._progress = {n: told for n, told in self._progress.items() if n in self._records}
+        self._progress = {n: entry for n, entry in self._progress.items() if n in self._records}
         if record is not None and record.job == job:
             self._progress[name] = job, done_bytes
 
     async def progress(self, jobs: Mapping[str, str]) -> dict[str, int]:
         """See `Store`."""
-        told = {name: self._progress.get(name, ("", 0)) for name in jobs}
-        return {name: done for name, (job, done) in told.items() if job == jobs[name] and done}
+        entries = {name: self._progress.get(name, ("", 0)) for name in jobs}
+        return {name: done for name, (job, done) in entries.items() if job == jobs[name] and done}
 
     @asynccontextmanager
     async def hints(self) -> AsyncIterator[Wait]:

@@ -97,11 +97,11 @@ class Store(Protocol):
     """Id of the registry that changes and reads are meant for; empty: whichever there is. Where
     there is another one they raise RegistryAway: whoever noticed the loss has yet to mend it."""
 
-    async def look(self, known: Position, *, replica: str = "", alive_ms: int = 0) -> Changes:
+    async def look(self, since: Position, *, replica: str = "", alive_ms: int = 0) -> Changes:
         """What has changed; renews a replica's lease on the way.
 
         Args:
-            known: how far the reader is.
+            since: how far the reader is.
             replica: whose lease.
             alive_ms: for how long, in milliseconds; 0: no lease is written.
         """

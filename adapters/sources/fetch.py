@@ -113,9 +113,9 @@ class Fetcher:
             return False  # no such folder or repository, or it is not ours to read
 
     def _reach(self, source: Source, clock: Clock) -> Origin:
-        found: list[Origin] = []
-        persistently(lambda: found.append(self._origin(source)), self.limits.tries, clock)
-        return found[0]
+        origins: list[Origin] = []
+        persistently(lambda: origins.append(self._origin(source)), self.limits.tries, clock)
+        return origins[0]
 
     def _origin(self, source: Source) -> Origin:
         # Imported when needed: the two libraries are slow to import and most servers use neither.

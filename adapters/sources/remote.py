@@ -81,7 +81,7 @@ class HubFolder:
         from huggingface_hub.errors import RevisionNotFoundError as NoRevision
 
         try:
-            found = HfApi(endpoint=endpoint).model_info(
+            info = HfApi(endpoint=endpoint).model_info(
                 source.place, revision=source.revision, timeout=limits.connect_s
             )
         except (RepositoryNotFoundError, NoRevision) as error:
@@ -90,7 +90,7 @@ class HubFolder:
         except (HfHubHTTPError, httpx.HTTPError, httpx2.HTTPError, OSError) as error:
             raise SourceAway(_said(error), field="source") from error
         # The commit, not the branch: files of two commits must not be mixed.
-        self._root = f"{source.place}@{found.sha}/{source.folder}".rstrip("/")
+        self._root = f"{source.place}@{info.sha}/{source.folder}".rstrip("/")
         self._system: Any = HfFileSystem(endpoint=endpoint, use_listings_cache=False,
                                          skip_instance_cache=True)  # fmt: skip
 

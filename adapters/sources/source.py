@@ -181,12 +181,12 @@ class Allowed:
             real = Path(source.place).resolve()
             if any(real.is_relative_to(root.resolve()) for root in self.roots):
                 return
-            known = ", ".join(map(str, self.roots)) or "(adapters.roots is empty)"
+            allowed = ", ".join(map(str, self.roots)) or "(adapters.roots is empty)"
             raise BadSource("not under an allowed root", field=field, value=source.text,
-                            allowed=known)  # fmt: skip
+                            allowed=allowed)  # fmt: skip
         if not any(_begins(source.text, remote) for remote in self.remotes):
-            known = ", ".join(self.remotes) or "(adapters.remotes is empty)"
-            raise BadSource("not an allowed place", field=field, value=source.text, allowed=known)
+            allowed = ", ".join(self.remotes) or "(adapters.remotes is empty)"
+            raise BadSource("not an allowed place", field=field, value=source.text, allowed=allowed)
 
 
 def _begins(text: str, beginning: str) -> bool:

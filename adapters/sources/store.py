@@ -97,10 +97,10 @@ class ContentStore:
         path = self.folder(digest)
         if path is None:
             raise BadAdapter("this content is not in the store", field=digest)
-        found = ""
+        actual = ""
         with contextlib.suppress(OSError):  # unreadable; or another takes it out just now
-            found = digest_of(path)
-        if found != digest:
+            actual = digest_of(path)
+        if actual != digest:
             with contextlib.suppress(FileNotFoundError):
                 self._discard(path)
             raise BadAdapter("the stored files were changed; they are taken out", field=digest)

@@ -59,9 +59,9 @@ class WebFolder:
         except httpx.InvalidURL as error:
             raise BadSource(f"redirects to no URL: {error}", field=name) from error
         if _place(following) != _place(self._url) or following.userinfo:
-            shown = following.copy_with(query=None, fragment=None, userinfo=b"")
+            redacted = following.copy_with(query=None, fragment=None, userinfo=b"")
             ours = f"{self._url.scheme}://{self._url.netloc.decode()}"
-            raise BadSource("redirects to another host", field=name, value=str(shown),
+            raise BadSource("redirects to another host", field=name, value=str(redacted),
                             allowed=f"only {ours}")  # fmt: skip
         return following
 

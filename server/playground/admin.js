@@ -80,18 +80,18 @@ function streamsCard(streams) {
 
 /** Does what a button says, tells how it ended, and shows the new state. */
 async function act(text, work) {
-  let said = text;
+  let message = text;
   try {
     await work();
     changed();
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
-    said = `Not done: ${error.message}`;
+    message = `Not done: ${error.message}`;
   }
   await open();
   const line = byId("admin-said");
   if (!line) return;
-  line.textContent = said;
+  line.textContent = message;
   line.focus(); // the button that was pressed is gone with the old view
 }
 
@@ -113,10 +113,10 @@ function sure(text, label) {
   });
 }
 
-function adaptersCard(found, streams) {
-  if (!found) return card("Adapters", el("p", {}, "This server has no adapters: its configuration lacks the section “adapters”."));
-  const { engine } = found;
-  const rows = found.adapters.map((record) => {
+function adaptersCard(listing, streams) {
+  if (!listing) return card("Adapters", el("p", {}, "This server has no adapters: its configuration lacks the section “adapters”."));
+  const { engine } = listing;
+  const rows = listing.adapters.map((record) => {
     const { name } = record;
     const pin = record.pinned ? "unpin" : "pin";
     const problem = record.reason ?? record.here.failure ?? record.warnings[0];
@@ -136,7 +136,7 @@ function adaptersCard(found, streams) {
   const heads = ["Adapter", "Version", "Kind", "Stream", "State", "Size", "In the engine", "Actions"];
   return card("Adapters",
     el("p", { className: "hint" }, `${engine.taken} of ${engine.slots} slots of the engine are taken, ${bytes(engine.bytes)} of ${bytes(engine.max_bytes)}.`),
-    found.registry.away ? el("p", { className: "error" }, `The registry does not answer: ${found.registry.away}`) : null,
+    listing.registry.away ? el("p", { className: "error" }, `The registry does not answer: ${listing.registry.away}`) : null,
     table("Adapters", heads, rows), loadForm(streams));
 }
 

@@ -15,9 +15,9 @@ export class Refused extends Error {
 }
 
 function headers(kind, body) {
-  const found = body === undefined ? {} : { "content-type": "application/json" };
-  if (keys[kind]) found.authorization = `Bearer ${keys[kind]}`;
-  return found;
+  const fields = body === undefined ? {} : { "content-type": "application/json" };
+  if (keys[kind]) fields.authorization = `Bearer ${keys[kind]}`;
+  return fields;
 }
 
 async function send(method, path, body, kind, signal) {

@@ -64,33 +64,33 @@ function clear(steered) {
 
 /** Streams one answer into `box`. What came: {chunks, report, error}. */
 async function answer(box, facts, path, body, signal) {
-  const found = { chunks: [], report: null, error: null };
+  const outcome = { chunks: [], report: null, error: null };
   box.classList.add("writing");
   const began = performance.now();
   let first = null;
   try {
     for await (const event of events(path, body, signal)) {
-      if (event.steering) found.report = event.steering;
+      if (event.steering) outcome.report = event.steering;
       for (const choice of event.choices) {
         const text = choice.delta?.content ?? choice.text ?? "";
         const ids = choice.token_ids ?? [];
         if (!text && !ids.length) continue;
         first ??= performance.now();
-        found.chunks.push({ text, ids });
+        outcome.chunks.push({ text, ids });
         if (text) box.append(text);
       }
     }
     const seconds = (performance.now() - began) / 1000;
     if (first !== null) facts.textContent = `first token after ${((first - began) / 1000).toFixed(2)} s, all after ${seconds.toFixed(2)} s`;
-    if (!found.chunks.length) box.append(el("span", { className: "soft" }, "(an empty answer)"));
+    if (!outcome.chunks.length) box.append(el("span", { className: "soft" }, "(an empty answer)"));
   } catch (error) {
-    found.error = error.name === "AbortError" ? "Stopped." : error.message;
+    outcome.error = error.name === "AbortError" ? "Stopped." : error.message;
     if (!(error instanceof Refused) && error.name !== "AbortError") console.error(error);
-    box.append(el("p", { className: "error" }, found.error));
+    box.append(el("p", { className: "error" }, outcome.error));
   } finally {
     box.classList.remove("writing");
   }
-  return found;
+  return outcome;
 }
 
 function finish(base, steered) {

@@ -65,9 +65,9 @@ export function weights(name, { label, hint, streams, range, all, values }) {
   const sliders = streams.map((stream) => [stream, slider(`${name}.${stream}`, {
     label: stream, low: range[0], high: range[1], all, step: 0.05, value: values?.[stream] ?? 0,
   })]);
-  return group(label, hint, sliders.map(([, one]) => one), () => {
-    const found = sliders.map(([stream, one]) => [stream, one.value()]).filter(([, value]) => value);
-    return Object.fromEntries(found);
+  return group(label, hint, sliders.map(([, control]) => control), () => {
+    const entries = sliders.map(([stream, control]) => [stream, control.value()]).filter(([, value]) => value);
+    return Object.fromEntries(entries);
   });
 }
 
@@ -77,11 +77,11 @@ export function terms(name, { label, hint, streams, range, all, streamKey, numbe
   const sliders = streams.map((stream) => [stream, slider(`${name}.${stream}`, {
     label: stream, low: range[0], high: range[1], all, step: 0.05, value: before.get(stream) ?? 0,
   })]);
-  return group(label, hint, sliders.map(([, one]) => one), () => {
-    const found = sliders
-      .filter(([, one]) => one.value())
-      .map(([stream, one]) => ({ [streamKey]: stream, [numberKey]: one.value() }));
-    return found.length ? found : undefined;
+  return group(label, hint, sliders.map(([, control]) => control), () => {
+    const entries = sliders
+      .filter(([, control]) => control.value())
+      .map(([stream, control]) => ({ [streamKey]: stream, [numberKey]: control.value() }));
+    return entries.length ? entries : undefined;
   });
 }
 
@@ -89,10 +89,10 @@ function group(label, hint, sliders, value) {
   const hintId = freshId("hint");
   const element = el("fieldset", { className: "inner", "aria-describedby": hint ? hintId : null },
     el("legend", {}, label), hint ? el("p", { id: hintId, className: "hint" }, hint) : null,
-    ...sliders.map((one) => one.element));
+    ...sliders.map((control) => control.element));
   return {
     element, value,
-    touched: () => sliders.some((one) => one.touched()),
-    onChange: (listener) => { for (const one of sliders) one.onChange(listener); },
+    touched: () => sliders.some((control) => control.touched()),
+    onChange: (listener) => { for (const control of sliders) control.onChange(listener); },
   };
 }

@@ -23,10 +23,10 @@ async function refresh() {
 }
 
 function view(name) {
-  for (const one of ["compare", "admin"]) {
-    show(byId(one), one === name);
-    if (one === name) byId(`to-${one}`).setAttribute("aria-current", "page");
-    else byId(`to-${one}`).removeAttribute("aria-current");
+  for (const tab of ["compare", "admin"]) {
+    show(byId(tab), tab === name);
+    if (tab === name) byId(`to-${tab}`).setAttribute("aria-current", "page");
+    else byId(`to-${tab}`).removeAttribute("aria-current");
   }
   if (name === "admin") open();
 }

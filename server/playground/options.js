@@ -25,7 +25,7 @@ const USUAL = { strength: [0, 4], weight: [-2, 2] };
 function plain(schema, defs) {
   if (schema.$ref) return plain(defs[schema.$ref.split("/").pop()], defs);
   if (!schema.anyOf) return { ...schema, optional: false };
-  const real = schema.anyOf.find((one) => one.type !== "null");
+  const real = schema.anyOf.find((variant) => variant.type !== "null");
   const optional = schema.anyOf.length > 1;
   return { ...plain(real, defs), description: schema.description, default: schema.default, optional };
 }
@@ -45,15 +45,15 @@ export class Options {
 
   build() {
     const name = this.kind === "profile" ? this.preset.method : this.entry.name;
-    const method = this.offers.methods.find((one) => one.name === name);
+    const method = this.offers.methods.find((entry) => entry.name === name);
     if (!method) return;
     const schema = method.options;
     const taken = [];
     for (const [field, raw] of Object.entries(schema.properties)) {
       if (SKIPPED.includes(field)) continue;
-      const found = plain(raw, schema.$defs ?? {});
-      const made = this.field(field, found, schema, taken);
-      if (made) this.fields.set(field, { ...made, schema: found });
+      const fieldSchema = plain(raw, schema.$defs ?? {});
+      const made = this.field(field, fieldSchema, schema, taken);
+      if (made) this.fields.set(field, { ...made, schema: fieldSchema });
     }
   }
 
@@ -76,7 +76,7 @@ export class Options {
   /** Names for a field of streams; without rights to choose, only those of the profile. */
   streams(field, preset) {
     const heads = HEADS[field] ?? ["lm"];
-    const names = this.offers.streams.filter((one) => heads.includes(one.head)).map((one) => one.name);
+    const names = this.offers.streams.filter((stream) => heads.includes(stream.head)).map((stream) => stream.name);
     return names.length ? names : Object.keys(preset ?? {});
   }
 
@@ -92,8 +92,8 @@ export class Options {
 
   /** The stream that a role is most likely meant for. */
   likely(name, names, taken) {
-    const others = names.filter((one) => one !== "base" && !taken.includes(one));
-    const twin = this.offers.streams.find((one) => one.same_as === "base")?.name;
+    const others = names.filter((other) => other !== "base" && !taken.includes(other));
+    const twin = this.offers.streams.find((stream) => stream.same_as === "base")?.name;
     if (TWINS.includes(name) && others.includes(twin)) return twin;
     for (const role of LIKE[name] ?? []) {
       for (const { options } of this.offers.profiles) {
@@ -117,14 +117,14 @@ export class Options {
   /** Lists of {stream, number}: the values of value-augmented sampling, the rewards of a mix. */
   list(name, schema, whole, common) {
     const item = plain(schema.items, whole.$defs ?? {});
-    const found = Object.entries(item.properties ?? {});
-    const streamKey = found.find(([, one]) => one[KIND] === "stream")?.[0];
-    const numberKey = found.find(([, one]) => ["strength", "weight"].includes(one[KIND]))?.[0];
+    const properties = Object.entries(item.properties ?? {});
+    const streamKey = properties.find(([, property]) => property[KIND] === "stream")?.[0];
+    const numberKey = properties.find(([, property]) => ["strength", "weight"].includes(property[KIND]))?.[0];
     if (!streamKey || !numberKey) return null;
     const kind = item.properties[numberKey][KIND];
     let values = this.preset[name];
     const names = this.streams(name, Object.fromEntries((values ?? []).map((t) => [t[streamKey], 0])))
-      .filter((one) => one !== "base");
+      .filter((stream) => stream !== "base");
     if (!values && whole.required?.includes(name)) values = [{ [streamKey]: names[0], [numberKey]: 2 }];
     return terms(name, { ...common, streams: names, range: this.shown(kind), all: this.limits[kind], streamKey, numberKey, values });
   }
@@ -146,31 +146,31 @@ export class Options {
 
   /** Streams beside the base that the options name now. */
   named() {
-    const found = new Set();
-    const lm = new Set(this.offers.streams.filter((one) => one.head === "lm").map((one) => one.name));
+    const streams = new Set();
+    const lm = new Set(this.offers.streams.filter((stream) => stream.head === "lm").map((stream) => stream.name));
     for (const [, field] of this.fields) {
       const value = field.value();
-      if (typeof value === "string" && lm.has(value)) found.add(value);
+      if (typeof value === "string" && lm.has(value)) streams.add(value);
       else if (value && typeof value === "object") {
         const names = Array.isArray(value) ? value.flatMap((term) => Object.values(term)) : Object.keys(value);
-        for (const name of names) if (lm.has(name)) found.add(name);
+        for (const name of names) if (lm.has(name)) streams.add(name);
       }
     }
-    found.delete("base");
-    return [...found];
+    streams.delete("base");
+    return [...streams];
   }
 
   /** The `steering` object; of a profile only what was changed. */
   spec() {
-    const found = this.kind === "method" ? { method: this.entry.name } : {};
-    const one = this.fields.get("rewards")?.value() ? ["tuned", "strength", "delta_top_p"] : [];
+    const spec = this.kind === "method" ? { method: this.entry.name } : {};
+    const replaced = this.fields.get("rewards")?.value() ? ["tuned", "strength", "delta_top_p"] : [];
     for (const [name, field] of this.fields) {
       const value = field.value();
-      if (value === undefined || one.includes(name)) continue;
+      if (value === undefined || replaced.includes(name)) continue;
       if (this.kind === "profile" && !field.touched()) continue;
       if (field.schema.optional && !field.touched() && name !== "tuned") continue;
-      found[name] = value;
+      spec[name] = value;
     }
-    return found;
+    return spec;
   }
 }

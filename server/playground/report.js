@@ -43,14 +43,14 @@ function streams(report) {
 }
 
 /** One adapter; of a pack, the share of tokens that went to each member. */
-function adapter(one) {
-  const head = el("h4", {}, `${one.name}@${one.version}`,
-    el("span", { className: "soft" }, ` on ${one.stream}, weight ${one.weight}`));
-  if (!one.routed) return el("div", { className: "adapter" }, head);
-  const shares = Object.entries(one.routed).sort((a, b) => (b[1] ?? 0) - (a[1] ?? 0));
+function adapter(entry) {
+  const head = el("h4", {}, `${entry.name}@${entry.version}`,
+    el("span", { className: "soft" }, ` on ${entry.stream}, weight ${entry.weight}`));
+  if (!entry.routed) return el("div", { className: "adapter" }, head);
+  const shares = Object.entries(entry.routed).sort((a, b) => (b[1] ?? 0) - (a[1] ?? 0));
   return el("div", { className: "adapter" }, head,
     el("table", { className: "routes" },
-      el("caption", {}, `Where its gates sent the tokens, over all layers (top ${one.top_k})`),
+      el("caption", {}, `Where its gates sent the tokens, over all layers (top ${entry.top_k})`),
       el("tbody", {}, ...shares.map(([member, share]) => el("tr", {},
         el("th", { scope: "row" }, member),
         el("td", { className: "share" }, bar(share), el("span", {}, percent(share, 1))))))));

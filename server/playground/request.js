@@ -21,24 +21,24 @@ export class Request {
 
   buildSampling() {
     const most = Math.min(512, this.offers.max_model_len - 1);
-    const found = {
+    const fields = {
       temperature: slider("temperature", { label: "Temperature", low: 0, high: 2, step: 0.05, value: 0, hint: "0: always the most likely token." }),
       max_tokens: slider("max_tokens", { label: "Tokens at most", low: 1, high: most, step: 1, value: Math.min(48, most), whole: true }),
       seed: slider("seed", { label: "Seed", low: 0, high: 100, step: 1, value: 1, whole: true }),
     };
-    byId("sampling").replaceChildren(...Object.values(found).map((field) => field.element));
-    return found;
+    byId("sampling").replaceChildren(...Object.values(fields).map((field) => field.element));
+    return fields;
   }
 
   buildSteering() {
-    const { profiles, methods, own_methods: own, adapters } = this.offers;
+    const { profiles, methods, own_methods: ownMethods, adapters } = this.offers;
     const control = byId("steering");
     const groups = [];
     const group = (label, kind, entries) => {
       if (entries.length) groups.push(el("optgroup", { label }, ...entries.map((entry) => el("option", { value: `${kind}:${entry.name}` }, entry.name))));
     };
     group("Profiles", "profile", profiles);
-    if (own) group("Methods", "method", methods);
+    if (ownMethods) group("Methods", "method", methods);
     if (adapters.length || !groups.length) group("Without", "none", [{ name: adapters.length ? "adapters only" : "nothing to steer with" }]);
     control.replaceChildren(...groups);
     control.onchange = () => this.chosen();
@@ -48,7 +48,7 @@ export class Request {
   chosen() {
     const [kind, ...rest] = byId("steering").value.split(":");
     const list = kind === "profile" ? this.offers.profiles : this.offers.methods;
-    const entry = list.find((one) => one.name === rest.join(":")) ?? { name: "" };
+    const entry = list.find((item) => item.name === rest.join(":")) ?? { name: "" };
     this.options = new Options(this.offers, { kind, entry });
     byId("options").replaceChildren(this.options.element);
     // Several replies of which one is chosen must differ, and greedy ones do not.
@@ -64,7 +64,7 @@ export class Request {
   showOwnPrompts() {
     const names = this.options.kind === "method" ? this.options.named() : [];
     const fold = byId("own-prompts");
-    const before = [...byId("own").querySelectorAll("textarea")].map((one) => one.dataset.stream);
+    const before = [...byId("own").querySelectorAll("textarea")].map((area) => area.dataset.stream);
     show(fold, names.length > 0);
     if (names.join() === before.join() && names.length) return;
     byId("own").replaceChildren(...names.map((name) => {
@@ -94,12 +94,12 @@ export class Request {
         el("label", { className: "check" }, box, el("span", {}, adapter.name), el("span", { className: "soft" }, ` ${kind} on ${adapter.stream}`)), inner);
       return { adapter, box, fields, element };
     });
-    byId("adapters").replaceChildren(...this.adapters.map((one) => one.element));
+    byId("adapters").replaceChildren(...this.adapters.map((control) => control.element));
     this.countAdapters();
   }
 
   countAdapters() {
-    const count = this.adapters.filter((one) => one.box.checked).length;
+    const count = this.adapters.filter((control) => control.box.checked).length;
     byId("adapters-count").textContent = count ? `${count} chosen` : "";
   }
 
@@ -115,7 +115,7 @@ export class Request {
     };
     const steered = { ...shared, return_token_ids: true, steering: { ...this.steering(), report: "tokens" } };
     if (this.options.kind === "profile") steered.model = this.options.entry.name;
-    const adapters = this.adapters.filter((one) => one.box.checked).map(({ adapter, fields }) => ({
+    const adapters = this.adapters.filter((control) => control.box.checked).map(({ adapter, fields }) => ({
       name: adapter.name,
       ...Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.value()])),
     }));
@@ -124,11 +124,11 @@ export class Request {
   }
 
   steering() {
-    const found = this.options.spec();
-    if (this.options.kind !== "method") return found;
+    const spec = this.options.spec();
+    if (this.options.kind !== "method") return spec;
     const prompts = this.options.named()
       .filter((name) => this.ownPrompts.get(name))
       .map((name) => [name, { prompt: this.ownPrompts.get(name) }]);
-    return prompts.length ? { ...found, prompts: Object.fromEntries(prompts) } : found;
+    return prompts.length ? { ...spec, prompts: Object.fromEntries(prompts) } : spec;
   }
 }

@@ -11,19 +11,19 @@ const LEAST_NATS = 0.02;
  *  `chunks` are {text, ids}; `details` the report's, one per token. */
 export function pieces(chunks, details) {
   if (!chunks.some(({ ids }) => ids.length)) return details.map((detail) => detail.token);
-  const found = [];
+  const texts = [];
   for (const { text, ids } of chunks) {
     let rest = text;
     for (let i = 0; i < ids.length; i += 1) {
       const last = i === ids.length - 1;
-      const token = details[found.length]?.token ?? "";
+      const token = details[texts.length]?.token ?? "";
       const taken = last ? rest : rest.startsWith(token) ? token : rest.startsWith(` ${token}`) ? ` ${token}` : "";
-      found.push(taken);
+      texts.push(taken);
       rest = rest.slice(taken.length);
     }
-    if (!ids.length && rest && found.length) found[found.length - 1] += rest;
+    if (!ids.length && rest && texts.length) texts[texts.length - 1] += rest;
   }
-  return details.map((_, i) => found[i] ?? "");
+  return details.map((_, i) => texts[i] ?? "");
 }
 
 /** How far steering moved a token, in nats; a token that the base rules out has moved all the way. */
@@ -138,10 +138,10 @@ const quoted = (text) => `“${visible(text)}”`;
 
 /** What the base and each stream would have chosen by themselves. */
 function choices(detail) {
-  const found = detail.stream_choices ?? {
+  const byStream = detail.stream_choices ?? {
     base: { token: detail.base_choice, token_id: detail.base_choice_id, logprob: null },
   };
-  const rows = Object.entries(found).map(([stream, choice]) => {
+  const rows = Object.entries(byStream).map(([stream, choice]) => {
     const share = choice.logprob === null ? 0 : Math.exp(choice.logprob);
     const same = choice.token_id === detail.token_id;
     return el("tr", { className: same ? "same" : "" },
@@ -156,13 +156,13 @@ function choices(detail) {
 }
 
 function more(detail) {
-  const found = [];
-  if (detail.kl !== null) found.push(`KL from the base here: ${detail.kl.toFixed(3)} nats.`);
+  const lines = [];
+  if (detail.kl !== null) lines.push(`KL from the base here: ${detail.kl.toFixed(3)} nats.`);
   if (detail.critical_probability !== undefined) {
-    found.push(`Critical with probability ${detail.critical_probability.toFixed(2)}${detail.chosen_by ? `, chosen by ${detail.chosen_by}` : ""}.`);
+    lines.push(`Critical with probability ${detail.critical_probability.toFixed(2)}${detail.chosen_by ? `, chosen by ${detail.chosen_by}` : ""}.`);
   }
   for (const [name, value] of Object.entries(detail.values ?? {})) {
-    found.push(`${name} values the text so far at ${value === null ? "–" : value.toFixed(3)}.`);
+    lines.push(`${name} values the text so far at ${value === null ? "–" : value.toFixed(3)}.`);
   }
-  return found.map((text) => el("p", { className: "hint" }, text));
+  return lines.map((text) => el("p", { className: "hint" }, text));
 }
