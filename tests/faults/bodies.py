@@ -58,7 +58,7 @@ WRONG: dict[str, tuple[object, ...]] = {
                  {**TUNED, "strength": -1}, {**TUNED, "strength": "x"}, {**TUNED, "more": 1}),
     "adapters": ("a", 5, {"name": "a"}, [5], [{}], [{"name": 5}], [{"name": "a", "weight": "x"}],
                  [{"name": "a", "weight": 1e9}], [{"name": "a"}, {"name": "a"}]),
-    "no_such_field": (1,),
+    "steer": (1,),
 }  # fmt: skip
 """By field, values that it must not have."""
 
