@@ -139,8 +139,9 @@ class TokenizeText(ReadableMixin, TokenizeCompletionRequest):
 def refuse_unknown(request: BaseModel, *, every: bool) -> None:
     """Refuses fields that nobody would read.
 
-    As with OpenAI and vLLM they are ignored, but for what is written like a field of ours: the
-    reply would not be steered, and nothing would tell.
+    As with OpenAI and vLLM they are ignored, but for what is written like a field of ours, and for
+    the constraints of older vLLMs: the reply would not be steered or constrained, and nothing
+    would tell.
 
     Args:
         request: a body.
@@ -152,6 +153,8 @@ def refuse_unknown(request: BaseModel, *, every: bool) -> None:
     fields = type(request).model_fields
     for name in sorted((request.model_extra or {}).keys() - HARMLESS):
         ours = _ours(name) if fields.keys() >= OURS else None
+        if name.startswith("guided_"):
+            ours = "structured_outputs"
         if ours is None and not every:
             continue
         near = difflib.get_close_matches(name, fields, n=1)

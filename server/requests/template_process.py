@@ -16,8 +16,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
 RENDER_S = 2.0
 """Seconds that one template may run."""
 
@@ -44,6 +42,9 @@ def serve(pipe: Connection) -> None:
     Args:
         pipe: gives `[template, messages, variables]`, takes `{"text"}` or `{"error"}`, as JSON.
     """
+    # The forked processes find it imported; the server's own process has no use for it.
+    import transformers.utils.chat_template_utils  # noqa: F401
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the server's business
     pipe.send_bytes(b"ready")
     renderer: _Renderer | None = None
@@ -111,6 +112,8 @@ def _render_all(pipe: Connection) -> None:
 
 
 def _rendered(request: bytes) -> dict[str, str]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     template, messages, variables = unpacked(request)
     try:
         texts, _ = render_jinja_template([messages], chat_template=template, **variables)
