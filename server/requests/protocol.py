@@ -105,6 +105,14 @@ class SteeredCompletionRequest(SteeringMixin, CompletionRequest):
 class SteeredResponsesRequest(SteeringMixin, ResponsesRequest):
     """Body of POST /v1/responses."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        """Null means that a field is absent; vLLM's answer repeats some that must not be null."""
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None}
+
     conversation: Any = Field(
         None, description="Refused, as `previous_response_id` and `background`: nothing is stored."
     )

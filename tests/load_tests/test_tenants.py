@@ -91,7 +91,7 @@ def test_the_table() -> None:
 @pytest.mark.slow
 def test_two_tenants_under_load(capsys: pytest.CaptureFixture[str]) -> None:
     """The short form; `python -m load_tests.tenants` has more rounds and a page."""
-    found = run(rounds=25, seed=2)
+    found = run(rounds=40, seed=2)
     leaks = [f"{one.what}: {one.shown} {one.leak}" for one in found if one.leak]
     assert not leaks, "\n".join(leaks)
     assert len(found) > 40 and LEVEL < 0.01

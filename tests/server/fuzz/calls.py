@@ -51,7 +51,8 @@ SHARES = {"POST /v1/completions": 6, "POST /v1/chat/completions": 6, "POST /v1/r
           "POST /tokenize": 2, "POST /detokenize": 2, "PUT /admin/profiles/{name}": 6,
           "POST /admin/adapters": 4, "POST /v1/load_lora_adapter": 3,
           "POST /v1/unload_lora_adapter": 2, "GET /v1/models/{name}": 2,
-          "GET /admin/profiles/{name}": 3, "GET /admin/adapters/{name}": 3}  # fmt: skip
+          "GET /admin/profiles/{name}": 3, "DELETE /admin/profiles/{name}": 3,
+          "DELETE /admin/adapters/{name}": 3, "GET /admin/adapters/{name}": 3}  # fmt: skip
 """How often an operation is called, against 1 for each of the others."""
 
 CLIENTS = 8

@@ -56,9 +56,10 @@ def test_status_tells_what_the_admin_api_tells(shell: Shell, keyed: Server) -> N
 
 def test_profiles_are_put_shown_listed_and_deleted(shell: Shell, keyed: Server) -> None:
     assert shell.out("profiles", "put", "mild", json.dumps(MIX)) == "mild: mix\n"
-    assert "weights      base: 1, chat: 0.5" in shell.out("profiles", "show", "mild")
+    assert "weights         base: 1, chat: 0.5" in shell.out("profiles", "show", "mild")
     record = shell.json("profiles", "show", "mild")
-    assert record == {"name": "mild", "origin": "admin", **MIX}
+    # The end that `chat` has and the base has not.
+    assert record == {"name": "mild", "origin": "admin", **MIX, "stop_token_ids": [6]}
     rows = shell.out("profiles", "list").splitlines()
     assert rows[0].split() == ["profile", "origin", "method", "options"]
     assert [row.split()[:3] for row in rows[2:]] == [
