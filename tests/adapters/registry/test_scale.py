@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,7 +16,7 @@ from adapters.registry.record import Content, Record
 from adapters.registry.registry import Registry
 from adapters.registry.store import NOWHERE, Store, new_token
 from tests.adapters.registry.kit import all_records, make_lora, opened, replica, until
-from tests.adapters.sources.servers import Server, folder
+from tests.adapters.sources.servers import Server, folder, held_back
 
 MANY = 3000
 
@@ -102,14 +100,7 @@ async def test_silent_downloads_hold_back_no_load_from_a_folder(
     redis_url: str, namespace: str, tmp_path: Path
 ) -> None:
     answers = folder(make_lora(tmp_path / "late", 2.0), "/late")
-    free = threading.Event()
-    held = answers["/late/adapter_model.safetensors"]
-
-    def hold(request: Any) -> None:
-        free.wait(60)
-        held(request)
-
-    answers["/late/adapter_model.safetensors"] = hold
+    free = held_back(answers, "/late/adapter_model.safetensors")
     good = make_lora(tmp_path / "in/good", 1.0)
     with Server(answers).running() as web:
         try:

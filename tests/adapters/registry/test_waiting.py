@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from adapters.errors import Conflict
 from tests.adapters.registry.kit import make_lora, replica, until
-from tests.adapters.sources.servers import Server, folder
+from tests.adapters.sources.servers import Server, folder, held_back
 
 
 async def test_long_requests_on_old_contents_hold_up_no_load(
@@ -48,14 +46,7 @@ async def test_a_silent_source_holds_up_neither_the_unload_nor_other_loads_nor_t
 ) -> None:
     answers = folder(make_lora(tmp_path / "late", 2.0), "/late")
     good = make_lora(tmp_path / "in/good", 1.0)
-    free = threading.Event()
-    held = answers["/late/adapter_model.safetensors"]
-
-    def hold(request: Any) -> None:
-        free.wait(60)
-        held(request)
-
-    answers["/late/adapter_model.safetensors"] = hold
+    free = held_back(answers, "/late/adapter_model.safetensors")
     with Server(answers).running() as web:
         try:
             async with replica(redis_url, namespace, tmp_path / "in", tmp_path / "store",

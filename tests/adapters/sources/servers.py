@@ -119,6 +119,18 @@ def in_turn(*answers: Answer) -> Answer:
     return lambda request: (left.pop(0) if len(left) > 1 else left[0])(request)
 
 
+def held_back(answers: dict[str, Answer], path: str) -> threading.Event:
+    """Has a path answer only after the event is set, or after a minute."""
+    free, answer = threading.Event(), answers[path]
+
+    def wait(request: BaseHTTPRequestHandler) -> None:
+        free.wait(60)
+        answer(request)
+
+    answers[path] = wait
+    return free
+
+
 def folder(path: Path, prefix: str) -> dict[str, Answer]:
     """Answers that serve a folder's files under a path."""
     return {
