@@ -76,10 +76,7 @@ bench-speculation: install ## tokens per second with a drafting stream (about fo
 bench-load: install ## load tests of all servers and baselines: docs/load-report.md (ARGS=--quick: a short form)
 	$(BIN)/python -m load_tests.load --out docs/load-report.md $(ARGS)
 
-gpu-clients: install ## openai, litellm, langchain, agents, anthropic, lm-eval, vllm bench: docs/clients.md (minutes)
-	$(BIN)/python -m load_tests.clients $(ARGS)
-
-check: install ## kernels, graphs and a steered engine on an NVIDIA GPU: docs/gpu-check.md (under ten minutes; ARGS='--out FILE')
+gpu-check: install ## kernels, graphs and a steered engine on an NVIDIA GPU: docs/gpu-check.md (under ten minutes; ARGS='--out FILE')
 	$(BIN)/python -m load_tests.gpu_check $(ARGS)
 
 soak: install ## two hours of mixed requests, answers compared, memory watched: docs/soak.md (ARGS='--minutes 10': shorter)

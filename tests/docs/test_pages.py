@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -43,6 +44,14 @@ def section(page: Path, title: str) -> str:
     found = re.search(rf"^## {title}$(.*?)(?=^## |\Z)", text_of(page), re.DOTALL | re.MULTILINE)
     assert found is not None, f"{page.name} lacks the section {title}"
     return found[1].strip("\n")
+
+
+def test_the_makefile_has_each_target_once() -> None:
+    """Make takes the last recipe of several, with a warning: `make check` once checked nothing."""
+    made = subprocess.run(
+        ["make", "-n", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert made.stderr == ""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

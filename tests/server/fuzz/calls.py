@@ -56,6 +56,7 @@ SHARES = {"POST /v1/completions": 6, "POST /v1/chat/completions": 6, "POST /v1/r
 """How often an operation is called, against 1 for each of the others."""
 
 CLIENTS = 8
+MORE_ROUNDS = 10
 WAIT_S = 90.0
 FIRST = 3
 """How many examples of each finding are kept."""
@@ -81,6 +82,10 @@ class Tally:
     def calls(self) -> int:
         """How many there were."""
         return sum(sum(counts.values()) for counts in self.statuses.values())
+
+    def good(self, label: str) -> bool:
+        """Whether a call of the operation succeeded."""
+        return any(status < 300 for status in self.statuses[label])
 
     def wrong(self, label: str, kind: str, what: str) -> None:
         """Notes a finding."""
@@ -147,6 +152,8 @@ class Fuzzer:
     def run(self, calls: int) -> None:
         """Makes at least so many calls, a tenth of them at the edges of the schema.
 
+        Operations that never succeeded by then, as chance has it, are called some more.
+
         Raises:
             requests.RequestException: the server broke a connection, or did not answer in time.
         """
@@ -168,7 +175,12 @@ class Fuzzer:
                     send(case, right)
             for part in range(100):
                 if sent < calls:
-                    self._generate(calls - sent, part, send)
+                    self._generate(self.operations, calls - sent, part, send)
+            for part in range(100, 100 + MORE_ROUNDS):
+                while pending:
+                    pending.pop(0).result()
+                if never := [one for one in self.operations if not self.tally.good(one.label)]:
+                    self._generate(never, 10 * len(never), part, send)
             for future in pending:
                 future.result()
 
@@ -180,7 +192,9 @@ class Fuzzer:
         )
         return found
 
-    def _generate(self, count: int, part: int, send: Callable[..., None]) -> None:
+    def _generate(
+        self, operations: list[Any], count: int, part: int, send: Callable[..., None]
+    ) -> None:
         headers = st.sampled_from([self.key] * 40 + ["", "nonsense"]).map(self._headers)
 
         @hypothesis.seed(f"{self.seed}.{part}")
@@ -188,7 +202,7 @@ class Fuzzer:
             max_examples=count, database=None, deadline=None, phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
-        @hypothesis.given(self._cases(), headers)
+        @hypothesis.given(self._cases(operations), headers)
         def one(case: Case[Any], header: Mapping[str, str]) -> None:
             send(case, header)
 
@@ -198,9 +212,9 @@ class Fuzzer:
     def _headers(key: str) -> dict[str, str]:
         return {"authorization": f"Bearer {key}"} if key else {}
 
-    def _cases(self) -> st.SearchStrategy[Case[Any]]:
-        weighted = [one for one in self.operations for _ in range(SHARES.get(one.label, 1))]
-        made = {one.label: self._of(one) for one in self.operations}
+    def _cases(self, operations: list[Any]) -> st.SearchStrategy[Case[Any]]:
+        weighted = [one for one in operations for _ in range(SHARES.get(one.label, 1))]
+        made = {one.label: self._of(one) for one in operations}
         return st.sampled_from(weighted).flatmap(lambda one: made[one.label])
 
     def _of(self, operation: Any) -> st.SearchStrategy[Case[Any]]:
