@@ -39,16 +39,16 @@ test-slow: $(RAY) ## two ranks, two replicas behind a load balancer, Ray Serve, 
 fuzz: install ## 5,000 calls made from /openapi.json to each API of a real server (minutes)
 	COXSWAIN_FUZZ=$${COXSWAIN_FUZZ:-5000} $(BIN)/python -m pytest tests/server/fuzz -s $(ARGS)
 
-faults: install ## breaks a running server in every way we know: docs/faults.md (about five minutes)
-	$(BIN)/python -m pytest tests/faults --faults-table docs/faults.md $(ARGS)
+faults: install ## breaks a running server in every way we know: docs/reports/faults.md (about five minutes)
+	$(BIN)/python -m pytest tests/faults --faults-table docs/reports/faults.md $(ARGS)
 
-families: install ## every model family, exact or refused: docs/model-families.md (about two minutes)
-	$(BIN)/python -m pytest tests/families --families-table docs/model-families.md $(ARGS)
+families: install ## every model family, exact or refused: docs/reference/model-families.md (about two minutes)
+	$(BIN)/python -m pytest tests/families --families-table docs/reference/model-families.md $(ARGS)
 
-kinds: install ## every kind of adapter that PEFT writes, served or refused: docs/adapter-kinds.md (half a minute)
-	$(BIN)/python -m pytest tests/kinds --kinds-table docs/adapter-kinds.md $(ARGS)
+kinds: install ## every kind of adapter that PEFT writes, served or refused: docs/reference/adapter-kinds.md (half a minute)
+	$(BIN)/python -m pytest tests/kinds --kinds-table docs/reference/adapter-kinds.md $(ARGS)
 
-clients: install ## openai, litellm, langchain, agents, anthropic, lm-eval, vllm bench: docs/clients.md (minutes)
+clients: install ## openai, litellm, langchain, agents, anthropic, lm-eval, vllm bench: docs/reports/clients.md (minutes)
 	$(BIN)/python -m load_tests.clients $(ARGS)
 
 check: install ## formatting, lint, types, layering; no tests
@@ -73,16 +73,16 @@ bench-heads: install ## what value models and collaborative decoding cost (about
 bench-speculation: install ## tokens per second with a drafting stream (about four minutes; needs a quiet machine)
 	$(BIN)/python -m load_tests.speculation_bench $(ARGS)
 
-bench-load: install ## load tests of all servers and baselines: docs/load-report.md (ARGS=--quick: a short form)
-	$(BIN)/python -m load_tests.load --out docs/load-report.md $(ARGS)
+bench-load: install ## load tests of all servers and baselines: docs/reports/load-report.md (ARGS=--quick: a short form)
+	$(BIN)/python -m load_tests.load --out docs/reports/load-report.md $(ARGS)
 
-gpu-check: install ## kernels, graphs and a steered engine on an NVIDIA GPU: docs/gpu-check.md (under ten minutes; ARGS='--out FILE')
+gpu-check: install ## kernels, graphs and a steered engine on an NVIDIA GPU: docs/reports/gpu-check.md (under ten minutes; ARGS='--out FILE')
 	$(BIN)/python -m load_tests.gpu_check $(ARGS)
 
-soak: install ## two hours of mixed requests, answers compared, memory watched: docs/soak.md (ARGS='--minutes 10': shorter)
-	$(BIN)/python -m load_tests.soak --out docs/soak.md $(ARGS)
+soak: install ## two hours of mixed requests, answers compared, memory watched: docs/reports/soak.md (ARGS='--minutes 10': shorter)
+	$(BIN)/python -m load_tests.soak --out docs/reports/soak.md $(ARGS)
 
-load-soak: install ## two hours of loads that fail, retries and unloads, every answer compared: docs/load-faults.md (ARGS='--minutes 10': shorter)
+load-soak: install ## two hours of loads that fail, retries and unloads, every answer compared: docs/reports/load-faults.md (ARGS='--minutes 10': shorter)
 	$(BIN)/python -m load_tests.load_soak $(ARGS)
 
 eval: install ## the zoo's scores, asked from the server at HOST:PORT (starts one if none runs)

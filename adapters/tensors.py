@@ -2,7 +2,7 @@
 
 safetensors 0.8.0 keeps two Python objects of every tensor that it makes for torch, for ever
 (`sys.getallocatedblocks` before and after many `get_tensor`). A server that loads adapters all day
-would grow: docs/decisions/0015.
+would grow: docs/internals/decisions/0015.
 """
 
 from __future__ import annotations

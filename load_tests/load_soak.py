@@ -8,7 +8,8 @@ fewer slots than names, so that almost every request loads a set into a slot tha
 Meanwhile loads fail in the worker at a random point (`tests.faulty`), or come later than the server
 waits for them. Every answer is compared with what PEFT computes; every failure must be one that was
 injected, and say whose fault it is. Before each load the worker looks at its slots: one that no set
-is in must be empty. The exit status is 1 if anything was wrong. Figures: docs/load-faults.md.
+is in must be empty. The exit status is 1 if anything was wrong.
+Figures: docs/reports/load-faults.md.
 """
 
 from __future__ import annotations

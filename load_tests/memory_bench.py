@@ -1,4 +1,4 @@
-"""What stays in memory: the figures of docs/decisions/0015.
+"""What stays in memory: the figures of docs/internals/decisions/0015.
 
     python -m load_tests.memory_bench       # some minutes; times want a quiet machine
 

@@ -259,7 +259,7 @@ def _flat(found: dict[str, Any]) -> dict[str, list[str] | str | None]:
 
 
 def versions_page(offered: list[dict[str, Any]], reasons: dict[str, str]) -> str:
-    """The table of docs/vllm-versions.md.
+    """The table of docs/reference/vllm-versions.md.
 
     Args:
         offered: snapshots, the earliest first.

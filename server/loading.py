@@ -46,7 +46,8 @@ def environment(config: Config) -> list[str]:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        # Lets a CPU engine run its worker in the engine's own process: docs/decisions/0003.
+        # Lets a CPU engine run its worker in the engine's own process:
+        # docs/internals/decisions/0003.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "TOKENIZERS_PARALLELISM": "false",
         # Choices per request, as in the OpenAI API; vLLM's own limit is 16384.
@@ -57,7 +58,7 @@ def environment(config: Config) -> list[str]:
         # sleep: where something else used the cores, some steps took 50 times as long.
         "GOMP_SPINCOUNT": "20000",
         # vLLM's linear layers keep their own compiled products; oneDNN's default, 1024 more, only
-        # takes memory: docs/decisions/0015.
+        # takes memory: docs/internals/decisions/0015.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         # Noise of the processes that vLLM starts: its own deprecations, and the semaphores that

@@ -43,13 +43,13 @@ A minimal configuration:
     big-chat: {method: proxy_tuning, expert: chat, anti_expert: plain, strength: 1.0}
 
 Keys come from the file's `auth` section or from COXSWAIN_API_KEYS and COXSWAIN_ADMIN_KEY.
-All settings: docs/configuration.md, or `coxswain reference`.
+All settings: docs/reference/configuration.md, or `coxswain reference`.
 """
 
 
 _SERVE = """\
 Engine flags are vLLM's own, e.g. --max-model-len 4096 --tensor-parallel-size 2; they win over the
-file's `engine` section. What becomes of each flag of `vllm serve`: docs/vllm-flags.md.
+file's `engine` section. What becomes of each flag of `vllm serve`: docs/reference/vllm-flags.md.
 Keys are better given in COXSWAIN_API_KEYS (or VLLM_API_KEY) and COXSWAIN_ADMIN_KEY than as flags,
 which other users of the machine can see.
 

@@ -5,7 +5,7 @@ one core operation); it never sees logits, vLLM or the network, and none of its 
 worker. So a method cannot slow down or break decoding, and it needs no torch.
 
 Contract version 1. Methods are found through the entry-point group
-`coxswain.steering_methods.v1`; see docs/write-a-method.md for a worked example, and
+`coxswain.steering_methods.v1`; see docs/guide/write-a-method.md for a worked example, and
 `steering.testing.MethodConformance` for the tests that every method must pass.
 """
 

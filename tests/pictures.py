@@ -1,4 +1,4 @@
-"""Makes the screenshots of docs/playground.md: `make pictures`, or `python -m tests.pictures`."""
+"""Makes the screenshots of docs/guide/playground.md: `make pictures`."""
 
 from __future__ import annotations
 

@@ -45,7 +45,10 @@ def examples(text: str) -> list[Example]:
     return [Example(*found) for found in re.findall(pattern, text, flags=re.DOTALL | re.MULTILINE)]
 
 
-PAGES = [ROOT / "docs" / "quick-start.md", *sorted((ROOT / "docs" / "methods").glob("*.md"))]
+PAGES = [
+    ROOT / "docs" / "start" / "quick-start.md",
+    *sorted((ROOT / "docs" / "guide" / "methods").glob("*.md")),
+]
 EXAMPLES = examples(README)
 ALL = EXAMPLES + [e for page in PAGES for e in examples(page.read_text(encoding="utf-8"))]
 CURL = [e for e in ALL if e.language == "bash" and "curl" in e.code]

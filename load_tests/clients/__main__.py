@@ -25,7 +25,7 @@ from load_tests.with_server import NotReadyError, running_server
 
 ROOT = environment.ROOT
 CONFIG = Path(__file__).with_name("server.yaml")
-PAGE = ROOT / "docs" / "clients.md"
+PAGE = ROOT / "docs" / "reports" / "clients.md"
 CLIENTS = ("openai", "litellm", "langchain", "agents", "anthropic", "lm_eval", "vllm_bench")
 HERE = frozenset({"vllm_bench"})
 """Clients that come with vLLM, in this environment."""

@@ -1,4 +1,4 @@
-"""Checks the kernels, the graphs and a steered engine on an NVIDIA GPU: `docs/gpu-check.md`.
+"""Checks kernels, graphs and a steered engine on an NVIDIA GPU: `docs/reports/gpu-check.md`.
 
     python -m load_tests.gpu_check --out gpu-check.json
 

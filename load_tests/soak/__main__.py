@@ -1,6 +1,6 @@
 """The soak: mixed requests against a real server for hours; answers compared, memory watched.
 
-    python -m load_tests.soak                           # two hours, as `make soak`: docs/soak.md
+    python -m load_tests.soak                           # `make soak`: docs/reports/soak.md
     python -m load_tests.soak --minutes 10 --out /tmp/soak.md
 
 Starts a server with the demo zoo in float32 and, in Locust, tenants and administrators
@@ -232,7 +232,9 @@ def main() -> int:
     parser.add_argument(
         "--samples", type=int, default=12, help="sampled answers computed again, of each kind (12)"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "soak.md", help="the report")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs" / "reports" / "soak.md", help="the report"
+    )
     parser.add_argument("--render", action="store_true", help="the report again, from its figures")
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()

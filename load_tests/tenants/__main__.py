@@ -31,7 +31,7 @@ from load_tests.tenants.stage import (
 )
 from load_tests.with_server import NotReadyError, running_server
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "tenants.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reports" / "tenants.md"
 
 
 def tried(url: str, rounds: int, seed: int) -> Iterator[Finding]:

@@ -1,5 +1,5 @@
 """Our Prometheus series, beside vLLM's. All labels are bounded; `server.routes.collector` has
-those that are read when `/metrics` is asked. docs/operations.md lists them.
+those that are read when `/metrics` is asked. docs/deploy/operations.md lists them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The configuration file: what is served, read once at start, frozen.
 
-Every setting has a default, a unit and a sentence; `docs/configuration.md` is generated from the
-descriptions below (`coxswain reference`). `server.settings.file` reads the file.
+Every setting has a default, a unit and a sentence; `docs/reference/configuration.md` is generated
+from the descriptions below (`coxswain reference`). `server.settings.file` reads the file.
 Needs pydantic only.
 """
 

@@ -1,4 +1,4 @@
-"""Writes docs/vllm-flags.md: every flag of the installed `vllm serve`, and what it does here."""
+"""Writes docs/reference/vllm-flags.md: what each flag of `vllm serve` does here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the settings' own descriptions."""
+"""Writes docs/reference/configuration.md from the settings' own descriptions."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """What becomes of each flag of `vllm serve`: a setting of ours, an engine argument, nothing, or a
-refusal that names what there is instead. `docs/vllm-flags.md` is made of this table.
+refusal that names what there is instead. `docs/reference/vllm-flags.md` is made of this table.
 
 Imports no vLLM: `coxswain serve --help` is as quick as the rest of the command line.
 """
@@ -175,7 +175,7 @@ are taken."""
 NO_LONGER: dict[str, str] = {
     "task": "there is one: generating text",
     "guided_decoding_backend": "`engine: {structured_outputs_config: {backend: …}}`",
-    "disable_frontend_multiprocessing": "front and engine are as docs/decisions/0003 says",
+    "disable_frontend_multiprocessing": "see docs/internals/decisions/0003",
     "num_scheduler_steps": "each step draws one token; `steering.speculation` draws more",
     "swap_space": "vLLM has no such space any more",
 }

@@ -1,7 +1,7 @@
 """Adapters of every kind that PEFT writes, random, and what this server does with each.
 
 PEFT makes and saves them; nothing here uses our loading. `SERVED` and `REFUSED` are the rows of
-docs/adapter-kinds.md.
+docs/reference/adapter-kinds.md.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from tests.models import make_model
 
 ROOT = Path(__file__).parents[2]
 VALUES = sorted((ROOT / "deploy" / "helm" / "coxswain" / "ci").glob("*-values.yaml"))
-DEPLOY_PAGE = (ROOT / "docs" / "deploy.md").read_text("utf-8")
+DEPLOY_PAGE = (ROOT / "docs" / "deploy" / "deploy.md").read_text("utf-8")
 
 Document = dict[str, Any]
 

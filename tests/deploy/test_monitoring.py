@@ -26,7 +26,7 @@ from tests.deploy.monitoring import (
 
 ROOT = Path(__file__).resolve().parents[2]
 ALERTS_TESTED = Path(__file__).with_name("alerts.test.yml")
-RUNBOOK = ROOT / "docs" / "operations.md"
+RUNBOOK = ROOT / "docs" / "deploy" / "operations.md"
 
 
 @pytest.mark.parametrize(("where", "query"), list(queries()))

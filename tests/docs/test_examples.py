@@ -21,7 +21,7 @@ from steering.spec import read_steering
 from tests.test_readme import CURL, PAGES, ROOT, Example, examples
 
 METHODS = discover()
-TRACE = ROOT / "docs" / "architecture.md"
+TRACE = ROOT / "docs" / "internals" / "architecture.md"
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_the_traced_plan_is_what_the_request_becomes(zoo: Config) -> None:
 
 def configurations() -> list[tuple[str, dict[str, Any]]]:
     """YAML blocks of the pages that are whole configurations."""
-    pages = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    pages = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
     blocks = [
         (page.name, yaml.safe_load(block))
         for page in pages

@@ -1,4 +1,7 @@
-"""The memory table of docs/real-models.md: parameters counted again, bytes by the server's code."""
+"""The memory table of docs/start/real-models.md.
+
+Parameters are counted again, and bytes by the server's code.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from server.checks.checkpoints import Checkpoint
 from server.checks.diagnosis import Diagnosis, StreamFacts
 from server.settings.config import Config
 
-TEXT = (Path(__file__).parents[2] / "docs" / "real-models.md").read_text("utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "start" / "real-models.md").read_text("utf-8")
 GIB = 2**30
 
 

@@ -1,4 +1,4 @@
-"""What passes cost outside of graphs, as `docs/gpu-steps.md` says."""
+"""What passes cost outside of graphs, as `docs/internals/gpu-steps.md` says."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.emulated.passes import (
     valued,
 )
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu-steps.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "internals" / "gpu-steps.md"
 ROWS = (16, 64)
 
 

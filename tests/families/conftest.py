@@ -1,4 +1,4 @@
-"""`pytest tests/families --families-table docs/model-families.md` writes the page's table."""
+"""`pytest tests/families --families-table docs/reference/model-families.md` writes the table."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tests.models import SPECIAL, VOCAB_SIZE
 
 pytestmark = pytest.mark.engine
 
-PAGE = Path(__file__).parents[2] / "docs" / "model-families.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "model-families.md"
 
 
 @pytest.mark.parametrize("family", matrix.FAMILIES)

@@ -1,4 +1,4 @@
-"""What each fault did, as its test measured it, and the page that shows it (docs/faults.md)."""
+"""What each fault did, as its test measured it, and its page (docs/reports/faults.md)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.table import BEGIN, END, FAULTS, RIGHT, WRONG, Row, into
 
-PAGE = (Path(__file__).parents[2] / "docs" / "faults.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "reports" / "faults.md").read_text("utf-8")
 
 
 def test_the_page_has_every_fault_in_order_and_nothing_is_wrong_or_lost(

@@ -155,7 +155,7 @@ class Restart:
 
 
 def restarted(fleet: Fleet, front: Balancer, name: str, notice: float) -> Restart:
-    """As docs/deploy.md says: SIGTERM, the end, a start, and on once HAProxy uses it."""
+    """As docs/deploy/deploy.md says: SIGTERM, the end, a start, and on once HAProxy uses it."""
     old = fleet.servers[name]
     begun = time.monotonic()
     old.process.send_signal(signal.SIGTERM)

@@ -1,6 +1,6 @@
 """The table of adapter kinds.
 
-`pytest tests/kinds --kinds-table docs/adapter-kinds.md` writes it once all tests have passed.
+`pytest tests/kinds --kinds-table docs/reference/adapter-kinds.md` writes it once all have passed.
 """
 
 from __future__ import annotations

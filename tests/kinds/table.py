@@ -1,5 +1,5 @@
 """What became of each kind of adapter, as the tests found it, and the page that shows it
-(docs/adapter-kinds.md).
+(docs/reference/adapter-kinds.md).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 from tests.adapters.kinds import REFUSED, SERVED
 from tests.kinds.table import BEGIN, END, KINDS, TOLERANCE, Row, into
 
-PAGE = (Path(__file__).parents[2] / "docs" / "adapter-kinds.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "adapter-kinds.md").read_text("utf-8")
 
 
 def shown() -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""The example package of docs/write-a-method.md: it installs, is discovered and passes its kit."""
+"""The package of docs/guide/write-a-method.md: it installs, is discovered, passes its kit."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 import steering
 
 ROOT = Path(steering.__file__).parent.parent
-EXAMPLE = ROOT / "docs" / "examples" / "coxswain-dera"
-TUTORIAL = ROOT / "docs" / "write-a-method.md"
+EXAMPLE = ROOT / "docs" / "guide" / "examples" / "coxswain-dera"
+TUTORIAL = ROOT / "docs" / "guide" / "write-a-method.md"
 
 
 def python(*arguments: str, path: Path) -> str:

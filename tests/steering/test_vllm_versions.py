@@ -150,7 +150,7 @@ def test_another_version_is_refused(version: str) -> None:
 
 
 def test_the_page_tells_what_differs() -> None:
-    page = (ROOT / "docs" / "vllm-versions.md").read_text("utf-8")
+    page = (ROOT / "docs" / "reference" / "vllm-versions.md").read_text("utf-8")
     table = versions_page([OFFERED[v] for v in OFFERED], dict(DIFFERENCES))
     assert table in page, (
         "write the table again: python -m load_tests.vllm_symbols tests/steering/vllm_versions"

@@ -58,7 +58,7 @@ Samples and labels stay in FOLDER.training: copy that folder to OTHER.training, 
 trains on them again with other settings.
 
 The key is read from COXSWAIN_API_KEYS (the first of them) where --key is not given.
-More: docs/train-critic.md
+More: docs/guide/train-critic.md
 """
 
 _GROUPS = {

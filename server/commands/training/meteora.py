@@ -42,7 +42,7 @@ If the pack answers worse than the adapters chosen by hand: more --steps, or a h
 --gate-std 0.02; then --adapters-rate 1e-3 --gate-factor 1, which trains the adapters with the
 gates, as the authors did. Conversations that change the subject need --turns.
 
-More: docs/train-meteora.md
+More: docs/guide/train-meteora.md
 """
 
 

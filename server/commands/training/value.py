@@ -60,7 +60,7 @@ Samples and rewards stay in FOLDER.training: copy that folder to OTHER.training,
 --out OTHER fits to them again with other settings.
 
 The key is read from COXSWAIN_API_KEYS (the first of them) where --key is not given.
-More: docs/train-value.md
+More: docs/guide/train-value.md
 """
 
 

@@ -2,7 +2,7 @@
 
 The streams' own scores never exist. Streams that share an unembedding (a twin and its original)
 share a block, in which their scaled hidden states are summed. For rows that all sum the same
-streams; docs/decisions/0013-one-product.md says when this wins. Lives in the worker.
+streams; docs/internals/decisions/0013-one-product.md says when this wins. Lives in the worker.
 """
 
 from __future__ import annotations

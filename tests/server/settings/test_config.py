@@ -250,9 +250,9 @@ def test_every_setting_has_a_description(section: str, name: str, info: Any) -> 
 
 
 def test_the_page_in_docs_is_up_to_date() -> None:
-    page = ROOT / "docs" / "configuration.md"
+    page = ROOT / "docs" / "reference" / "configuration.md"
     assert page.read_text(encoding="utf-8") == reference(), (
-        "run: coxswain reference > docs/configuration.md"
+        "run: coxswain reference > docs/reference/configuration.md"
     )
 
 

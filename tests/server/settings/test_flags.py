@@ -69,9 +69,9 @@ def test_every_flag_of_ours_sets_what_there_is() -> None:
 
 
 def test_the_page_in_docs_is_up_to_date() -> None:
-    page = ROOT / "docs" / "vllm-flags.md"
+    page = ROOT / "docs" / "reference" / "vllm-flags.md"
     assert page.read_text(encoding="utf-8") == flag_page(), (
-        "run: coxswain reference --vllm-flags > docs/vllm-flags.md"
+        "run: coxswain reference --vllm-flags > docs/reference/vllm-flags.md"
     )
 
 
@@ -273,7 +273,7 @@ def test_help_stands_in_groups_and_names_settings(capsys: pytest.CaptureFixture[
         run(["serve", "--help"])
     told = capsys.readouterr().out
     for words in ("address:", "TLS:", "chat:", "adapters:", "(server.port)", "--tool-call-parser",
-                  "docs/vllm-flags.md"):  # fmt: skip
+                  "docs/reference/vllm-flags.md"):  # fmt: skip
         assert words in told
 
 

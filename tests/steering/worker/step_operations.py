@@ -1,6 +1,6 @@
 """What the read-out of a step does on a device, operation by operation, without a device.
 
-    python -m tests.steering.worker.step_operations > docs/read-out-operations.md
+    python -m tests.steering.worker.step_operations > docs/internals/read-out-operations.md
 
 Tensors are fake (they have shapes and no numbers) on a device that only exists by name, so whatever
 needs a number on the host, or a shape that depends on numbers, fails where it stands. Kernels are

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton has no build for this machine"
 )
 
-PAGE = Path(__file__).parents[3] / "docs" / "read-out-operations.md"
+PAGE = Path(__file__).parents[3] / "docs" / "internals" / "read-out-operations.md"
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -54,7 +54,9 @@ def test_requests_with_values_must_not_verify_drafts() -> None:
 
 
 def test_the_page_has_what_is_counted() -> None:
-    command = "python -m tests.steering.worker.step_operations > docs/read-out-operations.md"
+    command = (
+        "python -m tests.steering.worker.step_operations > docs/internals/read-out-operations.md"
+    )
     assert PAGE.read_text() == step_operations.page(), command
 
 
