@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -152,15 +152,15 @@ async def assemble(
     )
 
 
-def announce(serving: Serving, port: int, seconds: float) -> str:
+def announce(serving: Serving, ports: Sequence[int], seconds: float) -> str:
     """What a person should read once the server serves.
 
     Args:
         serving: the parts.
-        port: the one that was bound.
+        ports: those that were bound: the main one, and that of the administration, if it has one.
         seconds: the start took.
     """
-    config = serving.config
+    config, port = serving.config, ports[0]
     streams = ", ".join(name for name in serving.streams if name != BASE) or "(none)"
     profiles = ", ".join(serving.profiles) or "(none)"
     adapters = []
@@ -176,6 +176,7 @@ def announce(serving: Serving, port: int, seconds: float) -> str:
             f"  profiles  {profiles}",
             f"  methods   {', '.join(serving.methods)}",
             *adapters,
+            *[f"  admin     {address(config.server, found, admin=True)}" for found in ports[1:]],
             *([f"  page      {where}/playground"] if config.playground else []),
             f"  try       {curl(serving, port)}",
         ]

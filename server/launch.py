@@ -13,10 +13,12 @@ import importlib
 import logging
 import multiprocessing
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from adapters.errors import AdapterError
 from adapters.thread import in_thread
@@ -28,6 +30,7 @@ from server.operation.auth import Auth
 from server.operation.gate import Gate
 from server.operation.head_limits import bounded
 from server.operation.rate_limits import RateLimits
+from server.operation.sides import Side
 from server.operation.state import ServerState
 from server.settings.config import Config, ConfigInvalid
 
@@ -69,12 +72,23 @@ class Run:
         self.rates = RateLimits.of(config)
         self.gate = Gate(self.state, Auth(config), config.server, config.limits, self.rates)
         self.tracing = tracing.start(config.tracing)
-        self.outermost = with_ids(AccessLog(self.gate, config.logging, self.tracing))
+        self.apps = {admin: self._front(admin) for admin in (False, True)}
         self.engine: SteeredLLM | None = None
         self.loading: asyncio.Task[Serving] | None = None
         self.closing = contextlib.AsyncExitStack()
         self.signals = 0
         self.hurry = asyncio.Event()
+
+    def _front(self, admin: bool) -> ASGIApp:
+        """The application of a listener, from its outermost step.
+
+        Args:
+            admin: of the one that administration has for itself.
+        """
+        server, inner = self.config.server, self.gate
+        side: ASGIApp = inner if server.admin_port is None else Side(inner, admin=admin)
+        log = AccessLog(side, self.config.logging, self.tracing)
+        return listening.outermost(with_ids(log), server)
 
     async def run(self) -> int:
         """Serves until a signal, a drain or the engine's end.
@@ -85,31 +99,39 @@ class Run:
         server = self.config.server
         try:
             options = listening.tls_options(server.tls)
-            sock = listening.bind(server)
+            sockets = listening.bind_all(server)
         except OSError as error:
             raise StartFailed([str(error)]) from error
-        http = _Http(uvicorn.Config(
-            listening.outermost(self.outermost, server), lifespan="off", log_config=None,
-            access_log=False, timeout_keep_alive=server.keep_alive_s, timeout_graceful_shutdown=2,
-            http=bounded(server), **options,
-        ))  # fmt: skip
+        listeners = [
+            _Http(uvicorn.Config(
+                app, lifespan="off", log_config=None, access_log=False,
+                timeout_keep_alive=server.keep_alive_s, timeout_graceful_shutdown=2,
+                http=bounded(server), **options,
+            ))
+            for app in list(self.apps.values())[: len(sockets)]
+        ]  # fmt: skip
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
-        served = asyncio.create_task(http.serve([sock]))
+        served = [
+            asyncio.create_task(http.serve([one]))
+            for http, one in zip(listeners, sockets, strict=True)
+        ]
         if server.tls is not None and server.tls.refresh:
-            refreshing = asyncio.create_task(listening.refresh(http.config, server.tls))
-            self.closing.callback(refreshing.cancel)
+            for http in listeners:
+                refreshing = asyncio.create_task(listening.refresh(http.config, server.tls))
+                self.closing.callback(refreshing.cancel)
         try:
-            port = 0 if server.uds is not None else sock.getsockname()[1]
-            status, last_line = await self._until_end(port)
+            ports = [0 if one.family == socket.AF_UNIX else one.getsockname()[1] for one in sockets]
+            status, last_line = await self._until_end(ports)
         finally:
             listening.cleared(server)
-            http.should_exit = True
+            for http in listeners:
+                http.should_exit = True
             # uvicorn shows a traceback for each request that it cuts off.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(served, SHUTDOWN_S)
+                await asyncio.wait_for(asyncio.gather(*served), SHUTDOWN_S)
             loading = self.loading
             if loading is not None and not loading.done():
                 loading.cancel()
@@ -132,10 +154,10 @@ class Run:
         if self.signals > 1:
             self.hurry.set()
 
-    async def _until_end(self, port: int) -> tuple[int, str]:
+    async def _until_end(self, ports: list[int]) -> tuple[int, str]:
         """Serves; returns the exit status and what to say last."""
         draining = asyncio.create_task(self.state.drain.wait())
-        self.loading = loading = asyncio.create_task(self._load(port))
+        self.loading = loading = asyncio.create_task(self._load(ports))
         await asyncio.wait({draining, loading}, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             return 0, "stopped while loading"
@@ -158,7 +180,7 @@ class Run:
             return await self._died(watching.result())
         return await self._drain(watching)
 
-    async def _load(self, port: int) -> Serving:
+    async def _load(self, ports: list[int]) -> Serving:
         with Progress() as progress:
 
             def stage(text: str) -> None:
@@ -196,7 +218,7 @@ class Run:
             seconds = progress.seconds
         self.gate.inner = app
         self.state.become_ready()
-        say(announce(serving, port, seconds))
+        say(announce(serving, ports, seconds))
         return serving
 
     async def _watch(self) -> str:

@@ -23,6 +23,9 @@ PROBES = {"/health": ("GET", "HEAD"), "/ready": ("GET", "HEAD"), "/ping": ("GET"
 """Paths that answer everybody, before there is an application, and their methods. `/ping` is what
 SageMaker asks; it means the same as `/ready`."""
 
+METRICS = "/metrics"
+"""What Prometheus reads; it answers from the first moment, like the probes, but may need a key."""
+
 MESSAGES = "/v1/messages"
 """Anthropic's API, whose errors have a shape of their own."""
 

@@ -12,7 +12,7 @@ from starlette.types import Scope
 from server.access import EVERYTHING, Access
 from server.errors import HttpError
 from server.operation.local import check_local, check_names, is_loopback
-from server.paths import is_admin, needs_key
+from server.paths import METRICS, is_admin, needs_key
 from server.settings.auth import LimitedKey, digests_of_header
 from server.settings.config import Config
 from server.settings.operating import Rate
@@ -30,7 +30,10 @@ class Auth:
         self._api = [_api_key(entry, config.limits, secret) for entry in auth.api_keys]
         self._admin = auth.admin_key.get_secret_value() if auth.admin_key else None
         self._metrics = auth.metrics_key.get_secret_value() if auth.metrics_key else None
-        self._loopback = is_loopback(config.server.host) and config.server.uds is None
+        server = config.server
+        # With a port of its own the administration is not behind the unix socket.
+        by_tcp = server.uds is None or server.admin_port is not None
+        self._loopback = is_loopback(server.host) and by_tcp
         limited = any(a.profiles is not None or a.adapters is not None for _, a in self._api)
         self._metrics_closed = self._metrics is not None or limited
 
@@ -60,7 +63,7 @@ class Auth:
                     reason="unauthenticated",
                 )
             return access
-        elif path == "/metrics" and self._metrics_closed:
+        elif path == METRICS and self._metrics_closed:
             self._check_metrics(headers)
         return EVERYTHING
 

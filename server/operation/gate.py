@@ -1,7 +1,7 @@
 """The outermost ASGI application: open before the engine is, closed while draining.
 
 Order for each request: health and readiness → phase → key → body size → load → the caller's
-rates → the real application.
+rates → the real application. `/metrics` passes in every phase.
 Pure ASGI: Starlette's `BaseHTTPMiddleware` would break the cancellation of running requests.
 """
 
@@ -11,17 +11,19 @@ import asyncio
 import logging
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.context import RequestContext, context_of
 from server.errors import HttpError
+from server.operation import metrics
 from server.operation.auth import Auth
 from server.operation.limits import RequestLimits, last, too_large
 from server.operation.rate_limits import RateLimits
 from server.operation.state import ServerState
-from server.paths import PROBES, is_admin, is_model
+from server.paths import METRICS, PROBES, is_admin, is_model
 from server.settings.operating import LimitsConfig, ServerConfig
 
 RETRY_AFTER_S = 5
@@ -70,6 +72,9 @@ class Gate:
             self._refuse_by_phase(path)
             headers = Headers(scope=scope)
             context.access = self.auth.check(scope)
+            if self.inner is None:
+                await self._early_metrics(scope)(scope, receive, send)
+                return
             await self._admit(context, scope, headers)
         except HttpError as error:
             context.refusal = error.reason
@@ -108,8 +113,16 @@ class Gate:
         retry = {"retry-after": str(RETRY_AFTER_S)}
         return JSONResponse(status, 200 if healthy else 503, None if healthy else retry)
 
+    def _early_metrics(self, scope: Scope) -> Response:
+        """So that Prometheus tells a server that loads from one that is not there."""
+        if scope["method"] != "GET":
+            raise HttpError(405, f"{scope['method']} is not possible on {scope['path']}")
+        return Response(metrics.page_without_engine(self.state), media_type=CONTENT_TYPE_LATEST)
+
     def _refuse_by_phase(self, path: str) -> None:
         state = self.state
+        if path == METRICS:
+            return  # of a server that ended badly, too, until its process is gone
         if self.inner is None or state.phase in ("starting", "dead"):
             raise HttpError(503, f"The server is {state.phase}: {state.reason}", code=state.phase,
                             retry_after_s=RETRY_AFTER_S, reason=state.phase)  # fmt: skip

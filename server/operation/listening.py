@@ -40,16 +40,36 @@ def bind(server: ServerConfig) -> socket.socket:
     """
     if server.uds is not None:
         return _bind_unix(Path(server.uds))
-    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    return _bind_tcp(server.host, server.port, "server.port")
+
+
+def bind_all(server: ServerConfig) -> list[socket.socket]:
+    """The listening sockets: the main one, and that of the administration, if it has its own.
+
+    Raises:
+        OSError: an address is taken or not ours; says which.
+    """
+    main = bind(server)
+    if server.admin_port is None:
+        return [main]
+    try:
+        return [main, _bind_tcp(server.host, server.admin_port, "server.admin_port")]
+    except OSError:
+        main.close()
+        cleared(server)
+        raise
+
+
+def _bind_tcp(host: str, port: int, setting: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio sets TCP_NODELAY only where a socket says that it is TCP's.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        sock.bind((server.host, server.port))
+        sock.bind((host, port))
     except OSError as error:
         sock.close()
-        where = f"{server.host}:{server.port}"
-        raise OSError(f"server.port: cannot bind {where}: {error.strerror}") from error
+        raise OSError(f"{setting}: cannot bind {host}:{port}: {error.strerror}") from error
     sock.set_inheritable(False)
     return sock
 
@@ -74,14 +94,15 @@ def _bind_unix(path: Path) -> socket.socket:
     return sock
 
 
-def address(server: ServerConfig, port: int | None = None) -> str:
+def address(server: ServerConfig, port: int | None = None, *, admin: bool = False) -> str:
     """Where a person on this machine finds the server.
 
     Args:
         server: the settings.
         port: the one that was bound; default: the configured one.
+        admin: it is the administration's own, which is never a unix socket.
     """
-    if server.uds is not None:
+    if server.uds is not None and not admin:
         return f"unix:{server.uds}"
     host = "127.0.0.1" if server.host in ("0.0.0.0", "::") else server.host
     host = f"[{host}]" if ":" in host else host

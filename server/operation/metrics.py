@@ -5,12 +5,15 @@ those that are read when `/metrics` is asked. docs/deploy/operations.md lists th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import REGISTRY, Collector
 
 from server.context import NONE, RequestContext
+from server.operation.state import Phase, ServerState
 
 OTHER = "other"
 """Profile and adapter of requests that came when there were `MOST` combinations already."""
@@ -102,6 +105,11 @@ WAIT_SECONDS = Histogram(
     "Time that a request waited until the engine held its adapters, in seconds.",
     buckets=_FAST,
 )
+WAITING = Gauge(
+    "coxswain_adapter_waiting",
+    "Requests that wait until the engine holds their adapters; `vllm:num_requests_waiting` does "
+    "not know of them yet.",
+)
 
 for _reason in REASONS:
     # A counter that appears with its first event shows no rise to Prometheus.
@@ -168,3 +176,30 @@ def measured(context: RequestContext, report: Mapping[str, Mapping[str, Any]]) -
             PASSES.labels(method, profile, stream).inc(count)
         DRAFTED.labels(method).inc(choice["drafted"])
         ACCEPTED.labels(method).inc(choice["accepted"])
+
+
+def phases(state: ServerState) -> Metric:
+    """The series that says in which phase the server is."""
+    family = GaugeMetricFamily(
+        "coxswain_phase", "1 for the phase in which the server is, else 0.", labels=["phase"]
+    )
+    for phase in get_args(Phase):
+        family.add_metric([phase], float(phase == state.phase))
+    return family
+
+
+class _Phases(Collector):
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        yield phases(self._state)
+
+
+def page_without_engine(state: ServerState) -> bytes:
+    """What `/metrics` shows while there is no application yet: the phase, and what this process
+    counts by itself.
+    """
+    alone = CollectorRegistry()
+    alone.register(_Phases(state))
+    return generate_latest(REGISTRY) + generate_latest(alone)

@@ -171,7 +171,7 @@ class RequestEngine:
             began = time.perf_counter()
             async with AsyncExitStack() as stack:
                 try:
-                    with served.waiting(names):
+                    with served.waiting(names), metrics.WAITING.track_inprogress():
                         await stack.enter_async_context(residency.holding(wanted))
                 except AdapterError as error:
                     if not passing(error):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
 
 from server.adapting.service import Adapters
-from server.operation.metrics import PRIVATE
-from server.operation.state import Phase
+from server.operation.metrics import PRIVATE, phases
 from server.serving import Serving, StreamCounters
 
 MOST_ADAPTERS = 1000
@@ -64,10 +62,7 @@ def _labelled(
 
 def _server(parts: Serving) -> Iterator[Metric]:
     state = parts.state
-    yield _labelled(
-        GaugeMetricFamily, "phase", "1 for the phase in which the server is, else 0.", ["phase"],
-        [([phase], float(phase == state.phase)) for phase in get_args(Phase)],
-    )  # fmt: skip
+    yield phases(state)
     yield _gauge("in_flight", "Inference requests whose answer is not complete.", state.in_flight)
     yield _gauge(
         "in_flight_limit", "How many there may be (`server.max_in_flight`).",

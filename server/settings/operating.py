@@ -104,6 +104,14 @@ class ServerConfig(Section):
 
     host: str = Field("127.0.0.1", description="Address to bind.")
     port: int = Field(8000, ge=0, le=65535, description="Port to bind; 0: any free one.")
+    admin_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Port of `/admin/*` and vLLM's two LoRA routes, at the same `host`; 0: any "
+        "free one. They answer 404 on `port` then, and of the other paths this port has only "
+        "`/metrics` and the probes. Absent: everything is on `port`.",
+    )
     uds: Absolute | None = Field(
         None, description="Unix socket to listen on, in place of `host` and `port`."
     )
@@ -186,6 +194,12 @@ class ServerConfig(Section):
     counters_every_s: float = Field(
         2.0, gt=0, le=60, description="How often the worker's token counters are read, in seconds."
     )
+
+    @model_validator(mode="after")
+    def _ports(self) -> ServerConfig:
+        if self.admin_port and self.admin_port == self.port and self.uds is None:
+            raise ValueError(f"admin_port: {self.admin_port} is `port`; give another, or none")
+        return self
 
 
 class LimitsConfig(Rate):

@@ -66,6 +66,7 @@ _KEYS, _CHAT, _LORA, _LOGS = "model and keys", "chat", "adapters", "operation"
 FLAGS: tuple[Flag, ...] = (
     Flag("host", "server.host", _NET),
     Flag("port", "server.port", _NET),
+    Flag("admin-port", "server.admin_port", _NET, ours=True),
     Flag("uds", "server.uds", _NET, read=_here),
     Flag("root-path", "server.root_path", _NET),
     Flag("model", "model", _KEYS, read=_model, note="in place of CONFIG"),

@@ -18,9 +18,20 @@ DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 ALERTS = DEPLOY / "prometheus" / "alerts.yml"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "coxswain.json"
 SCRAPING = DEPLOY / "prometheus" / "prometheus.yml"
+ALERTING = DEPLOY / "prometheus" / "alertmanager.yml"
 
 PROMETHEUS_OWN = frozenset({"up"})
 """Series that Prometheus makes itself."""
+
+GPU_SERIES = frozenset(
+    {
+        "DCGM_FI_DEV_FB_FREE", "DCGM_FI_DEV_FB_USED", "DCGM_FI_DEV_GPU_TEMP",
+        "DCGM_FI_DEV_GPU_UTIL", "DCGM_FI_DEV_POWER_USAGE", "DCGM_FI_DEV_XID_ERRORS",
+        "DCGM_FI_PROF_DRAM_ACTIVE", "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE",
+    }
+)  # fmt: skip
+"""Series of NVIDIA's DCGM exporter, of those that it shows unless told otherwise
+(https://github.com/NVIDIA/dcgm-exporter, etc/default-counters.csv)."""
 
 PROMETHEUS_LABELS = frozenset({"instance", "job"})
 """Labels that it adds."""
@@ -42,10 +53,11 @@ class Selector:
 
 
 def tool(name: str) -> str:
-    """The path of `prometheus` or `promtool`; skips where it is not installed."""
+    """The path of `prometheus`, `promtool` or `amtool`; skips where it is not installed."""
     found = shutil.which(name)
     if found is None:
-        pytest.skip(f"{name} is not installed: apt-get install prometheus")
+        package = "prometheus-alertmanager" if name == "amtool" else "prometheus"
+        pytest.skip(f"{name} is not installed: apt-get install {package}")
     return found
 
 
@@ -79,9 +91,16 @@ def queries() -> Iterator[tuple[str, str]]:
 
 
 def selectors() -> Iterator[Selector]:
-    """All series that are read."""
+    """All series of the server that are read."""
     for where, query in queries():
-        yield from _walk(where, promql.parse(query), frozenset())
+        for found in _walk(where, promql.parse(query), frozenset()):
+            if found.name not in GPU_SERIES:
+                yield found
+
+
+def about_gpus(query: str) -> bool:
+    """Whether a query reads the GPUs' own exporter."""
+    return "DCGM_" in query
 
 
 def _walk(where: str, node: Any, grouped: frozenset[str]) -> Iterator[Selector]:

@@ -50,7 +50,7 @@ def test_the_schema_refuses_what_is_wrong(tmp_path: Path) -> None:
 def test_what_services_refer_to_is_there() -> None:
     document = compose()
     services = document["services"]
-    assert set(services) == {"server", "redis", "prometheus", "grafana"}
+    assert set(services) == {"server", "redis", "prometheus", "alertmanager", "grafana"}
     for service in services.values():
         assert set(service.get("depends_on", {})) <= set(services)
         for name, wanted in service.get("depends_on", {}).items():
@@ -63,7 +63,7 @@ def test_what_services_refer_to_is_there() -> None:
     assert f"AS {build['target']}\n" in (ROOT / build["dockerfile"]).read_text()
 
 
-@pytest.mark.parametrize("name", ["server", "prometheus", "grafana"])
+@pytest.mark.parametrize("name", ["server", "prometheus", "alertmanager", "grafana"])
 def test_mounted_files_are_there(name: str) -> None:
     found = mounts(compose()["services"][name])
     assert found
@@ -80,8 +80,9 @@ def test_images_are_pinned_and_ports_stay_on_this_machine() -> None:
 
 def test_no_key_has_a_default() -> None:
     text = FILES[0].read_text()
-    for name in ("COXSWAIN_ADMIN_KEY", "COXSWAIN_API_KEYS", "GRAFANA_PASSWORD"):
-        assert re.search(rf"\$\{{{name}:\?[^}}]+\}}", text)
+    for name in ("ADMIN_KEY", "API_KEYS", "METRICS_KEY"):
+        assert re.search(rf"\$\{{COXSWAIN_{name}:\?[^}}]+\}}", text)
+    assert "${GRAFANA_PASSWORD:?" in text
 
 
 def test_the_servers_configuration_is_one() -> None:
@@ -106,3 +107,26 @@ def test_grafana_gets_a_data_source_and_its_dashboards() -> None:
     assert source["url"] == "http://prometheus:9090"
     (provider,) = yaml.safe_load(document["configs"]["dashboards"]["content"])["providers"]
     assert provider["options"]["path"] in mounts(document["services"]["grafana"])
+
+
+def test_prometheus_gets_the_servers_key() -> None:
+    """What the server asks for, from one variable, where Prometheus' configuration reads it."""
+    document = compose()
+    server = document["services"]["server"]["environment"]["COXSWAIN_AUTH__METRICS_KEY"]
+    (secret,) = document["services"]["prometheus"]["secrets"]
+    variable = document["secrets"][secret]["environment"]
+    assert server.startswith(f"${{{variable}:?")
+    scraping = yaml.safe_load((FOLDER / "prometheus" / "prometheus.yml").read_text())
+    (job, gpus) = scraping["scrape_configs"]
+    assert job["authorization"]["credentials_file"] == f"/run/secrets/{secret}"
+    ((manager,),) = (
+        a["static_configs"][0]["targets"] for a in scraping["alerting"]["alertmanagers"]
+    )
+    assert manager.split(":")[0] in document["services"]
+    # The GPUs' exporter comes with the CUDA file, as does its target.
+    cuda = yaml.safe_load(FILES[1].read_text())["services"]
+    (here, there, _) = cuda["prometheus"]["volumes"][0].split(":")
+    (pattern,) = gpus["file_sd_configs"][0]["files"]
+    assert Path(there).match(f"/etc/prometheus/{pattern}")
+    (targets,) = yaml.safe_load((FOLDER / here).read_text())
+    assert {target.split(":")[0] for target in targets["targets"]} <= set(cuda)

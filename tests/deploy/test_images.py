@@ -6,9 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from server.main import parser
 
@@ -52,18 +55,28 @@ def test_every_copied_path_is_there_and_let_through() -> None:
         assert any(Path(source).match(rule) for rule in rules), source
 
 
-def test_all_packages_are_copied() -> None:
-    for package in ("adapters", "steering", "server", "zoo"):
-        assert f"COPY {package} {package}\n" in TEXT
+STAGES = dict(re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", TEXT, re.M | re.S))
+
+
+def test_the_packages_are_copied_after_the_dependencies_and_no_models_are() -> None:
+    for stage in ("build-cpu", "cuda"):
+        text = STAGES[stage]
+        installed = text.index("-r requirements.txt")
+        for package in ("adapters", "steering", "server"):
+            assert text.index(f"COPY {package} {package}\n") > installed
+        assert "requirements.py" in text[:installed]
+    assert "zoo" not in TEXT and "zoo" not in (FILE.parent / "Dockerfile.dockerignore").read_text()
 
 
 def test_both_images_run_as_nobody_in_particular_with_a_health_check() -> None:
-    runtime = TEXT[TEXT.index("AS runtime") :]
-    user = re.findall(r"^USER (.+)$", TEXT, re.MULTILINE)
-    assert user == ["10001:10001"] and "USER" in runtime
-    assert "HEALTHCHECK" in runtime and "/health" in runtime
-    for target in ("cpu", "cuda"):
-        assert f"FROM runtime AS {target}\n" in TEXT
+    both = ("USER ", "WORKDIR /var", "VOLUME", "EXPOSE", "STOPSIGNAL", "ENTRYPOINT", 'CMD ["serve')
+    said = []
+    for stage in ("cpu", "cuda"):
+        text = STAGES[stage]
+        assert "\nUSER 10001:10001\n" in text and "useradd --uid 10001" in text
+        assert "HEALTHCHECK" in text and "/health" in text
+        said.append([line for line in text.splitlines() if line.startswith(both)])
+    assert said[0] == said[1] and len(said[0]) == len(both)
 
 
 def test_the_command_is_one_of_ours() -> None:
@@ -76,12 +89,47 @@ def test_the_command_is_one_of_ours() -> None:
 
 def test_every_version_is_pinned() -> None:
     assert re.search(r"^ARG PYTHON=3\.11\.\d+-\S+$", TEXT, re.MULTILINE)
+    assert re.search(r"^ARG VLLM=v0\.3[23]\.\d+$", TEXT, re.MULTILINE)
     installs = re.findall(r"pip install .+", TEXT)
-    assert len(installs) == 3
-    assert all("-c deploy/constraints-" in line for line in installs)
+    assert len(installs) == 5
+    assert all("-c constraints" in line or "--no-deps" in line for line in installs)
     for name in ("cpu", "cuda"):
-        lines = (FILE.parent / f"constraints-{name}.txt").read_text().splitlines()
-        pins = [line for line in lines if not line.startswith("#")]
-        assert len(pins) > 150 and all(re.fullmatch(r"\S+==\S+( ; .+)?", pin) for pin in pins)
-    text = (FILE.parent / "constraints-cuda.txt").read_text()
-    assert "\nvllm==0.32.0\n" in text and "\ntorch==2.13.0\n" in text
+        pins = _pins(name)
+        assert pins and all(re.fullmatch(r"\S+==\S+( ; .+)?", pin) for pin in pins)
+
+
+def test_no_dependency_goes_without_a_version() -> None:
+    """Of the CPU build; of the CUDA build, vLLM's image has most."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(r for e in ("cpu", "dev", "load") for r in extras[e])]
+    pinned = {canonicalize_name(pin.split("==")[0]) for pin in _pins("cpu")}
+    # Its own project, and what the build of torch decides: the file's head.
+    found = {canonicalize_name(Requirement(one).name) for one in wanted} - {"coxswain", "triton"}
+    assert found <= pinned, found - pinned
+
+
+def _pins(name: str) -> list[str]:
+    lines = (FILE.parent / f"constraints-{name}.txt").read_text().splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+def test_the_images_install_what_the_project_asks_for() -> None:
+    done = subprocess.run(
+        [sys.executable, FILE.with_name("requirements.py"), "cpu"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
+    assert done.stdout.splitlines() == wanted
+
+
+def test_what_an_image_has_stays_and_the_pins_hold_for_the_rest(tmp_path: Path) -> None:
+    has, pins = tmp_path / "has", tmp_path / "pins"
+    has.write_text("torch==2.13.0+cu130\nvllm @ file:///dist/vllm.whl\nRuamel_YAML==0.18.1\n")
+    pins.write_text("# why\nruamel.yaml==0.19.1\nredis==8.1.0\nvllm==0.1\n")
+    done = subprocess.run(
+        [sys.executable, FILE.with_name("requirements.py"), "--constraints", has, pins],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["torch==2.13.0+cu130", "Ruamel_YAML==0.18.1", "redis==8.1.0"]

@@ -154,6 +154,8 @@ class Server:
         auth = self.config.get("auth")
         if auth is None:
             return {}
+        if path == "/metrics" and "metrics_key" in auth:
+            return {"authorization": f"Bearer {auth['metrics_key']}"}
         admin = path.startswith("/admin") or path.endswith("load_lora_adapter")
         return {"authorization": f"Bearer {auth['admin_key'] if admin else auth['api_keys'][0]}"}
 

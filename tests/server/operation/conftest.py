@@ -13,7 +13,8 @@ from tests.server.adapting.kit import configuration, serving
 from tests.server.live import Server
 from tests.server.operation.collector import Collector
 
-KEYS = {"free": "key-of-all", "slow": "key-of-three", "small": "key-of-forty", "admin": "admin"}
+KEYS = {"free": "key-of-all", "slow": "key-of-three", "small": "key-of-forty", "admin": "admin",
+        "metrics": "key-of-prometheus"}  # fmt: skip
 
 
 @pytest.fixture(scope="package")
@@ -53,6 +54,7 @@ def operated(
                 {"key": KEYS["small"], "tokens_per_minute": 40},
             ],
             "admin_key": KEYS["admin"],
+            "metrics_key": KEYS["metrics"],
         },
         "limits": {
             "max_prompt_tokens": 100, "max_output_tokens": 150, "max_replies": 8,

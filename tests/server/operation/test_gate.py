@@ -91,7 +91,7 @@ async def test_before_the_engine_is_up_only_probes_answer() -> None:
         ready = await http.get("/ready")
         assert ready.status_code == 503
         assert ready.json()["reason"] == "loading models: big"
-        for path in ("/v1/models", "/metrics", "/nowhere"):
+        for path in ("/v1/models", "/admin/status", "/nowhere"):
             answer = await http.get(path)
             assert answer.status_code == 503
             assert int(answer.headers["retry-after"]) > 0

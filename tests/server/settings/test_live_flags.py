@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.models import make_model
@@ -46,7 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             "--chat-template", str(folder / "chat.jinja"),
             "--default-chat-template-kwargs", '{"tone": "quietly and at some length"}',
             "--tool-call-parser", "hermes", "--enable-auto-tool-choice",
-            "--reasoning-parser", "deepseek_r1", "--root-path", "/llm",
+            "--reasoning-parser", "deepseek_r1", "--root-path", "/llm", "--admin-port", "0",
             "--allowed-origins", json.dumps([PAGE]), "--max-log-len", "5",
             "--max-model-len", "256", "--dtype", "float32", "--enforce-eager",
             "--kv-cache-memory-bytes", str(1 << 27), "--max-num-seqs", "4", "--max-loras", "2",
@@ -128,7 +130,9 @@ def test_a_browser_may_ask(server: Server) -> None:
 
 def test_adapters_can_be_loaded(server: Server) -> None:
     """The admin API is local, the registry embedded."""
-    found = server.get("/admin/adapters", headers={}).json()
-    assert found["adapters"] == [] and found["engine"]["slots"] == 2
     log = server.log.read_text()
+    (admin,) = re.findall(r"^ +admin +(http://127\.0\.0\.1:\d+)$", log, re.MULTILINE)
+    found = httpx.get(f"{admin}/admin/adapters").json()
+    assert found["adapters"] == [] and found["engine"]["slots"] == 2
+    assert server.get("/admin/adapters", headers={}).status_code == 404
     assert "--max-log-len has no effect" in log
