@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 RAY := $(VENV)/ray
-CODE := server steering adapters zoo tests load_tests deploy
+CODE := server steering adapters zoo tests load_tests deploy examples
 
 # Slow or flaky networks: pip reads these two.
 export PIP_RETRIES ?= 10

@@ -1,4 +1,4 @@
-"""deploy/ray_serve with two replicas: exact, replaced when one dies, gone at the end."""
+"""examples/ray_serve with two replicas: exact, replaced when one dies, gone at the end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytest.importorskip("ray", reason="needs the extra `ray`")
 pytestmark = [pytest.mark.fleet, pytest.mark.engine, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "deploy" / "ray_serve"
+FOLDER = ROOT / "examples" / "ray_serve"
 ADMIN = "key-of-admin"
 
 

@@ -204,6 +204,26 @@ def test_a_trace_has_the_request_above_vllm_s_own_span(
     assert told["http.response.status_code"] == 200
 
 
+ROUTERS_READ = {
+    # https://github.com/kubernetes-sigs/gateway-api-inference-extension, model server protocol:
+    # also what llm-d and the router of vLLM's production stack read.
+    "vllm:num_requests_waiting": {"model_name"},
+    "vllm:num_requests_running": {"model_name"},
+    "vllm:kv_cache_usage_perc": {"model_name"},
+    "vllm:cache_config_info": {"block_size", "num_gpu_blocks"},
+    "vllm:lora_requests_info": {"max_lora", "running_lora_adapters", "waiting_lora_adapters"},
+}
+
+
+def test_routers_find_the_series_that_they_read(operated: Server) -> None:
+    complete(operated, ADAPTED)
+    found = samples(operated)
+    for name, labels in ROUTERS_READ.items():
+        assert name in found, name
+        assert all(labels <= {label for label, _ in one} for one in found[name]), name
+    assert set(found["coxswain_adapter_waiting"]) == {()}
+
+
 def test_every_series_and_label_of_the_alerts_and_the_dashboard_is_there(
     operated: Server,
 ) -> None:
