@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 RAY := $(VENV)/ray
-CODE := server steering adapters zoo tests load_tests deploy examples
+CODE := server steering adapters zoo tests load_tests deploy docs examples
 
 # Slow or flaky networks: pip reads these two.
 export PIP_RETRIES ?= 10
@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve test test-slow fuzz faults kinds families clients check fix bench bench-adapters bench-heads bench-speculation bench-load gpu-check soak load-soak eval pictures zoo doctor clean
+.PHONY: help install install-gpu serve test test-slow fuzz faults kinds families clients check fix bench bench-adapters bench-heads bench-speculation bench-load gpu-check docs soak load-soak eval pictures zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -88,6 +88,9 @@ load-soak: install ## two hours of loads that fail, retries and unloads, every a
 eval: install ## the zoo's scores, asked from the server at HOST:PORT (starts one if none runs)
 	$(BIN)/python -m load_tests.with_server $(CONFIG) --host $(HOST) --port $(PORT) -- \
 		$(BIN)/python -m zoo.evaluate --url http://$(HOST):$(PORT) $(ARGS)
+
+docs: install ## the documentation as a site, in build/docs
+	$(BIN)/mkdocs build --strict
 
 pictures: install ## the playground's screenshots in docs/images (needs Chromium)
 	$(BIN)/python -m load_tests.with_server $(CONFIG) --host $(HOST) --port $(PORT) -- \
