@@ -8,7 +8,7 @@ and for sums over several adapters, it is the definition. Formulas as in peft 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ import torch
 
 from adapters.errors import BadAdapter, DoesNotFit
 from adapters.formats.artefact import Part, Place
+from adapters.formats.blocks import block_number
 from adapters.formats.inputs import Linears
 from adapters.tensors import TensorFile
 
@@ -65,13 +66,18 @@ def load_part(part: Part, module: str, read: Read, base: BaseLayers) -> LoadedPa
         part: it.
         module: the layer.
         read: reads its tensors.
-        base: asked only by kinds that need to know the base: DoRA, biases, VeRA, IA3.
+        base: asked only by kinds that need to know the base: DoRA, biases, VeRA, IA3, and what is
+            done to attention heads.
 
     Raises:
-        BadAdapter: DoRA's product cancels a row of the base.
-        DoesNotFit: the base lacks the layer, or its bias.
+        BadAdapter: DoRA's product cancels a row of the base; or the output of a decoder layer, of
+            which the engine has two parts, is to be multiplied.
+        DoesNotFit: the base lacks the layer, or its bias; or heads share a value and are to be
+            scaled differently.
     """
-    a, b = _product(part, module, read, base)
+    if part.diagonal and block_number(module) is not None:
+        raise BadAdapter("the output of a decoder layer can be added to, not scaled", field=module)
+    a, b = _reft(part, read) if part.rotate is not None else _product(part, module, read, base)
     constant = diagonal = None
     if part.bias is not None:
         constant = read(part.bias).float() - _bias(module, base)
@@ -85,10 +91,53 @@ def load_part(part: Part, module: str, read: Read, base: BaseLayers) -> LoadedPa
         factor = _multiplier(part, module, read, base)
         diagonal = factor - 1
         constant = None if constant is None else factor * constant
-    if part.offset is not None:
-        offset = part.scale * read(part.offset).float()
-        constant = offset if constant is None else constant + offset
+    if part.factor is not None:
+        factor = _scaled_heads(part, module, read, base)
+        diagonal = factor if diagonal is None else diagonal + factor
+    for added in _constants(part, module, read, base):
+        constant = added if constant is None else constant + added
     return LoadedPart(a, b, constant, diagonal)
+
+
+def _constants(part: Part, module: str, read: Read, base: BaseLayers) -> Iterator[torch.Tensor]:
+    """[out] what a part adds besides its bias, whatever the input."""
+    if part.offset is not None:
+        yield part.scale * read(part.offset).float()
+    if part.source_bias is not None:
+        assert part.rotate is not None
+        turned = read(part.rotate).double() @ read(part.source_bias).double()
+        yield (part.scale * turned).float()
+    if part.shift is not None:
+        yield part.scale * base.product(module, read(part.shift).float()[None])[0]
+
+
+def _reft(part: Part, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
+    """LoReFT's A = W − Rᵀ and B = R, by R as it is stored (arXiv 2404.03592, eq. 2)."""
+    assert part.rotate is not None and part.source is not None
+    rotate = read(part.rotate).double()
+    a = read(part.source).double() - rotate.T
+    return a.float(), (part.scale * rotate).float()
+
+
+def _scaled_heads(part: Part, module: str, read: Read, base: BaseLayers) -> torch.Tensor:
+    """[out] LoFiT's A (arXiv 2406.01563), by what each value is multiplied more than once.
+
+    Raises:
+        DoesNotFit: query heads that share a value are to be scaled differently.
+    """
+    assert part.factor is not None
+    out, own = _shape(module, base)[0], read(part.factor).float().flatten()
+    if len(own) > out:
+        shared = own.view(out // part.head_size, -1, part.head_size)
+        if not torch.equal(shared, shared[:, :1].expand_as(shared)):
+            raise DoesNotFit(
+                "scales heads differently that share keys and values in this base, which has no "
+                "place for that", field=f"{part.factor.file}: {part.factor.name}",
+            )  # fmt: skip
+        own = shared[:, 0].flatten()
+    found = torch.zeros(out)
+    found[out - len(own) :] = own
+    return part.scale * found
 
 
 def factors(folder: Path, part: Part) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,9 +1,10 @@
 """What every adapter format is read into: one description, without any weights.
 
 An artefact has *members*: one for an adapter, one per task for a MeteoRA pack. A *part* is what a
-member does to one linear layer, mostly to add `scale · B A x`. A *gate* is the matrix `W_gate
-[members, in]` that routes tokens of one layer to members; packs have one for every layer they
-adapt, adapters none.
+member does to one linear layer, mostly to add `scale · B A x`; or to the output of a decoder layer
+(`adapters.formats.blocks`), as to a linear layer whose weight is the identity. A *gate* is the
+matrix `W_gate [members, in]` that routes tokens of one layer to members; packs have one for every
+layer they adapt, adapters none.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adapters.errors import BadAdapter
+from adapters.where import Where
 
-Kind = Literal["lora", "dora", "adalora", "vera", "ia3", "meteora"]
+Kind = Literal["lora", "dora", "adalora", "vera", "ia3", "meteora", "vector", "loreft"]
 
 TEMPERATURES = (1e-6, 1e6)
 """Of a gate's softmax. Less is 0 in float32, and 0 / 0 would leave NaN in blocks of the key-value
@@ -65,8 +67,18 @@ class Part:
         magnitude: DoRA's m, [out]: d = m / ‖W + scale · B A‖ − 1, and B is scaled alike.
         multipliers: IA3's l: [out, 1], or [1, n] for the last n outputs; d = Π l − 1.
         inputs: IA3's l for the layer's input, [1, in]; `adapters.formats.inputs` moves it.
-        offset: bias of B, [out], times `scale` a constant (`lora_bias`).
+        offset: bias of B (`lora_bias`), or a steering vector, [out]; times `scale` a constant.
         bias: what takes the place of b0, [out].
+        rotate: LoReFT's R as it is stored, [out, r] with orthonormal columns, for a layer whose
+            weight is the identity: R (W − Rᵀ) x + R b, times `scale`. `start` is 0, `stop` r.
+        source: its W, [r, out].
+        source_bias: its b, [r].
+        shift: what is added to the layer's input, [in]: `scale` · W shift is a constant (ITI,
+            LoFiT's v).
+        heads: LoFiT's A, [in]: the layer's input is multiplied by 1 + A;
+            `adapters.formats.inputs` moves it.
+        factor: LoFiT's A there, [out], or for the last outputs: d = A.
+        head_size: of A: where query heads share a value, those of one must have the same.
     """
 
     a: Place | None = None
@@ -82,6 +94,13 @@ class Part:
     inputs: Place | None = None
     offset: Place | None = None
     bias: Place | None = None
+    rotate: Place | None = None
+    source: Place | None = None
+    source_bias: Place | None = None
+    shift: Place | None = None
+    heads: Place | None = None
+    factor: Place | None = None
+    head_size: int = 0
 
     @property
     def rank(self) -> int:
@@ -91,12 +110,13 @@ class Part:
     @property
     def constant(self) -> bool:
         """Whether it may add a constant. DoRA does if the layer has a bias."""
-        return any((self.magnitude, self.offset, self.bias))
+        added = (self.magnitude, self.offset, self.bias, self.source_bias, self.shift)
+        return any(place is not None for place in added)
 
     @property
     def diagonal(self) -> bool:
-        """Whether it multiplies the layer's output (IA3's input scale: of the layer before)."""
-        return any((self.magnitude, self.multipliers, self.inputs))
+        """Whether it multiplies the layer's output (a scale of its input: of the layer before)."""
+        return any((self.magnitude, self.multipliers, self.inputs, self.heads, self.factor))
 
     @property
     def plain(self) -> bool:
@@ -122,7 +142,10 @@ class Part:
         return replace(part, **single)
 
 
-_SINGLE = ("a", "b", "inner", "outer", "magnitude", "inputs", "offset", "bias")
+_SINGLE = (
+    "a", "b", "inner", "outer", "magnitude", "inputs", "offset", "bias", "rotate", "source",
+    "source_bias", "shift", "heads", "factor",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,7 +154,7 @@ class Artefact:
 
     Args:
         folder: where it lies.
-        kind: PEFT's kind (one member, no gates) or `meteora`.
+        kind: PEFT's kind (one member, no gates), `meteora`, or of what changes the residual stream.
         members: names of the members; tasks of a pack.
         parts: per member: module name, as in the base's checkpoint → part.
         gates: module name → gate; empty for all but `meteora`.
@@ -139,6 +162,8 @@ class Artefact:
         top_k: members that a token is routed to unless the request says otherwise; 0 without
             gates.
         temperature: T of the gate's softmax unless the request says otherwise.
+        where: per member, at which positions it acts unless the request says otherwise; empty:
+            at all.
     """
 
     folder: Path
@@ -149,6 +174,7 @@ class Artefact:
     files: tuple[str, ...]
     top_k: int = 0
     temperature: float = 1.0
+    where: tuple[Where, ...] = ()
 
     @property
     def ranks(self) -> tuple[int, ...]:

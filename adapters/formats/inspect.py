@@ -6,9 +6,10 @@ from math import prod
 from pathlib import Path
 
 from adapters.errors import BadAdapter, DoesNotFit
-from adapters.formats import meteora, peft
+from adapters.formats import meteora, peft, vectors
 from adapters.formats.artefact import Artefact, Part, Place
 from adapters.formats.base import TABLES, BaseShapes
+from adapters.formats.blocks import block_number
 from adapters.formats.features import also_changes
 from adapters.formats.header import TensorInfo, check_finite, read_header
 from adapters.formats.inputs import MLP, moved
@@ -27,9 +28,10 @@ def read_artefact(folder: Path) -> Artefact:
         return meteora.read_meteora(folder)
     if (folder / peft.CONFIG).is_file():
         return peft.read_peft(folder)
-    raise BadAdapter(
-        "no adapter here", field=folder.name, allowed=f"{peft.CONFIG} or {meteora.CONFIG}"
-    )
+    if (folder / vectors.CONFIG).is_file():
+        return vectors.read_vectors(folder)
+    allowed = f"{peft.CONFIG}, {meteora.CONFIG} or {vectors.CONFIG}"
+    raise BadAdapter("no adapter here", field=folder.name, allowed=allowed)
 
 
 def inspect(folder: Path, base: BaseShapes, *, max_rank: int, values: bool = True) -> Artefact:
@@ -128,9 +130,18 @@ def _check_part(part: Part, module: str, headers: Headers, base: BaseShapes) -> 
         wide = part.shared and a[1] >= into and b[0] >= out
         _expect(part.a, a, (a[0], a[1] if wide else into))
         _expect(part.b, b, (b[0] if wide else out, b[1]))
-    for place in (part.outer, part.magnitude, part.offset, part.bias):
+    r = part.rank
+    for place, want in (
+        (part.outer, (out,)), (part.magnitude, (out,)), (part.offset, (out,)), (part.bias, (out,)),
+        (part.rotate, (out, r)), (part.source, (r, into)), (part.source_bias, (r,)),
+        (part.shift, (into,)),
+    ):  # fmt: skip
         if place is not None:
-            _expect(place, shape(place), (out,))
+            _expect(place, shape(place), want)
+    if part.factor is not None:
+        size = shape(part.factor)
+        if len(size) != 1 or (size != (out,) and size[0] % out and 3 * size[0] != out):
+            _expect(part.factor, size, (out,))
     biases_known = base.layers is None or f"{module}.weight" in base.tensors
     if part.bias is not None and biases_known and base.tensors.get(f"{module}.bias") != (out,):
         raise DoesNotFit("the adapter changes a bias that the base's layer lacks",
@@ -148,6 +159,10 @@ def _linear(base: BaseShapes, module: str, file: str) -> tuple[int, int] | None:
     if shape is not None or not base.whole:
         return shape
     field, last = f"{file}: {module}", module.rsplit(".", 1)[-1]
+    if (number := block_number(module)) is not None:
+        raise DoesNotFit("this server's base has no decoder layer of this number whose output "
+                         "adapters can change", field=f"{file}: layer", value=number,
+                         allowed=_blocks(base))  # fmt: skip
     if last in TABLES:
         raise DoesNotFit(also_changes(module, "target_modules"), field=field)
     if len(base.tensors.get(f"{module}.weight", ())) == 1:
@@ -161,6 +176,13 @@ def _linear(base: BaseShapes, module: str, file: str) -> tuple[int, int] | None:
     if "experts" in module:
         why = "this adapter changes the experts of a mixture, which is not served"
     raise DoesNotFit(why, field=field, allowed=base.offers(module))
+
+
+def _blocks(base: BaseShapes) -> str:
+    numbers = sorted(n for m in base.layers or () if (n := block_number(m)) is not None)
+    if numbers:
+        return f"{numbers[0]} to {numbers[-1]}"
+    return "none: adapters.vectors is false, or the layers of this base's family are not known"
 
 
 def _expect(place: Place, shape: tuple[int, ...], want: tuple[int, ...]) -> None:

@@ -1,0 +1,110 @@
+"""Steering vectors in our own format: `vector_config.json` and `vectors.safetensors`.
+
+    {"kind": "vector", "scale": 1.0, "where": "reply"}
+
+The tensors of kind `vector` are constants, by the layer that they are added behind: `12` or
+`model.layers.12` [H] at the output of decoder layer 12; `<module>.shift` [in] and `<module>.heads`
+[in] at the input of a linear layer (`Part.shift`, `Part.heads`). Those of kind `loreft` are
+`12.rotate` [H, r], `12.weight` [r, H] and `12.bias` [r] (arXiv 2404.03592).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import BadAdapter
+from adapters.formats.artefact import LARGEST_ALPHA, Artefact, Kind, Part, Place, inside
+from adapters.formats.blocks import block_of
+from adapters.formats.config import read_object
+from adapters.formats.header import TensorInfo, read_header
+from adapters.where import read_where
+
+CONFIG = "vector_config.json"
+TENSORS = "vectors.safetensors"
+
+_KEYS = ("kind", "scale", "where", "head_size", "base_model_name_or_path")
+_KINDS: tuple[Kind, ...] = ("vector", "loreft")
+_REFT = {"rotate": "rotate", "weight": "source", "bias": "source_bias"}
+
+
+def read_vectors(folder: Path, name: str = "vector") -> Artefact:
+    """The artefact in a folder; headers only.
+
+    Args:
+        folder: its own.
+        name: what its one member is called.
+
+    Raises:
+        BadAdapter: files are missing or broken, or a tensor does not belong.
+    """
+    config = read_object(inside(folder, CONFIG))
+    if unknown := sorted(config.keys() - set(_KEYS)):
+        raise _bad(unknown[0], config[unknown[0]], ", ".join(_KEYS))
+    kind = config.get("kind")
+    if kind not in _KINDS:
+        raise _bad("kind", kind, ", ".join(_KINDS))
+    scale = config.get("scale", 1.0)
+    if type(scale) not in (int, float) or not abs(scale) <= LARGEST_ALPHA:
+        raise _bad("scale", scale, "finite numbers")
+    size = config.get("head_size", 0)
+    if type(size) is not int or size < 0:
+        raise _bad("head_size", size, "numbers of one attention head's output")
+    tensors = read_header(inside(folder, TENSORS))
+    made = _reft(tensors) if kind == "loreft" else _constants(tensors)
+    parts = {m: replace(p, scale=float(scale), head_size=size) for m, p in made.items()}
+    if not parts:
+        raise BadAdapter("has no vectors", field=TENSORS)
+    where = ()
+    if "where" in config:
+        where = (read_where(config["where"], f"{CONFIG}: where"),)
+    return Artefact(folder, kind, (name,), (parts,), {}, (CONFIG, TENSORS), where=where)
+
+
+def _constants(tensors: dict[str, TensorInfo]) -> dict[str, Part]:
+    parts: dict[str, Part] = defaultdict(Part)
+    for name in sorted(tensors):
+        module, _, last = name.rpartition(".")
+        if (block := block_of(name)) is not None:
+            if parts[block].offset is not None:
+                raise BadAdapter("a second vector for this layer", field=f"{TENSORS}: {name}")
+            parts[block] = replace(parts[block], offset=Place(TENSORS, name))
+        elif module and last in ("shift", "heads"):
+            place: dict[str, Any] = {last: Place(TENSORS, name)}
+            parts[module] = replace(parts[module], **place)
+        else:
+            raise _stranger(name, "<number>, <path of a decoder layer>, <module>.shift, "
+                                  "<module>.heads")  # fmt: skip
+    return dict(parts)
+
+
+def _reft(tensors: dict[str, TensorInfo]) -> dict[str, Part]:
+    parts: dict[str, Part] = defaultdict(Part)
+    for name in sorted(tensors):
+        path, _, last = name.rpartition(".")
+        block = block_of(path)
+        if block is None or last not in _REFT:
+            raise _stranger(name, "<layer>.rotate, <layer>.weight, <layer>.bias")
+        if getattr(parts[block], _REFT[last]) is not None:
+            raise BadAdapter("given twice for this layer", field=f"{TENSORS}: {name}")
+        place: dict[str, Any] = {_REFT[last]: Place(TENSORS, name)}
+        parts[block] = replace(parts[block], **place)
+    for block, part in parts.items():
+        if part.rotate is None or part.source is None or part.source_bias is None:
+            raise BadAdapter("lacks one of rotate, weight and bias", field=f"{TENSORS}: {block}")
+        shape = tensors[part.rotate.name].shape
+        if len(shape) != 2:
+            raise BadAdapter("not a matrix", field=f"{TENSORS}: {part.rotate.name}", value=shape,
+                             allowed="[hidden, rank]")  # fmt: skip
+        parts[block] = replace(part, stop=shape[1])
+    return dict(parts)
+
+
+def _bad(key: str, value: Any, allowed: str) -> BadAdapter:
+    return BadAdapter("cannot be served", field=f"{CONFIG}: {key}", value=value, allowed=allowed)
+
+
+def _stranger(name: str, allowed: str) -> BadAdapter:
+    return BadAdapter("unexpected tensor", field=f"{TENSORS}: {name}", allowed=allowed)
