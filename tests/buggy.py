@@ -66,8 +66,8 @@ def main() -> None:
 
     real = launch.Run._load
 
-    async def load(self: Any, port: int) -> Any:
-        found = await real(self, port)
+    async def load(self: Any, ports: list[int]) -> Any:
+        found = await real(self, ports)
         plant()  # not before: it imports vLLM
         return found
 
