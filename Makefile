@@ -6,6 +6,8 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 # Where pip finds the CPU build of torch; empty: wherever pip is configured to look (README).
 TORCH_INDEX ?=
+# How many of pytest's workers run beside each other; 0: none, in this process.
+WORKERS ?= 2
 # More arguments for pytest (`make test ARGS='-k plan'`) or for the server.
 ARGS ?=
 
@@ -13,6 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 RAY := $(VENV)/ray
+PYTEST := $(BIN)/python -m pytest --durations=25 --durations-min=1
 CODE := server steering adapters zoo tests load_tests deploy docs examples
 
 # Slow or flaky networks: pip reads these two.
@@ -22,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve test test-slow fuzz faults kinds families clients check fix bench bench-adapters bench-heads bench-speculation bench-load gpu-check docs soak load-soak eval pictures zoo doctor clean
+.PHONY: help install install-gpu serve test test-fast test-nightly fuzz faults kinds families clients check fix bench bench-adapters bench-heads bench-speculation bench-load gpu-check docs soak load-soak eval pictures zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -30,23 +33,26 @@ help: ## this list
 serve: install ## the server with the demo zoo on HOST:PORT (CONFIG=..., ARGS='...')
 	$(BIN)/coxswain serve $(CONFIG) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: check ## everything: formatting, lint, types, layering, all tests (ARGS='...' goes to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+test: check ## formatting, lint, types, layering, and every promise once (ARGS='...' goes to pytest)
+	$(PYTEST) --order random -n $(WORKERS) $(ARGS)
 
-test-slow: $(RAY) ## two ranks, two replicas behind a load balancer, Ray Serve, all engine tests on V2 (minutes)
-	$(BIN)/python -m pytest -m 'fleet or emulated' $(ARGS)
+test-fast: install ## the tests that start no engine (two minutes)
+	$(PYTEST) --order random -n $(WORKERS) -m 'not engine and not slow' $(ARGS)
+
+test-nightly: $(RAY) ## all tests: also faults, soak, fleet, every family, all engine tests on V2 (hours)
+	COXSWAIN_FUZZ=$${COXSWAIN_FUZZ:-5000} $(PYTEST) --nightly $(ARGS)
 
 fuzz: install ## 5,000 calls made from /openapi.json to each API of a real server (minutes)
 	COXSWAIN_FUZZ=$${COXSWAIN_FUZZ:-5000} $(BIN)/python -m pytest tests/server/fuzz -s $(ARGS)
 
 faults: install ## breaks a running server in every way we know: docs/reports/faults.md (about five minutes)
-	$(BIN)/python -m pytest tests/faults --faults-table docs/reports/faults.md $(ARGS)
+	$(BIN)/python -m pytest --nightly tests/faults --faults-table docs/reports/faults.md $(ARGS)
 
 families: install ## every model family, exact or refused: docs/reference/model-families.md (about two minutes)
-	$(BIN)/python -m pytest tests/families --families-table docs/reference/model-families.md $(ARGS)
+	$(BIN)/python -m pytest --nightly tests/families --families-table docs/reference/model-families.md $(ARGS)
 
 kinds: install ## every kind of adapter that PEFT writes, served or refused: docs/reference/adapter-kinds.md (half a minute)
-	$(BIN)/python -m pytest tests/kinds --kinds-table docs/reference/adapter-kinds.md $(ARGS)
+	$(BIN)/python -m pytest --nightly tests/kinds --kinds-table docs/reference/adapter-kinds.md $(ARGS)
 
 clients: install ## openai, litellm, langchain, agents, anthropic, lm-eval, vllm bench: docs/reports/clients.md (minutes)
 	$(BIN)/python -m load_tests.clients $(ARGS)

@@ -1,7 +1,7 @@
 """Model Runner V2 and CUDA graphs, emulated: runs tests in processes that are prepared for it.
 
 `tests/emulated` has tests of the emulation and of what only it can show. The engine suite runs on
-V2 as it is: its core here, all of it by `make test-slow`.
+V2 as it is: its core here, all of it by `make test-nightly`.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def test_the_core_of_the_engine_suite(capsys: pytest.CaptureFixture[str]) -> Non
     show(capsys, interpret(*PLUGIN, *CORE, "-k", names))
 
 
-@pytest.mark.emulated
+@pytest.mark.nightly
 def test_the_engine_suite(capsys: pytest.CaptureFixture[str]) -> None:
-    show(capsys, interpret(*PLUGIN, "tests/engine", "--timeout=900"))
+    show(capsys, interpret(*PLUGIN, "tests/engine", "--nightly", "--timeout=900"))
 
 
-@pytest.mark.fleet
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["two_ranks", "data_parallel"])
 def test_several_processes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Ranks and engines beside each other, which are prepared as they start."""
     tests = f"tests/fleet/test_{name}.py"
-    show(capsys, interpret(tests, "-m", "fleet", first="tests/emulated/children"))
+    show(capsys, interpret(tests, "--nightly", first="tests/emulated/children"))
 
 
 def show(capsys: pytest.CaptureFixture[str], printed: str) -> None:

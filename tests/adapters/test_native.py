@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,15 @@ SLOTS, COLUMNS, MEMBERS = 4, 14, 4
 
 
 @pytest.fixture(scope="module", autouse=True)
-def built() -> None:
+def built() -> Iterator[None]:
+    """With threads, which other tests do without."""
     operation.build()
     if not native.build():
         pytest.skip("no C++ compiler")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 class Layer:

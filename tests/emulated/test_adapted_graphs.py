@@ -17,7 +17,7 @@ from tests.engine.driver import Case, Engine, Use, logprobs, tokens
 from tests.engine.heads import valued
 from tests.models import VOCAB_SIZE
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.nightly]
 
 ADAPTED = (
     Case(range(10, 18), adapters=(Use("one"),), max_tokens=6),

@@ -18,7 +18,7 @@ from tests.engine.test_heads import assert_exact
 from tests.engine.test_speculation import accepted
 from tests.models import VOCAB_SIZE
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.nightly]
 
 DRAFTS = 2
 VALUED = {"method": "value_augmented", "values": [{"stream": "value", "strength": 2.0}], "top_k": 4}

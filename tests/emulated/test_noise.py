@@ -23,7 +23,7 @@ from tests.emulated.platform import like_cuda
 from tests.engine.driver import Case, Engine, logprobs, tokens
 from tests.models import VOCAB_SIZE, make_model
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.nightly]
 
 MODE = "FULL_DECODE_ONLY"
 SMALL: dict[str, Any] = {

@@ -97,6 +97,7 @@ def table(found: dict[tuple[str, int], Counted]) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.nightly
 def test_the_page_says_what_was_counted(passes: Passes, speculating: Passes) -> None:
     found = counted(passes, speculating)
     assert all(one.copies == 1 for one in found.values())
@@ -110,6 +111,7 @@ def test_the_page_says_what_was_counted(passes: Passes, speculating: Passes) -> 
     assert said[0] == table(found), "run this test again with WRITE_DOCS=1"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", BATCHES)
 def test_what_was_counted_is_right(passes: Passes, name: str) -> None:
     plan = plan_of([BATCHES[name](row) for row in range(13)], 20)
@@ -177,6 +179,7 @@ def test_without_memory_nothing_is_captured(caplog: pytest.LogCaptureFixture) ->
     assert "6 of 6 were left out" in caplog.text
 
 
+@pytest.mark.nightly
 def test_drafts_read_positions_that_only_the_device_knows(speculating: Passes) -> None:
     """The host has bounds; ids, positions, lengths and slots are the device's."""
     passes, drafting = speculating, [0, 2, 3]
@@ -202,6 +205,7 @@ def test_drafts_read_positions_that_only_the_device_knows(speculating: Passes) -
     assert torch.equal(passes.step.draft(newest, own), own[:, None].repeat(1, DRAFTS))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("rows", [3, 16])
 def test_steps_that_verify_drafts_are_replayed(speculating: Passes, rows: int) -> None:
     """Each stream at positions of its own; whoever has another number of tokens is not."""
@@ -231,6 +235,7 @@ def test_steps_that_verify_drafts_are_replayed(speculating: Passes, rows: int) -
         ]  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_rows_without_drafts_beside_rows_with_some(speculating: Passes) -> None:
     """Shorter rows begin with padding; nobody sees it, nor its adapters."""
     passes, width = speculating, 1 + DRAFTS
@@ -255,6 +260,7 @@ def test_rows_without_drafts_beside_rows_with_some(speculating: Passes) -> None:
     assert passes.step.graphs is graphs and not offsets[0].any() and layout.streams == 3
 
 
+@pytest.mark.nightly
 def test_rows_of_more_tokens_are_not_replayed(speculating: Passes) -> None:
     plan = plan_of([BATCHES["pure"](row) for row in range(4)], 20, DRAFTS + 1)
     assert whole_batch(plan.schedule, 4 * (DRAFTS + 2), 1 + DRAFTS) is None
@@ -266,6 +272,7 @@ def test_rows_of_more_tokens_are_not_replayed(speculating: Passes) -> None:
     assert speculating.graphs.shape_for(0, batch, exact=True) is None
 
 
+@pytest.mark.nightly
 def test_candidates_are_valued_as_if_they_had_been_drawn(passes: Passes) -> None:
     plan = plan_of([valued(row) for row in range(5)], 20)
     ids = torch.arange(5, dtype=torch.int32) * 3
@@ -281,6 +288,7 @@ def test_candidates_are_valued_as_if_they_had_been_drawn(passes: Passes) -> None
     assert torch.allclose(control.added, after - after.mean(-1, keepdim=True), atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_candidates_are_written_into_blocks_of_their_own(passes: Passes) -> None:
     batch = Candidates.of(np.array([1, 1, 4]), np.array([18, 18, 5], np.int32))
     shape, scratch = passes.graphs.shape_for(0, batch), 900

@@ -15,7 +15,7 @@ from tests.emulated.plain import PARAMS, Answers, answers, engine, ordinary, run
 from tests.emulated.platform import like_cuda
 from tests.models import make_model
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.nightly]
 
 TOLERANCE = 1e-4
 """Nats, float32."""

@@ -17,7 +17,7 @@ from tests.engine.driver import Case, Engine, tokens
 from tests.engine.test_exactness import assert_exact, prompt
 from tests.models import VOCAB_SIZE, make_tokenizer
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.nightly]
 
 MIX: dict[str, Any] = {"method": "mix", "weights": {"base": 1.0, "chat": 1.5}}
 

@@ -205,12 +205,31 @@ def penalised(scores: Logits, reply: Sequence[int]) -> Logits:
 @pytest.mark.parametrize(
     ("spec", "params", "transform"),
     [
-        (CLOSE, {"temperature": 0.7, "top_k": 4}, lambda s, _: top_k(s / 0.7, 4)),
-        (SPECS[1], {"temperature": 1.0, "top_k": 5}, lambda s, _: top_k(s, 5)),
-        (CLOSE, {"temperature": 1.0, "top_k": 4, "presence_penalty": 2.0}, penalised),
-        (CLOSE, {"temperature": 1.0, "structured_outputs": "[0-9]{1000}"}, only_digits),
+        pytest.param(
+            CLOSE,
+            {"temperature": 0.7, "top_k": 4},
+            lambda s, _: top_k(s / 0.7, 4),
+            id="close",
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(
+            SPECS[1], {"temperature": 1.0, "top_k": 5}, lambda s, _: top_k(s, 5), id="far"
+        ),
+        pytest.param(
+            CLOSE,
+            {"temperature": 1.0, "top_k": 4, "presence_penalty": 2.0},
+            penalised,
+            id="penalties",
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(
+            CLOSE,
+            {"temperature": 1.0, "structured_outputs": "[0-9]{1000}"},
+            only_digits,
+            id="grammar",
+            marks=pytest.mark.nightly,
+        ),
     ],
-    ids=["close", "far", "penalties", "grammar"],
 )
 def test_draws_follow_the_exact_distribution(
     drafting: Engine, spec: dict[str, Any], params: dict[str, Any], transform: Transform

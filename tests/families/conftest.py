@@ -1,4 +1,4 @@
-"""`pytest tests/families --families-table docs/reference/model-families.md` writes the table."""
+"""`make families` writes the page's table."""
 
 from __future__ import annotations
 

@@ -25,6 +25,10 @@ FAMILIES = (
 )  # fmt: skip
 """Each is the base of an engine, whose companion is the next; the last one's is the first."""
 
+ONE_OF_EACH = ("gemma2", "gpt-oss", "phi3", "bloom")
+"""The mechanisms once: a sliding window and capped scores beside biases; experts and sinks beside
+norms of q and k; fused projections beside parallel blocks; slopes beside learned positions."""
+
 ROLES = ("base", "twin", "companion", "adapters")
 
 TOLERANCE = 1e-4

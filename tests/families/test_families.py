@@ -13,13 +13,14 @@ from tests.engine.driver import Case, Engine, logprobs, tokens
 from tests.families import matrix
 from tests.families.table import Row, states
 from tests.models import SPECIAL, VOCAB_SIZE
+from tests.tiers import mostly_nightly
 
 pytestmark = pytest.mark.engine
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "model-families.md"
 
 
-@pytest.mark.parametrize("family", matrix.FAMILIES)
+@pytest.mark.parametrize("family", mostly_nightly(matrix.FAMILIES, matrix.ONE_OF_EACH))
 def test_a_family_is_exact(family: str, tmp_path: Path, rows: dict[str, Row]) -> None:
     engine = matrix.engine_of(family, tmp_path)
     try:
@@ -38,7 +39,7 @@ REFUSED = ("deepseek-v2", "deepseek-v3")
 
 
 @pytest.mark.parametrize("role", ["base", "companion"])
-@pytest.mark.parametrize("family", REFUSED)
+@pytest.mark.parametrize("family", mostly_nightly(REFUSED, REFUSED[1:]))
 def test_a_family_is_refused(family: str, role: str, tmp_path: Path, rows: dict[str, Row]) -> None:
     pair = [(family, VOCAB_SIZE), ("llama", VOCAB_SIZE)]
     base, other = pair if role == "base" else pair[::-1]

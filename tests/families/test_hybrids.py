@@ -18,11 +18,12 @@ from tests.families.matrix import TOLERANCE, error
 from tests.families.table import Row
 from tests.hybrid_models import HYBRIDS
 from tests.models import SPECIAL, VOCAB_SIZE, make_model
+from tests.tiers import mostly_nightly
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module", params=HYBRIDS)
+@pytest.fixture(scope="module", params=mostly_nightly(HYBRIDS, ["granite4"]))
 def engine(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """Each hybrid with two companions; prompts are read in chunks."""
     if not current_platform.is_cpu():

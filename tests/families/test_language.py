@@ -18,6 +18,7 @@ from tests.families.matrix import TOLERANCE, error
 from tests.families.table import Row
 from tests.family_models import WINDOW
 from tests.models import SPECIAL, VOCAB_SIZE
+from tests.tiers import mostly_nightly
 
 pytestmark = pytest.mark.engine
 
@@ -35,7 +36,7 @@ ADAPTED = "ministral3"
 """The base whose engine takes adapters."""
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=mostly_nightly(ENGINES, [ADAPTED]))
 def engine(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """Each base with its companions and a twin."""
     streams: dict[str, tuple[str, int] | str] = {

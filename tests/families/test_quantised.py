@@ -17,6 +17,7 @@ from tests.engine.driver import BLOCK, logprobs, tokens
 from tests.families.table import Row
 from tests.models import SPECIAL, VOCAB_SIZE, make_model
 from tests.quantised import SCHEMES, make_quantised
+from tests.tiers import mostly_nightly
 
 pytestmark = pytest.mark.engine
 
@@ -95,7 +96,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     return {**made, "plain": make_model(root / "plain", "llama")}
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=mostly_nightly(ENGINES, ["float32"]))
 def both(request: Any, folders: Mapping[str, Path]) -> Iterator[tuple[Any, dict[str, Any], str]]:
     """(our engine, checkpoint → what vLLM alone answers, dtype)."""
     base, companions = ENGINES[request.param]

@@ -1,6 +1,6 @@
 """One server for the faults that it survives, one under a supervisor, and the table of the facts.
 
-`pytest tests/faults --faults-table docs/reports/faults.md` writes the table once all have passed.
+`make faults` writes the table once all of them have passed.
 """
 
 from __future__ import annotations

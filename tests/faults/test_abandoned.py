@@ -21,7 +21,7 @@ from tests.server.live import Server
 from tests.server.operation.test_live_telemetry import value
 from tests.server.watch import until
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(900)]
 
 ROUNDS, A_ROUND = 6, 400
 CLIENTS = ROUNDS * A_ROUND

@@ -20,7 +20,7 @@ from tests.server.adapting.kit import exact, load, record_of, unload
 from tests.server.live import Server
 from tests.server.operation.test_live_telemetry import value
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(600)]
 
 HOUR_S = 3600
 V0 = Kind((("v0", 1.0, None, None),))

@@ -30,7 +30,7 @@ from tests.server.adapting.test_kills import WEIGHTS, slow
 from tests.server.live import Server
 from tests.server.watch import until
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(600)]
 
 BIG = Kind((("large", 1.0, None, None),))
 V0 = Kind((("v0", 1.0, None, None),))

@@ -28,7 +28,7 @@ from tests.server.adapting.test_kills import WEIGHTS
 from tests.server.live import Server
 from tests.server.watch import until
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(600)]
 
 V0 = Kind((("v0", 1.0, None, None),))
 BODY = V0.body({"v0": "x"}, as_model=True)

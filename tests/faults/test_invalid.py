@@ -22,7 +22,7 @@ from tests.server.adapting.test_stress import GROWTH
 from tests.server.live import Server
 from tests.server.watch import until
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(900)]
 
 FLOOD = 5000
 AT_ONCE = 24

@@ -25,7 +25,7 @@ from tests.server.live import Server
 from tests.server.operation.test_live_telemetry import value
 from tests.server.watch import until
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(600)]
 
 LEAST_S = 4.0
 """The fault lasts at least so long: Redis is left alone for 5 s after it did not answer."""

@@ -1,1 +1,1 @@
-"""Several ranks or servers on one machine, really run: `make test-slow`."""
+"""Several ranks or servers on one machine, really run: `make test-nightly`."""

@@ -16,7 +16,7 @@ from tests.server.adapting.kit import configuration, load, serving
 from tests.server.live import Server
 from tests.server.reading import last_line
 
-pytestmark = [pytest.mark.fleet, pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 def engines(server: Server) -> list[psutil.Process]:

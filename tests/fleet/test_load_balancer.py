@@ -26,7 +26,7 @@ from tests.server.adapting.kit import load_all, record_of
 from tests.server.reading import BODY, Stream
 from tests.server.watch import until
 
-pytestmark = [pytest.mark.fleet, pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(900)]
 
 NOTICE_S = 2.0
 """Longer than HAProxy needs to see it: it looks every half second."""

@@ -25,7 +25,7 @@ from tests.server.live import document, free_port
 from tests.server.watch import until
 
 pytest.importorskip("ray", reason="needs the extra `ray`")
-pytestmark = [pytest.mark.fleet, pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "ray_serve"

@@ -16,7 +16,7 @@ from tests.server.adapting.expected import Kind, Oracle
 from tests.server.adapting.kit import configuration, load, serving
 from tests.server.live import Server
 
-pytestmark = [pytest.mark.fleet, pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 OTHERS = {

@@ -30,7 +30,7 @@ from tests.engine.test_exactness import TOLERANCE, assert_exact, prompt
 from tests.injected import Injected, failing, filled
 from tests.models import ARCHITECTURES, MAX_LENGTH, VOCAB_SIZE
 
-pytestmark = [pytest.mark.fleet, pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(900)]
 
 TWO: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 

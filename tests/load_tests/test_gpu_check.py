@@ -61,7 +61,7 @@ def test_stage_one_needs_little(tmp_path: Path) -> None:
     assert (section["letter"], section["status"]) == ("D", "PASS")
 
 
-@pytest.mark.emulated
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 @needs_triton
 def test_the_engine_section_on_emulated_graphs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.engine
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_steering_tenants_and_the_baseline_are_measured(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

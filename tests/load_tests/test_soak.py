@@ -31,7 +31,7 @@ MINUTES = float(os.environ.get("COXSWAIN_SOAK_MINUTES", "10"))
 
 
 @pytest.mark.engine
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(MINUTES * 60 + 1500)
 def test_the_soak_keeps_its_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "soak.md"

@@ -88,7 +88,7 @@ def test_the_table() -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_tenants_under_load(capsys: pytest.CaptureFixture[str]) -> None:
     """The short form; `python -m load_tests.tenants` has more rounds and a page."""
     found = run(rounds=40, seed=2)

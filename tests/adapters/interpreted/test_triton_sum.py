@@ -16,6 +16,7 @@ from adapters.kernels.reference import Float
 from adapters.kernels.triton_sum import AdapterTables, add_adapters
 from tests.adapters.mixed import KINDS, Ask, Layer, Part, Set, gates, line, over_ranks
 from tests.adapters.steps import SETS, TOLERANCE, asked, step
+from tests.tiers import mostly_nightly
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def close(y: torch.Tensor, want: Float) -> None:
     assert np.abs(y.double().numpy() - want).max(initial=0) <= TOLERANCE[y.dtype] * scale
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", mostly_nightly(TOLERANCE, [torch.bfloat16]))
 @pytest.mark.parametrize(
     ("tokens", "into", "sizes"),
     [
@@ -70,7 +71,7 @@ def test_requests_of_all_kinds_in_one_batch(
     close(added(layer, x, lines), layer.wanted(x, lines, asks))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", mostly_nightly(TOLERANCE, [torch.bfloat16]))
 @pytest.mark.parametrize(
     ("tokens", "into", "sizes"), [(2, 64, (31, 130)), (33, 7, (5, 3, 3)), (140, 33, (70,))]
 )
@@ -160,7 +161,7 @@ def test_like_the_torch_path(dtype: torch.dtype) -> None:
     close(y, torch_y.double().numpy())
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", mostly_nightly(TOLERANCE, [torch.bfloat16]))
 @pytest.mark.parametrize("cut", [[0, 30, 70], [0, 1, 30, 70]])
 def test_ranks_that_see_parts_of_the_input(cut: list[int], dtype: torch.dtype) -> None:
     """Their outputs add up to the layer's: gates choose by the scores of the whole input."""
@@ -183,7 +184,7 @@ def test_ranks_that_see_parts_of_the_input(cut: list[int], dtype: torch.dtype) -
     assert np.abs(y.numpy() - want).max() <= 2 * TOLERANCE[dtype] * scale
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", mostly_nightly(TOLERANCE, [torch.bfloat16]))
 def test_a_rows_bits_do_not_depend_on_the_other_rows(dtype: torch.dtype) -> None:
     layer = Layer(70, (18, 7), SETS, dtype, seed=9)
     lines, _ = step(layer, 30, 6)

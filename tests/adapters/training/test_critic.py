@@ -334,7 +334,6 @@ def arguments(settings: CriticSettings) -> list[str]:
     return [*found, *(["--probe"] if settings.probe else [])]
 
 
-@pytest.mark.slow
 def filled(path: Path) -> bool:
     """Whether something lies there; what is renamed meanwhile does not."""
     with contextlib.suppress(FileNotFoundError):
@@ -342,6 +341,7 @@ def filled(path: Path) -> bool:
     return False
 
 
+@pytest.mark.nightly
 def test_killed_wherever_it_is_the_command_ends_with_the_same_bits(
     made: CriticSettings, tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ def config(models: Path, state: Path, web: Web) -> dict[str, Any]:
     return configuration(models, state, remotes=[web.url], max_loaded=3)
 
 
+@pytest.mark.nightly
 def test_kills_in_the_middle_of_loads_lose_nothing(
     models: Path, folders: dict[str, Path], oracle: Oracle, web: Web, config: dict[str, Any],
     state: Path,

@@ -38,7 +38,7 @@ CLIENTS = 12
 GROWTH = 96 << 20
 """Bytes by which the server and its engine may grow; allocators keep some of what was freed."""
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(400 + OPERATIONS)]
+pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(400 + OPERATIONS)]
 
 
 async def test_every_answer_is_right_while_administrators_change_everything(

@@ -18,6 +18,8 @@ from tests.adapters.models import Applied, adapted
 from tests.server.live import Server, document
 from tests.server.watch import until
 
+pytestmark = pytest.mark.engine
+
 TOLERANCE = 1e-4
 """Of log-probabilities, float32."""
 

@@ -10,6 +10,8 @@ from steering.method import log_softmax
 from tests.reference import load, scores
 from tests.server.live import Server
 
+pytestmark = pytest.mark.engine
+
 TOLERANCE = 1e-4
 """Of log-probabilities, float32."""
 

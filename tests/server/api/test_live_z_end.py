@@ -17,7 +17,7 @@ import yaml
 from tests.server.live import Server, document
 from tests.server.reading import BODY, Stream, last_line
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.last, pytest.mark.engine, pytest.mark.timeout(400)]
 
 
 def test_drain_finishes_what_runs_refuses_what_comes_and_exits_0(server: Server) -> None:

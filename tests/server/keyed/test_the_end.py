@@ -9,7 +9,7 @@ from tests.server.keyed.conftest import ADMIN, FULL
 from tests.server.live import Server
 from tests.server.reading import BODY, Stream
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.last, pytest.mark.engine, pytest.mark.timeout(400)]
 
 
 def test_drain_waits_until_what_runs_is_finished(

@@ -11,7 +11,7 @@ from tests.server.live import Server
 from tests.server.operation.test_live_telemetry import complete
 from tests.server.watch import until
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.last, pytest.mark.engine, pytest.mark.timeout(400)]
 
 
 def test_it_says_that_it_is_not_ready_before_it_refuses(operated: Server) -> None:

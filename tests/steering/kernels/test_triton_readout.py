@@ -12,6 +12,7 @@ import pytest
 
 from tests.compiled import POINTERS, compiled
 from tests.interpreted import interpret
+from tests.tiers import mostly_nightly
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton has no build for this machine"
@@ -31,8 +32,8 @@ def test_interpreted(module: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", POINTERS)
+@pytest.mark.parametrize("arch", mostly_nightly([80, 90], [90]))
+@pytest.mark.parametrize("dtype", mostly_nightly(POINTERS, ["bfloat16"]))
 def test_compiles_for_nvidia_gpus(
     dtype: str, arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
