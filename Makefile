@@ -132,16 +132,16 @@ $(RAY): $(STAMP)
 	touch $@
 
 $(BIN)/python:
-	@for python in $(or $(PYTHON),python3.11 python3 python); do \
-		$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || continue; \
+	@for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python); do \
+		$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || continue; \
 		echo "$$python -m venv $(VENV)"; \
 		$$python -m venv $(VENV) && exit 0; \
 		rm -rf $(VENV); \
-		echo "$$python cannot make a virtual environment; on Debian: apt install python3.11-venv" >&2; \
+		echo "$$python cannot make a virtual environment; on Debian: apt install python3-venv" >&2; \
 		exit 1; \
 	done; \
-	echo "Coxswain needs Python 3.11: looked for $(or $(PYTHON),python3.11 python3 python)." \
-		"Install it, or name it: make PYTHON=/path/to/python3.11 ..." >&2; \
+	echo "Coxswain needs Python 3.11, 3.12 or 3.13: looked for $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python)." \
+		"Install one, or name it: make PYTHON=/path/to/python ..." >&2; \
 	exit 1
 
 clean: ## removes .venv and all caches

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -69,7 +71,7 @@ def build_app(config: Config, methods: Registry) -> FastAPI:
     """
     app = FastAPI(
         title="Coxswain",
-        version="0.1.0",
+        version=version("coxswain"),
         description="A language model over the OpenAI API, steered per request.",
         redirect_slashes=False,
     )

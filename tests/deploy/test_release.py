@@ -1,0 +1,108 @@
+"""Versions, the release script, and what is in the wheel; nothing leaves this machine."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+import subprocess
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from deploy import release
+
+ROOT = Path(__file__).parents[2]
+TODAY = datetime.date(2030, 1, 2)
+COPIED = ("adapters", "deploy", "docs/deploy", "server", "steering", "zoo")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with what a release touches; the zoo, too, which must stay outside."""
+    root = tmp_path_factory.mktemp("release") / "source"
+    root.mkdir()
+    for file in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"):
+        shutil.copy(ROOT / file, root)
+    for folder in COPIED:
+        shutil.copytree(
+            ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
+    project = root / "pyproject.toml"
+    project.write_text(project.read_text().replace("example.org", "forge.test"))
+    changelog = root / "CHANGELOG.md"
+    text = changelog.read_text()
+    changelog.write_text(text.replace("# Changelog\n", "# Changelog\n\n## 9.8.7 (unreleased)\n", 1))
+    (root / ".gitignore").write_text("/build/\n/dist/\n*.egg-info/\n")
+    for command in (
+        ["init", "--quiet", "--initial-branch", "main"],
+        ["config", "user.name", "Test"],
+        ["config", "user.email", "test@forge.test"],
+        ["add", "--all"],
+        ["commit", "--quiet", "--message", "all"],
+    ):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    return root
+
+
+def test_all_places_have_one_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert release.check(ROOT) == version
+    assert f"## {version} (" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_a_release_without_a_public_address_is_refused(source: Path) -> None:
+    project = source / "pyproject.toml"
+    text = project.read_text()
+    subprocess.run(["git", "checkout", "--quiet", "-b", "placeholder"], cwd=source, check=True)
+    project.write_text(text.replace("forge.test", "example.org"))
+    with pytest.raises(release.NotReady, match="changes"):
+        release.release(source, "9.8.7", TODAY)
+    subprocess.run(["git", "commit", "--quiet", "-am", "x"], cwd=source, check=True)
+    with pytest.raises(release.NotReady, match="on main"):
+        release.release(source, "9.8.7", TODAY)
+    subprocess.run(["git", "checkout", "--quiet", "main"], cwd=source, check=True)
+    subprocess.run(["git", "reset", "--quiet", "--hard", "placeholder"], cwd=source, check=True)
+    with pytest.raises(release.NotReady, match=r"example\.org"):
+        release.release(source, "9.8.7", TODAY)
+    subprocess.run(["git", "reset", "--quiet", "--hard", "HEAD~1"], cwd=source, check=True)
+    with pytest.raises(release.NotReady, match="three numbers"):
+        release.release(source, "9.8", TODAY)
+    with pytest.raises(release.NotReady, match=r"CHANGELOG\.md: no section '## 1\.2\.3"):
+        release.release(source, "1.2.3", TODAY)
+
+
+def test_a_release_writes_builds_looks_commits_and_tags(source: Path) -> None:
+    release.release(source, "9.8.7", TODAY)
+    assert release.check(source) == "9.8.7"
+    assert "## 9.8.7 (2030-01-02)\n" in (source / "CHANGELOG.md").read_text()
+    told = subprocess.run(
+        ["git", "log", "-1", "--format=%s %D"], cwd=source, capture_output=True, text=True
+    ).stdout
+    assert "Release 9.8.7" in told and "tag: v9.8.7" in told
+    with pytest.raises(release.NotReady, match=r"v9\.8\.7 is there already"):
+        release.release(source, "9.8.7", TODAY)
+    (wheel,) = (source / "dist").glob("*.whl")
+    names = release.look_into(wheel)
+    assert {"server/playground/index.html", "server/operation/engine_logs.json"} <= set(names)
+    assert [name for name in names if name.startswith("adapters/") and name.endswith(".cpp")]
+    assert wheel.stat().st_size < 3_000_000, "weights weigh more"
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        assert not [name for name in opened.getnames() if ".safetensors" in name]
+
+
+def test_a_wheel_with_weights_is_refused(tmp_path: Path) -> None:
+    wheel = tmp_path / "x.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for package in release.PACKAGES[:2]:
+            archive.writestr(f"{package}/py.typed", "")
+    with pytest.raises(release.NotReady, match=r"lacks steering/py\.typed"):
+        release.look_into(wheel)
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("steering/py.typed", "")
+        archive.writestr("zoo/models/model.safetensors", "")
+    with pytest.raises(release.NotReady, match="does not belong"):
+        release.look_into(wheel)
