@@ -30,6 +30,8 @@ class Example:
     name: str
     language: str
     code: str
+    output: str
+    """What the page says that it prints, in a block of text behind it; empty if it says nothing."""
 
     @property
     def body(self) -> dict[str, object]:
@@ -41,18 +43,20 @@ class Example:
 
 def examples(text: str) -> list[Example]:
     """Those of a page."""
-    pattern = r"^<!-- example: (\w+) -->\n```(\w+)\n(.*?)^```$"
-    return [Example(*found) for found in re.findall(pattern, text, flags=re.DOTALL | re.MULTILINE)]
+    block = r"^<!-- example: (\w+) -->\n```(\w+)\n(.*?)^```$(?:\n\n```text\n(.*?)\n```$)?"
+    return [Example(*found) for found in re.findall(block, text, flags=re.DOTALL | re.MULTILINE)]
 
 
+GUIDE = ROOT / "docs" / "guide"
 PAGES = [
     ROOT / "docs" / "start" / "quick-start.md",
-    *sorted((ROOT / "docs" / "guide" / "methods").glob("*.md")),
+    GUIDE / "adapters.md",
+    *sorted((GUIDE / "methods").glob("*.md")),
 ]
 EXAMPLES = examples(README)
 ALL = EXAMPLES + [e for page in PAGES for e in examples(page.read_text(encoding="utf-8"))]
 CURL = [e for e in ALL if e.language == "bash" and "curl" in e.code]
-SHELL = [e for e in EXAMPLES if e.language == "bash" and "curl" not in e.code]
+SHELL = [e for e in ALL if e.language == "bash" and "curl" not in e.code]
 PYTHON = [e for e in ALL if e.language == "python"]
 METHODS = sorted(
     e.name for e in entry_points(group=ENTRY_POINT_GROUP) if e.value.startswith("steering.methods.")
@@ -64,7 +68,14 @@ def test_every_runnable_block_is_an_example() -> None:
         blocks = re.findall(r"^```(?:bash|python)$", text, flags=re.MULTILINE)
         assert len(blocks) == len(examples(text))
     names = [example.name for example in ALL]
-    assert len(EXAMPLES) > 0 and len(set(names)) == len(names)
+    assert len(set(names)) == len(names)
+
+
+def test_the_readme_is_short_and_shows_an_answer_before_and_after() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) <= 120
+    before, after = (e for e in EXAMPLES if e.name in ("before", "after"))
+    assert before.output and after.output and before.output != after.output
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -85,7 +96,10 @@ def test_the_curl_examples_are_answered(example: Example, zoo: str) -> None:
     answer = json.loads(found)
     assert "error" not in answer
     (choice,) = answer["choices"]
-    assert choice.get("text") or choice["message"]["content"]
+    text = choice.get("text") or choice["message"]["content"]
+    assert text
+    if example.output:
+        assert text.strip() == example.output
     steering = example.body.get("steering", {})
     assert isinstance(steering, dict)
     assert ("steering" in answer) == bool(steering.get("report"))

@@ -1,7 +1,8 @@
 """Coxswain behind Ray Serve: each replica runs one server and passes its HTTP on, untouched.
 
 `PYTHONPATH=examples/ray_serve serve run examples/ray_serve/serve.yaml`. Serve starts, spreads,
-checks and restarts the replicas and shares the requests out; the server does the rest. It is a process of its own, because vLLM's engine wants the main thread and the signals.
+checks and restarts the replicas and shares the requests out; the server does the rest as everywhere
+else. It is a process of its own, because vLLM's engine wants the main thread and the signals.
 """
 
 from __future__ import annotations

@@ -120,13 +120,3 @@ def test_a_method_page_says_formula_use_request_and_cost(page: Path) -> None:
     assert re.search(r"^    \S+", section(page, "Formula"), re.MULTILINE), "no formula"
     for title in ("When", "Cost"):
         assert len(section(page, title)) > 80
-
-
-@pytest.mark.parametrize("page", METHOD_PAGES, ids=name_of)
-def test_figures_of_cost_are_the_readmes(page: Path) -> None:
-    """Figures with a decimal point and larger counts; the README says how to repeat each."""
-    told = ("README.md", "docs/internals/speed.md", "zoo/README.md")
-    known = "".join((ROOT / name).read_text("utf-8") for name in told)
-    cost = re.sub(r"\]\([^)]*\)", "]", section(page, "Cost"))
-    for figure in re.findall(r"(?<![\w.])\d+\.\d+(?!\w)|(?<![\w.])\d{3,}(?![\w.])", cost):
-        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", known), figure
