@@ -103,7 +103,7 @@ def _place(item: pytest.Item, seed: str, engines: set[str]) -> tuple[float, ...]
     )
 
 
-class UnitScheduling(LoadScopeScheduling):  # type: ignore[misc]
+class UnitScheduling(LoadScopeScheduling):
     """Gives each worker of `pytest -n` whole units, in the order of the tests."""
 
     def _split_scope(self, nodeid: str) -> str:
