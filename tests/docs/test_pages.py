@@ -14,9 +14,12 @@ from steering.method import ENTRY_POINT_GROUP
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-READMES = [ROOT / folder / "README.md" for folder in (".", "steering", "zoo")]
-PAGES = sorted([*READMES, *DOCS.rglob("*.md")])
-CODE = ("server", "steering", "adapters", "zoo", "tests", "load_tests", "deploy", "docs")
+READMES = [ROOT / folder / "README.md" for folder in (".", "steering", "zoo", "examples")]
+FORGE = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+PAGES = sorted([*READMES, *FORGE, *DOCS.rglob("*.md")])
+CODE = (
+    "server", "steering", "adapters", "zoo", "tests", "load_tests", "deploy", "docs", "examples",
+)  # fmt: skip
 METHODS = sorted(
     e.name for e in entry_points(group=ENTRY_POINT_GROUP) if e.value.startswith("steering.methods.")
 )
