@@ -21,7 +21,9 @@ def on_config(config: Any) -> Any:
     nav: list[Any] = [{"Home": "README.md"}]
     for section in re.split(r"^## ", (docs / "README.md").read_text("utf-8"), flags=re.M)[1:]:
         title, _, body = section.partition("\n")
-        nav.append({title: [entry(docs, link[3]) for link in LINK.finditer(body)]})
+        links = [link[3] for link in LINK.finditer(body)]
+        # Files outside docs/, as the changelog, are links on the page and no pages of the site.
+        nav.append({title: [entry(docs, link) for link in links if not link.startswith("../")]})
     config.nav = nav
     return config
 
