@@ -13,7 +13,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = {
-    "plain": r"\S+",
+    "plain": r".+",
     "steered": r"base: +(?P<base>.+)\nsteered: (?P<steered>.+)\nprofile: (?P<profile>.+)",
     "adapter": r"without: (?P<without>.+)\nwith: +(?P<answer>\S+)",
     "streaming": r"(?P<text>.+)\n\nreport: \{.*'mean_kl'.*",

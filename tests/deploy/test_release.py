@@ -16,12 +16,12 @@ from deploy import release
 
 ROOT = Path(__file__).parents[2]
 TODAY = datetime.date(2030, 1, 2)
-COPIED = ("adapters", "deploy", "docs/deploy", "server", "steering", "zoo")
+COPIED = ("adapters", "deploy", "docs/deploy", "server", "steering")
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with what a release touches; the zoo, too, which must stay outside."""
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with what a release touches, and with weights, which must stay outside."""
     root = tmp_path_factory.mktemp("release") / "source"
     root.mkdir()
     for file in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"):
@@ -30,20 +30,33 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(
             ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
         )
+    weights = root / "zoo" / "models" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(bytes(4_000_000))
+    (root / "zoo" / "__init__.py").touch()
     project = root / "pyproject.toml"
     project.write_text(project.read_text().replace("example.org", "forge.test"))
     changelog = root / "CHANGELOG.md"
     text = changelog.read_text()
     changelog.write_text(text.replace("# Changelog\n", "# Changelog\n\n## 9.8.7 (unreleased)\n", 1))
     (root / ".gitignore").write_text("/build/\n/dist/\n*.egg-info/\n")
-    for command in (
-        ["init", "--quiet", "--initial-branch", "main"],
-        ["config", "user.name", "Test"],
-        ["config", "user.email", "test@forge.test"],
-        ["add", "--all"],
-        ["commit", "--quiet", "--message", "all"],
-    ):
-        subprocess.run(["git", *command], cwd=root, check=True)
+    git(root, "init", "--quiet", "--initial-branch", "main")
+    git(root, "add", "--all")
+    git(root, "-c", "user.name=T", "-c", "user.email=t@forge.test", "commit", "-qm", "all")
+    return root
+
+
+def git(root: Path, *arguments: str) -> None:
+    subprocess.run(["git", *arguments], cwd=root, check=True)
+
+
+@pytest.fixture
+def source(original: Path, tmp_path: Path) -> Path:
+    """A clone of it, for one test."""
+    root = tmp_path / "clone"
+    git(tmp_path, "clone", "--quiet", str(original), str(root))
+    git(root, "config", "user.name", "Test")
+    git(root, "config", "user.email", "test@forge.test")
     return root
 
 
@@ -56,18 +69,18 @@ def test_all_places_have_one_version() -> None:
 def test_a_release_without_a_public_address_is_refused(source: Path) -> None:
     project = source / "pyproject.toml"
     text = project.read_text()
-    subprocess.run(["git", "checkout", "--quiet", "-b", "placeholder"], cwd=source, check=True)
+    git(source, "checkout", "--quiet", "-b", "placeholder")
     project.write_text(text.replace("forge.test", "example.org"))
     with pytest.raises(release.NotReady, match="changes"):
         release.release(source, "9.8.7", TODAY)
-    subprocess.run(["git", "commit", "--quiet", "-am", "x"], cwd=source, check=True)
+    git(source, "commit", "--quiet", "-am", "x")
     with pytest.raises(release.NotReady, match="on main"):
         release.release(source, "9.8.7", TODAY)
-    subprocess.run(["git", "checkout", "--quiet", "main"], cwd=source, check=True)
-    subprocess.run(["git", "reset", "--quiet", "--hard", "placeholder"], cwd=source, check=True)
+    git(source, "checkout", "--quiet", "main")
+    git(source, "reset", "--quiet", "--hard", "placeholder")
     with pytest.raises(release.NotReady, match=r"example\.org"):
         release.release(source, "9.8.7", TODAY)
-    subprocess.run(["git", "reset", "--quiet", "--hard", "HEAD~1"], cwd=source, check=True)
+    git(source, "reset", "--quiet", "--hard", "HEAD~1")
     with pytest.raises(release.NotReady, match="three numbers"):
         release.release(source, "9.8", TODAY)
     with pytest.raises(release.NotReady, match=r"CHANGELOG\.md: no section '## 1\.2\.3"):
