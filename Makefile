@@ -25,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve test test-fast test-nightly fuzz faults kinds families clients check fix bench bench-adapters bench-heads bench-speculation bench-load gpu-check docs soak load-soak eval pictures zoo doctor clean
+.PHONY: help install install-gpu serve test test-fast test-nightly fuzz faults kinds families clients check fix bench bench-adapters bench-heads bench-speculation bench-load gpu-check docs reference soak load-soak eval pictures zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -94,6 +94,11 @@ load-soak: install ## two hours of loads that fail, retries and unloads, every a
 eval: install ## the zoo's scores, asked from the server at HOST:PORT (starts one if none runs)
 	$(BIN)/python -m load_tests.with_server $(CONFIG) --host $(HOST) --port $(PORT) -- \
 		$(BIN)/python -m zoo.evaluate --url http://$(HOST):$(PORT) $(ARGS)
+
+reference: install ## docs/reference again, from the code
+	$(BIN)/coxswain reference > docs/reference/configuration.md
+	$(BIN)/coxswain reference --vllm-flags > docs/reference/vllm-flags.md
+	$(BIN)/python -m tests.docs.reference
 
 docs: install ## the documentation as a site, in build/docs
 	$(BIN)/mkdocs build --strict

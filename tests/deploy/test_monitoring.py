@@ -32,6 +32,7 @@ from tests.deploy.monitoring import (
 ROOT = Path(__file__).resolve().parents[2]
 ALERTS_TESTED = Path(__file__).with_name("alerts.test.yml")
 RUNBOOK = ROOT / "docs" / "deploy" / "operations.md"
+SERIES = ROOT / "docs" / "reference" / "metrics.md"
 
 
 @pytest.mark.parametrize(("where", "query"), list(queries()))
@@ -117,8 +118,8 @@ def test_panels_use_variables_that_there_are_and_a_datasource_that_can_be_chosen
             assert ("instance" in used) != about_gpus(target["expr"]), panel["title"]
 
 
-def test_the_runbook_lists_every_series_of_ours_that_is_read() -> None:
-    text = RUNBOOK.read_text()
+def test_the_reference_lists_every_series_of_ours_that_is_read() -> None:
+    text = SERIES.read_text("utf-8")
     for name in {s.name for s in selectors() if s.name.startswith("coxswain_")}:
         base = re.sub(r"_(bucket|count|sum)$", "", name)
         assert f"`{base}`" in text or f"`{base}{{" in text, name
