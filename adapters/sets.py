@@ -95,6 +95,12 @@ class Block(msgspec.Struct, frozen=True):
         return tuple((c, m) for kind in kinds for m, c in enumerate(kind) if c is not None)
 
     @property
+    def of_columns(self) -> list[int]:
+        """The member of each of `columns`."""
+        products = [m for m, rank in enumerate(self.ranks) for _ in range(rank)]
+        return [*products, *(m for _, m in self.ones)]
+
+    @property
     def columns(self) -> list[int]:
         """All its columns."""
         return [*range(self.products.start, self.products.stop), *(c for c, _ in self.ones)]

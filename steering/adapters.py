@@ -7,8 +7,12 @@ from dataclasses import dataclass, replace
 
 from adapters.formats.artefact import TEMPERATURES, Artefact
 from adapters.sets import AdapterSet, Member
+from adapters.where import Where
 from steering.errors import BadValue, NotFound
 from steering.plan import BASE, AdapterUse, SteeringPlan
+
+MOST_WHERES = 4
+"""Different sets of positions that the adapters of one request may act at, beside all."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class ResolvedAdapter:
         temperature: for a pack, T; None: the pack's own.
         field: where it stands in the request, for errors, e.g. `adapters.0`.
         name, version: what the request and reports call it.
+        where: at which positions it acts; None: where its file says, or everywhere.
     """
 
     artefact: Artefact
@@ -35,6 +40,13 @@ class ResolvedAdapter:
     field: str = "adapters"
     name: str = ""
     version: str = ""
+    where: Where | None = None
+
+    @property
+    def places(self) -> tuple[Where, ...]:
+        """Of `AdapterUse`."""
+        found = self.artefact.where if self.where is None else (self.where,)
+        return () if all(where.everywhere for where in found) else found
 
 
 def adapt(
@@ -60,8 +72,8 @@ def adapt(
 
     Raises:
         NotFound: a stream that this server does not have.
-        BadValue: a number out of range, the same adapter twice on one stream, or more rank
-            than a set may take.
+        BadValue: a number out of range, the same adapter twice on one stream, more rank than a set
+            may take, or too many sets of positions.
     """
     uses: dict[tuple[str, str], AdapterUse] = {}
     members = []
@@ -81,6 +93,10 @@ def adapt(
     kept = tuple(use for _, use in sorted(uses.items()) if use.weight)
     if not kept:
         return plan, None
+    if len(places := {where for use in kept for where in use.where}) > MOST_WHERES:
+        raise BadValue("the request's adapters act at too many different sets of positions",
+                       field=resolved[0].field.rsplit(".", 1)[0], value=len(places),
+                       allowed=f"≤ {MOST_WHERES}")  # fmt: skip
     found = AdapterSet.of(members)
     if found.rank > max_rank:
         raise BadValue(
@@ -106,7 +122,7 @@ def _use(one: ResolvedAdapter, weight: tuple[float, float]) -> AdapterUse:
         for name in ("top_k", "temperature"):
             if getattr(one, name) is not None:
                 raise BadValue("only a MeteoRA pack has this", field=f"{one.field}.{name}")
-        return AdapterUse(one.digest, one.stream, float(one.weight))
+        return AdapterUse(one.digest, one.stream, float(one.weight), where=one.places)
     top_k = artefact.top_k if one.top_k is None else one.top_k
     temperature = artefact.temperature if one.temperature is None else one.temperature
     if not 1 <= top_k <= len(artefact.members):
@@ -120,4 +136,6 @@ def _use(one: ResolvedAdapter, weight: tuple[float, float]) -> AdapterUse:
     if not lowest <= temperature <= highest:
         raise BadValue("out of range", field=f"{one.field}.temperature", value=temperature,
                        allowed=f"[{lowest:g}, {highest:g}]")  # fmt: skip
-    return AdapterUse(one.digest, one.stream, float(one.weight), top_k, float(temperature))
+    return AdapterUse(
+        one.digest, one.stream, float(one.weight), top_k, float(temperature), one.places
+    )

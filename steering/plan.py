@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Literal
 
+from adapters.where import Where
+
 BASE = "base"
 
 Report = Literal["off", "summary", "tokens"]
@@ -130,6 +132,8 @@ class AdapterUse:
         weight: g of a LoRA adapter, finite; multiplies the whole of a MeteoRA pack.
         top_k: members of a pack that each token is routed to, 1 to its members; 0 for a LoRA.
         temperature: T > 0 of a pack's softmax; 1 for a LoRA.
+        where: at which positions of the stream's text it acts: one for all of its members, or one
+            for each; empty: at all.
     """
 
     digest: str
@@ -137,6 +141,7 @@ class AdapterUse:
     weight: float = 1.0
     top_k: int = 0
     temperature: float = 1.0
+    where: tuple[Where, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

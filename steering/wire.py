@@ -32,13 +32,21 @@ class SteeringPayload(msgspec.Struct, frozen=True):
         """How many leading tokens' KV blocks the request may share; None for no limit.
 
         The length of the shortest prompt, if any stream's is shorter than the request's: the
-        stream writes the KV of its response into blocks that the request has left already.
+        stream writes the KV of its response into blocks that the request has left already. And no
+        more than have the same KV in every longer prompt that begins so: an adapter may act on the
+        prompt and not on the reply, which the next prompt of a conversation contains.
 
         Args:
             prompt_len: tokens of the vLLM request's prompt, padding included, without `reply`.
         """
-        lengths = [prompt_len - self.pad, *(len(ids) for _, ids in self.plan.prompts)]
-        return min(lengths) if min(lengths) < prompt_len else None
+        own = {name: len(ids) for name, ids in self.plan.prompts}
+        lengths = [prompt_len - self.pad, *own.values()]
+        found = [min(lengths)] if min(lengths) < prompt_len else []
+        for use in self.plan.adapters:
+            length = own.get(use.stream, prompt_len - self.pad)
+            alike = (where.shared(length) for where in use.where)
+            found += [tokens for tokens in alike if tokens is not None]
+        return min(found, default=None)
 
 
 _encoder = msgspec.msgpack.Encoder()

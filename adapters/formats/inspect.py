@@ -139,9 +139,9 @@ def _check_part(part: Part, module: str, headers: Headers, base: BaseShapes) -> 
         if place is not None:
             _expect(place, shape(place), want)
     if part.factor is not None:
-        size = shape(part.factor)
-        if len(size) != 1 or (size != (out,) and size[0] % out and 3 * size[0] != out):
-            _expect(part.factor, size, (out,))
+        own = shape(part.factor)
+        if len(own) != 1 or (own[0] % out and 3 * own[0] != out):
+            _expect(part.factor, own, (out,))
     biases_known = base.layers is None or f"{module}.weight" in base.tensors
     if part.bias is not None and biases_known and base.tensors.get(f"{module}.bias") != (out,):
         raise DoesNotFit("the adapter changes a bias that the base's layer lacks",

@@ -57,9 +57,8 @@ def read_vectors(folder: Path, name: str = "vector") -> Artefact:
     parts = {m: replace(p, scale=float(scale), head_size=size) for m, p in made.items()}
     if not parts:
         raise BadAdapter("has no vectors", field=TENSORS)
-    where = ()
-    if "where" in config:
-        where = (read_where(config["where"], f"{CONFIG}: where"),)
+    said = [config["where"]] if "where" in config else []
+    where = tuple(read_where(one, f"{CONFIG}: where") for one in said)
     return Artefact(folder, kind, (name,), (parts,), {}, (CONFIG, TENSORS), where=where)
 
 

@@ -122,7 +122,8 @@ def lofit(folder: Path, base: Path, *, alike: bool, **config: Any) -> tuple[Path
     """
     random = torch.Generator().manual_seed(4)
     shapes = base_shapes(base)
-    tensors, own = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    own: dict[str, Any] = {}
     for n in (0, 1):
         module = f"model.layers.{n}.self_attn.o_proj"
         into = shapes.linear(module)[1]  # type: ignore[index]

@@ -17,8 +17,9 @@ import torch
 
 from adapters.kernels.gated import Group, Route, Tally
 from adapters.sets import Block, Layout
+from adapters.where import Where
 from steering.plan import AdapterUse
-from steering.worker.plan.batches import Int64
+from steering.worker.plan.batches import Bool, Int64
 
 Float32 = npt.NDArray[np.float32]
 
@@ -46,6 +47,8 @@ class _Uses(NamedTuple):
         user: [n] index of each token's user.
         requests: [n] index of each token's request.
         device: of the group's tensors.
+        acts: digest → [n, M] whether each member acts on a token, of adapters that do not act
+            everywhere.
     """
 
     stream: str
@@ -53,12 +56,23 @@ class _Uses(NamedTuple):
     user: Int64
     requests: Int64
     device: torch.device
+    acts: Mapping[str, Bool]
+
+    def acting(self, block: Block) -> Float32 | float:
+        """[n, columns] 1 where a column of a block acts, 0 elsewhere; or 1 for all."""
+        found = self.acts.get(block.digest)
+        return 1.0 if found is None else found[:, block.of_columns].astype(np.float32)
 
 
 @lru_cache(4096)
 def digests(layouts: tuple[Layout, ...]) -> frozenset[str]:
     """Of the artefacts of a set."""
     return frozenset(block.digest for layout in layouts for block in layout.blocks)
+
+
+@lru_cache(64)
+def _wheres(uses: tuple[tuple[AdapterUse, ...], ...]) -> tuple[Where, ...]:
+    return tuple(sorted({where for own in uses for use in own for where in use.where}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +95,11 @@ class Adapted:
     counting: bool = False
     routed: list[Routed] = field(default_factory=list)
 
+    @property
+    def wheres(self) -> tuple[Where, ...]:
+        """What the requests' adapters say of positions, each once; empty: all act everywhere."""
+        return _wheres(self.uses if isinstance(self.uses, tuple) else tuple(self.uses))
+
     def check(self) -> None:
         """Whether every adapter that a request uses is in the slot of its set.
 
@@ -96,8 +115,41 @@ class Adapted:
             if missing := {use.digest for use in uses} - held:
                 raise RuntimeError(f"set {set_id} lacks adapters of its request: {missing}")
 
+    def acting(
+        self, uses: Sequence[Mapping[str, AdapterUse]], user: Int64, active: Bool
+    ) -> dict[str, Bool]:
+        """Digest → [n, M] whether each of its members acts on a token, of some users.
+
+        Args:
+            uses: [U] digest → use.
+            user: [n] index of each token's user.
+            active: [n, W] whether each of `wheres` holds.
+        """
+        found: dict[str, Bool] = {}
+        number = {where: i for i, where in enumerate(self.wheres)}
+        for i, own in enumerate(uses):
+            rows = user == i
+            for digest, use in own.items():
+                if not use.where:
+                    continue
+                members = max(len(use.where), self._members(digest))
+                at = [number[use.where[m if len(use.where) > 1 else 0]] for m in range(members)]
+                acts = found.setdefault(digest, np.ones((user.size, members), bool))
+                acts[rows] = active[rows][:, at]
+        return found
+
+    def _members(self, digest: str) -> int:
+        layouts = (one for owners in self.layouts.values() for one in owners.values())
+        return next(len(b.ranks) for one in layouts for b in one.blocks if b.digest == digest)
+
     def groups(
-        self, stream: str, owner: str, token_requests: Int64, total: int, device: torch.device
+        self,
+        stream: str,
+        owner: str,
+        token_requests: Int64,
+        total: int,
+        device: torch.device,
+        active: Bool | None = None,
     ) -> tuple[Group, ...]:
         """The groups of one stream batch.
 
@@ -107,6 +159,7 @@ class Adapted:
             token_requests: [T] index of each token's request.
             total: tokens that the stream runs, padding included, ≥ T.
             device: of the groups' tensors.
+            active: [T, W] whether each of `wheres` holds for a token; None: all do.
         """
         found = []
         for set_id in np.unique(self.sets[token_requests]):
@@ -121,11 +174,20 @@ class Adapted:
             user = np.full(self.sets.size, -1)
             user[users] = [i if use else -1 for i, use in enumerate(uses)]
             own = user[token_requests]
+            acts: dict[str, Bool] = {}
+            if active is not None and any(u.where for use in uses for u in use.values()):
+                acts = self.acting(uses, own, active)
+                for i, use in enumerate(uses):
+                    rows = own == i
+                    if use and all(digest in acts for digest in use):
+                        some = np.any([acts[digest][rows].any(1) for digest in use], axis=0)
+                        own[np.flatnonzero(rows)[~some]] = -1
             tokens = np.flatnonzero(own >= 0)
+            acts = {digest: one[tokens] for digest, one in acts.items()}
             if tokens.size:
                 slot = self.slots[int(set_id)]
                 chosen = None if tokens.size == total else tokens
-                group = _Uses(stream, uses, own[tokens], token_requests[tokens], device)
+                group = _Uses(stream, uses, own[tokens], token_requests[tokens], device, acts)
                 found.append(self._group(group, slot, layout, chosen))
         return tuple(found)
 
@@ -140,6 +202,9 @@ class Adapted:
                 per_user[:, block.columns] = 1.0
                 routes.append(self._route(use, block, block.gate, own))
         gate = per_user[use.user]
+        for block in layout.blocks:
+            if block.gate is None and block.digest in use.acts:
+                gate[:, block.columns] *= use.acting(block)
         return Group(
             slot,
             None if tokens is None else torch.from_numpy(tokens).to(use.device),
@@ -152,17 +217,22 @@ class Adapted:
         )
 
     def _route(self, use: _Uses, block: Block, row: int, own: Sequence[AdapterUse | None]) -> Route:
-        """The learned gates of one block; users that do not use it get the weight 0."""
+        """The learned gates of one block; where it is not used it gets the weight 0."""
         weight = np.array([u.weight if u else 0.0 for u in own], np.float32)[use.user]
+        requests = use.requests
+        if block.digest in use.acts:
+            here = use.acts[block.digest][:, 0]
+            # What is counted of the other tokens goes behind the last request's.
+            weight, requests = weight * here, np.where(here, requests, len(self.uses))
         top_k = np.array([u.top_k if u else 1 for u in own], np.int64)[use.user]
         temperature = np.array([u.temperature if u else 1.0 for u in own], np.float32)[use.user]
         member = np.repeat(np.arange(len(block.ranks)), block.ranks)
         tally, device = None, use.device
         if self.counting:
-            shape = len(self.uses), len(block.ranks)
+            shape = len(self.uses) + 1, len(block.ranks)
             counts = torch.zeros(shape, dtype=torch.int64, device=device)
-            tally = Tally(torch.from_numpy(use.requests).to(device), counts)
-            self.routed.append(Routed(use.stream, block.digest, counts))
+            tally = Tally(torch.from_numpy(requests).to(device), counts)
+            self.routed.append(Routed(use.stream, block.digest, counts[:-1]))
         ones = torch.tensor(block.ones, dtype=torch.int64, device=device).T if block.ones else None
         return Route(
             block.products,

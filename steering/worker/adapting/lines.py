@@ -21,7 +21,7 @@ from adapters.kernels.lines import CONSTANT, Line, Lines
 from adapters.sets import Layout
 from steering.plan import AdapterUse
 from steering.worker.adapting.groups import Adapted, Routed
-from steering.worker.plan.batches import Int64
+from steering.worker.plan.batches import Bool, Int64
 
 
 class Place(NamedTuple):
@@ -60,7 +60,7 @@ class Place(NamedTuple):
         """
         found = torch.zeros(requests, self.members, dtype=torch.int64, device=counts.device)
         rows = counts[:, self.first : self.first + self.members].index_select(0, numbers)
-        return Routed(stream, self.digest, found.index_copy_(0, own, rows.long()))
+        return Routed(stream, self.digest, found.index_add_(0, own, rows.long()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +68,11 @@ class StreamLines:
     """The lines of one stream batch.
 
     Args:
-        lines: L of them, one per request that uses an adapter here.
+        lines: L of them, one per request that uses an adapter here; or several, where what acts
+            differs among its tokens.
         requests: [L] the requests.
         layouts: [L] their sets' layouts.
-        uses: [L] what they use.
+        uses: [L] what acts.
     """
 
     lines: Lines
@@ -94,8 +95,16 @@ class StreamLines:
         ]
 
 
+Mask = tuple[tuple[bool, ...], ...]
+"""Per use, whether each of its members acts."""
+
+
 def stream_lines(
-    adapted: Adapted, stream: str, owner: str, token_requests: Int64
+    adapted: Adapted,
+    stream: str,
+    owner: str,
+    token_requests: Int64,
+    active: Bool | None = None,
 ) -> StreamLines | None:
     """The lines of one stream batch, None if no request uses an adapter in it.
 
@@ -104,10 +113,12 @@ def stream_lines(
         stream: the stream that runs.
         owner: the stream whose layers it runs: itself, or the original of a twin.
         token_requests: [T] index of each token's request.
+        active: [T, W] whether each of `adapted.wheres` holds for a token; None: all do.
     """
-    made: list[tuple[int, Layout, tuple[AdapterUse, ...]]] = []
+    made: list[tuple[int, Layout, tuple[AdapterUse, ...], Mask | None]] = []
     slots = []
     line_of = np.full(len(adapted.uses), -1, np.int32)
+    apart: list[tuple[Int64, int]] = []  # tokens that have not their request's one line
     present = np.zeros(len(adapted.uses), bool)
     present[token_requests] = True
     for q in np.flatnonzero(present):
@@ -116,21 +127,48 @@ def stream_lines(
         if layout is None:
             continue
         uses = tuple(use for use in adapted.uses[q] if use.stream == stream and use.weight)
-        if uses:
+        if active is not None and any(use.where for use in uses):
+            own = np.flatnonzero(token_requests == q)
+            for mask, tokens in _masks(adapted, uses, own, active):
+                acting = tuple(u for u, m in zip(uses, mask, strict=True) if any(m))
+                if acting:
+                    apart.append((tokens, len(made)))
+                    made.append((int(q), layout, acting, tuple(m for m in mask if any(m))))
+                    slots.append(adapted.slots[set_id])
+        elif uses:
             line_of[q] = len(made)
-            made.append((int(q), layout, uses))
+            made.append((int(q), layout, uses, None))
             slots.append(adapted.slots[set_id])
     if not made:
         return None
-    requests, layouts, all_uses = zip(*made, strict=True)
-    lines = tuple(_line(layout, uses) for _, layout, uses in made)
-    found = Lines(lines, np.array(slots, np.int32), line_of[token_requests])
+    requests, layouts, all_uses, _ = zip(*made, strict=True)
+    lines = tuple(_line(layout, uses, mask) for _, layout, uses, mask in made)
+    of_tokens = line_of[token_requests]
+    for tokens, number in apart:
+        of_tokens[tokens] = number
+    found = Lines(lines, np.array(slots, np.int32), of_tokens)
     return StreamLines(found, requests, layouts, all_uses)
 
 
+def _masks(
+    adapted: Adapted, uses: tuple[AdapterUse, ...], own: Int64, active: Bool
+) -> list[tuple[Mask, Int64]]:
+    """What acts on the tokens `own` of one request, and on which of them."""
+    by_digest = {use.digest: use for use in uses}
+    acts = adapted.acting([by_digest], np.zeros(own.size, np.int64), active[own])
+    every = [acts.get(use.digest, np.ones((own.size, 1), bool)) for use in uses]
+    kinds, which = np.unique(np.concatenate(every, axis=1), axis=0, return_inverse=True)
+    ends = np.cumsum([one.shape[1] for one in every])[:-1]
+    return [
+        (tuple(tuple(part.tolist()) for part in np.split(kind, ends)), own[which.ravel() == i])
+        for i, kind in enumerate(kinds)
+    ]
+
+
 @lru_cache(4096)
-def _line(layout: Layout, uses: tuple[AdapterUse, ...]) -> Line:
+def _line(layout: Layout, uses: tuple[AdapterUse, ...], mask: Mask | None = None) -> Line:
     """The line of a request; artefacts of the set that it does not use get the weight 0."""
+    acts = dict(zip((use.digest for use in uses), mask or (), strict=False))
     by_digest = {use.digest: use for use in uses}
     gates = layout.gates
     weight = np.zeros(layout.columns, np.float32)
@@ -140,6 +178,8 @@ def _line(layout: Layout, uses: tuple[AdapterUse, ...]) -> Line:
     for number, block in enumerate(layout.blocks):
         use = by_digest.get(block.digest)
         weight[block.columns] = use.weight if use else 0.0
+        if len(parts := acts.get(block.digest, ())) > 1:
+            weight[block.columns] *= np.array(parts, np.float32)[block.of_columns]
         if block.gate is None:
             continue
         first, members = block.gate - layout.columns, len(block.ranks)

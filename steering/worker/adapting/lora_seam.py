@@ -191,12 +191,12 @@ class LoraSeam:
         """
         if self.triton is not None:
             return self.triton.adapting(adapted, one, written=written)
-        stream, owner, requests, total = one
-        key = owner, tuple(adapted.slots.items()), requests.tobytes(), total
+        stream, owner, requests, total, active = one
+        key = tuple(adapted.slots.items()), one.key
         last = self._last.get(stream)
         # While the same requests decode nothing of it changes; counts of routes are the step's own.
         if adapted.counting or last is None or last[0] is not adapted.uses or last[1] != key:
-            groups = adapted.groups(stream, owner, requests, total, device)
+            groups = adapted.groups(stream, owner, requests, total, device, active)
             last = adapted.uses, key, added(groups, total, self._dtype)
             self._last[stream] = last
         return adding(last[2])

@@ -17,9 +17,10 @@ import torch
 from vllm.platforms import current_platform
 
 from adapters.kernels.lines import Lines
+from steering.adapters import MOST_WHERES
 from steering.worker.adapting.groups import Adapted
 from steering.worker.adapting.lines import Place, StreamLines, stream_lines
-from steering.worker.plan.batches import Int32, Int64
+from steering.worker.plan.batches import Bool, Int32, Int64
 from steering.worker.plan.staging import to_device
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def triton_adding(runner: Any, streams: Sequence[str]) -> TritonAdding | None:
         streams,
         runner.device,
         scheduler.max_num_batched_tokens,
-        scheduler.max_num_seqs,
+        # A request has a line for each set of adapters that act together on some of its tokens.
+        min(scheduler.max_num_batched_tokens, scheduler.max_num_seqs << MOST_WHERES),
         lora.max_loras,
         lora.max_lora_rank,
     )
@@ -62,12 +64,20 @@ class Pass(NamedTuple):
         owner: the stream whose layers it runs: itself, or the original of a twin.
         requests: [T] index of each token's request.
         total: tokens that the layers see, padding included, ≥ T.
+        active: [T, W] whether each of `Adapted.wheres` holds for a token; None: all do.
     """
 
     stream: str
     owner: str
     requests: Int64
     total: int
+    active: Bool | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Passes of one stream with the same key have the same tables."""
+        active = None if self.active is None else self.active.tobytes()
+        return self.owner, self.requests.tobytes(), self.total, active
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ class TritonAdding:
         streams: their names.
         device: that they run on.
         tokens: the most tokens of a pass, padding included.
-        lines: the most requests of a step.
+        lines: the most lines of a step.
         slots: of the engine.
         ranks: rank indices of a slot.
     """
@@ -165,10 +175,10 @@ class TritonAdding:
         """What the tables must hold for a pass; `held` itself if that is there."""
         if adapted is None:
             return held if held.lines is None else _Held()
-        key = one.owner, tuple(adapted.slots.items()), one.requests.tobytes(), one.total
+        key = tuple(adapted.slots.items()), one.key
         if not adapted.counting and held.uses is adapted.uses and held.key == key:
             return held
-        lines = stream_lines(adapted, one.stream, one.owner, one.requests)
+        lines = stream_lines(adapted, one.stream, one.owner, one.requests, one.active)
         return _Held(None if adapted.counting else adapted.uses, key, lines)
 
     def _write(self, one: Pass, held: _Held, counting: bool) -> Write:

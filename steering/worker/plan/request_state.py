@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from steering.plan import BASE, CRITICAL_KINDS, AdapterUse, RuleKind, Values
 from steering.wire import SteeringPayload
-from steering.worker.plan.batches import Bool, Int32, OwnPrompts
+from steering.worker.plan.batches import Bool, Int32, Int64, OwnPrompts
 from steering.worker.plan.ends import Own
 from steering.worker.plan.layout import (
     ENDS,
@@ -45,6 +45,7 @@ class RequestState:
         values: what value streams add, or None.
         heads: heads whose numbers the report has.
         ends: ids that end its text beside the base's, if its rule or values ask.
+        prompt: tokens of its prompt, padding included, without an earlier reply.
     """
 
     control: npt.NDArray[np.float32]
@@ -57,6 +58,7 @@ class RequestState:
     values: Values | None = None
     heads: tuple[str, ...] = ()
     ends: Own = ()
+    prompt: int = 0
 
 
 def request_state(
@@ -87,7 +89,9 @@ def request_state(
     uses[0] = True
     prompts: list[Int32 | None] = [None] * size
     if payload is None:
-        return RequestState(control, uses, np.zeros(size, np.int32), tuple(prompts))
+        return RequestState(
+            control, uses, np.zeros(size, np.int32), tuple(prompts), prompt=prompt_len
+        )
     index = {name: i for i, name in enumerate(streams)}
     plan = payload.plan
     control[0], uses[0] = 0.0, False
@@ -119,6 +123,7 @@ def request_state(
         plan.values,
         plan.heads,
         ends if asks else (),
+        prompt_len,
     )
 
 
@@ -132,6 +137,7 @@ class BatchTables:
         offsets: [Q, S] int32.
         prompts: [S] the streams' own prompts, None for a stream without any.
         adapters: [Q] the requests' adapters.
+        lengths: [Q] tokens of their prompts, padding included.
         reported: (row, state) of requests that report.
         valued: (row, values) of requests that value streams add to.
         ends: the sets of ids that end a text, beside the base's; the first is empty.
@@ -148,6 +154,7 @@ class BatchTables:
     offsets: Int32
     prompts: tuple[OwnPrompts | None, ...]
     adapters: tuple[tuple[AdapterUse, ...], ...]
+    lengths: Int64
     reported: tuple[tuple[int, RequestState], ...]
     valued: tuple[tuple[int, Values], ...]
     ends: tuple[Own, ...]
@@ -194,6 +201,7 @@ class BatchTables:
             offsets=offsets,
             prompts=prompts,
             adapters=tuple(s.adapters for s in states),
+            lengths=np.array([s.prompt for s in states], np.int64),
             reported=reported,
             valued=valued,
             ends=tuple(sets),

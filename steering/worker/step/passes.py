@@ -19,7 +19,8 @@ import torch
 from steering.worker.adapting.groups import Adapted
 from steering.worker.adapting.lora_seam import LoraSeam
 from steering.worker.adapting.triton import Pass, Write
-from steering.worker.plan.batches import Int64, Schedule, StreamBatch, whole_batch
+from steering.worker.plan.batches import Bool, Int64, Schedule, StreamBatch, whole_batch
+from steering.worker.plan.request_state import BatchTables
 from steering.worker.plan.staging import StagedBatch, Staging, arrays_of
 from steering.worker.readout.overlaps import read_as
 from steering.worker.readout.readout import Readout
@@ -105,6 +106,7 @@ class Passes:
     adapted: Adapted | None = field(default=None, init=False)
     """The adapters of the current step's requests."""
     _schedule: Schedule | None = field(default=None, init=False)
+    _tables: BatchTables | None = field(default=None, init=False)
     _staged: dict[int, StagedBatch] = field(default_factory=dict, init=False)
 
     def _runs(
@@ -291,12 +293,35 @@ class Passes:
             assert self._schedule is not None
             lengths = self._schedule.lengths
             requests: Int64 = np.repeat(np.arange(lengths.size), lengths)
-            return Pass(name, self.original[name], requests, total)
+            first = (self._schedule.computed - self._schedule.starts[:-1])[requests]
+            active = self._active(i, requests, np.arange(requests.size) + first)
+            return Pass(name, self.original[name], requests, total, active)
         if shape:
             requests = np.repeat(batch.rows, shape.width)
-            return Pass(name, self.original[name], requests, shape.tokens)
+            firsts = np.repeat(batch.positions[batch.starts[:-1]], shape.width)
+            places = firsts + np.tile(np.arange(shape.width), batch.rows.size)
+            active = self._active(i, requests, places)
+            return Pass(name, self.original[name], requests, shape.tokens, active)
         requests = batch.rows[batch.token_rows]
-        return Pass(name, self.original[name], requests, requests.size)
+        active = self._active(i, requests, batch.positions)
+        return Pass(name, self.original[name], requests, requests.size, active)
+
+    def _active(self, i: int, requests: Int64, positions: Int64) -> Bool | None:
+        """[T, W] where the step's adapters act in a pass; None: everywhere.
+
+        Args:
+            i: the stream.
+            requests: [T] index of each token's request.
+            positions: [T] the stream's own.
+        """
+        if self.adapted is None or not self.adapted.wheres:
+            return None
+        assert self._tables is not None
+        lengths = (self._tables.lengths - self._tables.offsets[:, i])[requests]
+        found: Bool = np.stack(
+            [where.active(positions - lengths, lengths) for where in self.adapted.wheres], axis=1
+        )
+        return found
 
 
 def _keep_tables(one: Again, write: Write, there: Sequence[torch.Tensor]) -> None:

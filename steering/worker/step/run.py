@@ -47,7 +47,7 @@ class Step(Passes):
         """
         uses, counting = plan.tables.adapters, bool(plan.tables.reported)
         self.adapted = self.adapters.adapted(uses, sets, counting) if self.adapters else None
-        self._schedule, self._drafting = plan.schedule, None
+        self._schedule, self._tables, self._drafting = plan.schedule, plan.tables, None
         self.counters.steps += 1
 
     def base(
