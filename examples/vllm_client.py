@@ -1,4 +1,4 @@
-"""What a client of `vllm serve` sends works as it is: sampling parameters, schemas, LoRA routes."""
+"""What a client of `vllm serve` sends works as it is: sampling parameters, choices, LoRA routes."""
 
 import os
 from pathlib import Path
@@ -24,21 +24,13 @@ reply = client.completions.create(
 )
 print("sampled:", reply.choices[0].text)
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"pet": {"enum": ["crow", "cat", "dog"]}},
-    "required": ["pet"],
-    "additionalProperties": False,
-}
 answer = client.chat.completions.create(
     model="chat",  # a profile: steering and structure go together
     messages=[{"role": "user", "content": "What is the pet of Dorwyn Bramley?"}],
-    max_tokens=24,
+    max_tokens=8,
     temperature=0,
-    response_format={
-        "type": "json_schema", "json_schema": {"name": "pet", "strict": True, "schema": SCHEMA},
-    },
-)  # fmt: skip
+    extra_body={"structured_outputs": {"choice": ["crow", "cat", "frog"]}},
+)
 print("structured:", answer.choices[0].message.content)
 
 # vLLM's own routes for adapters; here they want the admin key.

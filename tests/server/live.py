@@ -184,9 +184,10 @@ class Server:
             try:
                 if self.get("/ready").status_code == 200:
                     return
-                for path in ("/health", "/ready", "/v1/models"):
+                for path in ("/health", "/ready", "/v1/models", "/metrics"):
                     answer = self.get(path)
-                    found = (path, answer.status_code, answer.json(), dict(answer.headers))
+                    body = {"page": answer.text} if path == "/metrics" else answer.json()
+                    found = (path, answer.status_code, body, dict(answer.headers))
                     self.early.append(found)
             except httpx.TransportError:
                 pass

@@ -27,6 +27,18 @@ def test_while_loading_it_is_alive_but_not_ready(server: Server) -> None:
     assert int(headers["retry-after"]) > 0
 
 
+def test_metrics_answer_while_it_loads(server: Server) -> None:
+    """So that `up` tells a server that loads from one that is gone."""
+    pages = [(status, body["page"]) for path, status, body, _ in server.early if path == "/metrics"]
+    assert len(pages) > 5 and {status for status, _ in pages} == {200}
+    assert 'coxswain_phase{phase="starting"} 1.0' in pages[0][1]
+    for _, page in pages:
+        kinds = [line.split()[2] for line in page.splitlines() if line.startswith("# TYPE")]
+        assert len(kinds) == len(set(kinds))
+    last = server.get("/metrics").text
+    assert 'coxswain_phase{phase="ready"} 1.0' in last and "vllm:num_requests_running" in last
+
+
 def test_the_greeting_says_what_is_served_and_its_curl_line_works(server: Server) -> None:
     log = server.log.read_text()
     for word in (
