@@ -25,7 +25,7 @@ PLACES = (
     ("deploy/compose.yaml", _IMAGE),
     ("deploy/compose.cuda.yaml", _IMAGE),
     ("deploy/Dockerfile", _IMAGE),
-    ("docs/deploy/deploy.md", _IMAGE),
+    ("docs/deploy/docker.md", _IMAGE),
 )
 """(file, pattern whose group is the version), of every place."""
 

@@ -26,6 +26,7 @@ from tests.models import make_model
 ROOT = Path(__file__).parents[2]
 VALUES = sorted((ROOT / "deploy" / "helm" / "coxswain" / "ci").glob("*-values.yaml"))
 DEPLOY_PAGE = (ROOT / "docs" / "deploy" / "deploy.md").read_text("utf-8")
+KUBERNETES_PAGE = (ROOT / "docs" / "deploy" / "kubernetes.md").read_text("utf-8")
 
 Document = dict[str, Any]
 
@@ -42,8 +43,8 @@ def shown() -> Iterator[tuple[str, Document]]:
         yield str(file.relative_to(ROOT)), _document(file)
     for file in VALUES:
         yield f"helm/{file.name}", helm_config(yaml.safe_load(file.read_text("utf-8")))
-    (block,) = re.findall(r"^```yaml\n(config:.*?)^```$", DEPLOY_PAGE, re.DOTALL | re.M)
-    yield "deploy.md, Kubernetes", helm_config(yaml.safe_load(block))
+    (block,) = re.findall(r"^```yaml\n(config:.*?)^```$", KUBERNETES_PAGE, re.DOTALL | re.M)
+    yield "kubernetes.md", helm_config(yaml.safe_load(block))
     # What the page tells of several GPUs, on top of the largest example.
     example = dict(CONFIGURATIONS)["quick-start.md"]
     for name, value in re.findall(r"`engine\.(\w+): (\d+)` (?:splits|runs)", DEPLOY_PAGE):

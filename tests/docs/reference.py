@@ -253,7 +253,8 @@ def plugin_page(_schema: Schema) -> str:
         NOTE,
         (
             f"Contract version {steering.method.CONTRACT_VERSION}. A method is a class in a "
-            f"package of yours, found by the entry point group `{steering.method.ENTRY_POINT_GROUP}`. "
+            "package of yours, found by the entry point group "
+            f"`{steering.method.ENTRY_POINT_GROUP}`. "
             "[Write a method](../guide/write-a-method.md) is the tutorial; "
             "`steering.testing.MethodConformance` has the tests that every method must pass."
         ),
