@@ -31,6 +31,7 @@ hypothesis.settings.load_profile("patient")
 ZOO = {
     "tests/test_readme.py",
     "tests/test_playground.py",
+    "tests/test_scripts.py",
     "tests/load_tests/test_start_bench.py",
 }
 """The files whose tests ask the fixture `zoo`."""
