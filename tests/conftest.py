@@ -16,6 +16,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from load_tests.with_server import running_server
 from tests.browser import chromium
+from tests.tiers import NIGHTLY, nightly
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +31,7 @@ hypothesis.settings.load_profile("patient")
 ZOO = {
     "tests/test_readme.py",
     "tests/test_playground.py",
+    "tests/test_scripts.py",
     "tests/load_tests/test_start_bench.py",
 }
 """The files whose tests ask the fixture `zoo`."""
@@ -49,9 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.order = getattr(config, "workerinput", {}).get("order", config.option.order)
     if config.option.order == "random":
         config.option.order = str(random.randrange(10**6))
-    # For `tests.interpreted`, which runs tests in processes of their own.
-    if config.option.nightly and "--nightly" not in os.environ.get("PYTEST_ADDOPTS", ""):
-        os.environ["PYTEST_ADDOPTS"] = os.environ.get("PYTEST_ADDOPTS", "") + " --nightly"
+    if config.option.nightly:
+        os.environ[NIGHTLY] = "1"
+    elif nightly():
+        config.option.nightly = True
 
 
 def pytest_configure_node(node: Any) -> None:

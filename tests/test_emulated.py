@@ -25,18 +25,11 @@ PLUGIN = ("-p", "tests.emulated.plugin")
 """Prepares the process, before anything imports Triton or vLLM."""
 
 CORE = {
-    "tests/engine/test_exactness.py": "test_",
-    "tests/engine/test_adapters.py": (
-        "test_all_kinds or test_base_rows or test_prefixes_are_shared or test_reports"
-    ),
-    "tests/engine/test_heads.py": (
-        "beside_all_other_methods or border_of_a_block or reports_say_which or nothing_of_a_"
-    ),
-    "tests/engine/test_under_pressure.py": (
-        "preempted or padded_ids or penalties or structured_output or a_seed_survives"
-    ),
+    "tests/engine/test_exactness.py": "mixed_batches or reports_agree or prefix_cache_hits",
+    "tests/engine/test_adapters.py": "all_kinds and same-prompt",
+    "tests/engine/test_heads.py": "beside_all_other_methods and same-prompt",
 }
-"""File → which of its tests. The draws of a whole distribution take minutes in the interpreter."""
+"""File → which of its tests: one step of each kind."""
 
 
 def test_the_emulation(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +45,7 @@ def test_the_core_of_the_engine_suite(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.nightly
 def test_the_engine_suite(capsys: pytest.CaptureFixture[str]) -> None:
-    show(capsys, interpret(*PLUGIN, "tests/engine", "--nightly", "--timeout=900"))
+    show(capsys, interpret(*PLUGIN, "tests/engine", "--timeout=900"))
 
 
 @pytest.mark.nightly
@@ -60,7 +53,7 @@ def test_the_engine_suite(capsys: pytest.CaptureFixture[str]) -> None:
 def test_several_processes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Ranks and engines beside each other, which are prepared as they start."""
     tests = f"tests/fleet/test_{name}.py"
-    show(capsys, interpret(tests, "--nightly", first="tests/emulated/children"))
+    show(capsys, interpret(tests, first="tests/emulated/children"))
 
 
 def show(capsys: pytest.CaptureFixture[str], printed: str) -> None:

@@ -20,8 +20,11 @@ from adapters.formats.header import TensorInfo, read_header
 from adapters.formats.inspect import read_artefact
 from steering.heads import HeadError, find_head, header
 from tests.strange import NUMBERS, SURROGATE, deep, spoiled, values
+from tests.tiers import examples
 
-TMP = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+TMP = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(150)
+)
 LONGEST = 1000
 """Letters of an error: a name of a megabyte must not come back."""
 
@@ -242,7 +245,7 @@ def test_any_bytes_are_a_header_or_refused(tmp_path: Path, raw: bytes) -> None:
     look(put(path, raw))
 
 
-@settings(TMP, max_examples=400)
+@settings(TMP, max_examples=examples(400))
 @given(document=spoiled(st.just(SOUND), values(tuple(ENTRY), finite=False), tuple(ENTRY))
        | values(("a", *ENTRY)))  # fmt: skip
 def test_one_strange_value_in_a_header(tmp_path: Path, document: Any) -> None:
@@ -282,7 +285,7 @@ NAMES = ("weight", "bias", "0.weight", "0.bias", "1.weight", "2.weight", "00.wei
          "classifier.weight", "lm_head.weight", "base_model.model.score.weight")  # fmt: skip
 
 
-@settings(TMP, max_examples=300)
+@settings(TMP, max_examples=examples(300))
 @given(
     shapes=st.dictionaries(
         st.sampled_from(NAMES), st.lists(st.integers(1, 4), max_size=3).map(tuple), max_size=4

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.formats.patterns import Budget, Pattern, PatternError
+from tests.tiers import examples
 
 _ATOMS = st.sampled_from(
     ["a", "b", ".", r"\.", "[ab]", "[^a]", "[a-c.]", r"\d", r"\w", r"\W", r"\s", "^", "$", r"\b",
@@ -27,7 +28,7 @@ def _larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     )
 
 
-@settings(max_examples=1500)
+@settings(max_examples=examples(1500))
 @given(st.recursive(_ATOMS, _larger, max_leaves=6), st.text("ab.1 \n", max_size=6))
 def test_answers_are_pythons(text: str, name: str) -> None:
     pattern = Pattern(text, Budget())

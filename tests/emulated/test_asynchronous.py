@@ -15,7 +15,7 @@ from tests.engine.driver import BLOCK, STREAMS, Case, Engine, logprobs, tokens
 from tests.engine.test_exactness import SPECS, TOLERANCE, assert_exact, mixed_cases, prompt
 from tests.models import VOCAB_SIZE
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.nightly]
 
 BLOCKS = 28
 """KV blocks: fewer than the requests below want."""

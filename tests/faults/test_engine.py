@@ -20,7 +20,7 @@ from tests.server.live import START_S, Server
 from tests.server.reading import Stream
 from tests.server.watch import until
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(900)]
 
 LASTING = ("name", "version", "source", "stream", "state", "digest", "pinned", "created", "serving")
 """What of an adapter's record a restart does not change."""

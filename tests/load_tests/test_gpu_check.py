@@ -35,7 +35,7 @@ sys.meta_path.insert(0, Missing())
 """Makes packages unknown to every process that finds this as `sitecustomize`."""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @needs_triton
 def test_interpreted() -> None:
     interpret("tests/load_tests/interpreted")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.server.live import Server, document
+from tests.server.reading import Stream, last_line
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -80,3 +84,18 @@ def test_what_cannot_be_speculated_is_refused(drafting: Server, more: dict[str, 
     answer = drafting.post("/v1/completions", {**BODY, **more})
     assert answer.status_code == 400
     assert "min_p and logit_bias" in answer.json()["error"]["message"]
+
+
+def test_a_killed_engine_is_told_and_ends_the_server(drafting: Server) -> None:
+    """The last test of this file. What a supervisor then makes of it is in `tests/faults`."""
+    stream = Stream(drafting, {**BODY, "stream": True, "max_tokens": 220})
+    stream.start()
+    assert stream.begun.wait(60)
+    os.kill(drafting.engine_process(), signal.SIGKILL)
+    stream.join(60)
+    assert "data: [DONE]" not in stream.lines
+    last = json.loads([line for line in stream.lines if line][-1].removeprefix("data: "))
+    assert last["error"]["code"] == "dead", last
+    assert drafting.process.wait(60) == 1
+    assert last_line(drafting).startswith("coxswain: engine failure")
+    assert "SIGKILL" in last_line(drafting)

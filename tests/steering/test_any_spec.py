@@ -18,6 +18,7 @@ from steering.spec import Profile, read_steering
 from steering.wire import SteeringPayload, pack, unpack
 from tests.specs import Spec, Streams, specs
 from tests.strange import NOT_FINITE, NUMBERS, SURROGATE, deep, replaced, spoiled, values
+from tests.tiers import examples
 
 METHODS = discover()
 HEADS = {"base": "lm", "chat": "lm", "plain": "lm", "twin": "lm", "value": "value",
@@ -100,7 +101,7 @@ def test_a_sound_object_is_a_plan_that_survives_the_wire_and_its_own_config(spec
     assert again is not None and (again.plan, again.prompts) == (resolved.plan, resolved.prompts)
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(spoiled(specs(STREAMS), values(FIELDS, finite=False), FIELDS))
 def test_one_strange_value_in_a_sound_object(asked: Any) -> None:
     outcome(asked)

@@ -111,6 +111,7 @@ def test_from_prompts_to_a_head_with_faults_between(given: CriticSettings, tmp_p
     assert left == {"lock", "samples.jsonl", "labels.jsonl"}
 
 
+@pytest.mark.nightly
 def test_the_command(given: CriticSettings, tmp_path: Path) -> None:
     assert given.served is not None
     command = [sys.executable, "-m", "server.main", "train", "critic", "--device", "cpu",

@@ -150,7 +150,7 @@ def arguments(settings: ValueSettings) -> list[str]:
     return [*found, "--device", "cpu"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_wherever_it_is_the_command_ends_with_the_same_bits(
     made: ValueSettings, whole: dict[str, str], tmp_path: Path
 ) -> None:

@@ -16,17 +16,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from server.main import run
 from tests.adapters.make import make_lora
 from tests.adapters.sources.servers import Server as Web
 from tests.adapters.sources.servers import break_off, folder, send, status
 from tests.server.adapting.expected import Kind, Oracle
-from tests.server.adapting.kit import ask, exact, listing, record_of, settled, submit, unload
+from tests.server.adapting.kit import ask, exact, listing, load, record_of, settled, submit, unload
 from tests.server.live import Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 A = Kind((("a", 1.0, None, None),))
+V0 = Kind((("v0", 1.0, None, None),))
 MIXED = Kind((("a", 1.0, None, None), ("b", 0.5, None, None)))
 
 
@@ -293,3 +295,25 @@ def test_too_much_rank_together_is_refused_with_the_numbers(
     assert "adapters: " in refused.text and "26" in refused.text and "24" in refused.text
     assert record_of(live, "rank18")["here"]["version"] == "1"
     unload(live, "rank18")
+
+
+def test_an_adapter_that_names_another_base_is_served_with_a_warning(
+    live: Server, folders: dict[str, Path], oracle: Oracle,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    other = shutil.copytree(folders["v0"], folders["v0"].parent / "of-another-base")
+    config = json.loads((other / "adapter_config.json").read_text())
+    assert load(live, "warned", folders["v0"])["warnings"] == []
+    config["base_model_name_or_path"] = "someone/another-model"
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    record = load(live, "warned", other, replace=True)
+    [warning] = record["warnings"]
+    assert "made for someone/another-model" in warning
+    body = V0.body({"v0": "warned"}, as_model=True)
+    exact(live, body, oracle(V0))
+    shown = next(one for one in listing(live)["adapters"] if one["name"] == "warned")
+    assert shown["warnings"] == [warning]
+    monkeypatch.setenv("COXSWAIN_URL", live.url)
+    assert run(["adapters", "list"]) == 0
+    assert f"warned: warning: {warning}" in capsys.readouterr().err
+    unload(live, "warned")

@@ -4,8 +4,6 @@ whose fault it was. One slot, which every load finds used before.
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from server.main import run
 from tests.faulty import FILE, TIMEOUT, give_wish
 from tests.server.adapting.expected import Kind, Oracle
 from tests.server.adapting.kit import (
@@ -28,7 +25,7 @@ from tests.server.adapting.kit import (
 )
 from tests.server.live import Server
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(600)]
 
 TIMEOUT_S = 1.0
 A, B = (Kind(((name, 1.0, None, None),)) for name in "ab")
@@ -98,27 +95,6 @@ def test_a_request_whose_adapter_the_engine_cannot_load_gets_503_and_the_next_it
         exact(faulty, B.body({}), oracle(B))
     for name in "ab":
         unload(faulty, name)
-
-
-def test_an_adapter_that_names_another_base_is_served_with_a_warning(
-    faulty: Server, folders: dict[str, Path], oracle: Oracle,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    other = shutil.copytree(folders["b"], folders["b"].parent / "of-another-base")
-    config = json.loads((other / "adapter_config.json").read_text())
-    assert load(faulty, "b", folders["b"])["warnings"] == []
-    config["base_model_name_or_path"] = "someone/another-model"
-    (other / "adapter_config.json").write_text(json.dumps(config))
-    record = load(faulty, "b", other, replace=True)
-    [warning] = record["warnings"]
-    assert "made for someone/another-model" in warning
-    exact(faulty, B.body({}), oracle(B))
-    shown = next(one for one in listing(faulty)["adapters"] if one["name"] == "b")
-    assert shown["warnings"] == [warning]
-    monkeypatch.setenv("COXSWAIN_URL", faulty.url)
-    assert run(["adapters", "list"]) == 0
-    assert f"b: warning: {warning}" in capsys.readouterr().err
-    unload(faulty, "b")
 
 
 def test_vllms_own_call_says_whose_fault_it_is(

@@ -35,7 +35,7 @@ from tests.server.adapting.kit import (
 from tests.server.live import Server
 from tests.server.watch import until
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(900)]
 
 ONE = {name: Kind(((name, 1.0, None, None),)) for name in ("a", "b", "v0", "v1", "v2")}
 PACK = Kind((("pack", 1.0, 2, 1.0),))

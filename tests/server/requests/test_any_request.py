@@ -27,6 +27,7 @@ from steering.spec import Profile
 from steering.wire import SteeringPayload, pack, unpack
 from tests.specs import Streams, specs
 from tests.strange import deep, places, spoiled, values
+from tests.tiers import examples
 
 LONGEST = 1000
 """Letters of an error: a client's megabyte must not come back."""
@@ -69,7 +70,7 @@ def test_any_bytes_are_read_or_refused(raw: bytes) -> None:
     assert json.loads(raw.decode("utf-8-sig")) == value
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(values(finite=False), st.sampled_from(ENCODINGS), st.booleans())
 def test_what_is_read_has_neither_nan_nor_half_a_pair_in_any_encoding(
     value: Any, encoding: str, escaped: bool
@@ -167,7 +168,7 @@ def test_any_adapters_field_is_taken_or_refused_with_its_field(asked: Any) -> No
     wished(asked)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(spoiled(SOUND, values(finite=False), KEYS))
 def test_one_strange_value_among_sound_adapters(asked: Any) -> None:
     wished(asked)
@@ -225,7 +226,7 @@ def test_any_profile_is_kept_or_refused_with_its_field(name: str, document: Any)
     put(name, document)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(spoiled(PROFILES, values(FIELDS), FIELDS))
 def test_one_strange_value_in_a_sound_profile(document: Any) -> None:
     put("new", document)

@@ -18,6 +18,7 @@ from server.settings.file import load, parse
 from server.settings.operating import LimitsConfig, ServerConfig
 from tests.specs import Streams, specs
 from tests.strange import NOT_FINITE, NUMBERS, SURROGATE, deep, replaced, spoiled, values
+from tests.tiers import examples
 
 FOLDER = Path("/nowhere/at/all")
 SECTIONS = tuple(Config.model_fields)
@@ -26,7 +27,9 @@ KEYS = (*SECTIONS, *ServerConfig.model_fields, *LimitsConfig.model_fields,
 LONGEST = 1000
 """Letters of a line."""
 
-TMP = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+TMP = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(200)
+)
 
 SOUND = st.fixed_dictionaries(
     {"model": st.sampled_from(["a/b", "./m", "/m", "~/m"])},
@@ -82,7 +85,7 @@ def test_any_document_is_settings_or_lines(document: Any) -> None:
     outcome(document)
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(spoiled(SOUND, values(KEYS, finite=False), KEYS))
 def test_one_strange_value_in_a_sound_document(document: Any) -> None:
     outcome(document)
