@@ -118,6 +118,12 @@ def _use(one: ResolvedAdapter, weight: tuple[float, float]) -> AdapterUse:
             allowed=f"[{low}, {high}]",
         )
     artefact = one.artefact
+    if one.places and artefact.by_values:
+        raise BadValue(
+            "this adapter scales attention heads, by values that later positions read",
+            field=f"{one.field}.where",
+            allowed="all",
+        )
     if not artefact.gates:
         for name in ("top_k", "temperature"):
             if getattr(one, name) is not None:

@@ -105,6 +105,7 @@ def steered_engine_args(
     top_k: int = 64,
     speculation: Speculation | None = None,
     one_product: Sequence[Sequence[str]] = (),
+    vectors: bool = False,
     **engine: Any,
 ) -> dict[str, Any]:
     """Keyword arguments for vLLM's `EngineArgs` / `AsyncEngineArgs`.
@@ -119,6 +120,8 @@ def steered_engine_args(
         speculation: which stream drafts; None: every step draws one token.
         one_product: sets of streams whose unembeddings are laid beside the base's, on CPUs, so
             that a linear sum of just these is one product. Takes a copy of each table.
+        vectors: whether adapters may change the outputs of decoder layers, which takes room in
+            every slot, and a call in each layer.
         engine: any other engine argument; they win over our defaults.
 
     Raises:
@@ -147,6 +150,7 @@ def steered_engine_args(
         "overlaps": dict(overlaps or {}),
         "top_k": top_k,
         "ends": sorted(end_ids(model, config)),
+        "vectors": vectors,
         "one_product": [list(streams) for streams in one_product],
         "draft": None if speculation is None else speculation.draft,
         # vLLM forgets them where its own graphs are off.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 from steering.errors import DoesNotFit
@@ -17,6 +18,43 @@ PROVEN: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """Platform → hybrids that may be the base there: those that the tests compare."""
+
+
+class Boundary(Enum):
+    """What a decoder layer of vLLM returns."""
+
+    SUM = "sum"
+    """Two tensors whose sum is the state."""
+
+    FIRST = "first"
+    """Several tensors, of which the first is the state."""
+
+    WHOLE = "whole"
+    """The state."""
+
+
+BLOCKS: Mapping[str, Boundary] = {
+    **dict.fromkeys(
+        (
+            "vllm.Gemma2DecoderLayer", "vllm.Gemma3DecoderLayer", "vllm.Glm4DecoderLayer",
+            "vllm.LlamaDecoderLayer", "vllm.MistralDecoderLayer", "vllm.MixtralDecoderLayer",
+            "vllm.Qwen2DecoderLayer", "vllm.Qwen3DecoderLayer", "vllm.Qwen3MoeDecoderLayer",
+            "vllm.StablelmDecoderLayer", "vllm.TransformerBlock",
+        ),
+        Boundary.SUM,
+    ),
+    "vllm.CohereDecoderLayer": Boundary.FIRST,
+    **dict.fromkeys(
+        (
+            "transformers.Olmo2DecoderLayer", "transformers.Olmo3DecoderLayer", "vllm.BloomBlock",
+            "vllm.FalconDecoderLayer", "vllm.GPT2Block", "vllm.GraniteDecoderLayer",
+            "vllm.OPTDecoderLayer",
+        ),
+        Boundary.WHOLE,
+    ),
+}  # fmt: skip
+"""Package and class of decoder layers that vLLM runs → what they return, of the families whose
+vectors the tests compare; vectors for others are refused."""
 
 
 EXPERTS_ALONE = (

@@ -194,6 +194,11 @@ class Artefact:
         return flags if any(flags) else ()
 
     @property
+    def by_values(self) -> bool:
+        """Whether it scales attention heads by their values, which later positions read."""
+        return any(part.heads is not None for parts in self.parts for part in parts.values())
+
+    @property
     def plain(self) -> bool:
         """Whether all parts are products with scales and nothing else."""
         return all(part.plain for parts in self.parts for part in parts.values())

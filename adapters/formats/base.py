@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import BadAdapter
+from adapters.formats.blocks import block_number
 from adapters.formats.header import read_header
 
 _INDEX = "model.safetensors.index.json"
@@ -57,6 +58,7 @@ class BaseShapes:
             for name in self.tensors
             if name.endswith(".weight") and self.linear(name.removesuffix(".weight"))
         ]
+        names = [name for name in names if block_number(name) is None]
         near = difflib.get_close_matches(module, names, n=2, cutoff=0.7)
         kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
         return ", ".join(near or kinds)

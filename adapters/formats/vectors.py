@@ -59,7 +59,10 @@ def read_vectors(folder: Path, name: str = "vector") -> Artefact:
         raise BadAdapter("has no vectors", field=TENSORS)
     said = [config["where"]] if "where" in config else []
     where = tuple(read_where(one, f"{CONFIG}: where") for one in said)
-    return Artefact(folder, kind, (name,), (parts,), {}, (CONFIG, TENSORS), where=where)
+    found = Artefact(folder, kind, (name,), (parts,), {}, (CONFIG, TENSORS), where=where)
+    if found.by_values and not all(one.everywhere for one in where):
+        raise _bad("where", config["where"], "all, where attention heads are scaled")
+    return found
 
 
 def _constants(tensors: dict[str, TensorInfo]) -> dict[str, Part]:

@@ -14,9 +14,12 @@ the columns constants and D diagonals, M members of a routed artefact.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+NOTHING, CONSTANTS, PRODUCTS = 0, 1, 2
+"""What a set does to the output of a decoder layer: nothing, add constants, or read it too."""
 
 InPlace = Callable[[torch.Tensor], None]
 
@@ -205,6 +208,35 @@ class Bundle:
         shrunk = x.view(sets, most, -1) @ a[self.slots, 0, :columns].transpose(1, 2)
         gated = (shrunk * self.gate).to(x.dtype)
         return (gated @ b[self.slots, 0, : t.shape[1], :columns].transpose(1, 2)).flatten(0, 1)
+
+
+def add_to_states(
+    y: torch.Tensor,
+    residual: torch.Tensor | None,
+    a: Sequence[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    filled: torch.Tensor,
+    groups: Sequence[Group | Bundle],
+) -> None:
+    """Adds the adapters' part of a decoder layer's output, as of a linear layer whose weight is
+    the identity. No pack is routed there.
+
+    Args:
+        y: [T, H], changed in place.
+        residual: [T, H]; the state is y + residual; None: it is y.
+        a: one, as for `add_adapters`.
+        b: likewise.
+        filled: [slots] int8, on the CPU: `NOTHING`, `CONSTANTS` or `PRODUCTS` of each slot's set.
+        groups: tokens by set.
+    """
+    kinds = [int(filled[group.slots if isinstance(group, Bundle) else group.slot].max())
+             for group in groups]  # fmt: skip
+    own = [replace(group, routes=()) if isinstance(group, Group) else group
+           for group, kind in zip(groups, kinds, strict=True) if kind != NOTHING]  # fmt: skip
+    if own:
+        read = residual is not None and max(kinds) == PRODUCTS
+        x = y + residual if read else y
+        add_adapters(y, x, a, b, [y.shape[1]], own)
 
 
 SMALL = 8

@@ -11,6 +11,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -170,13 +171,19 @@ void score(const Route& route, const T* x, const T* a, int64_t width, float* sco
   dots(x, a, width, which.data(), route.members, scores);
 }
 
+// What a slot has for the output of a decoder layer. No pack is routed there.
+constexpr int8_t NOTHING = 0, CONSTANTS = 1, LINEAR = 3;
+
 // `scores`: of the routes, where they are known already, those of route i from `places[i]` on.
+// `filled`: of the row's slot, `LINEAR` for a linear layer.
 template <typename T>
 void shrink(const State& s, const Row& row, const T* x, const T* a, int64_t width, int64_t item,
-            const float* scores, const std::vector<int64_t>& places, Shrunk& out) {
+            const float* scores, const std::vector<int64_t>& places, int8_t filled, Shrunk& out) {
+  out.sums[item] = out.count[item] = 0;
+  if (filled == NOTHING) return;
   std::vector<float> gate(row.columns), own;
   std::copy_n(s.gates.const_data_ptr<float>() + row.gate, row.columns, gate.begin());
-  for (int64_t i = row.first_route; i < row.last_route; i++) {
+  for (int64_t i = row.first_route; filled == LINEAR && i < row.last_route; i++) {
     if (scores) {
       choose(s, i, scores + places[i], gate.data());
       continue;
@@ -192,7 +199,7 @@ void shrink(const State& s, const Row& row, const T* x, const T* a, int64_t widt
       if (gate[c] != 0.0f) column[n++] = c;
     return n;
   };
-  const int32_t products = choose_from(0, row.products);
+  const int32_t products = filled == CONSTANTS ? 0 : choose_from(0, row.products);
   dots(x, a, width, column, products, value);
   out.sums[item] = choose_from(row.products, row.sums);
   out.count[item] = choose_from(row.sums, row.columns);
@@ -275,7 +282,7 @@ at::Tensor scores_over_ranks(const State& s, const at::Tensor& x, at::TensorList
 
 template <typename T>
 void add_rows(const State& s, at::Tensor& y, const at::Tensor& x, at::TensorList a, at::TensorList b,
-              at::IntArrayRef sizes, bool split) {
+              at::IntArrayRef sizes, bool split, const int8_t* filled = nullptr) {
   const int64_t n = s.size(), layers = a.size(), width = x.size(1);
   const T* xs = x.const_data_ptr<T>();
   T* ys = y.mutable_data_ptr<T>();
@@ -295,7 +302,8 @@ void add_rows(const State& s, at::Tensor& y, const at::Tensor& x, at::TensorList
       const at::Tensor& own = a[i / n];
       const T* slot = own.const_data_ptr<T>() + row.slot * own.stride(0);
       shrink(s, row, xs + row.token * x.stride(0), slot, width, i,
-             known ? known + i / n * places.back() : nullptr, places, shrunk);
+             known ? known + i / n * places.back() : nullptr, places,
+             filled ? filled[row.slot] : LINEAR, shrunk);
     }
   });
   struct Piece { int64_t layer, start, from, to; };
@@ -312,6 +320,7 @@ void add_rows(const State& s, at::Tensor& y, const at::Tensor& x, at::TensorList
       const at::Tensor& own = b[p.layer];
       const int64_t item = p.layer * n + i % n;
       const int64_t sums = shrunk.sums[item], count = shrunk.count[item];
+      if (!count) continue;
       (sums < count ? expand<true, T> : expand<false, T>)(
           ys + row.token * y.stride(0) + p.start,
           own.const_data_ptr<T>() + row.slot * own.stride(0), own.stride(2), own.stride(3),
@@ -321,16 +330,21 @@ void add_rows(const State& s, at::Tensor& y, const at::Tensor& x, at::TensorList
   });
 }
 
+template <typename... Arguments>
+void add_rows_of(at::Tensor& y, Arguments&&... rest) {
+  if (y.scalar_type() == at::kBFloat16)
+    add_rows<c10::BFloat16>(state(), y, rest...);
+  else
+    add_rows<float>(state(), y, rest...);
+}
+
 void adapter_sum(at::Tensor y, const at::Tensor& x, at::TensorList a, at::TensorList b,
                  at::IntArrayRef sizes, bool split) {
   State& s = state();
   if (s.size()) {
     const at::Tensor xs = x.stride(-1) == 1 ? x : x.contiguous();
     TORCH_CHECK(y.stride(-1) == 1 && a[0].stride(-1) == 1 && a[0].stride(-2) == x.size(-1));
-    if (y.scalar_type() == at::kBFloat16)
-      add_rows<c10::BFloat16>(s, y, xs, a, b, sizes, split);
-    else
-      add_rows<float>(s, y, xs, a, b, sizes, split);
+    add_rows_of(y, xs, a, b, sizes, split);
   }
   if (s.others) {
     static auto groups = c10::Dispatcher::singleton()
@@ -338,6 +352,28 @@ void adapter_sum(at::Tensor y, const at::Tensor& x, at::TensorList a, at::Tensor
                              .typed<void(at::Tensor, const at::Tensor&, at::TensorList,
                                          at::TensorList, at::IntArrayRef, bool)>();
     groups.call(y, x, a, b, sizes, split);
+  }
+}
+
+// As `adapter_sum`, for the output of a decoder layer, whose state is y, or y + residual. It is
+// formed only if some row multiplies it.
+void residual_sum(at::Tensor y, const std::optional<at::Tensor>& residual, at::TensorList a,
+                  at::TensorList b, const at::Tensor& filled) {
+  State& s = state();
+  const int8_t* own = filled.const_data_ptr<int8_t>();
+  int8_t most = NOTHING;
+  for (int64_t i = 0; i < s.size(); i++) most = std::max(most, own[s.row(i).slot]);
+  if (most != NOTHING) {
+    const at::Tensor x = most > CONSTANTS && residual ? at::add(y, *residual) : y;
+    TORCH_CHECK(y.stride(-1) == 1 && x.stride(-1) == 1);
+    add_rows_of(y, x, a, b, at::IntArrayRef({y.size(1)}), false, own);
+  }
+  if (s.others) {
+    static auto groups = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("coxswain::residual_groups", "")
+                             .typed<void(at::Tensor, const std::optional<at::Tensor>&,
+                                         at::TensorList, at::TensorList, const at::Tensor&)>();
+    groups.call(y, residual, a, b, filled);
   }
 }
 
@@ -357,4 +393,5 @@ TORCH_LIBRARY_FRAGMENT(coxswain, m) {
 TORCH_LIBRARY_IMPL(coxswain, CPU, m) {
   m.impl("adapter_rows", adapter_rows);
   m.impl("adapter_sum", adapter_sum);
+  m.impl("residual_sum", residual_sum);
 }

@@ -1,4 +1,5 @@
-"""The adapter sum as one operation, `coxswain::adapter_sum`.
+"""The adapter sum as one operation, `coxswain::adapter_sum`; `residual_sum` is the same for the
+output of a decoder layer.
 
 What is added changes with every step, so compiled code calls an operation that it cannot look
 into; what it adds is set around each forward pass. On CPUs with a compiler the operation itself
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.kernels import native
-from adapters.kernels.gated import Bundle, Group, add_adapters, bundled
+from adapters.kernels.gated import Bundle, Group, add_adapters, add_to_states, bundled
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,27 @@ def _changes_y(
     """What a compiler needs to know: it changes `y` in place and returns nothing."""
 
 
+def _add_to_states(
+    y: torch.Tensor,
+    residual: torch.Tensor | None,
+    a: list[torch.Tensor],
+    b: list[torch.Tensor],
+    filled: torch.Tensor,
+) -> None:
+    if _groups:
+        add_to_states(y, residual, a, b, filled, _groups)
+
+
+def _changes_states(
+    y: torch.Tensor,
+    residual: torch.Tensor | None,
+    a: list[torch.Tensor],
+    b: list[torch.Tensor],
+    filled: torch.Tensor,
+) -> None:
+    """As `_changes_y`."""
+
+
 _all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
@@ -143,5 +165,11 @@ for _name in ("adapter_sum", "adapter_groups"):
     # Wherever there is nothing better; the C++ kernel registers itself for the CPU.
     _library.impl(_name, _add_groups, "CompositeExplicitAutograd")
     torch.library.register_fake(f"coxswain::{_name}", _changes_y, lib=_library)
+for _name in ("residual_sum", "residual_groups"):
+    _library.define(
+        f"{_name}(Tensor(a!) y, Tensor? residual, Tensor[] a, Tensor[] b, Tensor filled) -> ()"
+    )
+    _library.impl(_name, _add_to_states, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"coxswain::{_name}", _changes_states, lib=_library)
 _library.define("sum_over_ranks(Tensor(a!) part) -> ()")
 _library.impl("sum_over_ranks", sum_over_ranks, "CompositeExplicitAutograd")

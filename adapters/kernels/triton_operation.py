@@ -1,4 +1,4 @@
-"""`coxswain::adapter_sum` on CUDA devices: Triton kernels, with the tables of the pass that runs.
+"""`coxswain::adapter_sum` and `residual_sum` on CUDA devices: Triton, with the pass's tables.
 
 Beside `adapters.kernels.operation`, whose torch path stays for whatever else has tensors there.
 """
@@ -40,6 +40,7 @@ def register(key: str = "CUDA") -> None:
     if key not in _libraries:
         library = _libraries[key] = torch.library.Library("coxswain", "FRAGMENT")
         library.impl("adapter_sum", _add, key)
+        library.impl("residual_sum", _add_to_states, key)
 
 
 def _add(
@@ -53,3 +54,16 @@ def _add(
     if _tables is not None:
         over_ranks = operation.sum_over_ranks if split else None
         add_adapters(y, x, a, b, sizes, _tables, over_ranks)
+
+
+def _add_to_states(
+    y: torch.Tensor,
+    residual: torch.Tensor | None,
+    a: list[torch.Tensor],
+    b: list[torch.Tensor],
+    filled: torch.Tensor,
+) -> None:
+    del filled  # recorded launches must not depend on it
+    if _tables is not None:
+        x = y if residual is None else y + residual
+        add_adapters(y, x, a, b, [y.shape[1]], _tables, routed=False)

@@ -117,6 +117,8 @@ class AdapterTables:
             self._parts
         )
         self.lines.fill_(-1)
+        # In place of `counting` where nothing is counted.
+        self.never = torch.zeros_like(self.counting)
         # A member has a gate row and at least one column.
         self.counts = torch.zeros(lines, self.ranks // 2, dtype=torch.int32, device=device)
 
@@ -195,6 +197,8 @@ def add_adapters(
     sizes: Sequence[int],
     tables: AdapterTables,
     over_ranks: InPlace | None = None,
+    *,
+    routed: bool = True,
 ) -> None:
     """Adds the adapters' part of one linear layer, which may pack several (q, k, v).
 
@@ -211,6 +215,7 @@ def add_adapters(
         sizes: columns of `y` that each packed layer takes, from the left.
         tables: written for T tokens, or empty.
         over_ranks: as in `adapters.kernels.gated.add_adapters`.
+        routed: whether packs may have gates here; else nothing is counted.
     """
     total, ranks = x.shape[0], tables.ranks
     cut = tables.blocks(total)
@@ -252,7 +257,7 @@ def add_adapters(
         over_ranks(scores)
     gate[total, layers](
         *(u, cut.splits, *steps, v, scores),
-        *(tables.counting, tables.lines, tables.table, tables.counts),
+        *(tables.counting if routed else tables.never, tables.lines, tables.table, tables.counts),
         RANKS=ranks,
         SPLIT=over_ranks is not None,
         num_warps=4 if ranks <= 64 else 8,

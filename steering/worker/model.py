@@ -78,6 +78,7 @@ class SteeredForCausalLM(nn.Module):
         self._streams, self.names, self._forwards = streams, streams.names, streams.models
         self.config = self.base.config
         self._widths = {n: hidden_width(m) for n, m in zip(self.names, self._forwards, strict=True)}
+        self.vectors: bool = settings["vectors"]
         self._sums: list[list[str]] = settings["one_product"]
         built = heads.build(
             self._sources,

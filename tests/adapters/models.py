@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
+from tests.adapters.vectors import acts, changes_of_heads, changes_of_states
 from tests.reference import fresh
 
 
@@ -33,18 +34,36 @@ class Applied:
         weight: what it is multiplied by.
         top_k: of a pack; None: its own.
         temperature: of a pack; None: its own.
+        where: JSON, at which positions it acts; '': where its file says, or everywhere.
     """
 
     folder: Path
     weight: float = 1.0
     top_k: int | None = None
     temperature: float | None = None
+    where: str = ""
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it changes more than linear layers."""
+        return (self.folder / "vector_config.json").is_file()
+
+    @property
+    def place(self) -> Any:
+        """Where it acts, as JSON; None: everywhere."""
+        if self.where:
+            return json.loads(self.where)
+        if self.is_vector:
+            return json.loads((self.folder / "vector_config.json").read_text()).get("where")
+        return None
 
 
 @functools.cache
 def adapted(base: Path, adapters: tuple[Applied, ...]) -> Any:
     """The model with its adapters, float32."""
     model: Any = fresh(base)
+    if any(a.is_vector or a.place for a in adapters):
+        return _by_positions(model, base, adapters)
     for applied in adapters:
         if (applied.folder / "meteora.json").is_file():
             _hook_meteora(model, base, applied)
@@ -56,6 +75,85 @@ def adapted(base: Path, adapters: tuple[Applied, ...]) -> Any:
         for name, change in changes(base, applied.folder).items():
             model.get_submodule(name).register_forward_hook(_adds(change, applied.weight))
     return model
+
+
+class _Positions:
+    """At which positions of a text the tokens stand that a model reads now.
+
+    Args:
+        model: reads texts from their beginning, a prompt at once.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.start = self.end = self.length = 0
+        model.register_forward_pre_hook(self._read, with_kwargs=True)
+
+    def _read(self, _: Any, args: Any, kwargs: Any) -> None:
+        count = args[0].shape[1]
+        self.start = self.end if kwargs.get("past_key_values") is not None else 0
+        self.length = self.length if self.start else count
+        self.end = self.start + count
+
+    def gate(self, applied: Applied) -> torch.Tensor:
+        """[T, 1] the weight of an adapter at each position."""
+        here = range(self.start, self.end)
+        acting = [acts(applied.place, p, self.length) for p in here]
+        return applied.weight * torch.tensor(acting, dtype=torch.float32)[:, None]
+
+
+def _by_positions(model: Any, base: Path, adapters: Sequence[Applied]) -> Any:
+    """Every adapter by hooks, which know the positions of what they see."""
+    positions = _Positions(model)
+    for applied in adapters:
+        if (applied.folder / "meteora.json").is_file():
+            _hook_meteora(model, base, applied, lambda a=applied: positions.gate(a))
+            continue
+        if not applied.is_vector:
+            for name, change in changes(base, applied.folder).items():
+                hook = _adds_at(positions, applied, change)
+                model.get_submodule(name).register_forward_hook(hook)
+            continue
+        for name, part, vector in changes_of_heads(applied.folder):
+            hook = _heads(positions, applied, part, vector)
+            model.get_submodule(name).register_forward_pre_hook(hook)
+    behind: dict[int, list[tuple[Applied, Change]]] = {}
+    for applied in adapters:
+        if applied.is_vector:
+            for number, change in changes_of_states(applied.folder).items():
+                behind.setdefault(number, []).append((applied, change))
+    for number, own in behind.items():
+        decoder_layers(model)[number].register_forward_hook(_adds_behind(positions, own))
+    return model
+
+
+def decoder_layers(model: Any) -> Any:
+    """The decoder layers of a model, in order."""
+    count = model.config.num_hidden_layers
+    lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    return next(one for one in lists if len(one) == count)
+
+
+def _adds_at(positions: _Positions, applied: Applied, change: Change) -> Any:
+    return lambda _, inputs, output: output + positions.gate(applied) * change(inputs[0])
+
+
+def _adds_behind(positions: _Positions, own: Sequence[tuple[Applied, Change]]) -> Any:
+    """All that is added behind one layer: every adapter sees what the layer gave."""
+
+    def hook(_: Any, inputs: Any, output: Any) -> Any:
+        state = output[0] if isinstance(output, tuple) else output
+        state = state + sum(positions.gate(applied) * change(state) for applied, change in own)
+        return (state, *output[1:]) if isinstance(output, tuple) else state
+
+    return hook
+
+
+def _heads(positions: _Positions, applied: Applied, part: str, vector: torch.Tensor) -> Any:
+    def hook(_: Any, inputs: Any) -> Any:
+        (x,), gate = inputs, positions.gate(applied)
+        return (x + gate * vector * (x if part == "heads" else 1),)
+
+    return hook
 
 
 def _is_lora(folder: Path) -> bool:
@@ -114,7 +212,9 @@ def _with_peft(model: Any, loras: Sequence[Applied]) -> Any:
     return wrapped
 
 
-def _hook_meteora(model: Any, base: Path, applied: Applied) -> None:
+def _hook_meteora(
+    model: Any, base: Path, applied: Applied, weight: Callable[[], Any] | None = None
+) -> None:
     config = json.loads((applied.folder / "meteora.json").read_text())
     top_k = applied.top_k or config["top_k"]
     temperature = applied.temperature or config["temperature"]
@@ -123,7 +223,8 @@ def _hook_meteora(model: Any, base: Path, applied: Applied) -> None:
         if config["layout"] == "native":
             gate, tasks = _native(base, applied.folder, config, name)
         if gate is not None:
-            hook = _hook(gate, tasks, top_k, temperature, applied.weight)
+            own = weight or (lambda: applied.weight)
+            hook = _hook(gate, tasks, top_k, temperature, own)
             module.register_forward_hook(hook)
 
 
@@ -172,7 +273,7 @@ def _native(
 
 
 def _hook(
-    gate: torch.Tensor, tasks: Tasks, top_k: int, temperature: float, weight: float
+    gate: torch.Tensor, tasks: Tasks, top_k: int, temperature: float, weight: Callable[[], Any]
 ) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
     """The authors' forward: choose, softmax over the chosen, add one chosen task at a time."""
 
@@ -185,7 +286,7 @@ def _hook(
             if task is None:
                 continue
             share = (shares * (chosen == j)).sum(-1, keepdim=True)
-            output = output + weight * share * task(x)
+            output = output + weight() * share * task(x)
         return output
 
     return hook

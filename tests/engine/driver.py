@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from adapters.formats.artefact import Artefact
 from adapters.formats.base import plain_shapes
 from adapters.formats.inspect import inspect
 from adapters.sets import AdapterSet
+from adapters.where import read_where
 from steering.adapters import ResolvedAdapter, adapt
 from steering.bans import with_bans
 from steering.engine_args import Speculation, StreamSource, steered_engine_args
@@ -98,6 +100,7 @@ class Use:
         stream: the stream whose layers it changes.
         top_k: of a pack; None: the pack's own.
         temperature: of a pack; None: the pack's own.
+        where: JSON, at which positions it acts; '': where its file says.
     """
 
     name: str
@@ -105,6 +108,7 @@ class Use:
     stream: str = BASE
     top_k: int | None = None
     temperature: float | None = None
+    where: str = ""
 
 
 class Engine:
@@ -213,6 +217,7 @@ class Engine:
                 use.weight,
                 use.top_k,
                 use.temperature,
+                where=read_where(json.loads(use.where), "where") if use.where else None,
             )
             for use in case.adapters
         ]
@@ -317,7 +322,13 @@ class Engine:
         return adapted_model(
             folder,
             tuple(
-                Applied(self.adapters[use.name].folder, use.weight, use.top_k, use.temperature)
+                Applied(
+                    self.adapters[use.name].folder,
+                    use.weight,
+                    use.top_k,
+                    use.temperature,
+                    use.where,
+                )
                 for use in own
             ),
         )

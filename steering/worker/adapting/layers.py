@@ -25,6 +25,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.utils import get_packed_modules_mapping
 
 from adapters.errors import DoesNotFit
+from adapters.formats.blocks import block_number
+from steering.worker.adapting.blocks import adapt_blocks
 from steering.worker.adapting.slots import Slots
 
 
@@ -87,6 +89,10 @@ class StreamAdapters(Slots):
             self.packed_modules_mapping = packed_layers(model)
             _put_weights(model)
             super()._create_lora_modules()
+            if outer.vectors:
+                config = self.lora_config
+                sizes = self.lora_slots, config.max_lora_rank, config.lora_dtype
+                self.modules |= adapt_blocks(model, *sizes)
             modules |= {f"{stream}.{name}": layer for name, layer in self.modules.items()}
             packed |= {
                 f"{stream}.{name}": [f"{stream}.{part}" for part in parts]
@@ -168,6 +174,8 @@ def by_checkpoint_name(
         stream: its name.
         module: e.g. `model.layers.0.self_attn.q_proj`.
     """
+    if block_number(module) is not None:
+        return known.get(f"{stream}.{module}")
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     names = mapper.get_rename_mapper().apply_list([module]) if mapper else [module]
     return known.get(f"{stream}.{names[0]}") if names else None
@@ -289,7 +297,8 @@ def check_slice(found: Slice | None, stream: str, module: str, known: Mapping[st
     """
     if found is not None:
         return found
-    kinds = sorted({name.rsplit(".", 1)[-1] for name in known})
+    last = (name.rsplit(".", 1)[-1] for name in known)
+    kinds = sorted({name for name in last if block_number(name) is None})
     why = (
         "adapters for experts are not served"
         if "expert" in module

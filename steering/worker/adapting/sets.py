@@ -17,6 +17,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.platforms import current_platform
 
 from adapters.errors import DoesNotFit
+from adapters.kernels.gated import NOTHING
 from adapters.load import load_set, normed, verify
 from adapters.sets import AdapterSet, Layout
 from steering.worker import ranks
@@ -70,6 +71,8 @@ class _Filled:
             a[index, 0, :rank] = 0
             b[index, 0, :, :rank] = 0
         self._ranks[index] = 0
+        if hasattr(self._layer, "filled"):
+            self._layer.filled[index] = NOTHING
 
 
 _Part = tuple[str, LoRALayerWeights]
