@@ -45,6 +45,7 @@ class RequestState:
         values: what value streams add, or None.
         heads: heads whose numbers the report has.
         ends: ids that end its text beside the base's, if its rule or values ask.
+        likelihoods: indices of streams whose log-probabilities of drawn tokens the report has.
     """
 
     control: npt.NDArray[np.float32]
@@ -57,6 +58,7 @@ class RequestState:
     values: Values | None = None
     heads: tuple[str, ...] = ()
     ends: Own = ()
+    likelihoods: tuple[int, ...] = ()
 
 
 def request_state(
@@ -91,7 +93,7 @@ def request_state(
     index = {name: i for i, name in enumerate(streams)}
     plan = payload.plan
     control[0], uses[0] = 0.0, False
-    for name in plan.bodies:
+    for name in (*plan.bodies, *plan.likelihoods):
         uses[index[name]] = True
     for name, weight in plan.weights:
         control[index[name]] = weight
@@ -119,6 +121,7 @@ def request_state(
         plan.values,
         plan.heads,
         ends if asks else (),
+        tuple(index[name] for name in plan.likelihoods),
     )
 
 
