@@ -43,7 +43,8 @@ class RequestContext:
         digests: of the adapters.
         prompt: text or messages; None unless they are to be logged.
         prompt_tokens: given to the engine for this request.
-        output_tokens: drawn for it; for `best_of_n` those of all replies.
+        output_tokens: drawn for it; for `best_of_n` those of all replies, for `guided_search`
+            those of all blocks.
         first_token_s: seconds from the request's first byte to its first token.
         sent_status: HTTP status that was sent; 500 until then.
         left: the client left before the answer was complete.

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from multiprocessing import resource_tracker
 from typing import Any
@@ -132,7 +132,7 @@ class SteeredLLM(AsyncLLM):
             tokens: choice index (as text) → how many tokens it has; see `ReportBook.take`.
         """
         engines = await self._ask("coxswain_report", tag, tokens)
-        return next((answer for workers in engines for answer in workers if answer), {})
+        return one_report(engines)
 
     async def counters(self) -> dict[str, Any]:
         """The workers' cumulative counters: tokens and passes by stream, steps."""
@@ -182,6 +182,18 @@ class SteeredLLM(AsyncLLM):
         call = self.engine_core.call_utility_all_async("collective_rpc", name, None, args, None)
         answers: list[list[Any]] = await asyncio.wait_for(call, RPC_TIMEOUT_S)
         return answers
+
+
+def one_report(engines: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """A report from every worker's part of it, by engine.
+
+    The choices of one report may have run in several engines; the workers of an engine measure
+    the same, and some measure nothing.
+    """
+    found: dict[str, Any] = {}
+    for answer in (answer for workers in engines for answer in workers):
+        found = answer | found
+    return found
 
 
 def start_engine(arguments: dict[str, Any]) -> SteeredLLM:

@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import Literal
 
 from adapters.where import Where
+from steering.search import Proposal, Search
 
 BASE = "base"
 
@@ -114,12 +115,14 @@ class Recipe:
         rule: how the streams are combined.
         values: what value streams add to that; None: nothing.
         best: how one of several replies is chosen; None: one is drawn.
+        search: how the reply grows block by block; None: it is drawn as a whole.
     """
 
     weights: dict[str, float]
     rule: Rule = Rule()
     values: Values | None = None
     best: Best | None = None
+    search: Search | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,10 @@ class SteeringPlan:
         heads: heads whose number the report gives where a token is drawn; their bodies run.
         best: how one of several replies is chosen; None: one is drawn. The front end's affair:
             the worker sees `drawing` and `scoring`.
+        search: how the reply grows block by block; None: it is drawn as a whole. The front end's
+            affair: the worker sees `proposing` and `reading`.
+        likelihoods: streams whose log-probabilities of the drawn tokens the report adds up, at
+            temperature 1, over the ids that they share with the base; they run.
     """
 
     method: str
@@ -175,25 +182,63 @@ class SteeringPlan:
     values: Values | None = None
     heads: tuple[str, ...] = ()
     best: Best | None = None
+    search: Search | None = None
+    likelihoods: tuple[str, ...] = ()
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """The companion streams that must run: those of the sum by name, then heads' bodies."""
-        summed = tuple(name for name, _ in self.weights if name != BASE)
-        bodies = self.bodies if self.best is None else (*self.bodies, self.best.body)
-        return summed + tuple(name for name in bodies if name not in (BASE, *summed))
+        """The companion streams that must run: those of the sum, then those that are read."""
+        found = [name for name, _ in self.weights] + [*self.bodies, *self.likelihoods]
+        if self.best is not None:
+            found.append(self.best.body)
+        if self.search is not None:
+            found += self.search.streams
+        return tuple(name for name in dict.fromkeys(found) if name != BASE)
+
+    @property
+    def runs_base(self) -> bool:
+        """Whether the base runs: for the sum, for a head on it, or for its log-probabilities."""
+        return BASE in (*(name for name, _ in self.weights), *self.bodies, *self.likelihoods)
 
     @property
     def drawing(self) -> SteeringPlan:
         """What each of the replies to choose from is drawn with."""
-        plan = replace(self, best=None)
-        return replace(plan, prompts=tuple(p for p in self.prompts if p[0] in plan.streams))
+        return replace(self, best=None)._with_prompts_of(self)
+
+    def proposing(self, proposal: Proposal) -> SteeringPlan:
+        """What each block of a proposal is drawn with.
+
+        Reports of every token have the base's log-probabilities: then it runs, if it would not.
+        """
+        likelihoods = proposal.score.ratio if proposal.score else ()
+        quiet: Report = "summary" if likelihoods else "off"
+        plan = replace(
+            self,
+            weights=proposal.weights,
+            search=None,
+            likelihoods=likelihoods,
+            report=quiet if self.report == "off" else self.report,
+        )
+        if self.report == "tokens" and not plan.runs_base:
+            plan = replace(plan, bodies=(BASE,))
+        return plan._with_prompts_of(self)
+
+    def _with_prompts_of(self, whole: SteeringPlan) -> SteeringPlan:
+        return replace(self, prompts=tuple(p for p in whole.prompts if p[0] in self.streams))
 
     @property
     def scoring(self) -> SteeringPlan:
         """What a reply is read with, as the end of a prompt."""
         assert self.best is not None
-        body = self.best.body
+        return self.reading(self.best.head, self.best.body)
+
+    def reading(self, head: str, body: str) -> SteeringPlan:
+        """What a head reads a reply with, as the end of a prompt.
+
+        Args:
+            head: its name.
+            body: the stream whose hidden state it reads.
+        """
         return SteeringPlan(
             self.method,
             (),
@@ -201,14 +246,15 @@ class SteeringPlan:
             report="summary",
             adapters=self.adapters,
             bodies=(body,),
-            heads=(self.best.head,),
+            heads=(head,),
         )
 
     @property
     def steers(self) -> bool:
         """False if the read-out takes the base's own path, bit for bit; adapters or not."""
         alone = self.weights == ((BASE, 1.0),) and self.rule.kind is RuleKind.SUM
-        return not alone or self.values is not None or self.best is not None
+        chosen = self.best is not None or self.search is not None
+        return not alone or self.values is not None or chosen
 
     def cache_key(self, pad: int) -> str:
         """Names the prefix cache this request may share: '' for the base's own.
@@ -226,7 +272,7 @@ class SteeringPlan:
         state: tuple[object, ...] = (self.streams, prompts, pad)
         if self.adapters:
             state += (self.adapters,)
-        if not self.weights and BASE not in self.bodies:
+        if not self.runs_base:
             state += ("no base",)
         return hashlib.sha256(repr(state).encode()).hexdigest()[:32]
 

@@ -30,6 +30,7 @@ BUILT_INS: Mapping[str, str] = MappingProxyType(
         "value_augmented": "steering.methods.value_augmented:ValueAugmented",
         "critical_tokens": "steering.methods.critical_tokens:CriticalTokens",
         "best_of_n": "steering.methods.best_of_n:BestOfN",
+        "guided_search": "steering.methods.guided_search:GuidedSearch",
     }
 )
 """Our own methods, as pyproject.toml registers them."""

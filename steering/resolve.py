@@ -29,6 +29,7 @@ from steering.plan import (
     SteeringPlan,
     Values,
 )
+from steering.search import Proposal, Search
 from steering.spec import FIELD, Profile
 
 Methods = Mapping[str, Method[Any]]
@@ -99,6 +100,7 @@ def resolve(
     values = _values(recipe, config, snapshot, limits, field)
     bodies = _bodies(rule, values, config, snapshot, field)
     best = _best(recipe, config, snapshot, limits, field)
+    search = _search(recipe, config, snapshot, limits, field)
     report = _report(config)
     plan = SteeringPlan(
         method.name,
@@ -110,6 +112,7 @@ def resolve(
         values=values,
         heads=tuple(s for s, _ in values.strengths) if values and report == "tokens" else (),
         best=best,
+        search=search,
     )
     return Resolved(plan, _prompts(config, recipe, plan, snapshot, field), field)
 
@@ -249,6 +252,34 @@ def _best(
         allowed = f"1 to {limits.best_of}"
         raise BadValue("too many or too few replies", field=field, value=best.n, allowed=allowed)
     return replace(best, body=snapshot.bodies.get(best.head, best.head))
+
+
+def _search(
+    recipe: Recipe, config: MethodConfig, snapshot: Snapshot, limits: Limits, field: str
+) -> Search | None:
+    """The recipe's search, with its heads' bodies; names, heads and numbers checked."""
+    search = recipe.search
+    if search is None:
+        return None
+    if search.drawn > limits.best_of:
+        raise BadValue("the blocks drawn at a time (k × beams) are out of range",
+                       field=f"{field}.beams", value=search.drawn,
+                       allowed=f"1 to {limits.best_of}")  # fmt: skip
+
+    def proposal(one: Proposal) -> Proposal:
+        _weights(Recipe(dict(one.weights)), config, snapshot, field)
+        score = one.score
+        if score is None:
+            return one
+        for stream in score.ratio:
+            _check_head(stream, ("lm",), config, snapshot, field)
+        if score.head:
+            _check_head(score.head, ("value", "classifier"), config, snapshot, field)
+            score = replace(score, body=snapshot.bodies.get(score.head, score.head))
+        return replace(one, score=score)
+
+    fallback = search.fallback
+    return replace(search, draw=proposal(search.draw), fallback=fallback and proposal(fallback))
 
 
 def _check_head(

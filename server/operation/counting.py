@@ -12,17 +12,28 @@ from server.context import RequestContext
 
 
 async def counted(
-    outputs: AsyncGenerator[RequestOutput, None], context: RequestContext, params: SamplingParams
+    outputs: AsyncGenerator[RequestOutput, None],
+    context: RequestContext,
+    params: SamplingParams,
+    *,
+    again: bool = False,
 ) -> AsyncGenerator[RequestOutput, None]:
-    """Passes outputs on and counts their tokens, also those of a request that is broken off."""
+    """Passes outputs on and counts their tokens, also those of a request that is broken off.
+
+    Args:
+        outputs: of one engine request.
+        context: of the HTTP request.
+        params: of the engine request.
+        again: the prompt has been counted, with another engine request of the HTTP request.
+    """
     delta = params.output_kind == RequestOutputKind.DELTA
     before: dict[int, int] = {}
     first = True
     async with aclosing(outputs):
         async for output in outputs:
-            if first:
-                first = False
+            if first and not again:
                 context.prompt_tokens += len(output.prompt_token_ids or ())
+            first = False
             for choice in output.outputs:
                 drawn = len(choice.token_ids)
                 # Of a stream's outputs each tells what is new, of others each tells all.

@@ -132,7 +132,14 @@ class RequestLimits:
 
 
 def check_counts(
-    config: LimitsConfig, *, prompts: int, n: int, drawn: int, max_tokens: int | None, field: str
+    config: LimitsConfig,
+    *,
+    prompts: int,
+    n: int,
+    drawn: int,
+    drawn_field: str,
+    max_tokens: int | None,
+    field: str,
 ) -> None:
     """Refuses what is more than one request may ask for.
 
@@ -140,7 +147,9 @@ def check_counts(
         config: section `limits`.
         prompts: how many it has.
         n: replies that it gets for each.
-        drawn: replies that are drawn for each of these (`best_of_n` draws several).
+        drawn: replies, or blocks at a time, that are drawn for each of these (`best_of_n` and
+            `guided_search` draw several).
+        drawn_field: what the request calls that.
         max_tokens: asked for explicitly, or None.
         field: what the request calls that.
 
@@ -155,7 +164,7 @@ def check_counts(
     if replies > config.max_replies:
         factors = f"{prompts} prompts × n {n}" + (f" × {drawn} drawn for each" * (drawn > 1))
         raise BadValue(f"more replies than one request may draw ({factors})",
-                       field="steering.n" if drawn > 1 else "n", value=replies,
+                       field=drawn_field if drawn > 1 else "n", value=replies,
                        allowed=f"at most {config.max_replies}")  # fmt: skip
 
 

@@ -168,8 +168,9 @@ def measured(context: RequestContext, report: Mapping[str, Mapping[str, Any]]) -
     method, profile, _ = names.of(context)
     for choice in report.values():
         MEASURED.labels(method, profile).inc(choice["tokens"])
-        CHANGED.labels(method, profile).inc(choice["changed"])
-        kl = choice["kl_sum"]
+        # Neither is known where the base did not run.
+        kl, changed = choice["kl_sum"], choice["changed"]
+        CHANGED.labels(method, profile).inc(changed if math.isfinite(changed) else 0)
         # Rounding may leave the sum a little below zero, and counters only rise.
         KL.labels(method, profile).inc(kl if math.isfinite(kl) and kl > 0 else 0)
         for stream, count in choice["passes"].items():

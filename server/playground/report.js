@@ -12,6 +12,13 @@ export function told(report) {
     ["Mean KL", `${number(report.mean_kl)} nats`],
   ];
   if (report.share_critical !== undefined) facts.push(["Critical", percent(report.share_critical)]);
+  if (report.guided_search) {
+    const found = report.guided_search;
+    facts.push(["Search", `${found.beams} × ${found.k}, ${found.generated_tokens} tokens in all`]);
+    if ("accepted" in found) {
+      facts.push(["Accepted", `${found.accepted} of ${found.accepted + found.rejected} blocks`]);
+    }
+  }
   if (report.best_of_n) {
     facts.push(["Best of", `${report.best_of_n.n}, ${report.best_of_n.generated_tokens} tokens in all`]);
   }

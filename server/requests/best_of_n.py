@@ -6,27 +6,22 @@ is prompt and reply, which runs the head's stream alone and reports its number.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams, SamplingType
 
-from server.requests.engine_request import EngineRequest, prepare
+from server.requests.engine_request import EngineRequest
 from server.requests.resolved import Report
+from server.requests.rounds import last, passes, read
 from steering.errors import BadValue
 from steering.kernels.reference import best_reply
-from steering.plan import SteeringPlan
 from steering.prompts import align
 
 if TYPE_CHECKING:
     from server.requests.run import RequestEngine
-
-_KEPT = ("lora_request", "trace_headers", "priority", "data_parallel_rank")
-"""Options of the request that hold for reading its replies too."""
 
 
 def start(
@@ -78,19 +73,18 @@ async def _run(
     """
     resolved = engine.resolved
     plan = resolved.plan_of(index)
-    async with aclosing(outputs):
-        drawn = [output async for output in outputs][-1]
+    drawn = await last(outputs)
     replies = [list(choice.token_ids) for choice in drawn.outputs]
-    read = await _read(engine, request, plan.scoring, f"{resolved.tag}-{index}-value", replies)
+    heard = await read(engine, request, plan.scoring, f"{resolved.tag}-{index}-value", replies)
     assert plan.best is not None
-    values = [read[str(i)]["heads"][plan.best.head] for i in range(len(replies))]
+    values = [heard[str(i)]["heads"][plan.best.head] for i in range(len(replies))]
     best = best_reply(values)
     drawings = measured.get(index, {})
     if str(best) in drawings:
         resolved.reports[index] = {
             "0": {
                 **drawings[str(best)],
-                "passes": _passes([*drawings.values(), *read.values()]),
+                "passes": passes([*drawings.values(), *heard.values()]),
                 "values": values,
                 "chosen": best,
                 "generated_tokens": sum(map(len, replies)),
@@ -100,55 +94,3 @@ async def _run(
     chosen.index = 0
     drawn.outputs = [chosen]
     yield drawn
-
-
-async def _read(
-    engine: RequestEngine,
-    request: EngineRequest,
-    plan: SteeringPlan,
-    tag: str,
-    replies: Sequence[Sequence[int]],
-) -> Report:
-    """What the worker measured at the end of each reply, by its index (as text).
-
-    All replies are read at once. Where one cannot be, or the client leaves, all end.
-
-    Args:
-        engine: to run it.
-        request: as it came.
-        plan: from `SteeringPlan.scoring`.
-        tag: names the report, which the replies share: their indices are its choices.
-        replies: token ids.
-    """
-
-    async def read(index: int, reply: Sequence[int]) -> None:
-        params = SamplingParams(
-            temperature=0, max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
-        )
-        options = {key: request.options[key] for key in _KEPT if key in request.options}
-        # The worker takes the number in front for the choice, as in vLLM's own ids of choices.
-        engine_request = EngineRequest(request.prompt, params, f"{index}_{request.id}", options)
-        outputs = engine.engine.submit(prepare(engine_request, plan, tag, reply))
-        async with aclosing(outputs):
-            async for _ in outputs:
-                pass
-
-    reading = [asyncio.create_task(read(*pair)) for pair in enumerate(replies)]
-    try:
-        await asyncio.gather(*reading)
-        reports = await engine.engine.report(tag, {})
-        if len(reports) < len(replies):
-            raise RuntimeError(f"the engine has read {len(reports)} of {len(replies)} replies")
-        return reports
-    except BaseException:
-        for task in reading:
-            task.cancel()
-        await asyncio.gather(*reading, return_exceptions=True)
-        engine.engine.forget(tag)
-        raise
-
-
-def _passes(reports: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Forward passes by stream, over all of them."""
-    names = dict.fromkeys(name for report in reports for name in report["passes"])
-    return {name: sum(r["passes"].get(name, 0) for r in reports) for name in names}

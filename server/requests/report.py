@@ -42,12 +42,23 @@ def summary(resolved: ResolvedRequest, decode: Callable[[int], str]) -> dict[str
             "n": plan.best.n,
             "generated_tokens": sum(report["generated_tokens"] for report in reports),
         }
-    if plan.report == "tokens" or len(choices) > 1 or plan.best is not None:
+    if plan.search is not None:
+        rounds = [one for report in reports for one in report["rounds"]]
+        decided = [one["accepted"] for one in rounds if "accepted" in one]
+        record["guided_search"] = {
+            "k": plan.search.draw.k,
+            "beams": plan.search.beams,
+            "generated_tokens": sum(report["generated_tokens"] for report in reports),
+            **({"accepted": sum(decided), "rejected": decided.count(False)} if decided else {}),
+        }
+    one_of_several = plan.best is not None or plan.search is not None
+    if plan.report == "tokens" or len(choices) > 1 or one_of_several:
         record["choices"] = [
             {
                 "index": index,
                 **_totals([report]),
                 **_chosen(report),
+                **_searched(report, decode),
                 **_detail(report, plan, decode),
             }
             for index, report in choices.items()
@@ -131,6 +142,23 @@ def _chosen(report: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     fields = {key: report[key] for key in ("generated_tokens", "chosen")}
     return {**fields, "values": [_finite(value) for value in report["values"]]}
+
+
+def _searched(report: Mapping[str, Any], decode: Callable[[int], str]) -> dict[str, Any]:
+    """The rounds of a guided search; nothing for other methods."""
+    if "rounds" not in report:
+        return {}
+
+    def told(draw: Mapping[str, Any]) -> dict[str, Any]:
+        numbers = {k: draw[k] for k in ("score", "value", "log_ratio") if k in draw}
+        found = {**draw, **{k: _finite(number) for k, number in numbers.items()}}
+        if "token_ids" in draw:
+            found["text_tokens"] = [decode(token) for token in draw["token_ids"]]
+        return found
+
+    rounds = [{**one, "draws": [told(draw) for draw in one["draws"]]} for one in report["rounds"]]
+    fields = {key: report[key] for key in ("generated_tokens", "returned")}
+    return {**fields, "rounds": rounds}
 
 
 def _detail(

@@ -127,9 +127,11 @@ class Resolver:
         private = self.adapters is not None and any(self.adapters.private(n) for n, _ in names)
         context.use_adapters(names, private)
         _check(parsed, resolved)
-        best = resolved.plan.best
+        best, search = resolved.plan.best, resolved.plan.search
         check_counts(
-            self.most, prompts=parsed.prompts, n=parsed.n, drawn=best.n if best else 1,
+            self.most, prompts=parsed.prompts, n=parsed.n,
+            drawn=best.n if best else search.drawn if search else 1,
+            drawn_field=f"{FIELD}.k" if search else f"{FIELD}.n",
             max_tokens=parsed.max_tokens, field=parsed.max_tokens_field,
         )  # fmt: skip
         if resolved.prompts:
@@ -261,6 +263,6 @@ def _check(parsed: ParsedRequest, resolved: Resolved) -> None:
                        "are evaluated where a token is drawn", field=FIELD)  # fmt: skip
     if plan.best is not None and parsed.n > 1:
         raise BadValue("best_of_n returns one reply", field="n", value=parsed.n, allowed="1")
-    if plan.best is not None and parsed.prompt_logprobs:
+    if (plan.best or plan.search) and parsed.prompt_logprobs:
         raise BadValue("log-probabilities of the prompt go with no choice among replies",
                        field=FIELD)  # fmt: skip

@@ -25,7 +25,7 @@ from server.context import RequestContext
 from server.operation import metrics
 from server.operation.counting import counted
 from server.operation.limits import check_prompt, fit_context, limit_reply
-from server.requests import best_of_n
+from server.requests import best_of_n, guided_search
 from server.requests.engine_request import (
     EngineRequest,
     end_at,
@@ -45,6 +45,7 @@ class Engine(Protocol):
     """What of `SteeredLLM` is needed here."""
 
     model_config: Any
+    renderer: Any
     residency: Residency | None
     served_names: ServedNames
 
@@ -118,6 +119,8 @@ class RequestEngine:
             request = replace(request, options={**request.options, "lora_request": lora})
         if plan.best is not None:
             outputs = best_of_n.start(self, request, index)
+        elif plan.search is not None:
+            outputs = guided_search.start(self, request, index)
         else:
             outputs = self.run(request, plan, index, self.resolved.reports)
         return self._holding(outputs, wanted) if plan.adapters and wanted else outputs
@@ -145,6 +148,22 @@ class RequestEngine:
         self.fit(request.params, len(request.prompt_ids), request.pad, model.max_model_len)
         outputs = counted(self.engine.submit(request), self._context, request.params)
         return self._watch(outputs, request, index, reports)
+
+    def counted(
+        self, request: EngineRequest, *, again: bool
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Runs a prepared request and counts its tokens.
+
+        Args:
+            request: prepared.
+            again: the prompt has been counted.
+        """
+        outputs = self.engine.submit(request)
+        return counted(outputs, self._context, request.params, again=again)
+
+    def measured(self, report: Report) -> None:
+        """Counts a report for the metrics."""
+        metrics.measured(self._context, report)
 
     def fit(self, params: SamplingParams, prompt: int, pad: int, context: int) -> None:
         """Keeps the reply inside the context: `server.operation.limits.fit_context`."""

@@ -14,7 +14,10 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 _CLOSED = with_config(ConfigDict(extra="forbid"))
 """Reports have the fields below and no others; the tests hold real answers against them."""
 
-_Share = Annotated[float | None, Field(description="Null where there was no token.")]
+_Share = Annotated[
+    float | None,
+    Field(description="Null where there was no token, or what it compares with did not run."),
+]
 _Logprob = Annotated[float | None, Field(description="Null where the token is ruled out.")]
 
 
@@ -55,6 +58,34 @@ class TokenReport(TypedDict):
 
 
 @_CLOSED
+class DrawReport(TypedDict):
+    """One candidate of a round of `guided_search`: a block, or a beam that is complete."""
+
+    beam: Annotated[int, Field(description="Which of the beams kept before it continues.")]
+    tokens: Annotated[int, Field(description="Of the block; 0 of a beam that was complete.")]
+    token_ids: NotRequired[list[int]]
+    text_tokens: NotRequired[list[str]]
+    score: NotRequired[float | None]
+    value: NotRequired[float | None]
+    log_ratio: NotRequired[float | None]
+    finished: bool
+
+
+@_CLOSED
+class RoundReport(TypedDict):
+    """One round of `guided_search`."""
+
+    block: int
+    by: Annotated[str, Field(description="draw or fallback.")]
+    draws: list[DrawReport]
+    kept: Annotated[list[int], Field(description="Which of the draws, first the one that leads.")]
+    uniforms: NotRequired[
+        Annotated[list[float], Field(description="What chose among the draws, in (0, 1).")]
+    ]
+    accepted: NotRequired[bool]
+
+
+@_CLOSED
 class ReplyReport(TypedDict):
     """One choice of the answer."""
 
@@ -69,6 +100,8 @@ class ReplyReport(TypedDict):
     values: NotRequired[
         Annotated[list[float | None], Field(description="What the head said of each drawn reply.")]
     ]
+    rounds: NotRequired[list[RoundReport]]
+    returned: NotRequired[Annotated[int, Field(description="Which of the beams kept last it is.")]]
     token_details: NotRequired[list[TokenReport]]
 
 
@@ -106,6 +139,17 @@ class BestReport(TypedDict):
 
 
 @_CLOSED
+class SearchReport(TypedDict):
+    """How a reply was searched."""
+
+    k: int
+    beams: int
+    generated_tokens: int
+    accepted: NotRequired[int]
+    rejected: NotRequired[int]
+
+
+@_CLOSED
 class SteeringReport(TypedDict):
     """How the reply was steered, measured while it was decoded; means are over its tokens."""
 
@@ -122,6 +166,7 @@ class SteeringReport(TypedDict):
     speculation: NotRequired[Drafts]
     share_critical: NotRequired[_Share]
     best_of_n: NotRequired[BestReport]
+    guided_search: NotRequired[SearchReport]
     choices: NotRequired[list[ReplyReport]]
 
 

@@ -127,8 +127,8 @@ async def serve(request: Any, raw: Request, api: Api) -> Response:
     if isinstance(result, AsyncGenerator):
         events = api.events(reading_in(result, taken), report if resolved.reporting else None)
         every_s = parts.config.server.sse_keep_alive_s
-        # Of best_of_n nothing is there to be sent before all replies are drawn.
-        wait = resolved.plan.best is None
+        # Nothing is there to be sent before all replies are drawn, or a block is chosen.
+        wait = resolved.plan.best is None and resolved.plan.search is None
         return await sse.streamed(events, raw, context, every_s, wait=wait)
     content = api.dump(result)
     if (steering := report()) is not None:

@@ -280,8 +280,9 @@ class SteeringConfig(Section):
         64,
         ge=1,
         le=1024,
-        description="Most replies that a `best_of_n` request may choose from. They are drawn at "
-        "the same time, as far as `max_num_seqs` of the engine goes.",
+        description="Most replies that a `best_of_n` request may choose from, and blocks that a "
+        "`guided_search` request may draw at a time. They are drawn together, as far as "
+        "`max_num_seqs` of the engine goes.",
     )
     speculation: SpeculationConfig | None = Field(
         None, description="A stream that drafts. Absent: every step draws one token."

@@ -218,7 +218,7 @@ class LimitsConfig(Rate):
         1024,
         ge=1,
         description="Replies that one request may draw: its prompts times `n`, times what "
-        "`best_of_n` draws for each; more: 400.",
+        "`best_of_n` draws for each, or `guided_search` at a time; more: 400.",
     )
     request_timeout_s: float = Field(
         600.0,

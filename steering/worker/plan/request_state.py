@@ -46,6 +46,7 @@ class RequestState:
         heads: heads whose numbers the report has.
         ends: ids that end its text beside the base's, if its rule or values ask.
         prompt: tokens of its prompt, padding included, without an earlier reply.
+        likelihoods: indices of streams whose log-probabilities of drawn tokens the report has.
     """
 
     control: npt.NDArray[np.float32]
@@ -59,6 +60,7 @@ class RequestState:
     heads: tuple[str, ...] = ()
     ends: Own = ()
     prompt: int = 0
+    likelihoods: tuple[int, ...] = ()
 
 
 def request_state(
@@ -95,7 +97,7 @@ def request_state(
     index = {name: i for i, name in enumerate(streams)}
     plan = payload.plan
     control[0], uses[0] = 0.0, False
-    for name in plan.bodies:
+    for name in (*plan.bodies, *plan.likelihoods):
         uses[index[name]] = True
     for name, weight in plan.weights:
         control[index[name]] = weight
@@ -124,6 +126,7 @@ def request_state(
         plan.heads,
         ends if asks else (),
         prompt_len,
+        tuple(index[name] for name in plan.likelihoods),
     )
 
 

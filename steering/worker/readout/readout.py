@@ -5,8 +5,9 @@ Lives in the worker, called from `compute_logits`, before grammar mask, penaltie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -62,6 +63,8 @@ class Mixed(NamedTuple):
     """[R] float32 log-odds of the rows' classifier heads, if there are any."""
     measures: Measures | None = None
     """Of the reported rows, if there are any."""
+    apart: Mapping[int, torch.Tensor] = MappingProxyType({})
+    """Companion → [m, own V] its own scores on rows that may not sum it."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,11 @@ class Readout:
     one_product: OneProduct | None = None
 
     def __call__(
-        self, hidden: torch.Tensor, classes: Classes, reported: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        classes: Classes,
+        reported: torch.Tensor | None = None,
+        apart: Mapping[int, torch.Tensor] = MappingProxyType({}),
     ) -> Mixed | None:
         """Scores of R rows.
 
@@ -116,6 +123,8 @@ class Readout:
             hidden: [R, width] rows of the steered model's hidden states.
             classes: what occurs among the rows. A stream that did not run is not in any sum.
             reported: [n] int64 rows to measure; None: none.
+            apart: companions that ran, and the [m] int64 rows on which their own scores are
+                wanted, in a sum or not. All ranks name the same, and the host knows how many.
 
         Returns:
             The scores with what they were made of, or None on ranks that hold no logits.
@@ -131,10 +140,20 @@ class Readout:
             self._scores(i, hidden, uses[:, i]) if i and ran[i] else None
             for i in range(self.layout.streams)
         ]
+        own = {i: self._apart(i, hidden, rows) for i, rows in apart.items()}
         if base is None:
             return None
         critical = self._log_odds(hidden, control, classes) if classes.heads else None
-        return self._mixed(Mixed(base, base, streams, critical), control, classes, reported)
+        plain = Mixed(base, base, streams, critical, apart=own)
+        return self._mixed(plain, control, classes, reported)
+
+    def _apart(self, i: int, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """[m, own V] the scores of stream i on some rows; empty on ranks that hold no logits."""
+        own = self._unembed(i, hidden[rows, self.layout.columns(i)])
+        if own is None:
+            return hidden.new_empty(0, 0)
+        self.watch.scores(i, own, rows)
+        return own
 
     def base(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """[R, V] the base's scores of a step in which it runs alone, from its [R, H_0]."""
@@ -222,15 +241,15 @@ class Readout:
         """
         own = self._unembed(i, hidden)
         assert own is not None
-        return self._over_base(i, own, size)
+        return self.over_base(i, own, size)
 
     def alone(self, i: int, mixed: Mixed, rows: torch.Tensor) -> torch.Tensor:
         """The same on [m] int64 rows that were read out and sum companion i, [m, V]."""
         scores = mixed.streams[i]
         assert scores is not None
-        return self._over_base(i, scores.of(rows), mixed.z.shape[-1])
+        return self.over_base(i, scores.of(rows), mixed.z.shape[-1])
 
-    def _over_base(self, i: int, own: torch.Tensor, size: int) -> torch.Tensor:
+    def over_base(self, i: int, own: torch.Tensor, size: int) -> torch.Tensor:
         """[R, V] float32: the scores of stream i, −∞ on ids that are not in both tables."""
         out = torch.full((own.shape[0], size), NEVER, device=own.device)
         both = min(size, own.shape[-1])

@@ -87,6 +87,10 @@ class Tally:
             # All tokens of a step are drafts but the last, which was drawn behind them.
             accepted += max(min(drawn - 1, left), 0)
             entries += step.entries[:left]
+        likelihoods: dict[str, float] = {}
+        for entry in entries:
+            for name, number in entry.get("likelihoods", {}).items():
+                likelihoods[name] = likelihoods.get(name, 0.0) + number
         heads: dict[str, float] = next((e["heads"] for e in reversed(entries) if "heads" in e), {})
         return {
             "tokens": len(entries),
@@ -94,6 +98,7 @@ class Tally:
             "changed": sum(e["changed"] for e in entries),
             "critical": sum(e.get("critical", False) for e in entries),
             "heads": heads,
+            "likelihoods": likelihoods,
             "passes": passes,
             "drafted": drafted,
             "accepted": accepted,

@@ -52,6 +52,8 @@ class StepReport:
         critical: which have a rule that reads a classifier head.
         heads: which report the number of a head, by its name.
         choices: which of `detail` sum a companion, by its index.
+        likelihoods: which report a stream's log-probability of the drawn token, by its index.
+        apart: those of these streams that not all of their rows sum; not the base.
     """
 
     states: tuple[RequestState, ...]
@@ -64,6 +66,8 @@ class StepReport:
     critical: Int64
     heads: dict[str, Int64]
     choices: dict[int, Int64]
+    likelihoods: dict[int, Int64]
+    apart: tuple[int, ...]
 
     @classmethod
     def of(cls, plan: StepPlan, drawing: DrawRows, scored: Sequence[bool]) -> StepReport | None:
@@ -89,6 +93,10 @@ class StepReport:
         detail = where(state.tokens for state in states)
         streams = [i for i, has in enumerate(scored) if i and has and plan.classes.active[i]]
         used = {i: where(s.tokens and s.control[i] != 0 for s in states) for i in streams}
+        read = sorted({i for state in states for i in state.likelihoods})
+        apart = (
+            i for i in read if i and any(i in s.likelihoods and not s.control[i] for s in states)
+        )
         return cls(
             states,
             tuple(plan.schedule.request_ids[q] for q in own),
@@ -100,18 +108,24 @@ class StepReport:
             where(_rule(state)[0] in CRITICAL_KINDS for state in states),
             {name: where(name in state.heads for state in states) for name in names},
             {i: which for i, which in used.items() if which.size},
+            {i: where(i in state.likelihoods for state in states) for i in read},
+            tuple(apart),
         )
 
     def arrays(self) -> list[Int64]:
         """What the device needs of it, for `StagedReport.of`."""
         some = [self.critical, *self.heads.values(), *self.choices.values()]
         every = [self.rows, self.requests, self.nth, self.detail, self.rows[self.detail]]
-        return every + [self.rows[which] for which in some]
+        every += [self.rows[which] for which in [*some, *self.likelihoods.values()]]
+        return [*every, *self.likelihoods.values()]
 
 
 @dataclass(frozen=True)
 class StagedReport:
-    """A step's reports, and on the device the rows (int64) of each part; fields as there."""
+    """A step's reports, and on the device the rows (int64) of each part; fields as there.
+
+    `which` are those of `likelihoods` as numbers of the n rows.
+    """
 
     host: StepReport
     rows: torch.Tensor
@@ -122,25 +136,38 @@ class StagedReport:
     critical: torch.Tensor
     heads: dict[str, torch.Tensor]
     choices: dict[int, torch.Tensor]
+    likelihoods: dict[int, torch.Tensor]
+    which: dict[int, torch.Tensor]
 
     @classmethod
     def of(cls, host: StepReport, arrays: Sequence[torch.Tensor]) -> StagedReport:
         """From the arrays of `StepReport.arrays` on the device."""
-        rows, requests, nth, detail, detail_rows, critical, *some = arrays
-        of_head, of_stream = some[: len(host.heads)], some[len(host.heads) :]
-        heads = dict(zip(host.heads, of_head, strict=True))
-        choices = dict(zip(host.choices, of_stream, strict=True))
-        return cls(host, rows, requests, nth, detail, detail_rows, critical, heads, choices)
+        rows, requests, nth, detail, detail_rows, critical, *rest = arrays
+        some = iter(rest)
+        heads = {name: next(some) for name in host.heads}
+        choices = {i: next(some) for i in host.choices}
+        likelihoods = {i: next(some) for i in host.likelihoods}
+        which = {i: next(some) for i in host.likelihoods}
+        return cls(
+            host, rows, requests, nth, detail, detail_rows, critical, heads, choices, likelihoods,
+            which,
+        )  # fmt: skip
+
+    @property
+    def apart(self) -> dict[int, torch.Tensor]:
+        """What `Readout` is asked for beside its sum."""
+        return {i: self.likelihoods[i] for i in self.host.apart}
 
 
 @dataclass
 class _Measured:
-    """A step whose tokens are not drawn yet; [m, V] scores of the steered model and the base."""
+    """A step whose tokens are not drawn yet; [m, V] scores, also of `StepReport.likelihoods`."""
 
     report: StagedReport
     columns: Columns
     masses: tuple[torch.Tensor, torch.Tensor]
     scores: tuple[torch.Tensor, torch.Tensor]
+    likelihoods: dict[int, torch.Tensor]
 
 
 @dataclass
@@ -258,7 +285,17 @@ class Reporter:
                 host.detail,
                 _log_probability(scores[1], masses[1], best_of_base),
             )
-        self._measured = _Measured(report, columns, masses, scores)
+        read = {i: self._own(i, report, mixed, readout) for i in host.likelihoods}
+        self._measured = _Measured(report, columns, masses, scores, read)
+
+    @staticmethod
+    def _own(i: int, report: StagedReport, mixed: Mixed, readout: Readout) -> torch.Tensor:
+        """[m, V] a copy of the scores of stream i on the rows that report its log-probability."""
+        if not i:
+            return mixed.base[report.likelihoods[i]].float()
+        if i in mixed.apart:
+            return readout.over_base(i, mixed.apart[i], mixed.z.shape[-1])
+        return readout.alone(i, mixed, report.likelihoods[i])
 
     def sampled(self, ids: torch.Tensor) -> None:
         """Sends the step's measures to the host, with its tokens.
@@ -277,6 +314,9 @@ class Reporter:
             tokens = drawn[report.detail].clamp(0)
             for path, s, m in zip(_LOGPROBS, measured.scores, measured.masses, strict=True):
                 columns[path] = host.detail, _log_probability(s, m, tokens)
+        for i, s in measured.likelihoods.items():
+            found = _log_probability(s, s.logsumexp(-1), drawn[report.which[i]].clamp(0))
+            columns["likelihoods", self.names[i]] = host.likelihoods[i], found
         records = []
         for state, request_id, count in zip(host.states, host.ids, host.counts, strict=True):
             tally = self.book.tally(state.tag, choice_of(request_id))
@@ -343,8 +383,9 @@ def _entry(state: RequestState, row: dict[str, Any]) -> dict[str, Any]:
         kind, threshold = _rule(state)
         if kind == RuleKind.CRITICAL:
             entry["critical"] = probability > threshold
-    if "heads" in row:
-        entry["heads"] = row["heads"]
+    for part in ("heads", "likelihoods"):
+        if part in row:
+            entry[part] = row[part]
     if state.tokens:
         entry["token_id"] = int(row["token_id"])
         entry |= {name: row[name] for name in ("base_logprob", "steered_logprob")}

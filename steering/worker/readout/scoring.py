@@ -86,7 +86,10 @@ class Scoring:
             z = readout.in_one(hidden, classes.active)
             if z is not None:
                 return z
-        mixed = readout(hidden, classes, None if report is None else report.rows)
+        if report is None:
+            mixed = readout(hidden, classes)
+        else:
+            mixed = readout(hidden, classes, report.rows, report.apart)
         if mixed is None:
             return None
         if report is not None:

@@ -54,6 +54,9 @@ def configuration() -> dict[str, Any]:
         "factual": {"method": "critical_tokens", "pretrained": "plain", "classifier": "critic"},
         "picky": {"method": "best_of_n", "n": 4, "value": "value",
                   "chat_template": "{{ messages[0].content }}"},
+        "seeking": {"method": "guided_search", "k": 2, "block": {"tokens": 3},
+                    "score": {"value": "value"},
+                    "chat_template": "{{ messages[0].content }}"},
     }  # fmt: skip
     adapters = {
         "roots": ["./loras"], "max_loaded": 2, "max_rank": 16,
