@@ -24,7 +24,7 @@ from steering.worker.plan.staging import StagedBatch, Staging, arrays_of
 from steering.worker.readout.overlaps import read_as
 from steering.worker.readout.readout import Readout
 from steering.worker.step.contexts import StreamContexts
-from steering.worker.step.graph_inputs import Shape
+from steering.worker.step.graph_inputs import PIECES, Shape
 from steering.worker.step.graphs import StreamGraphs
 
 
@@ -69,7 +69,7 @@ class Again:
     Args:
         run: the pass, over one-token rows.
         batch: its rows.
-        inputs: [7, N] what its graph reads; None without one.
+        inputs: [9, N] what its graph reads; None without one.
         tables: of its adapters, if others than before must lie there.
     """
 
@@ -136,7 +136,7 @@ class Passes:
         """Another pass of a stream, over one-token rows."""
         shape = None
         if self.graphs is not None:
-            shape = self.graphs.shape_for(stream, batch, exact=True)
+            shape = self.graphs.shape_for(stream, batch, exact=True, whole=True)
         return Again(Run(stream, batch, shape))
 
     def _send(
@@ -162,7 +162,7 @@ class Passes:
         for one in again:
             self._stage_again(staging, one)
         self._stage_tables(staging, runs, again, positions.shape[0])
-        replayed = {i: (b, shape.width) for i, b, shape in runs if shape and b is not None}
+        replayed = {i: (b, shape) for i, b, shape in runs if shape and b is not None}
         if replayed:
             assert self.graphs is not None and input_ids is not None
             inputs = self.graphs.inputs(replayed, self.contexts.scratch)
@@ -292,11 +292,10 @@ class Passes:
             lengths = self._schedule.lengths
             requests: Int64 = np.repeat(np.arange(lengths.size), lengths)
             return Pass(name, self.original[name], requests, total)
-        if shape:
-            requests = np.repeat(batch.rows, shape.width)
-            return Pass(name, self.original[name], requests, shape.tokens)
         requests = batch.rows[batch.token_rows]
-        return Pass(name, self.original[name], requests, requests.size)
+        if shape and shape.width != PIECES:
+            requests = np.repeat(batch.rows, shape.width)
+        return Pass(name, self.original[name], requests, shape.tokens if shape else requests.size)
 
 
 def _keep_tables(one: Again, write: Write, there: Sequence[torch.Tensor]) -> None:
