@@ -78,7 +78,7 @@ class _Operations(TorchDispatchMode):
         self._capture.check(func, args, kwargs)
         if _in_python(func):
             # A graph would hold what the operation launches, not its Python.
-            with self:
+            with self, self._capture.inside():
                 return func.redispatch(_CPU, *args, **kwargs)
         out = func(*args, **kwargs)
         self._capture.recording.record(func, args, kwargs, out)
@@ -111,6 +111,8 @@ class Capture:
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
         self.paused = False
+        self.depth = 0
+        """Of operations in Python that are running."""
         self._host: dict[int, torch.UntypedStorage] = {}
         self._modes = (_Operations(self), _Methods(self))
 
@@ -126,6 +128,15 @@ class Capture:
         for mode in reversed(self._modes):
             mode.__exit__(None, None, None)
         torch.from_numpy = self._from_numpy
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """While an operation in Python runs: until it has returned, the modes must stay."""
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
 
     @contextmanager
     def pause(self) -> Iterator[None]:

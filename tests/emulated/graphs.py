@@ -7,7 +7,9 @@ not permit raises (`tests.emulated.capture`), nested captures too.
 Memory. What a capture allocates belongs to the graph's pool, and CUDA gives it to others once
 nobody holds it. So before each replay all such memory is filled with NaN (integers: a number out
 of any range); a graph that reads what an earlier replay left there gives wrong answers here too.
-A replay whose inputs nobody but graphs holds any more raises: CUDA would read freed memory.
+A replay whose inputs nobody but graphs holds any more raises: CUDA would read freed memory. Graphs
+that are replayed one behind the other as they were captured may read what those before them left:
+the pool gave it to nobody in between. Weak references (`weak_ref`) hold nothing.
 
 It cannot prove: that graphs which share a pool do not overwrite each other's held outputs; that
 host and device tensors are kept apart (here all are on the host, so a capture may read a host
@@ -81,6 +83,11 @@ class CUDAGraph:
     """In place of `torch.cuda.CUDAGraph`."""
 
     active: ClassVar[CUDAGraph | None] = None
+    _suspended: ClassVar[Capture | None] = None
+    """Of a capture that was ended inside an operation, which the next one goes on with."""
+    _captured: ClassVar[int] = 0
+    _run: ClassVar[list[CUDAGraph]] = []
+    """Graphs that were replayed last, in the order in which they were captured."""
     _all: ClassVar[weakref.WeakSet[CUDAGraph]] = weakref.WeakSet()
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -96,6 +103,7 @@ class CUDAGraph:
         self._own: set[int] = set()
         self._constants: set[int] = set()
         self._capture: Capture | None = None
+        self._number = 0
         self.replays = 0
 
     # --- capture --------------------------------------------------------------------------------
@@ -108,15 +116,25 @@ class CUDAGraph:
         """
         if CUDAGraph.active is not None:
             raise CaptureError("another capture")
-        self._capture = Capture(self)
-        CUDAGraph.active = self
-        self._capture.begin()
+        CUDAGraph._captured += 1
+        CUDAGraph.active, self._number = self, CUDAGraph._captured
+        suspended, CUDAGraph._suspended = CUDAGraph._suspended, None
+        if suspended is None:
+            self._capture = Capture(self)
+            self._capture.begin()
+        else:
+            self._capture = suspended
+            suspended.recording, suspended.paused = self, False
 
     def capture_end(self) -> None:
         """Ends what `capture_begin` began."""
-        assert self._capture is not None
-        self._capture.end()
+        capture = self._capture
+        assert capture is not None
         CUDAGraph.active = self._capture = None
+        if capture.depth:
+            CUDAGraph._suspended, capture.paused = capture, True
+        else:
+            capture.end()
 
     def record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """Takes one torch operation; storages that first appear in `out` are the graph's own."""
@@ -169,7 +187,6 @@ class CUDAGraph:
 
     # --- replay ---------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def replay(self) -> None:
         """Runs the recorded operations.
 
@@ -177,9 +194,17 @@ class CUDAGraph:
             CaptureError: a capture is in progress.
             StaleMemory: an input was freed.
         """
+        self._replay()
+
+    @torch.inference_mode()
+    def _replay(self) -> None:
+        """The same; what tests patch, since others may hold `replay` itself."""
         if CUDAGraph.active is not None:
             raise CaptureError("a replay")
-        self._check_inputs()
+        if not CUDAGraph._run or CUDAGraph._run[-1]._number + 1 != self._number:
+            CUDAGraph._run.clear()
+        self._check_inputs(set().union(*(graph._own for graph in CUDAGraph._run)))
+        CUDAGraph._run.append(self)
         for key in self._own - self._constants:
             if not self._held(key):
                 _poison(self._storages[key])
@@ -187,9 +212,10 @@ class CUDAGraph:
             step.replay()
         self.replays += 1
 
-    def _check_inputs(self) -> None:
+    def _check_inputs(self, left: set[int]) -> None:
+        """Whether all inputs are there; `left` is of graphs before this one."""
         for key, tensor in self._storages.items():
-            if key in self._own or key in self._constants or self._held(key):
+            if key in self._own | self._constants | left or self._held(key):
                 continue
             if size := tensor.untyped_storage().nbytes():
                 raise StaleMemory(
@@ -214,6 +240,16 @@ def _poison(tensor: torch.Tensor) -> None:
         memory.fill_(float("nan"))
     else:
         memory.fill_(torch.iinfo(dtype).max // 2)
+
+
+def weak_ref(tensor: Any) -> Any:
+    """In place of vLLM's `weak_ref_tensor`: the same memory, which the result does not hold."""
+    graph = CUDAGraph.active
+    if not isinstance(tensor, torch.Tensor) or graph is None:
+        return tensor
+    assert graph._capture is not None
+    with graph._capture.pause():
+        return graph._note(tensor, own=False)
 
 
 @contextmanager

@@ -18,6 +18,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from vllm.distributed import parallel_state
+from vllm.forward_context import (
+    get_forward_context,
+    is_forward_context_available,
+    override_forward_context,
+)
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport
 
@@ -36,12 +41,14 @@ from steering.worker.plan.staging import StagedBatch
 from steering.worker.plan.step_plan import StepPlan, plan_step
 from steering.worker.readout.readout import Vocabulary
 from steering.worker.step import passes as step
+from steering.worker.step import pieces as step_pieces
 from steering.worker.step.drafting import Drafts
-from steering.worker.step.graph_inputs import Shape
+from steering.worker.step.graph_inputs import PIECES, Shape
 from steering.worker.step.graphs import StreamGraphs
 from steering.worker.step.passes import Counters
+from steering.worker.step.pieces import Pieces, left_out
 from steering.worker.step.run import Step
-from steering.worker.step.stream_graph import Source
+from steering.worker.step.stream_graph import Source, StreamGraph
 from steering.worker.step.values import ValueStreams, gather
 from tests.emulated import graphs
 from tests.emulated.capture import Capture
@@ -81,10 +88,28 @@ class Group:
     build_metadata_for_cudagraph_capture = build_metadata
 
 
-class Model:
-    """An embedding and one adapted layer."""
+class Attention:
+    """What a token's attention gives is the token itself; rows are right if their tokens are."""
 
-    def __init__(self, seed: int) -> None:
+    impl: Any
+    kv_cache = None
+
+    def __init__(self) -> None:
+        self.impl = self
+
+    def forward(
+        self, _layer: Any, query: Any, _k: Any, _v: Any, _kv: Any, metadata: Any, output: Any
+    ) -> None:
+        """One launch, which writes nothing for padding."""
+        count = metadata.num_actual_tokens
+        output[:count].copy_(query[:count])
+
+
+class Model:
+    """An embedding, one adapted layer, and its attention where vLLM's context has it."""
+
+    def __init__(self, name: str, seed: int) -> None:
+        self.name = name
         gen = torch.Generator().manual_seed(seed)
         draw = partial(torch.randn, generator=gen)
         self.table, self.weight = draw(TABLE, WIDTH), draw(WIDTH, WIDTH)
@@ -97,7 +122,11 @@ class Model:
         x = self.table[input_ids] + positions[:, None]
         y = x @ self.weight
         torch.ops.coxswain.adapter_sum(y, x, self.a, self.b, [WIDTH])
-        return y
+        if not is_forward_context_available():
+            return y
+        layer, out = get_forward_context().no_compile_layers[f"{self.name}.0"], torch.empty_like(y)
+        layer.impl.forward(layer, y, y, y, layer.kv_cache, None, output=out)
+        return out * 1.0
 
 
 class Counted:
@@ -120,7 +149,7 @@ def counting() -> Iterator[Counted]:
     """Counts what is run inside."""
     found = Counted()
     capture = Capture(found)
-    replay = CUDAGraph.replay
+    replay = CUDAGraph._replay
 
     def replayed(graph: CUDAGraph) -> None:
         found.replays += 1
@@ -140,7 +169,7 @@ def counting() -> Iterator[Counted]:
         launch(*args, **kwargs)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(CUDAGraph, "replay", replayed))
+        stack.enter_context(patch.object(CUDAGraph, "_replay", replayed))
         stack.enter_context(patch.object(graphs, "_launch", launched))
         for module in (staging, triton_adding, ends):
             stack.enter_context(patch.object(module, "to_device", to_device))
@@ -166,16 +195,22 @@ class Passes:
         sizes: padded numbers of rows that graphs are captured for.
         free: bytes of the device that are free.
         drafts: that steps verify, and `chat` draws.
+        pieces: padded numbers of tokens of graphs in pieces.
     """
 
     def __init__(
-        self, sizes: Sequence[int], free: Callable[[], int] = lambda: 1 << 40, drafts: int = 0
+        self,
+        sizes: Sequence[int],
+        free: Callable[[], int] = lambda: 1 << 40,
+        drafts: int = 0,
+        pieces: Sequence[int] = (),
     ) -> None:
         triton_operation.register("CPU")
-        lines, most = sizes[-1], sizes[-1] * (1 + drafts)
-        models = [Model(0), Model(1), None]
+        lines, most = sizes[-1], max(sizes[-1] * (1 + drafts), *pieces, 0)
+        models = [Model("base", 0), Model("chat", 1), None]
         models[2] = models[0]
-        layers = [{f"{name}.0": f"{name}.0"} for name in NAMES]
+        asked = ("base", "chat", "base")
+        layers = [{f"{kv}.0": f"{name}.0"} for kv, name in zip(NAMES, asked, strict=True)]
         config = SimpleNamespace(
             model_config=SimpleNamespace(max_model_len=64),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=most),
@@ -200,8 +235,9 @@ class Passes:
         ]
         shapes = [Shape(size, width) for width in {1, 1 + drafts} for size in sizes]
         shapes.sort(key=lambda shape: shape.tokens)
+        shapes += [Shape(size, PIECES) for size in pieces]
         self.graphs = StreamGraphs(runner, [(self.table, SIZE)], [SIZE], sources, shapes)
-        with patch.object(StreamGraphs, "_context", lambda *_: _nothing()), _no_devices():
+        with patch.object(StreamGraphs, "_context", _context), _no_devices():
             self.graphs.capture(free)
         layout = Layout((WIDTH,) * 3, torch.float32, TOP_K)
         readout = SimpleNamespace(
@@ -236,6 +272,7 @@ class Passes:
         )
         self.step.drafts = Drafts(1, drafts, 64, TABLE) if drafts else None
 
+    @torch.inference_mode()
     def run(
         self, plan: StepPlan, ids: torch.Tensor, adapted: Adapted | None = None
     ) -> torch.Tensor:
@@ -243,15 +280,32 @@ class Passes:
         self.step.adapted, self.step._schedule = adapted, plan.schedule
         self.step._drafting = None
         positions = self.positions[: ids.shape[0]]
-        if not plan.tables.steered:
-            return self.step.base(ids, positions, None, staging.Staging())
         control = np.repeat(plan.tables.control, plan.schedule.lengths, axis=0)
-        return self.step.steered(plan, ids, positions, control, staging.Staging())
+        seen: Any = SimpleNamespace(attn_metadata={}, no_compile_layers={})
+        with override_forward_context(seen):
+            if not plan.tables.steered:
+                return self.step.base(ids, positions, None, staging.Staging())
+            return self.step.steered(plan, ids, positions, control, staging.Staging())
 
 
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
+
+
+@contextmanager
+def _context(
+    _: Any, stream: StreamGraph, metadata: Any, shape: Shape, graph: Any = None
+) -> Iterator[None]:
+    """What a capture sees: attention that is left out. Whole graphs have none."""
+    if not isinstance(graph, Pieces):
+        yield
+        return
+    names = [name for group in stream.groups for _, name in group.layers.layers]
+    layers = {name: left_out(Attention(), name, graph) for name in names}
+    seen: Any = SimpleNamespace(no_compile_layers=layers, attn_metadata={})
+    with override_forward_context(seen):
+        yield
 
 
 @contextmanager
@@ -261,6 +315,7 @@ def _no_devices() -> Iterator[None]:
     with (
         patch.object(parallel_state, "graph_capture", lambda **_: _nothing()),
         patch.object(platform, "get_global_graph_pool", lambda _: None),
+        patch.object(step_pieces, "weak_ref_tensor", graphs.weak_ref),
     ):
         yield
 
@@ -302,6 +357,18 @@ def plan_of(states: Sequence[RequestState], computed: int, drafts: int = 0) -> S
         np.full(count, drafts, np.int32),
     )
     return plan_step(schedule, BatchTables.of(states))
+
+
+PART = 12
+"""Tokens of a prompt, or of a part of one."""
+
+
+def prompts_of(states: Sequence[RequestState], computed: int) -> StepPlan:
+    """A step in which one in four requests reads a part of its prompt, and the others decode."""
+    lengths = [PART if row % 4 == 2 else 1 for row in range(len(states))]
+    plan = plan_of(states, computed)
+    starts = np.cumsum([0, *lengths]).astype(np.int32)
+    return plan_step(replace(plan.schedule, starts=starts), plan.tables)
 
 
 def adapters_of(count: int, random: Any) -> Adapted:

@@ -45,7 +45,11 @@ def scheduling(*, asynchronous: bool) -> Iterator[None]:
 
 @contextmanager
 def like_cuda(
-    mode: str = "NONE", sizes: Sequence[int] = (1, 2, 4), *, asynchronous: bool = False
+    mode: str = "NONE",
+    sizes: Sequence[int] = (1, 2, 4),
+    *,
+    asynchronous: bool = False,
+    compiled: bool = False,
 ) -> Iterator[None]:
     """Engines made inside capture and replay emulated graphs.
 
@@ -53,6 +57,8 @@ def like_cuda(
         mode: a name of vLLM's `CUDAGraphMode`.
         sizes: padded numbers of rows that graphs are captured for.
         asynchronous: whether the next step is scheduled before the last one's tokens are known.
+        compiled: whether models are traced and cut at attention as where they are compiled; the
+            pieces then run as torch operations, since a compiler's kernels could not be recorded.
     """
     import vllm.compilation.breakable_cudagraph as breakable
     import vllm.distributed.parallel_state as parallel_state
@@ -66,6 +72,7 @@ def like_cuda(
     from adapters.kernels import operation, triton_operation
     from steering.worker.adapting import lora_seam
     from steering.worker.adapting import triton as triton_adding
+    from steering.worker.step import pieces
 
     platform = type(current_platform)
 
@@ -73,7 +80,8 @@ def like_cuda(
         as_scheduled(config)
         compilation = config.compilation_config
         compilation.cudagraph_mode = CUDAGraphMode[mode]
-        compilation.mode = CompilationMode.NONE
+        compilation.mode = CompilationMode.VLLM_COMPILE if compiled else CompilationMode.NONE
+        compilation.backend = "eager"
         compilation.cudagraph_capture_sizes = list(sizes)
         compilation.max_cudagraph_capture_size = max(sizes)
         compilation.compile_sizes = []
@@ -110,6 +118,7 @@ def like_cuda(
             (breakable, "capture_pool", one_pool),
             (breakable, "weak_ref_tensor", lambda tensor: tensor),
             (breakable, "weak_ref_tensors", lambda tensors: tensors),
+            (pieces, "weak_ref_tensor", graphs.weak_ref),
             (runner, "lock_workspace", lambda *_: None),
             (worker.CPUWorker, "compile_or_warm_up_model", capture),
             # The adapters' kernels, where CUDA would have them.

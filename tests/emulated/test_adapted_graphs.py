@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
+from vllm.config import CompilationMode
 
 from steering.engine_args import adapter_engine_args
 from tests.adapters.make import make_lora, make_native
@@ -45,7 +46,7 @@ VALUED = {"method": "value_augmented", "values": [{"stream": "value", "strength"
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     folder = tmp_path_factory.mktemp("adapted")
-    with like_cuda("NONE", (1, 4), asynchronous=True):
+    with like_cuda("NONE", (4, 48), asynchronous=True, compiled=True):
         found = engine_in(
             folder,
             {"chat": ("qwen2", VOCAB_SIZE), "twin": "base"},
@@ -69,7 +70,18 @@ def test_adapters_are_right_in_graphs(adapted: Engine) -> None:
     assert adapted.llm.llm_engine.vllm_config.scheduler_config.async_scheduling
     step = step_of(adapted)
     check(adapted, ADAPTED, adapted.run(ADAPTED))
-    assert all(step.graphs.replays[i] >= 5 for i in range(3))
+    for i, name in enumerate(step.names[:3]):  # prompts too
+        assert step.graphs.replays[i] == step.counters.passes[name] > 5
+
+
+def test_models_with_adapters_are_compiled(adapted: Engine) -> None:
+    """Each once, but for the twin; all that is launched is attention and what is traced."""
+    compilation = adapted.llm.llm_engine.vllm_config.compilation_config
+    assert compilation.mode == CompilationMode.VLLM_COMPILE
+    step = step_of(adapted)
+    models = {id(model): model.model for model in step.models}
+    assert len(models) == 3
+    assert all(model.compiled for model in models.values())
 
 
 @contextmanager
@@ -92,7 +104,7 @@ def test_routes_are_counted_in_graphs(adapted: Engine) -> None:
         with context:
             [output] = adapted.run([case], salt=str(len(reports)))
             reports.append(adapted.report(adapted.tags[0], output)["0"])
-    assert step.graphs.replays[0] - before == 3
+    assert step.graphs.replays[0] - before == 4
     assert reports[0]["routed"] == reports[1]["routed"] != {}
     assert reports[0]["passes"] == reports[1]["passes"]
 

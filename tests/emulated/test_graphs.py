@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from tests.emulated.capture import CaptureError
-from tests.emulated.graphs import CUDAGraph, StaleMemory, emulated, graph
+from tests.emulated.graphs import CUDAGraph, StaleMemory, emulated, graph, weak_ref
 
 
 @pytest.fixture(autouse=True)
@@ -193,6 +193,72 @@ def test_the_output_of_one_graph_is_freed_memory_to_another_unless_held() -> Non
     del between
     with pytest.raises(StaleMemory):
         second.replay()
+
+
+def pieces() -> tuple[CUDAGraph, CUDAGraph, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two graphs, the second of which reads what the first leaves; its inputs and outputs."""
+    x, out, first, second = torch.ones(2), torch.zeros(2), CUDAGraph(), CUDAGraph()
+    first.capture_begin()
+    between = x + 1
+    weak = weak_ref(between)
+    first.capture_end()
+    second.capture_begin()
+    out.copy_(between * 2)
+    second.capture_end()
+    return first, second, x, weak, out
+
+
+def test_graphs_in_the_order_of_their_captures_read_what_is_left() -> None:
+    """As of vLLM's pieces: nobody holds what passes between them."""
+    first, second, x, weak, out = pieces()
+    x.add_(1)
+    first.replay()
+    assert weak.tolist() == [3.0, 3.0]
+    weak.add_(1)  # what is launched between pieces
+    second.replay()
+    assert out.tolist() == [8.0, 8.0]
+    with pytest.raises(StaleMemory):
+        second.replay()
+    first.replay()
+    CUDAGraph().replay()  # another's memory
+    with pytest.raises(StaleMemory):
+        second.replay()
+
+
+def test_a_weak_reference_holds_nothing() -> None:
+    """What is launched at another time than between its pieces finds no values."""
+    x, captured = torch.ones(2), CUDAGraph()
+    with graph(captured):
+        weak = weak_ref(torch.empty(2))
+        x.add_(1)
+    captured.replay()
+    assert weak.isnan().all()
+
+
+def test_a_capture_is_broken_inside_an_operation() -> None:
+    x, graphs = torch.ones(2), [CUDAGraph(), CUDAGraph()]
+
+    @torch.library.custom_op("coxswain_emulated::breaks", mutates_args={"y"})
+    def breaks(y: torch.Tensor) -> None:
+        y.mul_(2)
+        graphs[0].capture_end()
+        graphs[1].capture_begin()
+        y.mul_(5)
+
+    graphs[0].capture_begin()
+    x.add_(1)
+    breaks(x)
+    x.add_(1)
+    graphs[1].capture_end()
+    assert x.tolist() == [21.0, 21.0]
+    x.fill_(0)
+    graphs[0].replay()
+    assert x.tolist() == [2.0, 2.0]
+    graphs[1].replay()
+    assert x.tolist() == [11.0, 11.0]
+    x.add_(1)  # nothing is recorded any more
+    graphs[1].replay()
+    assert x.tolist() == [61.0, 61.0]
 
 
 def test_a_failed_capture_leaves_nothing() -> None:

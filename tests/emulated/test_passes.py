@@ -20,12 +20,13 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from steering.worker.plan.batches import Candidates, whole_batch
 from steering.worker.plan.step_plan import plan_step
-from steering.worker.step.graph_inputs import Field, Shape
+from steering.worker.step.graph_inputs import PIECES, Field, Shape
 from steering.worker.step.graphs import RESERVE, _none_at_all
 from tests.emulated.graphs import emulated
 from tests.emulated.passes import (
     BATCHES,
     DRAFTS,
+    PART,
     SIZE,
     TOP_K,
     Counted,
@@ -35,6 +36,7 @@ from tests.emulated.passes import (
     again,
     counting,
     plan_of,
+    prompts_of,
     request,
     valued,
 )
@@ -53,6 +55,31 @@ def passes() -> Iterator[Passes]:
 def speculating() -> Iterator[Passes]:
     with emulated():
         yield Passes(ROWS, drafts=DRAFTS)
+
+
+@pytest.fixture(scope="module")
+def reading() -> Iterator[Passes]:
+    """Captures in pieces too."""
+    with emulated():
+        yield Passes(ROWS, pieces=(80, 256))
+
+
+def read(reading: Passes) -> dict[tuple[str, int], Counted]:
+    """By kind of batch and number of rows, of a step in which some read prompts."""
+    found = {}
+    for rows in ROWS:
+        plans = {
+            name: prompts_of([state(row) for row in range(rows)], 20)
+            for name, state in BATCHES.items()
+        }
+        adapted = adapters_of(rows, random.Random(5))
+        for name, plan in plans.items():
+            ids = torch.arange(plan.schedule.tokens, dtype=torch.int32) % 40
+            with counting() as found[name, rows]:
+                reading.run(plan, ids)
+        with counting() as found["mixed, adapters of new requests", rows]:
+            reading.run(plans["mixed"], ids, adapted)
+    return found
 
 
 def counted(passes: Passes, speculating: Passes) -> dict[tuple[str, int], Counted]:
@@ -98,17 +125,20 @@ def table(found: dict[tuple[str, int], Counted]) -> str:
 
 
 @pytest.mark.nightly
-def test_the_page_says_what_was_counted(passes: Passes, speculating: Passes) -> None:
-    found = counted(passes, speculating)
+@pytest.mark.parametrize("block", ["passes", "prompts"])
+def test_the_page_says_what_was_counted(
+    passes: Passes, speculating: Passes, reading: Passes, block: str
+) -> None:
+    found = read(reading) if block == "prompts" else counted(passes, speculating)
     assert all(one.copies == 1 for one in found.values())
     page = PAGE.read_text()
-    pattern = re.compile(r"(?<=<!-- passes -->\n).*?(?=\n<!-- end -->)", re.S)
+    pattern = re.compile(rf"(?<=<!-- {block} -->\n).*?(?=<!-- end -->)", re.S)
     if os.environ.get("WRITE_DOCS"):
-        page = pattern.sub(lambda _: table(found), page)
+        page = pattern.sub(lambda _: table(found) + "\n", page)
         PAGE.write_text(page)
     said = pattern.search(page)
     assert said is not None
-    assert said[0] == table(found), "run this test again with WRITE_DOCS=1"
+    assert said[0] == table(found) + "\n", "run this test again with WRITE_DOCS=1"
 
 
 @pytest.mark.nightly
@@ -129,12 +159,61 @@ def test_what_was_counted_is_right(passes: Passes, name: str) -> None:
         assert not out[others][:, layout.columns(i)].any()
 
 
+@pytest.mark.parametrize("name", BATCHES)
+def test_what_is_read_in_pieces_is_right(reading: Passes, name: str) -> None:
+    """Rows of any lengths, each stream's at positions of its own."""
+    passes, before = reading, dict(reading.graphs.replays)
+    plan = prompts_of([BATCHES[name](row) for row in range(13)], 20)
+    ids = torch.arange(plan.schedule.tokens, dtype=torch.int32) * 3 % 40
+    out = passes.run(plan, ids)
+    layout, lengths = passes.step.readout.layout, torch.from_numpy(plan.schedule.lengths)
+    at = torch.cat([20 + torch.arange(n) for n in lengths.tolist()])
+    for i, model in enumerate(passes.step.models):
+        if out.shape[1] != layout.width and i:  # the base alone
+            continue
+        used = torch.from_numpy(plan.tables.uses[:, i]).repeat_interleave(lengths)
+        lag = torch.from_numpy(plan.tables.offsets[:, i]).repeat_interleave(lengths)
+        want = model(ids[used], (at - lag)[used])
+        assert torch.equal(out[used][:, layout.columns(i)], want)
+        assert not out[~used][:, layout.columns(i)].any()
+        assert passes.graphs.replays[i] == before[i] + 1
+        batch = plan.batches[i] or whole_batch(plan.schedule, int(lengths.sum()), PART)
+        assert batch is not None
+        if batch.width == 1:  # none of its rows reads a prompt
+            continue
+        assert passes.graphs.shape_for(i, batch) == (80, PIECES)
+        assert passes.graphs.shape_for(i, batch, whole=True) is None
+        stream = passes.graphs._streams[i]
+        [group], count = stream.groups, batch.tokens.size
+        position, row = torch.from_numpy(batch.positions), batch.rows[batch.token_rows]
+        slots = passes.table[row, position // SIZE] * SIZE + position % SIZE
+        assert group.slots[:80].tolist() == [*slots.tolist(), *[PAD_SLOT_ID] * (80 - count)]
+        told = stream.rows_of(batch)
+        assert told["query_start_loc"].tolist() == batch.starts.tolist()
+        assert told["seq_lens"].tolist() == batch.lengths.tolist()
+        assert torch.equal(group.blocks[: batch.rows.size], passes.table[batch.rows])
+
+
+def test_adapters_in_pieces_are_as_in_whole_graphs(reading: Passes) -> None:
+    """Each request by itself decodes the same tokens one by one."""
+    plan = prompts_of([BATCHES["mixed"](row) for row in range(6)], 20)
+    ids = torch.arange(plan.schedule.tokens, dtype=torch.int32) % 40
+    adapted, starts = adapters_of(6, random.Random(5)), plan.schedule.starts
+    found = reading.run(plan, ids, adapted)
+    for row in range(6):
+        uses = replace(adapted, uses=adapted.uses[row : row + 1], sets=adapted.sets[row : row + 1])
+        for k, token in enumerate(range(starts[row], starts[row + 1])):
+            alone = plan_of([BATCHES["mixed"](row)], 20 + k)
+            want = reading.run(alone, ids[token : token + 1], uses)
+            assert torch.allclose(want[0], found[token, : want.shape[1]], atol=1e-5)
+
+
 def test_graphs_leave_memory_free(caplog: pytest.LogCaptureFixture) -> None:
     """Four of six fit: the two left out are of the smaller size, whose rows are padded further."""
     free = iter([2 * RESERVE] * 5 + [RESERVE - 1] * 2)
     with emulated(), caplog.at_level("INFO", "steering.worker.step.graphs"):
         few = Passes((4, 8), lambda: next(free))
-    assert "graphs: 4 of 3 streams, 512 MiB taken" in caplog.text
+    assert "graphs: 4 of 3 streams, 0 of them in pieces, 512 MiB taken" in caplog.text
     assert "2 of 6 were left out" in caplog.text
     assert "gpu_memory_utilization" in caplog.text
     plan = plan_of([request({0: 1.0, 1: 0.5}) for _ in range(3)], 20)

@@ -27,7 +27,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from steering.worker.plan.batches import Candidates
 from steering.worker.plan.staging import StagedBatch
-from steering.worker.step.graph_inputs import Shape
+from steering.worker.step.graph_inputs import PIECES, Shape
 from steering.worker.step.values import broadcast, gather
 
 BlockTable = Callable[[int], tuple[torch.Tensor, int]]
@@ -221,7 +221,10 @@ def for_graphs(config: VllmConfig, shapes: Sequence[Shape]) -> VllmConfig:
 
 
 def unsupported(groups: Sequence[LayerGroup], config: VllmConfig, width: int = 1) -> str:
-    """Why a stream's pass over rows of `width` tokens cannot be captured; '' if it can."""
+    """Why a stream's pass over rows of `width` tokens cannot be captured; '' if it can.
+
+    In pieces, with which attention is not, it always can where all that a layer keeps is KV.
+    """
     if not groups:
         return "it has no attention layers"
     least = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -231,6 +234,8 @@ def unsupported(groups: Sequence[LayerGroup], config: VllmConfig, width: int = 1
         spec = group.attention.kv_cache_spec
         if not hasattr(spec, "head_size"):
             return "some of its layers keep a state"
+        if width == PIECES:
+            continue
         builder = type(group.attention.get_metadata_builder())
         if builder.get_cudagraph_support(config, spec).value < least.value:
             rows = "" if width == 1 else f" over rows of {width} tokens"

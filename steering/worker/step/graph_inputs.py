@@ -15,6 +15,8 @@ from steering.worker.plan.batches import Candidates, Int32, StreamBatch
 
 LARGEST = 512
 """Tokens of the largest graph, if nobody asks for others; as vLLM's."""
+DEFAULT = (1, 2, 4, *range(8, 256, 8), *range(256, LARGEST + 1, 16))
+"""Likewise, of all."""
 
 
 class Shape(NamedTuple):
@@ -22,7 +24,8 @@ class Shape(NamedTuple):
 
     Args:
         rows: padded number of rows.
-        width: the most tokens of each: 1, or 1 + K where K drafts are verified.
+        width: the most tokens of each: 1, or 1 + K where K drafts are verified. `PIECES`: as many
+            as they have, `rows` tokens in all, padded.
     """
 
     rows: int
@@ -31,7 +34,11 @@ class Shape(NamedTuple):
     @property
     def tokens(self) -> int:
         """Of all rows."""
-        return self.rows * self.width
+        return self.rows * (self.width or 1)
+
+
+PIECES = 0
+"""The width of a graph in pieces, between which attention is launched for the step's own rows."""
 
 
 class Field(IntEnum):
@@ -52,6 +59,10 @@ class Field(IntEnum):
     PLACE = 6
     """Of each token of the batch, where it lies in the graph: rows end together, so that shorter
     ones begin with padding."""
+    ROW = 7
+    """Of each token of a graph in pieces."""
+    END = 8
+    """Of each row of a graph in pieces, where its tokens end."""
 
 
 def graph_shapes(
@@ -65,7 +76,7 @@ def graph_shapes(
         tokens: the most tokens of a step.
         drafts: K, verified in a step; 0 without speculation.
     """
-    sizes = asked or [1, 2, 4, *range(8, 256, 8), *range(256, LARGEST + 1, 16)]
+    sizes = asked or DEFAULT
     found = set()
     for width in {1, 1 + drafts}:
         found |= {Shape(-(-size // width), width) for size in sizes}
@@ -75,23 +86,44 @@ def graph_shapes(
     return tuple(sorted(fit, key=lambda s: (s.tokens, s.width)))
 
 
-def host_inputs(
-    batches: Mapping[int, tuple[StreamBatch, int]], scratch: int, streams: int, most: int
-) -> Int32:
-    """[S, 7, N] what some streams' graphs read; for the others nothing but padding.
+def piece_shapes(asked: Sequence[int] | None, tokens: int) -> tuple[Shape, ...]:
+    """The graphs in pieces of a stream, ascending; each as many graphs as the stream has layers.
+
+    Of the same sizes as the others, but that each is 1/8 or more below the next.
 
     Args:
-        batches: stream → (what it runs, tokens of a row in its graph).
+        asked: as for `graph_shapes`.
+        tokens: likewise.
+    """
+    found: list[int] = []
+    for size in sorted(asked or DEFAULT, reverse=True):
+        if size <= tokens and (not found or 8 * size <= 7 * found[-1]):
+            found.append(size)
+    return tuple(Shape(size, PIECES) for size in reversed(found))
+
+
+def host_inputs(
+    batches: Mapping[int, tuple[StreamBatch, Shape]], scratch: int, streams: int, most: int
+) -> Int32:
+    """[S, 9, N] what some streams' graphs read; for the others nothing but padding.
+
+    Args:
+        batches: stream → (what it runs, its graph's shape).
         scratch: the first block for candidates.
         streams: S.
         most: N.
     """
     found = np.full((streams, len(Field), most), -1, np.int32)
     found[:, Field.LENGTH] = 0
-    for i, (batch, width) in batches.items():
+    for i, (batch, shape) in batches.items():
         rows, tokens = batch.rows.size, batch.tokens.size
-        place = (batch.token_rows + 1) * width - batch.starts[1:][batch.token_rows]
-        place += np.arange(tokens)
+        place = np.arange(tokens)
+        if shape.width == PIECES:
+            found[i, Field.ROW, :tokens] = batch.token_rows
+            found[i, Field.END, :rows] = batch.starts[1:]
+        else:
+            ends = (batch.token_rows + 1) * shape.width
+            place += ends - batch.starts[1:][batch.token_rows]
         found[i, Field.REQUEST, :rows] = batch.rows
         found[i, Field.TOKEN, place] = batch.tokens
         found[i, Field.OWN_ID, place[batch.own_at]] = batch.own_ids

@@ -1,17 +1,20 @@
-"""Captured graphs: a stream's pass over rows of as many tokens each, launched as a whole.
+"""Captured graphs: a stream's pass over rows of as many tokens each, launched as a whole; and over
+rows of any lengths, in pieces.
 
 vLLM's own graphs hold one forward pass over the step as scheduled. Ours hold one stream's pass
 over whichever rows use it, padded to one of a few numbers of rows, so steps in which requests use
-different streams are replayed too. Rows have one token, or one and K drafts that are verified. A
-graph finds all that changes with the step at fixed places:
+different streams are replayed too. Rows have one token, or one and K drafts that are verified.
+With prompts or parts of them rows have any lengths: such a pass is padded to one of a few numbers
+of tokens, and its graphs are in pieces (`pieces`). A graph finds all that changes with the step at
+fixed places:
 
-    inputs   [S, 7, N] int32, written by the step's one copy from the host (`graph_inputs`)
+    inputs   [S, 9, N] int32, written by the step's one copy from the host (`graph_inputs`)
     ids      [T] int32, the step's own token ids
     tables   vLLM's block tables of the step
     adapters their tables (`triton_adding`), if there are any
 
-Each pass is two graphs, since attention backends prepare themselves between them: the first reads
-the inputs into what the second and the backends read. Padded rows have no KV slot, and what comes
+Each pass begins with a graph that reads the inputs into what the rest and attention backends read,
+since backends prepare themselves behind it. Padded rows have no KV slot, and what comes
 out for them is thrown away.
 
 Checked on vLLM 0.32.0, Model Runner V2, emulated; has not been run on a GPU.
@@ -21,12 +24,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.distributed import parallel_state
@@ -43,7 +45,15 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from steering.worker.plan.batches import Int32, StreamBatch
 from steering.worker.step.contexts import LayerGroup, for_graphs, unsupported
-from steering.worker.step.graph_inputs import Field, Shape, graph_shapes, host_inputs
+from steering.worker.step.graph_inputs import (
+    PIECES,
+    Field,
+    Shape,
+    graph_shapes,
+    host_inputs,
+    piece_shapes,
+)
+from steering.worker.step.pieces import Pieces, left_out
 from steering.worker.step.stream_graph import GroupInputs, Source, StreamGraph
 
 _LOG = logging.getLogger(__name__)
@@ -60,7 +70,7 @@ class StreamGraphs:
         tables: per KV cache group ([≥ Q, B] int32 block table at a fixed place, tokens per block).
         kernel_block_sizes: per KV cache group, tokens per block as kernels see them.
         streams: [S].
-        shapes: of the graphs, ascending by tokens.
+        shapes: of the graphs.
     """
 
     def __init__(
@@ -72,16 +82,16 @@ class StreamGraphs:
         shapes: Sequence[Shape],
     ) -> None:
         self._device: torch.device = runner.device
-        self._config = for_graphs(runner.vllm_config, shapes)
+        self._config = for_graphs(runner.vllm_config, [s for s in shapes if s.width != PIECES])
         self._longest: int = runner.vllm_config.model_config.max_model_len
         self._layers = runner.vllm_config.compilation_config.static_forward_context
-        self._tables, self._most = tables, shapes[-1].tokens
+        self._tables, self._most = tables, max(shape.tokens for shape in shapes)
         self._inputs = self._new(len(streams), len(Field), self._most)
         self._step_ids = self._new(runner.vllm_config.scheduler_config.max_num_batched_tokens)
         # Where rows start, by their width.
         self._starts = {
             width: torch.arange(0, self._most + 1, width, dtype=torch.int32)
-            for width in {shape.width for shape in shapes}
+            for width in {shape.width for shape in shapes} - {PIECES}
         }
         self._starts_there = {w: starts.to(self._device) for w, starts in self._starts.items()}
         self._streams: dict[int, StreamGraph] = {}
@@ -91,12 +101,13 @@ class StreamGraphs:
             groups = LayerGroup.all(runner, kernel_block_sizes, source.layers, self._config)
             for width in sorted({shape.width for shape in shapes}):
                 if why := unsupported(groups, self._config, width):
-                    self._left_out.append(f"stream {source.name!r} runs without: {why}")
+                    how = "in pieces" if i in self._streams and width == 1 else "without"
+                    self._left_out.append(f"stream {source.name!r} runs {how}: {why}")
                     break
                 if i not in self._streams:
                     self._streams[i] = self._stream(i, source, groups)
                 self._wanted += [(shape, i) for shape in shapes if shape.width == width]
-        self.widest = max(shape.width for shape in shapes)
+        self.widest = max(shape.width or shape.rows for shape in shapes)
         """The most tokens of a row."""
         self.replays = dict.fromkeys(range(len(streams)), 0)
         """Passes that were replayed, by stream."""
@@ -120,6 +131,7 @@ class StreamGraphs:
             self._new(most),
             self._new(most, dtype=torch.int64),
             self._new(most, dtype=torch.int64),
+            self._new(most + 1),
             source.launching,
         )
 
@@ -127,7 +139,8 @@ class StreamGraphs:
 
     @torch.inference_mode()
     def capture(self, free: Callable[[], int] | None = None) -> None:
-        """Captures, the largest first: smaller ones find room in the memory of larger ones.
+        """Captures, the largest first: smaller ones find room in the memory of larger ones; those
+        in pieces last.
 
         Stops once less than `RESERVE` is free. Fewer rows are then padded up to the next size that
         there is, and streams without any run as they would without graphs.
@@ -136,17 +149,19 @@ class StreamGraphs:
             free: bytes of the device that are free.
         """
         free = free or _free_memory
-        before, left = free(), sorted(self._wanted, key=lambda one: (-one[0].tokens, one[1]))
+        before, left = free(), list(self._wanted)
+        left.sort(key=lambda one: (one[0].width == PIECES, -one[0].tokens, one[1]))
         self._step_ids.zero_()
         with parallel_state.graph_capture(device=self._device):
             while left and free() >= RESERVE:
                 shape, i = left.pop(0)
                 self._capture(self._streams[i], shape)
         taken = (before - free()) / 2**20
-        count = sum(len(stream.graphs) for stream in self._streams.values())
+        shapes = [shape for stream in self._streams.values() for shape in stream.graphs]
+        count, pieces = len(shapes), sum(shape.width == PIECES for shape in shapes)
         _LOG.info(
-            "graphs: %d of %d streams, %.0f MiB taken; steps that read prompts run without",
-            count, len(self._streams), taken,
+            "graphs: %d of %d streams, %d of them in pieces, %.0f MiB taken",
+            count, len(self._streams), pieces, taken,
         )  # fmt: skip
         for sentence in self._left_out:
             _LOG.warning("graphs: %s", sentence)
@@ -161,50 +176,59 @@ class StreamGraphs:
         stream.inputs.fill_(-1)
         stream.inputs[Field.LENGTH].fill_(shape.width)
         pool = current_platform.get_global_graph_pool()
-        ends = np.full(shape.rows, shape.width, np.int32)
-        first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        first = torch.cuda.CUDAGraph()
         stream.read(self._step_ids, shape)
-        with self._context(stream, self._metadata(stream, shape, ends, capture=True), shape):
+        with self._context(stream, self._metadata(stream, shape, None), shape):
             found = self._forward(stream, shape)  # also what backends do once
         if stream.out is None:
             stream.out = found.new_zeros(self._most, found.shape[1])
         get_offloader().sync_prev_onload()
         with torch.cuda.graph(first, pool, stream=current_stream()):
             stream.read(self._step_ids, shape)
+        second: Any = torch.cuda.CUDAGraph()
+        captured: Any = torch.cuda.graph(second, pool, stream=current_stream())
+        if shape.width == PIECES:
+            second = Pieces(pool)
+            captured = second.capturing()
         # The first pass may have changed what the builders hold.
-        with (
-            self._context(stream, self._metadata(stream, shape, ends, capture=True), shape),
-            torch.cuda.graph(second, pool, stream=current_stream()),
-        ):
+        metadata = self._metadata(stream, shape, None)
+        with self._context(stream, metadata, shape, second), captured:
             stream.out[: shape.tokens].copy_(self._forward(stream, shape))
             get_offloader().join_after_forward()
         stream.graphs[shape] = first, second
 
     # --- in a step ------------------------------------------------------------------------------
 
-    def shape_for(self, i: int, batch: StreamBatch | None, *, exact: bool = False) -> Shape | None:
+    def shape_for(
+        self, i: int, batch: StreamBatch | None, *, exact: bool = False, whole: bool = False
+    ) -> Shape | None:
         """Of the graph that is replayed for stream i's batch; None if there is none.
 
         Args:
             i: stream.
             batch: what it runs.
             exact: whether the graph's rows must have as many tokens.
+            whole: whether it must not be in pieces.
         """
         if batch is None or i not in self._streams:
             return None
         width, rows, tokens = batch.width, batch.rows.size, batch.tokens.size
-        shapes = [s for s in self._streams[i].graphs if s.width >= width and s.rows >= rows]
+        graphs = self._streams[i].graphs
+        shapes = [s for s in graphs if s.width >= width and s.rows >= rows]
         if exact:
             shapes = [s for s in shapes if s.width * rows == tokens]
+        if not shapes and not whole:
+            shapes = [s for s in graphs if s.width == PIECES and s.tokens >= tokens]
         return min(shapes, key=lambda s: s.tokens, default=None)
 
-    def inputs(self, batches: Mapping[int, tuple[StreamBatch, int]], scratch: int) -> Int32:
+    def inputs(self, batches: Mapping[int, tuple[StreamBatch, Shape]], scratch: int) -> Int32:
         """As `host_inputs`, of these graphs' size."""
         return host_inputs(batches, scratch, len(self._inputs), self._most)
 
     def inputs_of(self, batch: StreamBatch, scratch: int) -> Int32:
-        """[7, N] the same of one-token rows, which some stream will run later in the step."""
-        return host_inputs({0: (batch, 1)}, scratch, 1, self._most)[0]
+        """[9, N] the same of one-token rows, which some stream will run later in the step."""
+        shape = Shape(batch.rows.size, 1)
+        return host_inputs({0: (batch, shape)}, scratch, 1, self._most)[0]
 
     def put(self, inputs: torch.Tensor, ids: torch.Tensor) -> None:
         """Puts what the graphs read in its place, before the passes of a step.
@@ -240,12 +264,11 @@ class StreamGraphs:
         stream = self._streams[i]
         first, second = stream.graphs[shape]
         first.replay()
-        ends = np.zeros(shape.rows, np.int32)
-        ends[: batch.rows.size] = batch.lengths
-        # What the second graph reads of this lies in the builders' and our buffers.
-        self._metadata(stream, shape, ends, capture=False)
+        # What a second graph reads of this lies in the builders' and our buffers.
+        metadata = self._metadata(stream, shape, batch)
         get_offloader().sync_prev_onload()
-        second.replay()
+        with stream.attending(metadata) if shape.width == PIECES else nullcontext():
+            second.replay()
         self.replays[i] += 1
         assert stream.out is not None
         return stream.of(stream.out, batch, shape)
@@ -258,42 +281,63 @@ class StreamGraphs:
         with stream.launching():
             return stream.forward(stream.ids[: shape.tokens], stream.positions[: shape.tokens])
 
-    def _metadata(
-        self, stream: StreamGraph, shape: Shape, ends: npt.NDArray[np.int32], *, capture: bool
-    ) -> list[Any]:
-        """Has the backends prepare themselves; per group of layers, their metadata."""
-        found, width = [], shape.width
+    def _metadata(self, stream: StreamGraph, shape: Shape, batch: StreamBatch | None) -> list[Any]:
+        """Has the backends prepare themselves for a stream's batch; None: for the capture of a
+        graph. Per group of layers, their metadata.
+        """
+        if shape.width == PIECES and batch is None:
+            return [None] * len(stream.groups)  # attention is not run
+        rows = self._rows(stream, shape, batch)
+        found = []
         for group in stream.groups:
             common = CommonAttentionMetadata(
-                query_start_loc=self._starts_there[width][: shape.rows + 1],
-                query_start_loc_cpu=self._starts[width][: shape.rows + 1],
-                seq_lens=stream.inputs[Field.LENGTH, : shape.rows],
-                seq_lens_cpu_upper_bound=torch.from_numpy(ends),
-                num_reqs=shape.rows,
-                num_actual_tokens=shape.tokens,
-                max_query_len=width,
-                # A graph must suit every step, so it is captured as if for the longest text.
-                max_seq_len=self._longest if capture else int(ends.max()),
-                block_table_tensor=group.blocks[: shape.rows],
-                slot_mapping=group.slots[: shape.tokens],
+                **rows,
+                block_table_tensor=group.blocks[: rows["num_reqs"]],
+                slot_mapping=group.slots[: rows["num_actual_tokens"]],
             )
             attention = group.layers.attention
             build = attention.build_metadata
-            if capture:
+            if batch is None:
                 build = attention.build_metadata_for_cudagraph_capture
             found.append(build(common))
         return found
 
+    def _rows(self, stream: StreamGraph, shape: Shape, batch: StreamBatch | None) -> dict[str, Any]:
+        """What attention backends are told of the rows; as for `_metadata`."""
+        count, width = shape
+        if width == PIECES:
+            assert batch is not None
+            return stream.rows_of(batch)
+        ends = np.full(count, width, np.int32)
+        if batch is not None:
+            ends[:] = 0
+            ends[: batch.rows.size] = batch.lengths
+        return {
+            "query_start_loc": self._starts_there[width][: count + 1],
+            "query_start_loc_cpu": self._starts[width][: count + 1],
+            "seq_lens": stream.inputs[Field.LENGTH, :count],
+            "seq_lens_cpu_upper_bound": torch.from_numpy(ends),
+            "num_reqs": count,
+            "num_actual_tokens": shape.tokens,
+            "max_query_len": width,
+            # A graph must suit every step, so it is captured as if for the longest text.
+            "max_seq_len": self._longest if batch is None else int(ends.max()),
+        }
+
     @contextmanager
     def _context(
-        self, stream: StreamGraph, metadata: Sequence[Any], shape: Shape
+        self, stream: StreamGraph, metadata: Sequence[Any], shape: Shape, graph: Any = None
     ) -> Iterator[None]:
-        """The forward context of a stream's layers, by the names that its model asks for."""
+        """The forward context of a stream's layers, by the names that its model asks for, while
+        a graph is captured; None: before it is.
+        """
         built, slots, layers = {}, {}, {}
         for group, own in zip(stream.groups, metadata, strict=True):
             for kv_layer, name in group.layers.layers:
                 built[name], slots[name] = own, group.slots[: shape.tokens]
                 layers[name] = self._layers[kv_layer]
+                if isinstance(graph, Pieces):
+                    layers[name] = left_out(layers[name], name, graph)
         with set_forward_context(
             built,
             self._config,
@@ -331,7 +375,7 @@ def captured(
     asked = asked or config.additional_config["coxswain"].get("graph_sizes")
     scheduler, drafts = config.scheduler_config, config.num_speculative_tokens
     rows, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
-    shapes = graph_shapes(asked, rows, tokens, drafts)
+    shapes = graph_shapes(asked, rows, tokens, drafts) + piece_shapes(asked, tokens)
     assert tables is not None
     found = StreamGraphs(runner, tables, kernel_block_sizes, streams, shapes)
     found.capture()

@@ -25,7 +25,7 @@ from steering.worker.plan.staging import StagedBatch, Staging, arrays_of
 from steering.worker.readout.overlaps import read_as
 from steering.worker.readout.readout import Readout
 from steering.worker.step.contexts import StreamContexts
-from steering.worker.step.graph_inputs import Shape
+from steering.worker.step.graph_inputs import PIECES, Shape
 from steering.worker.step.graphs import StreamGraphs
 
 
@@ -70,7 +70,7 @@ class Again:
     Args:
         run: the pass, over one-token rows.
         batch: its rows.
-        inputs: [7, N] what its graph reads; None without one.
+        inputs: [9, N] what its graph reads; None without one.
         tables: of its adapters, if others than before must lie there.
     """
 
@@ -138,7 +138,7 @@ class Passes:
         """Another pass of a stream, over one-token rows."""
         shape = None
         if self.graphs is not None:
-            shape = self.graphs.shape_for(stream, batch, exact=True)
+            shape = self.graphs.shape_for(stream, batch, exact=True, whole=True)
         return Again(Run(stream, batch, shape))
 
     def _send(
@@ -164,7 +164,7 @@ class Passes:
         for one in again:
             self._stage_again(staging, one)
         self._stage_tables(staging, runs, again, positions.shape[0])
-        replayed = {i: (b, shape.width) for i, b, shape in runs if shape and b is not None}
+        replayed = {i: (b, shape) for i, b, shape in runs if shape and b is not None}
         if replayed:
             assert self.graphs is not None and input_ids is not None
             inputs = self.graphs.inputs(replayed, self.contexts.scratch)
@@ -296,15 +296,15 @@ class Passes:
             first = (self._schedule.computed - self._schedule.starts[:-1])[requests]
             active = self._active(i, requests, np.arange(requests.size) + first)
             return Pass(name, self.original[name], requests, total, active)
-        if shape:
+        requests, places = batch.rows[batch.token_rows], batch.positions
+        if shape and shape.width != PIECES:
             requests = np.repeat(batch.rows, shape.width)
-            firsts = np.repeat(batch.positions[batch.starts[:-1]], shape.width)
-            places = firsts + np.tile(np.arange(shape.width), batch.rows.size)
-            active = self._active(i, requests, places)
-            return Pass(name, self.original[name], requests, shape.tokens, active)
-        requests = batch.rows[batch.token_rows]
-        active = self._active(i, requests, batch.positions)
-        return Pass(name, self.original[name], requests, requests.size, active)
+            # Rows end together: shorter ones begin with padding.
+            lasts = np.repeat(batch.positions[batch.starts[1:] - 1], shape.width)
+            places = lasts + np.tile(np.arange(1 - shape.width, 1), batch.rows.size)
+        active = self._active(i, requests, places)
+        tokens = shape.tokens if shape else requests.size
+        return Pass(name, self.original[name], requests, tokens, active)
 
     def _active(self, i: int, requests: Int64, positions: Int64) -> Bool | None:
         """[T, W] where the step's adapters act in a pass; None: everywhere.

@@ -5,18 +5,20 @@ Letters: N tokens of the largest graph, Q requests of a step, B blocks per reque
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from steering.worker.plan.batches import StreamBatch
 from steering.worker.readout.overlaps import read_as
 from steering.worker.step.contexts import LayerGroup
-from steering.worker.step.graph_inputs import Field, Shape
+from steering.worker.step.graph_inputs import PIECES, Field, Shape
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """([n] int32 ids, [n] int64 positions) → [n, H] hidden states."""
@@ -72,6 +74,7 @@ class StreamGraph:
     ids: torch.Tensor
     positions: torch.Tensor
     tokens: torch.Tensor
+    starts: torch.Tensor
     launching: Callable[[], AbstractContextManager[None]]
     out: torch.Tensor | None = None
     graphs: dict[Shape, tuple[Any, Any]] = field(default_factory=dict)
@@ -79,7 +82,7 @@ class StreamGraph:
     def of(self, buffer: torch.Tensor, batch: StreamBatch, shape: Shape) -> torch.Tensor:
         """[T, …] a batch's tokens, of a buffer that has them as the graph does."""
         tokens = batch.tokens.size
-        if tokens == batch.rows.size * shape.width:
+        if shape.width == PIECES or tokens == batch.rows.size * shape.width:
             return buffer[:tokens]
         return buffer[self.inputs[Field.PLACE, :tokens].long()]
 
@@ -101,8 +104,41 @@ class StreamGraph:
         requests, scratch = rows[Field.REQUEST].clamp(min=0).long(), rows[Field.BLOCK, :, None]
         for group in self.groups:
             blocks, p = group.table[requests], position.clamp(min=0)
-            written = p.view(count, -1) // group.size
-            block = torch.where(scratch >= 0, scratch, blocks.gather(1, written))
-            group.blocks[:count].copy_(blocks.scatter(1, written, block))
-            slots = block.flatten().long() * group.size + p % group.size
+            written = p // group.size
+            if shape.width == PIECES:
+                block = blocks[of_tokens[Field.ROW].clamp(min=0).long(), written]
+            else:
+                written = written.view(count, -1)
+                own = torch.where(scratch >= 0, scratch, blocks.gather(1, written))
+                blocks, block = blocks.scatter(1, written, own), own.flatten()
+            group.blocks[:count].copy_(blocks)
+            slots = block.long() * group.size + p % group.size
             group.slots[:size].copy_(torch.where(position >= 0, slots, PAD_SLOT_ID))
+        if shape.width == PIECES:
+            self.starts[1 : count + 1].copy_(rows[Field.END])
+
+    def rows_of(self, batch: StreamBatch) -> dict[str, Any]:
+        """What attention backends are told of the rows of a pass in pieces."""
+        count = batch.rows.size
+        return {
+            "query_start_loc": self.starts[: count + 1],
+            "query_start_loc_cpu": torch.from_numpy(batch.starts),
+            "seq_lens": self.inputs[Field.LENGTH, :count],
+            "seq_lens_cpu_upper_bound": torch.from_numpy(batch.lengths),
+            "num_reqs": count,
+            "num_actual_tokens": batch.tokens.size,
+            "max_query_len": batch.width,
+            "max_seq_len": int(batch.lengths.max()),
+        }
+
+    @contextmanager
+    def attending(self, metadata: Sequence[Any]) -> Iterator[None]:
+        """The forward context of attention between pieces; its metadata, per group of layers."""
+        inner = copy(get_forward_context())
+        inner.attn_metadata = {
+            name: own
+            for group, own in zip(self.groups, metadata, strict=True)
+            for _, name in group.layers.layers
+        }
+        with override_forward_context(inner):
+            yield

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from steering.worker.plan.batches import Candidates, OwnPrompts, StreamBatch, stream_batch
-from steering.worker.step.graph_inputs import LARGEST, Field, Shape, graph_shapes, host_inputs
+from steering.worker.step.graph_inputs import (
+    LARGEST,
+    PIECES,
+    Field,
+    Shape,
+    graph_shapes,
+    host_inputs,
+    piece_shapes,
+)
 from tests.steering.worker.schedules import scheduled
 
 
@@ -43,6 +51,14 @@ def test_where_drafts_are_verified_sizes_are_of_tokens() -> None:
     assert all(shape.tokens <= LARGEST + 3 for shape in graph_shapes(None, 4096, 8192, 3))
 
 
+def test_sizes_of_graphs_in_pieces_are_apart() -> None:
+    assert piece_shapes([1, 2, 4, 8, 32], 16) == ((1, 0), (2, 0), (4, 0), (8, 0))
+    assert piece_shapes([56, 60, 64], 64) == ((56, PIECES), (64, PIECES))
+    assert piece_shapes([600], 512) == ()
+    sizes = [shape.tokens for shape in piece_shapes(None, 8192)]
+    assert sizes[-1] == LARGEST and sizes[0] == 1 and len(sizes) == 24
+
+
 def test_each_row_has_its_inputs_and_padding_has_none() -> None:
     batch = StreamBatch(
         rows=np.array([0, 3]),
@@ -55,7 +71,7 @@ def test_each_row_has_its_inputs_and_padding_has_none() -> None:
         own_ids=np.array([77]),
     )
     candidates = Candidates.of(np.array([2, 2, 5]), np.array([6, 6, 1], np.int32))
-    found = host_inputs({0: (batch, 1), 2: (candidates, 1)}, 40, 3, 4)
+    found = host_inputs({0: (batch, Shape(4, 1)), 2: (candidates, Shape(4, 1))}, 40, 3, 4)
     assert found.shape == (3, len(Field), 4)
     assert found[0, Field.REQUEST].tolist() == [0, 3, -1, -1]
     assert found[0, Field.TOKEN].tolist() == [1, 6, -1, -1]
@@ -74,7 +90,7 @@ def test_rows_of_several_tokens() -> None:
     uses, offsets = np.array([True, True]), np.array([2, 0], np.int32)
     batch = stream_batch(schedule, uses, offsets, None)
     assert batch is not None and batch.width == 3
-    found = host_inputs({0: (batch, 3)}, 40, 1, 9)[0]
+    found = host_inputs({0: (batch, Shape(3, 3))}, 40, 1, 9)[0]
     assert found[Field.REQUEST].tolist() == [0, 1, *[-1] * 7]
     assert found[Field.TOKEN].tolist() == [*range(6), *[-1] * 3]
     assert found[Field.PLACE].tolist() == [*range(6), *[-1] * 3]
@@ -87,9 +103,24 @@ def test_shorter_rows_begin_with_padding() -> None:
     prompts = OwnPrompts.of([None, np.arange(50, 71, dtype=np.int32)])
     batch = stream_batch(schedule, np.array([True, True]), np.zeros(2, np.int32), prompts)
     assert batch is not None and batch.width == 3
-    found = host_inputs({0: (batch, 3)}, 40, 1, 9)[0]
+    found = host_inputs({0: (batch, Shape(3, 3))}, 40, 1, 9)[0]
     assert found[Field.TOKEN].tolist() == [0, 1, 2, -1, -1, 3, *[-1] * 3]
     assert found[Field.POSITION].tolist() == [7, 8, 9, -1, -1, 20, *[-1] * 3]
     assert found[Field.OWN_ID].tolist() == [-1, -1, -1, -1, -1, 70, *[-1] * 3]
     assert found[Field.PLACE].tolist() == [0, 1, 2, 5, *[-1] * 5]
     assert found[Field.LENGTH].tolist() == [10, 21, *[0] * 7]
+
+
+def test_rows_of_any_lengths_in_pieces() -> None:
+    schedule = scheduled([0, 4, 5], [7, 20])
+    prompts = OwnPrompts.of([np.arange(50, 59, dtype=np.int32), None])
+    batch = stream_batch(schedule, np.array([True, True]), np.array([1, 0], np.int32), prompts)
+    assert batch is not None
+    found = host_inputs({0: (batch, Shape(8, PIECES))}, 40, 1, 8)[0]
+    assert found[Field.REQUEST].tolist() == [0, 1, *[-1] * 6]
+    assert found[Field.TOKEN].tolist() == [*range(5), *[-1] * 3]
+    assert found[Field.ROW].tolist() == [0, 0, 0, 0, 1, *[-1] * 3]
+    assert found[Field.END].tolist() == [4, 5, *[-1] * 6]
+    assert found[Field.POSITION].tolist() == [6, 7, 8, 9, 20, *[-1] * 3]
+    assert found[Field.OWN_ID].tolist() == [56, 57, 58, *[-1] * 5]
+    assert found[Field.LENGTH].tolist() == [10, 21, *[0] * 6]
