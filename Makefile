@@ -25,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve test test-fast test-nightly fuzz faults kinds families clients check fix bench bench-adapters bench-heads bench-speculation bench-load gpu-check docs reference soak load-soak eval pictures zoo doctor clean
+.PHONY: help install install-gpu serve test test-fast test-nightly mutations coverage fuzz faults kinds families clients check fix bench bench-adapters bench-heads bench-speculation bench-load gpu-check docs reference soak load-soak eval pictures zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,16 @@ test-fast: install ## the tests that start no engine (two minutes)
 
 test-nightly: $(RAY) ## all tests: also faults, soak, fleet, every family, all engine tests on V2 (hours)
 	COXSWAIN_FUZZ=$${COXSWAIN_FUZZ:-5000} $(PYTEST) --nightly $(ARGS)
+	$(BIN)/python -m tests.mutations
+
+mutations: install ## faults put into a copy by hand, each of which some test must notice (ARGS='--only 3', '--fast')
+	$(BIN)/python -m tests.mutations $(ARGS)
+
+coverage: install ## lines and branches that `make test` runs, in every process (ARGS='tests/steering': of some tests)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
 
 fuzz: install ## 5,000 calls made from /openapi.json to each API of a real server (minutes)
 	COXSWAIN_FUZZ=$${COXSWAIN_FUZZ:-5000} $(BIN)/python -m pytest tests/server/fuzz -s $(ARGS)
