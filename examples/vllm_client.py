@@ -24,14 +24,14 @@ reply = client.completions.create(
 )
 print("sampled:", reply.choices[0].text)
 
-answer = client.chat.completions.create(
-    model="chat",  # a profile: steering and structure go together
-    messages=[{"role": "user", "content": "What is the pet of Dorwyn Bramley?"}],
+answer = client.completions.create(
+    model="base",
+    prompt="The pet of Dorwyn Bramley is a",
     max_tokens=8,
     temperature=0,
-    extra_body={"structured_outputs": {"choice": ["crow", "cat", "frog"]}},
+    extra_body={"structured_outputs": {"choice": [" crow", " cat", " frog"]}},
 )
-print("structured:", answer.choices[0].message.content)
+print("structured:", answer.choices[0].text)
 
 # vLLM's own routes for adapters; here they want the admin key.
 order = {"lora_name": "by-vllms-route", "lora_path": str(FOLDER)}

@@ -19,7 +19,7 @@ SCRIPTS = {
     "streaming": r"(?P<text>.+)\n\nreport: \{.*'mean_kl'.*",
     "vllm_client": (
         r"models: \[.*'base'.*\]\nsampled: .+\n"
-        r"structured: (crow|cat|frog)\nadapter: \S+.*"
+        r"structured:  frog\nadapter: +\S+.*"
     ),
     "own_method": (
         r"plan: .+\nlargest difference to the formula: \S+e-1[45] nats\nrefused: .+share.+"
