@@ -48,7 +48,7 @@ class _Short(reprlib.Repr):
         return str(x) if x.bit_length() < 1000 else f"a number of {x.bit_length()} bits"
 
     def repr_dict(self, x: dict[Any, Any], level: int) -> str:
-        """In the order of whoever wrote it."""
+        """In the order in which it was written."""
         if x and level <= 0:
             return "{...}"
         first = islice(x.items(), self.maxdict)
@@ -69,7 +69,7 @@ def _cut(text: str, longest: int) -> str:
 
 
 class Fault(Exception):
-    """A fault that a person can mend: says where it is, what was found and what is allowed.
+    """An error that a person can repair: it names the place, the value and the allowed range.
 
     Args:
         message: one sentence for a person.
@@ -177,7 +177,7 @@ class RegistryAway(ServerFault):
 
 
 def passing(error: BaseException) -> bool:
-    """Whether trying again may help: what failed is not the artefact or the request."""
+    """Whether trying again may help, because neither the artefact nor the request is at fault."""
     return isinstance(error, AdapterError) and error.whose in ("source", "server")
 
 

@@ -100,7 +100,7 @@ _NAMED = {
 
 
 def read_where(value: Any, field: str, fault: type[Fault] = BadAdapter) -> Where:
-    """What a request or an adapter's file says.
+    """Reads the positions that a request or an adapter's file gives.
 
     Args:
         value: JSON: a name, or an object; with `from` and no `first` the reply to its end.

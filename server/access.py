@@ -1,4 +1,4 @@
-"""What an API key may use and see, and the name under which its requests are counted.
+"""The rights of an API key, and the name under which its requests are counted.
 
 What a key may not use does not exist for it: its names are in no list and no error, and asking
 for one is answered as for a name that nobody has given.
@@ -42,7 +42,7 @@ class Access:
 
     @property
     def steers(self) -> bool:
-        """Whether it may bring steering of its own, and change what a profile says."""
+        """Whether the key may send its own steering and change a profile's options."""
         return self.profiles is None
 
     def seen_profiles(self, profiles: Mapping[str, V]) -> Mapping[str, V]:
@@ -52,7 +52,7 @@ class Access:
         return {name: profile for name, profile in profiles.items() if name in self.profiles}
 
     def sees_adapter(self, name: str, owners: Iterable[Collection[str]]) -> bool:
-        """Whether an adapter exists for it.
+        """Whether the key may see an adapter.
 
         Args:
             name: the adapter's.

@@ -153,7 +153,7 @@ async def assemble(
 
 
 def announce(serving: Serving, ports: Sequence[int], seconds: float) -> str:
-    """What a person should read once the server serves.
+    """The lines that the server prints when it is ready.
 
     Args:
         serving: the parts.

@@ -1,4 +1,4 @@
-"""What the server says on its terminal: progress while it loads, then what it serves."""
+"""The server's lines on its terminal: progress while it loads, then the served models."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Progress:
         return time.monotonic() - self._began
 
     def stage(self, text: str) -> None:
-        """What is under way from now on."""
+        """The current stage of the start."""
         self._stage = text
         self._bar.update(self._task, description=text)
         if self._bar.disable:

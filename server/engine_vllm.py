@@ -125,7 +125,7 @@ class SteeredLLM(AsyncLLM):
         return [answer["done"] for answer in answers]
 
     async def report(self, tag: str, tokens: dict[str, int]) -> dict[str, dict[str, Any]]:
-        """What the worker measured for one prompt; the worker forgets it.
+        """The worker's measurements for one prompt; the worker deletes them.
 
         Args:
             tag: from the prompt's payload.

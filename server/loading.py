@@ -27,7 +27,7 @@ class StartFailed(Exception):
 
 @dataclass
 class Loaded:
-    """What the loading thread hands over."""
+    """The result of the loading thread."""
 
     engine: SteeredLLM
     diagnosis: Diagnosis

@@ -1,4 +1,4 @@
-"""What the routes need, built once the engine is up: vLLM's serving classes and our own parts."""
+"""The objects that routes use, built after the engine: vLLM's serving classes and our own parts."""
 
 from __future__ import annotations
 

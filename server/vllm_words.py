@@ -65,5 +65,5 @@ def in_our_words(message: str) -> str:
 
 
 def is_too_long(message: str) -> bool:
-    """Whether an error says that prompt and reply do not fit into the context."""
+    """Whether an error means that prompt and reply do not fit into the context."""
     return bool(_CONTEXT.search(message))

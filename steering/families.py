@@ -166,7 +166,7 @@ def is_hybrid(architecture: str) -> bool:
 def beside_hybrid(
     architecture: str, *, twins: Sequence[str], speculates: bool, engine: Mapping[str, Any]
 ) -> list[str]:
-    """What cannot be had with a hybrid as the base: a sentence for each.
+    """The features that a hybrid base excludes, one sentence each.
 
     Args:
         architecture: the base's.

@@ -1,4 +1,4 @@
-"""Pydantic's errors, told as ours: which field, which value, what is allowed."""
+"""Maps pydantic's errors to ours, with field, value and allowed range."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def log_softmax(logits: Logits) -> Logits:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What callers may ask for (config section `steering`; a profile may narrow it).
+    """Limits on callers' steering (config section `steering`; a profile may narrow them).
 
     Args:
         strength: closed range for every field of type `Strength`.
@@ -70,7 +70,7 @@ def _within(value: float, bounds: tuple[float, float], what: str) -> float:
 
 
 def refusal(message: str, allowed: str | None = None) -> PydanticCustomError:
-    """What a validator of a config raises to refuse a value: becomes a `BadValue` with its field.
+    """The error that a config's validator raises to refuse a value; becomes a `BadValue`.
 
     Args:
         message: one sentence for a person.
@@ -171,7 +171,7 @@ StreamName = Annotated[
 
 
 class OwnPrompt(BaseModel):
-    """What one stream reads instead of the request's own prompt. Exactly one field is set."""
+    """A prompt that one stream reads instead of the request's prompt. Exactly one field is set."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -207,7 +207,7 @@ class MethodConfig(BaseModel):
     method: str
     prompts: dict[StreamName, OwnPrompt] = Field(
         default_factory=dict,
-        description="Prompts of their own, by stream: what it reads instead of the request's.",
+        description="Own prompts by stream, which it reads instead of the request's prompt.",
     )
     report: bool | Literal["tokens"] = Field(
         False,
@@ -229,7 +229,7 @@ C = TypeVar("C", bound=MethodConfig)
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What `resolve` may look at: the server's streams at this moment.
+    """The server's streams at this moment, for `resolve`.
 
     Args:
         streams: stream name → head ('lm', 'q', 'value' or 'classifier'); `base` is always there.

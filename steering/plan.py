@@ -92,7 +92,7 @@ class Values:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """Of `n` replies that are drawn as the rest of the plan says, the one that a head likes best.
+    """Draws `n` replies by the rest of the plan; the one with the head's highest number is kept.
 
     Args:
         head: its number after the whole reply decides; the largest wins, of equals the first.
@@ -107,7 +107,7 @@ class Best:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a method resolves to: the weights of the sum, and the rule.
+    """The result of a method: the weights of the sum, and the rule.
 
     Args:
         weights: stream name → coefficient c_i. A stream that is left out has c_i = 0; `base`
@@ -202,7 +202,7 @@ class SteeringPlan:
 
     @property
     def drawing(self) -> SteeringPlan:
-        """What each of the replies to choose from is drawn with."""
+        """The plan for drawing each of the replies."""
         return replace(self, best=None)._with_prompts_of(self)
 
     def proposing(self, proposal: Proposal) -> SteeringPlan:
@@ -228,7 +228,7 @@ class SteeringPlan:
 
     @property
     def scoring(self) -> SteeringPlan:
-        """What a reply is read with, as the end of a prompt."""
+        """The plan for reading a reply, as the end of a prompt."""
         assert self.best is not None
         return self.reading(self.best.head, self.best.body)
 

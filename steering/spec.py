@@ -1,4 +1,4 @@
-"""What a request asks for: an object of its own, a profile, or a profile with fields overridden.
+"""A request's steering: an object, a profile, or a profile with some fields overridden.
 
 A *spec* is the plain mapping that a request writes in its `steering` field, once profiles are
 folded in; `steering.resolve` turns it into a plan.
@@ -57,16 +57,16 @@ class Sampling(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1, description="Probability of the tokens to keep.")
     top_k: int | None = Field(None, ge=0, description="Tokens to keep; 0: all.")
     min_p: float | None = Field(
-        None, ge=0, le=1, description="Probability of a token to keep, of the most likely one's."
+        None, ge=0, le=1, description="Least probability, as a share of the most likely token's."
     )
     repetition_penalty: float | None = Field(
         None, gt=0, description="Above 1: tokens of prompt and reply become less likely."
     )
     presence_penalty: float | None = Field(
-        None, ge=-2, le=2, description="Taken from the score of each token of the reply."
+        None, ge=-2, le=2, description="Subtracted from the score of each token of the reply."
     )
     frequency_penalty: float | None = Field(
-        None, ge=-2, le=2, description="The same for each time that it is there."
+        None, ge=-2, le=2, description="The same, for each occurrence of the token."
     )
     max_tokens: int | None = Field(None, ge=1, description="Longest reply, in tokens.")
     stop: Stops | None = Field(None, description="Texts at which a reply ends.")
@@ -133,7 +133,7 @@ class Profile(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class SteeringRequest:
-    """What a request asks for, profiles folded in; not yet checked by its method.
+    """A request's steering with profiles merged; not yet checked by its method.
 
     Args:
         spec: the steering object.

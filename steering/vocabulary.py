@@ -44,7 +44,7 @@ class Vocabulary:
 
     @property
     def stand_in(self) -> int:
-        """What this model reads for a token that it does not have: eos, else unk, else 0."""
+        """The id that this model reads for a token that it lacks: eos, else unk, else 0."""
         usable = (i for i in (self.eos, self.unk) if i is not None and 0 <= i < self.table)
         return next(usable, 0)
 

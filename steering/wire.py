@@ -13,7 +13,7 @@ KEY = "coxswain"
 
 
 class SteeringPayload(msgspec.Struct, frozen=True):
-    """What travels with one vLLM request.
+    """The data that travels with one vLLM request.
 
     Args:
         plan: the resolved plan.

@@ -10,12 +10,11 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
-from steering.method import ENTRY_POINT_GROUP
+from steering.plugins import BUILT_INS, discover
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,9 +57,7 @@ ALL = EXAMPLES + [e for page in PAGES for e in examples(page.read_text(encoding=
 CURL = [e for e in ALL if e.language == "bash" and "curl" in e.code]
 SHELL = [e for e in ALL if e.language == "bash" and "curl" not in e.code]
 PYTHON = [e for e in ALL if e.language == "python"]
-METHODS = sorted(
-    e.name for e in entry_points(group=ENTRY_POINT_GROUP) if e.value.startswith("steering.methods.")
-)
+METHODS = sorted(BUILT_INS)
 
 
 def test_every_runnable_block_is_an_example() -> None:
@@ -81,8 +78,7 @@ def test_the_readme_is_short_and_shows_an_answer_before_and_after() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_valid_example_for_curl_and_for_the_client(method: str) -> None:
     example = next(e for e in CURL if e.name == method)
-    (point,) = entry_points(group=ENTRY_POINT_GROUP, name=method)
-    assert point.load().config.model_validate(example.body["steering"]).method == method
+    assert discover()[method].config.model_validate(example.body["steering"]).method == method
     assert any(f'"method": "{method}"' in e.code for e in PYTHON)
 
 

@@ -1,4 +1,4 @@
-"""What every adapter format is read into: one description, without any weights.
+"""The description that every adapter format is read into; it holds no weights.
 
 An artefact has *members*: one for an adapter, one per task for a MeteoRA pack. A *part* is what a
 member does to one linear layer, mostly to add `scale · B A x`; or to the output of a decoder layer
@@ -48,7 +48,7 @@ Gate = Place
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one member does to one linear layer with output t = W x + b0, before its weight:
+    """One member's effect on one linear layer with output t = W x + b0, before its weight:
 
         t + d ⊙ t + scale · outer ⊙ B diag(inner) A x + constant
 

@@ -1,4 +1,4 @@
-"""What an adapter must fit: the shapes of the base's weights, from its files' headers."""
+"""The shapes of the base's weights, from its files' headers: an adapter must fit them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class BaseShapes:
         return (shape[1], shape[0]) if last in self.conv1d else (shape[0], shape[1])
 
     def offers(self, module: str) -> str:
-        """What this base has instead of a module that it lacks, for a message."""
+        """The modules that this base has instead of a missing one, for a message."""
         names = list(self.layers or {}) or [
             name.removesuffix(".weight")
             for name in self.tensors
@@ -83,7 +83,7 @@ def base_shapes(folder: Path) -> BaseShapes:
 
 
 def plain_shapes(folder: Path) -> BaseShapes:
-    """What can be said of a checkpoint before an engine is up: the shapes of float matrices.
+    """The shapes of a checkpoint's float matrices, which need no engine.
 
     Quantised layers are stored in other shapes, and an engine may know a layer under another name.
 

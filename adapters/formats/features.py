@@ -1,4 +1,4 @@
-"""What PEFT can do and this server does not, and what to do about it; one sentence each.
+"""PEFT's features that this server refuses, each with a remedy in one sentence.
 
 Kinds and keys are those of peft 0.21.2.
 """

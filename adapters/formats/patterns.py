@@ -45,7 +45,7 @@ class PatternError(ValueError):
 
 @dataclass
 class Budget:
-    """What all expressions of a config may cost together.
+    """The cost limit of all expressions of a config together.
 
     Args:
         left: letters that may still be compared.

@@ -25,7 +25,7 @@ CONSTANT = -1
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """What one request does with the set in its slot.
+    """One request's use of the set in its slot.
 
     Args:
         weight: [R] float32, what each column is multiplied by, besides a learned gate.
@@ -83,7 +83,7 @@ class Lines:
 
     @classmethod
     def none(cls) -> Self:
-        """Of a step in which nobody uses an adapter."""
+        """The lines of a step without adapters."""
         empty = np.zeros(0, np.int32)
         return cls((), empty, empty)
 
@@ -127,5 +127,5 @@ class Tiles(NamedTuple):
 
 
 def most_tiles(tokens: int, slots: int, size: int) -> int:
-    """The most tiles that T tokens can have in so many slots, whoever uses them."""
+    """The largest number of tiles that T tokens can have in so many slots."""
     return min(tokens, tokens // size + slots)

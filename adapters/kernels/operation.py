@@ -24,7 +24,7 @@ from adapters.kernels.gated import Bundle, Group, add_adapters, add_to_states, b
 
 @dataclass(frozen=True)
 class Added:
-    """What the layers of one forward pass add.
+    """The additions of all layers in one forward pass.
 
     Args:
         rows: what is computed row by row; None for nothing.

@@ -66,7 +66,7 @@ class Client:
         self._turns = asyncio.Semaphore(_AT_ONCE)
 
     async def run(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        """What a script answers. Its keys must share a hash tag.
+        """Runs a script and returns its answer. Its keys must share a hash tag.
 
         Raises:
             redis.exceptions.RedisError, OSError: it cannot be had.

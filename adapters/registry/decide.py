@@ -1,4 +1,4 @@
-"""What a replica does next about one adapter. Pure: every interleaving can be tested."""
+"""Decides a replica's next step for one adapter. Pure, so every interleaving can be tested."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Failure:
 
 
 def fault_of(name: str, error: Exception) -> AdapterError:
-    """What kept an adapter from being loaded. Of what nobody thought, the artefact is innocent."""
+    """The cause of a failed load. Unexpected errors are not the artefact's fault."""
     if isinstance(error, AdapterError):
         return error
     logger.error("adapter %s: unexpected", name, exc_info=error)
@@ -35,6 +35,6 @@ def fault_of(name: str, error: Exception) -> AdapterError:
 
 
 def log_unexpected(name: str, task: asyncio.Task[None]) -> None:
-    """Logs the error that ended a task: one of which nobody thought."""
+    """Logs an unexpected error that ended a task."""
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.error("adapter %s: unexpected", name, exc_info=error)

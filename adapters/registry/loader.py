@@ -1,4 +1,4 @@
-"""What the engine side has to offer to the registry side, and what it has then loaded."""
+"""The interface of the engine side for the registry side, and the loaded contents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Brings this replica to what the registry says, and the registry to what was asked for.
+"""Makes this replica match the registry, and the registry match the requests.
 
 Level-triggered: after every look at the registry each adapter that is not as its record says
 gets one task, which takes steps (`decide`) until nothing is left to do. No step relies on having
@@ -84,7 +84,7 @@ class Manager:
     # What requests and the admin API ask.
 
     def lookup(self, name: str, version: str | None = None) -> Loaded:
-        """What answers under a name here and now.
+        """The content that answers under a name on this replica now.
 
         Raises:
             NoAdapter: nothing, or another version.
@@ -222,7 +222,7 @@ class Manager:
         return not waits and name not in self._failed
 
     def next_step(self, name: str) -> Step:
-        """What is to be done about an adapter."""
+        """The next step for an adapter."""
         record, here = self.records.get(name), self._here.get(name)
         failed = self._failed.get(name)
         if failed is not None:

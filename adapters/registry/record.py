@@ -1,4 +1,4 @@
-"""What the registry knows of one adapter, and which states may follow which.
+"""The registry's record of one adapter, and the allowed transitions of its state.
 
     submit ──► pending ──► downloading ──► loading ──► ready
                   │             │             │          │
@@ -44,7 +44,7 @@ _FOLLOWS: dict[State, frozenset[State]] = {
 
 
 class Facts(msgspec.Struct, frozen=True, gc=False):
-    """What loading found out about an adapter.
+    """Facts about an adapter, found while it was loaded.
 
     Args:
         kind: `lora`, `dora`, … or `meteora` (`adapters.formats.artefact.Kind`).
@@ -82,11 +82,11 @@ class Content(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def key(self) -> tuple[str, str | None]:
-        """What has to be loaded for it; labels do not matter."""
+        """Identifies the content to load; labels do not matter."""
         return self.stream, self.digest
 
     def same_request(self, other: Content) -> bool:
-        """Whether both ask for the same thing, whatever is known of it by now."""
+        """Whether two records request the same content, regardless of their state."""
         mine = (self.name, self.version, self.source, self.stream, self.visible_to)
         return mine == (
             other.name, other.version, other.source, other.stream, other.visible_to

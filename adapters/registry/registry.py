@@ -1,4 +1,4 @@
-"""What can be done to the registry: each verb is one compare-and-set on one record.
+"""The operations on the registry: each is one compare-and-set on one record.
 
 Lives on one event loop of one replica; any number of replicas may do the same at the same time.
 """

@@ -18,10 +18,10 @@ _CHECKS = 256
 
 
 class Adapted(Protocol):
-    """What is known of the adapters."""
+    """The state of the adapters."""
 
     def next_step(self, name: str) -> Step:
-        """What is to be done about one."""
+        """The next step for one adapter."""
         ...
 
     def rests(self, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What keeps the registry's records: `RedisStore` for replicas, `SqliteStore` for one server.
+"""Stores of the registry's records: `RedisStore` for replicas, `SqliteStore` for one server.
 
 Every write has a token, 24 random letters, which no other write of any store ever has. A record
 carries the token of the write that made it, and a change names the token of the record that it
@@ -50,7 +50,7 @@ NOWHERE = Position()
 
 @dataclass(frozen=True)
 class Changes:
-    """What a look brings.
+    """The changes since the last look.
 
     Args:
         position: how far the reader is now.
@@ -71,7 +71,7 @@ class Changes:
 
 @dataclass(frozen=True)
 class Swapped:
-    """What came of a swap.
+    """The result of a swap.
 
     Args:
         outcome: `done`; `other`: another change came first; `pins`: too many are pinned.
@@ -98,7 +98,7 @@ class Store(Protocol):
     there is another one they raise RegistryAway: whoever noticed the loss has yet to mend it."""
 
     async def look(self, since: Position, *, replica: str = "", alive_ms: int = 0) -> Changes:
-        """What has changed; renews a replica's lease on the way.
+        """Returns the changes, and renews the replica's lease.
 
         Args:
             since: how far the reader is.
@@ -128,7 +128,7 @@ class Store(Protocol):
         ...
 
     async def tell_progress(self, name: str, job: str, done_bytes: int) -> None:
-        """Says how much of an adapter is fetched. No write of the registry: nobody hears of it."""
+        """Records the progress of a download, which is no change: nobody is notified."""
         ...
 
     async def progress(self, jobs: Mapping[str, str]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What the four kinds of places have in common: files by name, in chunks.
+"""The common interface of the four kinds of sources: files by name, in chunks.
 
 No listing is needed: an adapter's own config says which files belong to it, so nothing else of a
 place is ever read, least of all a pickle that lies beside the tensors.
@@ -23,7 +23,7 @@ HEAD = 32
 
 @dataclass(frozen=True)
 class Limits:
-    """What one adapter may cost.
+    """Limits for one adapter.
 
     Args:
         max_bytes: all its files together.

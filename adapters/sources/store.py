@@ -111,7 +111,7 @@ class ContentStore:
         return frozenset(e.name for e in os.scandir(self.root) if _DIGEST.fullmatch(e.name))
 
     def collect(self, used: Iterable[str], *, older_than_s: float = 3600.0) -> list[str]:
-        """Deletes contents that nobody uses.
+        """Deletes unused contents.
 
         Args:
             used: digests that records refer to or that are loaded.

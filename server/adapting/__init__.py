@@ -1,1 +1,1 @@
-"""Adapters in the server: what the engine holds, what requests may name, and the registry."""
+"""Adapters in the server: residency in the engine, names in requests, and the registry."""

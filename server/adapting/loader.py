@@ -126,7 +126,7 @@ class EngineLoader:
         await self._engine.unload_set(adapter_set)
 
     def artefact(self, content: Content) -> Artefact:
-        """What was found in a content that is loaded."""
+        """The description of a loaded content."""
         return self._artefacts[content.key]
 
     def resident(self, content: Content) -> bool:

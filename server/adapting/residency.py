@@ -25,7 +25,7 @@ _SAME_ID = "the engine gives these adapters the id of others that are pinned; un
 
 
 class Slots(Protocol):
-    """What of the engine is needed here."""
+    """The part of the engine that is used here."""
 
     async def load_set(self, adapter_set: AdapterSet) -> None:
         """Loads a set into a slot.
@@ -100,7 +100,7 @@ class Residency:
 
     @property
     def bytes(self) -> int:
-        """What they take together."""
+        """Their size together, in bytes."""
         return sum(slot.size for slot in self._taken.values())
 
     def check(self, size: int, field: str) -> None:
@@ -155,7 +155,7 @@ class Residency:
                 self._idle.set()
 
     async def admit(self, adapter_set: AdapterSet) -> None:
-        """Brings a set into the engine before somebody asks for it."""
+        """Loads a set into the engine before a request needs it."""
         async with self.holding(adapter_set):
             pass
 

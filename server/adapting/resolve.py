@@ -1,4 +1,4 @@
-"""What a request says about adapters, and what it stands for here and now."""
+"""The adapters that a request names, resolved on this server."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def owners_of(name: str, manager: Manager) -> list[Collection[str]]:
 
 
 def sees(access: Access, name: str, manager: Manager) -> bool:
-    """Whether an adapter exists for a key."""
+    """Whether a key may see an adapter."""
     return access.sees_adapter(name, owners_of(name, manager))
 
 

@@ -41,7 +41,7 @@ class PreloadFailed(Exception):
 
 @dataclass(frozen=True)
 class Adapters:
-    """What routes may do with adapters.
+    """The operations on adapters for routes.
 
     Args:
         manager: the registry's side.

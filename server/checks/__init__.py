@@ -1,1 +1,1 @@
-"""What is found out about a configuration before anything is loaded."""
+"""Checks of a configuration before anything is loaded."""

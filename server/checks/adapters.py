@@ -37,7 +37,7 @@ class Target:
     names: tuple[str, ...] = ()
 
     def warning(self, base_model: str) -> str | None:
-        """What to tell of an adapter that says which model it was made for.
+        """The warning for an adapter that was made for another model.
 
         Args:
             base_model: its `base_model_name_or_path`; may be empty.
@@ -127,7 +127,7 @@ def slot_bytes(config: Config, section: AdaptersConfig, shapes: list[BaseShapes]
 
 
 def adapter_problems(config: Config, section: AdaptersConfig, diagnosis: Diagnosis) -> list[str]:
-    """What is wrong with the section `adapters`, one line each."""
+    """The problems of the section `adapters`, one line each."""
     lines = [
         f"adapters.roots.{i}: no such directory: {root}"
         for i, root in enumerate(section.roots)

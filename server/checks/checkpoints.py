@@ -1,4 +1,4 @@
-"""What a model folder says about itself, read from its JSON and safetensors headers only."""
+"""Facts about a model folder, read from its JSON and safetensors headers only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the checks found: the streams' facts, and each problem in one line."""
+"""The result of the checks: facts about the streams, and each problem in one line."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def _check(config: Config, diagnosis: Diagnosis, name: str, stream: StreamConfig
 
 
 def value_problems(config: Config, diagnosis: Diagnosis) -> list[str]:
-    """What value streams need of everything else; after the vocabularies were compared."""
+    """The requirements of value streams; run after the vocabularies were compared."""
     values = [name for name, stream in config.streams.items() if stream.head == "value"]
     if not values:
         return []

@@ -1,4 +1,4 @@
-"""Whether the streams of `steering.one_product` have tables that can lie side by side."""
+"""Validates `steering.one_product`: the streams' tables must fit side by side."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FIELD = "steering.one_product"
 
 
 def one_product_problems(config: Config, diagnosis: Diagnosis) -> list[str]:
-    """What is wrong with `steering.one_product`, in one line each."""
+    """The problems of `steering.one_product`, one line each."""
     lines = []
     if config.steering.one_product and ranks_of(config) > 1:
         lines.append(f"engine.tensor_parallel_size: refused (got {ranks_of(config)}): {_FIELD} "

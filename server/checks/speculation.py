@@ -1,4 +1,4 @@
-"""Whether the stream that shall draft can."""
+"""Validates `steering.speculation`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FIELD = "steering.speculation"
 
 
 def speculation_problems(config: Config, diagnosis: Diagnosis) -> list[str]:
-    """What is wrong with `steering.speculation`, in one line each."""
+    """The problems of `steering.speculation`, one line each."""
     section = config.steering.speculation
     if section is None:
         return []

@@ -1,4 +1,4 @@
-"""What the commands share that talk to a running server: its address, its key, its refusals.
+"""Shared by the commands for a running server: its address, its key, its errors.
 
 Needs httpx only.
 """
@@ -35,7 +35,7 @@ class Refused(Exception):
 
 
 class Failed(Exception):
-    """What was asked for went wrong later; a sentence for a person."""
+    """An accepted operation failed later; the message is for a person."""
 
 
 def flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -1,1 +1,1 @@
-"""What surrounds every request: who may, how often, for how long; and what is told of it."""
+"""Keys, rate limits and time limits of every request; access log, metrics and traces."""

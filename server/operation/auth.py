@@ -43,7 +43,7 @@ class Auth:
         return self._admin is not None or self._loopback
 
     def check(self, scope: Scope) -> Access:
-        """Lets a request pass, and says what it may use; or raises.
+        """Returns the rights of a request's key, or raises.
 
         Raises:
             HttpError: 400 for a `Host` or `Origin` that is none, 401 without a valid key, 403 for

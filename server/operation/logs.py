@@ -1,4 +1,4 @@
-"""What is written to standard error: lines for people, or JSON for machines.
+"""Log lines on standard error: text for people, or JSON for machines.
 
 The engine's processes log with vLLM's own handlers; engine_logs.json beside this file gives them
 the same form. Standard error stays free for what the operating system and native libraries write.

@@ -70,7 +70,7 @@ _NAMES = ("requests", "tokens")
 
 @dataclass(frozen=True)
 class Standing:
-    """What a caller has taken in the present minute.
+    """A caller's use of its limits in the present minute.
 
     Args:
         limits: of requests and tokens; 0: none.
@@ -193,7 +193,7 @@ class RateLimits:
         return await self._take(caller, rate or self._default, (int(count), 0))
 
     def charge(self, caller: str, rate: Rate | None, tokens: int) -> None:
-        """Counts the tokens of a request that has ended; nobody waits for it."""
+        """Counts the tokens of a request that has ended, in the background."""
         rate = rate or self._default
         if tokens and rate.tokens_per_minute is not None:
             task = asyncio.create_task(self._take(caller, rate, (0, tokens)))

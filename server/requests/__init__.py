@@ -1,1 +1,1 @@
-"""What a request asks for, from its fields to what the engine is given."""
+"""A request, from its fields to the engine's input."""

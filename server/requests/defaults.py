@@ -1,4 +1,4 @@
-"""What a profile says for requests that do not say it: sampling, and a system prompt."""
+"""A profile's defaults for requests: sampling, and a system prompt."""
 
 from __future__ import annotations
 

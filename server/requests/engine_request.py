@@ -1,4 +1,4 @@
-"""What the engine gets: the prompt lengthened, the plan packed, the prefix cache kept apart."""
+"""Prepares a request for the engine: pads the prompt, packs the plan, salts the prefix cache."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from steering.spec import FIELD, Profile, SteeringRequest, read_steering
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a request's `model` stands for.
+    """Resolves a request's `model`: the base, a profile or an adapter.
 
     Args:
         name: as the request wrote it; None for the base.
@@ -73,7 +73,7 @@ class Resolver:
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def model_of(self, model: str | None, access: Access) -> Model:
-        """What a request's `model` stands for.
+        """Resolves a request's `model`: the base, a profile or an adapter.
 
         Raises:
             HttpError: 404, no such model for this key.

@@ -21,7 +21,7 @@ Report = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """What came, whatever API it came by: validated in itself, not yet against the server.
+    """A request as it came, from any API: validated, but not yet against the server.
 
     Args:
         model: as the request wrote it; None or "" for the base.
@@ -53,7 +53,7 @@ class ParsedRequest:
 
 @dataclass
 class ResolvedRequest:
-    """What it stands for on this server now. One per HTTP request; owned by the event loop.
+    """A request as this server understands it. One per HTTP request; owned by the event loop.
 
     Args:
         plans: the plan of each of the request's prompts, in order; a single one holds for all.

@@ -42,7 +42,7 @@ from steering.wire import KEY
 
 
 class Engine(Protocol):
-    """What of `SteeredLLM` is needed here."""
+    """The part of `SteeredLLM` that is used here."""
 
     model_config: Any
     renderer: Any
@@ -54,7 +54,7 @@ class Engine(Protocol):
         ...
 
     async def report(self, tag: str, tokens: dict[str, int]) -> dict[str, dict[str, Any]]:
-        """What the worker measured."""
+        """The worker's measurements."""
         ...
 
     def forget(self, tag: str) -> None:

@@ -27,12 +27,12 @@ ROOM_BYTES = 512 * 1024 * 1024
 
 
 def packed(value: Any) -> bytes:
-    """What goes through the pipes."""
+    """Packs a message for the pipe."""
     return json.dumps(value).encode()
 
 
 def unpacked(raw: bytes) -> Any:
-    """What came through them."""
+    """Unpacks a message from the pipe."""
     return json.loads(raw)
 
 

@@ -28,14 +28,14 @@ _PATHS = ("_file", "_path")
 
 
 class Version(BaseModel):
-    """What GET /version answers."""
+    """The answer of GET /version."""
 
     version: str = Field(description="Of vLLM: its clients look here.")
     coxswain: str | None
 
 
 class Load(BaseModel):
-    """What GET /load answers."""
+    """The answer of GET /load."""
 
     server_load: int = Field(description="Requests whose answer is not complete.")
 

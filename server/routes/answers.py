@@ -1,4 +1,4 @@
-"""What the routes answer, for /openapi.json: the steering report, and the bodies around it."""
+"""The answers of the routes, for /openapi.json: the steering report, and the bodies around it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Logprob = Annotated[float | None, Field(description="Null where the token is ru
 
 @_CLOSED
 class Drafts(TypedDict):
-    """What speculation did."""
+    """The drafts of speculation."""
 
     drafted: int
     accepted: int
@@ -31,7 +31,7 @@ class Drafts(TypedDict):
 
 @_CLOSED
 class StreamChoice(TypedDict):
-    """What one stream by itself found most likely."""
+    """The most likely token of one stream alone."""
 
     token: str
     token_id: int
@@ -123,7 +123,7 @@ class AdapterReport(TypedDict):
 
 @_CLOSED
 class ValuesReport(TypedDict):
-    """What value streams added."""
+    """The additions of value streams."""
 
     strengths: dict[str, float]
     top_k: int
@@ -131,7 +131,7 @@ class ValuesReport(TypedDict):
 
 @_CLOSED
 class BestReport(TypedDict):
-    """Among how many replies one was chosen."""
+    """The replies among which one was chosen."""
 
     value: str
     n: int
@@ -171,25 +171,25 @@ class SteeringReport(TypedDict):
 
 
 class SteeredChatAnswer(ChatCompletionResponse):
-    """A chat completion; `steering` where a report was asked for."""
+    """A chat completion; `steering` if the request has a report."""
 
     steering: SteeringReport = Field(default=None)  # type: ignore[assignment]
 
 
 class SteeredCompletionAnswer(CompletionResponse):
-    """A text completion; `steering` where a report was asked for."""
+    """A text completion; `steering` if the request has a report."""
 
     steering: SteeringReport = Field(default=None)  # type: ignore[assignment]
 
 
 class SteeredResponsesAnswer(ResponsesResponse):
-    """A response; `steering` where a report was asked for."""
+    """A response; `steering` if the request has a report."""
 
     steering: SteeringReport = Field(default=None)  # type: ignore[assignment]
 
 
 class SteeredMessagesAnswer(AnthropicMessagesResponse):
-    """A message in Anthropic's form; `steering` where a report was asked for."""
+    """A message in Anthropic's form; `steering` if the request has a report."""
 
     steering: SteeringReport = Field(default=None)  # type: ignore[assignment]
 

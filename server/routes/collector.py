@@ -20,7 +20,7 @@ STATES = ("pending", "downloading", "loading", "ready", "failed", "unloading")
 
 
 class Present(Collector):
-    """What `/metrics` shows of the present.
+    """The series of `/metrics` that show the present state.
 
     Its parts belong to the event loop, and the page is made in a thread: `look` takes everything
     down on the loop first.

@@ -1,4 +1,4 @@
-"""What came, read from each API's own request class: a `ParsedRequest`."""
+"""Reads each API's own request class into a `ParsedRequest`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _conversation(messages: Any, parts: Serving, options: Mapping[str, Any]) -> 
 
 
 def parse_chat(request: SteeredChatRequest, parts: Serving) -> ParsedRequest:
-    """Of a chat request."""
+    """Parses a chat request."""
     options: dict[str, Any] = {
         **(request.chat_template_kwargs or {}),
         "add_generation_prompt": request.add_generation_prompt,
@@ -59,7 +59,7 @@ def parse_chat(request: SteeredChatRequest, parts: Serving) -> ParsedRequest:
 
 
 def parse_completion(request: SteeredCompletionRequest, parts: Serving) -> ParsedRequest:
-    """Of a text completion: each prompt is one message of a user."""
+    """Parses a text completion: each prompt is one message of a user."""
 
     def conversations() -> list[Conversation | None]:
         defaults = parts.config.chat.default_template_kwargs
@@ -82,7 +82,7 @@ def parse_completion(request: SteeredCompletionRequest, parts: Serving) -> Parse
 
 
 def parse_responses(request: SteeredResponsesRequest, parts: Serving) -> ParsedRequest:
-    """Of a request to the Responses API."""
+    """Parses a request to the Responses API."""
     _refuse_state(request)
     _need_tools(request, parts)
 

@@ -1,4 +1,4 @@
-"""GET /playground: one page with what it needs, and what it may offer to the caller's key.
+"""GET /playground: the page with its files, and its data for the caller's key.
 
 The page is public: it holds nothing but itself, and asks for keys. What it shows comes from routes
 that check them.

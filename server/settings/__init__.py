@@ -1,1 +1,1 @@
-"""What an operator sets: the configuration file, the command line, the environment."""
+"""The operator's settings: the configuration file, the command line, the environment."""

@@ -28,7 +28,7 @@ def digest(key: bytes) -> bytes:
 
 
 def digests_of_header(key: str) -> tuple[bytes, ...]:
-    """What a key that came in a header may be the hash of.
+    """The possible hashes of a key in a header.
 
     Clients send letters outside ASCII as UTF-8 or as Latin-1 (RFC 9110, section 5.5, leaves the
     bytes open); configured keys are hashed as UTF-8.

@@ -258,7 +258,7 @@ class SpeculationConfig(Section):
 
 
 class SteeringConfig(Section):
-    """What callers may ask for."""
+    """Limits on callers' steering."""
 
     inline: bool = Field(
         True,
@@ -356,7 +356,7 @@ class Config(Section):
         description="The base: folder (relative to this file) or Hugging Face id.",
     )
     served_model_name: str | None = Field(
-        None, description="What clients call the base. Absent: the last part of `model`."
+        None, description="The base's name for clients. Absent: the last part of `model`."
     )
     aliases: dict[str, str] = Field(
         default_factory=dict,
@@ -396,5 +396,5 @@ class Config(Section):
 
     @property
     def name(self) -> str:
-        """What clients call the base."""
+        """The base's name for clients."""
         return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]

@@ -74,7 +74,7 @@ def dashed(argv: Sequence[str]) -> list[str]:
 
 
 def from_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags set, nested as in the configuration file.
+    """The flags' settings, nested as in the configuration file.
 
     Raises:
         ConfigInvalid: a value cannot be read.

@@ -21,7 +21,7 @@ class Section(BaseModel):
 
 
 class Rate(Section):
-    """What a caller may take in a minute. None: as much as it likes."""
+    """A caller's limits per minute. None: no limit."""
 
     requests_per_minute: int | None = Field(
         None,
@@ -44,7 +44,7 @@ class Rate(Section):
 
 
 class CorsConfig(Section):
-    """Which pages of other origins browsers let in."""
+    """Pages of other origins that may use the server from a browser."""
 
     origins: tuple[str, ...] = Field(
         min_length=1,
@@ -126,19 +126,19 @@ class ServerConfig(Section):
         description="HTTPS by the server itself. Absent: HTTP, e.g. behind a proxy that ends TLS.",
     )
     cors: CorsConfig | None = Field(
-        None, description="Which pages of other origins browsers let in. Absent: none."
+        None, description="Pages of other origins that may use the server. Absent: none."
     )
     unknown_fields: Literal["ignore", "refuse"] = Field(
         "ignore",
-        description="What becomes of top-level fields of a request that nobody knows. Unknown "
-        "fields inside `steering` and `adapters` are errors either way.",
+        description="Whether unknown top-level fields of a request are ignored or refused. "
+        "Unknown fields inside `steering` and `adapters` are always errors.",
     )
     template_workers: int = Field(
         2,
         ge=1,
         le=16,
         description="Processes that render chat templates of callers. One API key takes all but "
-        "one of them at most, and keys take turns, so that slow templates hold up nobody else.",
+        "one of them at most, and keys take turns, so slow templates do not delay others.",
     )
     max_body_bytes: int = Field(
         4 * 1024 * 1024, ge=1024, description="Largest request body, in bytes; larger: 413."
@@ -159,21 +159,21 @@ class ServerConfig(Section):
         0.0,
         ge=0,
         le=600,
-        description="How long `/ready` says no before new requests are refused, in seconds: time "
-        "for load balancers to look elsewhere. It comes before `drain_timeout_s`.",
+        description="How long `/ready` answers 503 before new requests are refused, in seconds: "
+        "time for load balancers to notice. It comes before `drain_timeout_s`.",
     )
     keep_alive_s: int = Field(
         75,
         ge=1,
         le=3600,
         description="How long a connection without a request is kept, in seconds; longer than load "
-        "balancers keep theirs (60 is usual), or they send requests into its end.",
+        "balancers keep theirs (60 is usual), or they send requests into a closing one.",
     )
     head_timeout_s: float = Field(
         10.0,
         gt=0,
         le=3600,
-        description="How long a request's head may take to arrive, in seconds; longer: 408, and "
+        description="How long a request's headers may take to arrive, in seconds; longer: 408, and "
         "the connection is closed.",
     )
     sse_keep_alive_s: float = Field(
@@ -188,8 +188,8 @@ class ServerConfig(Section):
         60.0,
         gt=0,
         le=3600,
-        description="After how many seconds without an answer of the engine `/ready` says no, "
-        "until it answers again; more than the longest step, and than `counters_every_s`.",
+        description="After how many seconds without an answer of the engine `/ready` answers "
+        "503, until the engine answers again; more than the longest step and `counters_every_s`.",
     )
     counters_every_s: float = Field(
         2.0, gt=0, le=60, description="How often the worker's token counters are read, in seconds."
@@ -203,7 +203,7 @@ class ServerConfig(Section):
 
 
 class LimitsConfig(Rate):
-    """What one request, and one caller, may take."""
+    """Limits of one request, and of one caller."""
 
     max_prompt_tokens: int | None = Field(
         None, ge=1, description="Longest prompt, in tokens; longer: 400. Absent: the context."
@@ -211,8 +211,8 @@ class LimitsConfig(Rate):
     max_output_tokens: int | None = Field(
         None,
         ge=1,
-        description="Longest reply, in tokens; a request that asks for more: 400, one that does "
-        "not say how much gets this. Absent: what the context leaves.",
+        description="Longest reply, in tokens, and the default for requests without a length; "
+        "more: 400. Absent: what the context leaves.",
     )
     max_replies: int = Field(
         1024,
@@ -254,7 +254,7 @@ class LimitsConfig(Rate):
 
 
 class MetricsConfig(Section):
-    """What `/metrics` shows beside what it always shows."""
+    """Optional measurements for `/metrics`."""
 
     report_share: float = Field(
         0.0,
@@ -267,7 +267,7 @@ class MetricsConfig(Section):
 
 
 class LoggingConfig(Section):
-    """What is written to standard error."""
+    """Log lines on standard error."""
 
     format: Literal["text", "json"] = Field(
         "text", description="`json`: one object per line, with time, level, message, request id."
@@ -294,7 +294,9 @@ class TracingConfig(Section):
         description="Where a collector takes OTLP: `http://host:4317`, or for `http/protobuf` "
         "`http://host:4318/v1/traces`.",
     )
-    protocol: Literal["grpc", "http/protobuf"] = Field("grpc", description="How it takes them.")
+    protocol: Literal["grpc", "http/protobuf"] = Field(
+        "grpc", description="The collector's protocol."
+    )
     sample: float = Field(
         1.0,
         ge=0,

@@ -21,7 +21,7 @@ class _Constructor(SafeConstructor):
 
 
 def read_yaml(text: str) -> object:
-    """What a YAML document says.
+    """Reads a YAML document.
 
     Raises:
         ValueError: it is none, has a key twice, or is too deep; says in which line.

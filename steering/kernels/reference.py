@@ -102,7 +102,7 @@ def mix_reference(
 def value_offsets(
     values: Scores, prefix: float, ending: npt.NDArray[np.bool_], rule: EndValue
 ) -> Scores:
-    """What one value model adds to the candidates at strength 1: V − mean V, [k].
+    """One value model's additions to the candidates at strength 1: V − mean V, [k].
 
     Args:
         values: [k] V(s⊕j).

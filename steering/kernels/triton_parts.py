@@ -1,4 +1,4 @@
-"""What the kernels of the read-out share. Letters and tables: `steering.kernels.triton_kernels`."""
+"""Shared by the read-out's kernels. Letters and tables: `steering.kernels.triton_kernels`."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # What a kernel's names stand for is Triton's to decide: they are traced, not run.

@@ -1,4 +1,4 @@
-"""What value models add to candidates, in torch; `reference.value_offsets` is the definition.
+"""Value models' additions to candidates, in torch; `reference.value_offsets` is the definition.
 
 Letters: n rows, K candidates of the row that has most.
 """

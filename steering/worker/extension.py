@@ -1,4 +1,4 @@
-"""What the front end may call in the worker (`worker_extension_cls`, through collective_rpc).
+"""The worker's methods for the front end (`worker_extension_cls`, through collective_rpc).
 
 vLLM mixes this class into its worker, so every name carries the project's prefix. Arguments and
 results are plain data.

@@ -233,7 +233,7 @@ class SteeredForCausalLM(nn.Module):
 
     @staticmethod
     def get_model_state_cls() -> type:
-        """What Model Runner V2 keeps of this model's requests."""
+        """Model Runner V2's state of this model's requests."""
         from steering.worker.runners.v2 import SteeredModelState
 
         return SteeredModelState

@@ -1,4 +1,4 @@
-"""What a call into the worker comes to: a result, or an error as plain data."""
+"""The outcome of a call into the worker: a result, or an error as plain data."""
 
 from __future__ import annotations
 

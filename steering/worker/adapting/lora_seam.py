@@ -80,7 +80,7 @@ def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
 
 
 class AdapterPunica(PunicaWrapperCPU):
-    """What vLLM's LoRA layers call with their input and the base's output."""
+    """Called by vLLM's LoRA layers with their input and the base's output."""
 
     split = False
     """Whether the layers that use this one see a part of their input each."""

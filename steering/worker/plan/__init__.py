@@ -1,1 +1,1 @@
-"""What is known of a step on the host before it runs, and how that gets to the device."""
+"""The host's plan of a step, made before it runs, and its way to the device."""

@@ -79,7 +79,7 @@ class OwnPrompts:
 
 @dataclass(frozen=True, slots=True)
 class StreamBatch:
-    """What one stream runs in one step, n rows and T_i tokens.
+    """One stream's batch in one step, n rows and T_i tokens.
 
     Args:
         rows: [n] indices of the requests.

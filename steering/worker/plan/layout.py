@@ -1,4 +1,4 @@
-"""What rides on the hidden states: `[h_0 | h_1 | … | control]`, one row per token.
+"""The columns beside the hidden states: `[h_0 | h_1 | … | control]`, one row per token.
 
 `control` holds the row's coefficients and rule as float32 *bits* viewed in the model's dtype, so
 a bf16 model carries them exactly and `compute_logits` is a pure function of its input: right for

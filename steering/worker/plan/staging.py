@@ -17,7 +17,7 @@ _ALIGN = 16
 
 
 def to_device(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Host arrays on the model's device, by one copy that nobody waits for.
+    """Host arrays on the model's device, by one asynchronous copy.
 
     Args:
         arrays: of any shape and dtype; not changed afterwards.
@@ -38,7 +38,7 @@ def to_device(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> tuple
 
 
 class HostCopy:
-    """A tensor on its way to the host, which nobody waits for until it is read.
+    """A tensor on its way to the host, by an asynchronous copy.
 
     Args:
         tensor: not changed afterwards.
@@ -141,7 +141,7 @@ class Staging:
         self._parts.append((len(arrays), then))
 
     def send(self, device: torch.device) -> None:
-        """Brings all of them to the device, by one copy that nobody waits for."""
+        """Copies all of them to the device, asynchronously."""
         if not self._arrays:
             return
         there, start = to_device(self._arrays, device), 0

@@ -34,7 +34,7 @@ class StepRecord:
 
 @dataclass(slots=True)
 class Tally:
-    """What one choice of a request has accumulated.
+    """The accumulated measurements of one choice of a request.
 
     Args:
         detailed: whether the report has an entry for every token.

@@ -1,4 +1,4 @@
-"""What the step needs of vLLM's model runner; `v1.py` and `v2.py` are the two that there are."""
+"""The step's interface to vLLM's model runner; `v1.py` and `v2.py` implement it."""
 
 from __future__ import annotations
 

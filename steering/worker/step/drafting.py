@@ -33,7 +33,7 @@ scores over the base's vocabulary, −∞ on ids that it must not draft. It may 
 
 
 class Drafter:
-    """What vLLM makes at its start, and asks for drafts after each step."""
+    """Created by vLLM at its start; proposes drafts after each step."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self._model: Any = None

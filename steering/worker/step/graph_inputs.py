@@ -1,4 +1,4 @@
-"""What the graphs of streams read of a step, row by row, as one array on the host.
+"""The inputs of the streams' graphs in a step, row by row, as one array on the host.
 
 Letters: S streams, N tokens of the largest graph.
 """

@@ -26,7 +26,7 @@ Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """What a stream's graphs are made of.
+    """The parts that a stream's graphs are made from.
 
     Args:
         name: its name.

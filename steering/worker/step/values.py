@@ -37,7 +37,7 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Additions:
-    """What is added to the scores of n rows.
+    """The additions to the scores of n rows.
 
     Args:
         ids: [n, K] int64 candidates; 0 where a row has fewer than K.
