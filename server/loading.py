@@ -108,6 +108,7 @@ def engine_arguments(config: Config, diagnosis: Diagnosis) -> dict[str, Any]:
         top_k,
         speculation,
         config.steering.one_product,
+        config.adapters is not None and config.adapters.vectors,
         **engine,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,8 @@ from adapters.registry.manager import Manager, no_adapter
 from server.access import Access
 from server.adapting.loader import EngineLoader
 from steering.adapters import ResolvedAdapter
+from steering.errors import BadValue
+from steering.where import read_where
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
@@ -31,6 +33,11 @@ class AdapterRef(BaseModel):
     temperature: Annotated[Number, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])] | None = Field(
         None, description="MeteoRA packs: T of the gate's softmax (the paper's composite tasks "
         "use 15 to 30); default: the pack's own.",
+    )  # fmt: skip
+    where: str | dict[str, Any] | None = Field(
+        None, description="At which positions it acts: `all`, `prompt`, `reply`, `last_prompt`, or "
+        "an object with `prompt_first`, `prompt_last`, `from`, `first`; default: where its file "
+        "says, or at all.",
     )  # fmt: skip
 
 
@@ -70,9 +77,10 @@ def _resolve(
         raise NoAdapter(error.message, field=where, value=ref.name,
                         allowed=error.allowed) from error  # fmt: skip
     assert content.digest is not None
+    place = None if ref.where is None else read_where(ref.where, f"{field}.where", BadValue)
     return ResolvedAdapter(
         loader.artefact(content), content.digest, content.stream, ref.weight, ref.top_k,
-        ref.temperature, field, content.name, content.version,
+        ref.temperature, field, content.name, content.version, place,
     )  # fmt: skip
 
 

@@ -107,13 +107,16 @@ def _pairs(layers: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
     return {name: (out, into) for name, (out, into) in layers.items()}
 
 
-def slot_bytes(config: Config, section: AdaptersConfig, shapes: list[BaseShapes]) -> int:
+def slot_bytes(
+    config: Config, section: AdaptersConfig, shapes: list[BaseShapes], states: int = 0
+) -> int:
     """Memory that the engine sets aside for adapters, used or not.
 
     Args:
         config: the settings.
         section: its adapters.
         shapes: of every model.
+        states: the models' decoder layers times their widths, added up.
     """
     dtype = str(config.engine.get("dtype", "auto"))
     item = 4 if dtype in ("float32", "float") else 2
@@ -123,6 +126,7 @@ def slot_bytes(config: Config, section: AdaptersConfig, shapes: list[BaseShapes]
         for name in model.tensors
         if (linear := model.linear(name.removesuffix(".weight"))) is not None
     )
+    sides += 2 * states if section.vectors else 0
     return sides * slot_rank(section.max_rank) * section.max_loaded * item
 
 

@@ -88,7 +88,8 @@ def _weights(config: Config, diagnosis: Diagnosis) -> int:
     total = sum(point.weight_bytes(dtype) for point in owners)
     total += _joined(config, diagnosis)
     if config.adapters is not None:
-        total += slot_bytes(config, config.adapters, _shapes(owners))
+        states = sum(point.layers * point.hidden for point in owners)
+        total += slot_bytes(config, config.adapters, _shapes(owners), states)
     return total
 
 

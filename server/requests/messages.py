@@ -50,6 +50,7 @@ class SteeredMessages(AnthropicServingMessages):
         chat.max_completion_tokens = None  # the same as `max_tokens`, whose name clients know
         steered = SteeredChatRequest.model_construct(chat.model_fields_set, **vars(chat))
         steered.steering, steered.adapters = request.steering, request.adapters
+        steered.vectors = request.vectors
         fields = (name for name in type(request).model_fields if request.given(name))
         steered._given = frozenset("stop" if name == "stop_sequences" else name for name in fields)
         return steered

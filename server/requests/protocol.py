@@ -44,7 +44,7 @@ HARMLESS = frozenset(
 common clients send them."""
 
 
-OURS = frozenset({"steering", "adapters"})
+OURS = frozenset({"steering", "adapters", "vectors"})
 """The fields that are ours."""
 
 _LIKE = 0.75
@@ -91,6 +91,11 @@ class SteeringMixin(ReadableMixin):
         None,
         description="Adapters for this request, with weights; beside the one that `model` may "
         "name.",
+    )
+    vectors: Annotated[list[Any], Field(max_length=MOST_ADAPTERS)] | None = Field(
+        None,
+        description="EasySteer's way to name vectors: each stands for an entry of `adapters`, with "
+        "`scale` as its weight and `apply` as its `where`. What has no equal there is refused.",
     )
 
 

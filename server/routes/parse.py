@@ -8,6 +8,7 @@ from typing import Any
 from vllm.entrypoints.openai.responses.utils import construct_input_messages
 from vllm.renderers.chat_utils import parse_chat_messages
 
+from server.adapting.easysteer import refs_of
 from server.errors import HttpError
 from server.operation.access_log import USABLE_ID
 from server.requests.failures import reading
@@ -129,8 +130,9 @@ def _parsed(
     if "request_id" in body.model_fields_set and not USABLE_ID.fullmatch(body.request_id):
         raise BadValue("it cannot be written into logs", field="request_id",
                        value=body.request_id, allowed=USABLE_ID.pattern)  # fmt: skip
+    adapters = (*(request.adapters or ()), *refs_of(request.vectors or ()))
     return ParsedRequest(
-        body.model, request.steering, request.adapters or (), max_tokens_field=max_tokens_field,
+        body.model, request.steering, adapters, max_tokens_field=max_tokens_field,
         fields=own_names(prompt, max_tokens_field, logprobs), **more,
     )  # fmt: skip
 

@@ -185,6 +185,11 @@ class AdaptersConfig(Section):
         description="Largest rank of what one request uses: of its adapters together, or of a "
         "pack: the sum of its adapters' ranks and their number.",
     )
+    vectors: bool = Field(
+        False,
+        description="Whether adapters may change the residual stream behind each decoder layer: "
+        "steering vectors, LoReFT. Takes memory in every slot, and a call in every layer.",
+    )
     max_loaded_bytes: int = Field(
         8 << 30,
         ge=1,

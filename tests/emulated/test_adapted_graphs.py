@@ -12,10 +12,12 @@ from vllm.config import CompilationMode
 
 from steering.engine_args import adapter_engine_args
 from tests.adapters.make import make_lora, make_native
+from tests.adapters.vectors import make_reft, make_vector
 from tests.emulated.platform import like_cuda
 from tests.emulated.steered import check, engine_in, mix, step_of
 from tests.engine.driver import Case, Engine, Use, logprobs, tokens
 from tests.engine.heads import valued
+from tests.engine.test_vectors import hidden
 from tests.models import VOCAB_SIZE
 
 pytestmark = [pytest.mark.engine, pytest.mark.nightly]
@@ -40,6 +42,19 @@ ADAPTED = (
 )
 """A twin's adapter beside its original's; the last two have none and follow those that had."""
 
+PLACED = (
+    Case(range(20, 29), adapters=(Use("vector"),), max_tokens=8),
+    Case(range(40, 46), adapters=(Use("reft", where='"prompt"'), Use("one", 0.5)), max_tokens=7),
+    Case(range(60, 69), mix(twin=-0.5), {"twin": range(5, 15)}, 8,
+         adapters=(Use("vector", where='{"from": 2}'), Use("reft", 0.7, "twin"))),
+    Case(range(30, 38), max_tokens=6, arrives=1),
+    Case(range(50, 57), adapters=(Use("pack", where='{"first": 3}'), Use("vector", -1.0)),
+         max_tokens=8, arrives=2),
+    Case(range(70, 79), adapters=(Use("reft", where='{"from": 1, "first": 4}'),), arrives=3,
+         max_tokens=8),
+)  # fmt: skip
+"""Vectors, and adapters of some positions: what acts changes while the graphs go on."""
+
 VALUED = {"method": "value_augmented", "values": [{"stream": "value", "strength": 2.0}], "top_k": 4}
 
 
@@ -52,6 +67,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
             {"chat": ("qwen2", VOCAB_SIZE), "twin": "base"},
             heads=lambda folder, _: {"value": valued(folder / "value", "qwen2", 21)},
             async_scheduling=True,
+            vectors=True,
             **adapter_engine_args(3, 24),
         )
         base, chat = found.folders["base"], found.folders["chat"]
@@ -59,7 +75,10 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
             make_lora(folder / "one", base, seed=1),
             make_native(folder / "pack", base, tasks=3, seed=10),
         )
-        found.load_adapters({"one": lora, "pack": pack})
+        width, layers = hidden(base)
+        vector = make_vector(folder / "vector", width, range(layers), seed=5)
+        reft = make_reft(folder / "reft", width, range(layers), seed=6)
+        found.load_adapters({"one": lora, "pack": pack, "vector": vector, "reft": reft})
         found.load_adapters({"chat": make_lora(folder / "lora-chat", chat, seed=3)}, "chat")
         yield found
         del found
@@ -82,6 +101,13 @@ def test_models_with_adapters_are_compiled(adapted: Engine) -> None:
     models = {id(model): model.model for model in step.models}
     assert len(models) == 3
     assert all(model.compiled for model in models.values())
+
+
+def test_vectors_and_positions_are_right_in_graphs(adapted: Engine) -> None:
+    step = step_of(adapted)
+    before = step.graphs.replays[0]
+    check(adapted, PLACED, adapted.run(PLACED))
+    assert step.graphs.replays[0] - before >= 5
 
 
 @contextmanager

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from adapters.formats.base import base_shapes
 from steering.engine_args import adapter_engine_args
 from tests.adapters.make import make_lora
+from tests.adapters.vectors import make_reft
 from tests.engine.driver import ERRORS, Case, Engine, Use, logprobs, tokens
 from tests.family_models import FAMILIES as _CONFIGS
 from tests.family_models import WINDOW
@@ -51,7 +52,8 @@ def engine_of(family: str, folder: Path) -> Engine:
         "twin": "base",
     }
     with _as_they_are(family, companion_of(family)):
-        found = Engine(folder, (family, VOCAB_SIZE), streams, **adapter_engine_args(3, 8))
+        slots = adapter_engine_args(4, 8)
+        found = Engine(folder, (family, VOCAB_SIZE), streams, vectors=True, **slots)
     families = {"base": family, "other": companion_of(family)}
     for stream in families:
         base = found.folders[stream]
@@ -65,6 +67,10 @@ def engine_of(family: str, folder: Path) -> Engine:
         )
         lora = make_lora(folder / f"lora-{stream}", base, seed=7, targets=sorted(set(targets)))
         found.load_adapters({stream: lora}, stream)
+        config = AutoConfig.from_pretrained(base)
+        behind = range(config.num_hidden_layers)
+        reft = make_reft(folder / f"reft-{stream}", config.hidden_size, behind, seed=8, rank=2)
+        found.load_adapters({f"{stream}-vectors": reft}, stream)
     return found
 
 
@@ -119,9 +125,17 @@ def cases(seed: int) -> Iterator[tuple[str, Case]]:
     )
 
 
+def more_cases(seed: int) -> Iterator[tuple[str, Case]]:
+    """Vectors behind every decoder layer, some of the prompt's or the reply's positions."""
+    rng = random.Random(seed)
+    for where in ("", '"reply"'):
+        ids = [rng.randrange(len(SPECIAL), VOCAB_SIZE) for _ in range(WINDOW + 20)]
+        yield "adapters", Case(ids, max_tokens=5, adapters=(Use("base-vectors", 0.5, where=where),))
+
+
 def errors(engine: Engine, seed: int) -> dict[str, float]:
     """Role → the largest error of a log-probability, nats; infinite where a token differs."""
-    tried = list(cases(seed))
+    tried = [*cases(seed), *more_cases(seed)]
     found = dict.fromkeys(ROLES, 0.0)
     outputs = engine.run([case for _, case in tried])
     for (role, case), output in zip(tried, outputs, strict=True):
