@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
-from steering.method import ENTRY_POINT_GROUP
+from steering.plugins import BUILT_INS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -20,9 +19,7 @@ PAGES = sorted([*READMES, *FORGE, *DOCS.rglob("*.md")])
 CODE = (
     "server", "steering", "adapters", "zoo", "tests", "load_tests", "deploy", "docs", "examples",
 )  # fmt: skip
-METHODS = sorted(
-    e.name for e in entry_points(group=ENTRY_POINT_GROUP) if e.value.startswith("steering.methods.")
-)
+METHODS = sorted(BUILT_INS)
 METHODS_INDEX = DOCS / "guide" / "methods" / "README.md"
 METHOD_PAGES = sorted(set(METHODS_INDEX.parent.glob("*.md")) - {METHODS_INDEX})
 UNLISTED = ("methods", "decisions")
