@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from server.checks.capacity import cpu_cache_bytes
-from server.settings.config import Config, StreamConfig
+from server.settings.config import Config
+from server.settings.streams import StreamConfig
 from steering.spec import MOST_STOPS
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def _source(name: str, stream: StreamConfig, diagnosis: Diagnosis) -> StreamSour
     if head is not None and model is not None:
         # The worker reads a head's tensors itself, so it needs the folder.
         model = str(diagnosis.streams[name].checkpoint.folder)
-    return StreamSource(model, stream.same_as, head, stream.on, stream.path)
+    norm = None if stream.layer is None else stream.norm is not False
+    return StreamSource(model, stream.same_as, head, stream.on, stream.path, stream.layer, norm)
 
 
 def check(config: Config, stage: Callable[[str], None]) -> Diagnosis:

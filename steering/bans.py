@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from steering.plan import RuleKind, SteeringPlan
+from steering.plan import LayerKind, RuleKind, SteeringPlan
 
 BAN = -100.0
 """The bias that bans; vLLM takes no lower one."""
@@ -29,5 +29,6 @@ def with_bans(bias: Mapping[int, float] | None, plan: SteeringPlan) -> dict[int,
     """
     if bias is None:
         return None
-    sets_back = plan.rule.kind in _SETTING_BACK
+    evolves = plan.layers is not None and plan.layers.kind is LayerKind.EVOLVE
+    sets_back = plan.rule.kind in _SETTING_BACK or evolves
     return {i: BANNED if sets_back and b <= BAN else b for i, b in bias.items()}

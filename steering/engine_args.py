@@ -33,13 +33,17 @@ SCRATCH = 2
 class StreamSource:
     """Where a stream comes from: exactly one of `model`, `same_as` and `on`.
 
+    With `on` it runs nothing: it is a head on another stream, or a tap of one of its layers.
+
     Args:
         model: path or hub id of a checkpoint.
         same_as: another stream (or `base`) whose weights it shares, with KV of its own.
         head: 'value' or 'classifier' for a stream with a head; None for a language model.
-        on: the stream whose hidden state the head reads, which then has no forward of its own.
+        on: the stream whose hidden state it reads.
         path: folder with the head's tensors (and a LoRA adapter of the body, merged when it is
             loaded), for a stream with a head.
+        layer: of a tap, after how many layers of `on` it reads the hidden state; 0: the embeddings.
+        norm: of a tap, whether the final norm stands between that and the unembedding.
     """
 
     model: str | None = None
@@ -47,6 +51,8 @@ class StreamSource:
     head: str | None = None
     on: str | None = None
     path: str | None = None
+    layer: int | None = None
+    norm: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,15 +239,26 @@ def _compilation(config: Any, *, uncompiled: bool) -> Any:
 
 
 def watched(sources: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-    """The streams that run, base first, then the heads: the bits of `worker/readout/watch.py`.
+    """The streams that have scores, base first, then the heads: the bits of
+    `worker/readout/watch.py`.
 
     Args:
         sources: the streams beside the base, as `StreamSource` fields; None is left out.
     """
     streams = [name for name, source in sources.items() if "on" not in source]
+    streams += taps_of(sources)
     heads = [name for kind in ("classifier", "value") for name, source in sources.items()
              if source.get("head") == kind]  # fmt: skip
     return (BASE, *streams, *heads)
+
+
+def taps_of(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Tap → the stream of which it reads a layer.
+
+    Args:
+        sources: the streams beside the base, as `StreamSource` fields; None is left out.
+    """
+    return {name: source["on"] for name, source in sources.items() if "layer" in source}
 
 
 def end_ids(model: str, config: Any) -> set[int]:

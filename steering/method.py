@@ -235,10 +235,12 @@ class Snapshot:
         streams: stream name → head ('lm', 'q', 'value' or 'classifier'); `base` is always there.
         bodies: head → the stream whose last hidden state it reads; a head that is left out reads
             a body of its own, which runs under the head's name.
+        taps: tap → the stream of which it reads a layer; taps have the head 'lm'.
     """
 
     streams: Mapping[str, str] = field(default_factory=lambda: {"base": "lm"})
     bodies: Mapping[str, str] = field(default_factory=dict)
+    taps: Mapping[str, str] = field(default_factory=dict)
 
 
 class Method(ABC, Generic[C]):

@@ -68,6 +68,40 @@ class Rule:
     head: str = ""
 
 
+class LayerKind(IntEnum):
+    """What a rule does with taps: streams that read out a layer of the base before its last."""
+
+    NONE = 0
+    """Nothing."""
+
+    CONTRAST = 1
+    """The sum, with only one of the streams that have a negative coefficient: the one that differs
+    most from the base (DoLa, arXiv 2309.03883). The distributions are log-softmaxed first. How far
+    p and p_j differ is `½ (KL(M ‖ p) + KL(M ‖ p_j))`, M their mean, as the authors' code has it."""
+
+    CONTRAST_JSD = 2
+    """The same by the Jensen-Shannon divergence, `½ (KL(p ‖ M) + KL(p_j ‖ M))`, as the paper."""
+
+    EVOLVE = 3
+    """The base's scores, moved towards what the layers' change points at (SLED, arXiv 2411.02433);
+    `steering.kernels.reference.evolved` is the definition."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRule:
+    """A rule over layers; its taps are the streams of the sum with a negative coefficient.
+
+    Args:
+        kind: which.
+        rate: of `EVOLVE`, > 0.
+        top_k: ids that `EVOLVE` keeps, ≥ 1.
+    """
+
+    kind: LayerKind
+    rate: float = 0.0
+    top_k: int = 0
+
+
 EndValue = Literal["prefix", "zero", "model"]
 
 
@@ -116,6 +150,7 @@ class Recipe:
         values: what value streams add to that; None: nothing.
         best: how one of several replies is chosen; None: one is drawn.
         search: how the reply grows block by block; None: it is drawn as a whole.
+        layers: what happens to taps before the rule; None: they are streams like others.
     """
 
     weights: dict[str, float]
@@ -123,6 +158,7 @@ class Recipe:
     values: Values | None = None
     best: Best | None = None
     search: Search | None = None
+    layers: LayerRule | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +195,7 @@ class SteeringPlan:
         prompts: (stream, token ids) for streams that read a prompt of their own; ids of that
             stream's own tokenizer.
         report: what to measure while decoding.
-        bodies: streams that run for a head on them; sorted.
+        bodies: streams that run for a head or a tap on them; sorted.
         values: what value streams add to the scores; None: nothing.
         adapters: what the adapter sums add, sorted, at most one use per stream and digest.
             The request's LoRARequest must hold all of them (`adapters.sets.AdapterSet`).
@@ -170,6 +206,8 @@ class SteeringPlan:
             affair: the worker sees `proposing` and `reading`.
         likelihoods: streams whose log-probabilities of the drawn tokens the report adds up, at
             temperature 1, over the ids that they share with the base; they run.
+        layers: what happens to taps before the rule; None: they are streams like others.
+        taps: the streams of the sum that run nothing: each reads out another stream's layer.
     """
 
     method: str
@@ -184,6 +222,8 @@ class SteeringPlan:
     best: Best | None = None
     search: Search | None = None
     likelihoods: tuple[str, ...] = ()
+    layers: LayerRule | None = None
+    taps: tuple[str, ...] = ()
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -193,7 +233,7 @@ class SteeringPlan:
             found.append(self.best.body)
         if self.search is not None:
             found += self.search.streams
-        return tuple(name for name in dict.fromkeys(found) if name != BASE)
+        return tuple(name for name in dict.fromkeys(found) if name not in (BASE, *self.taps))
 
     @property
     def runs_base(self) -> bool:

@@ -31,6 +31,8 @@ BUILT_INS: Mapping[str, str] = MappingProxyType(
         "critical_tokens": "steering.methods.critical_tokens:CriticalTokens",
         "best_of_n": "steering.methods.best_of_n:BestOfN",
         "guided_search": "steering.methods.guided_search:GuidedSearch",
+        "dola": "steering.methods.dola:Dola",
+        "sled": "steering.methods.sled:Sled",
     }
 )
 """Our own methods, as pyproject.toml registers them."""

@@ -22,6 +22,8 @@ from steering.plan import (
     BASE,
     CRITICAL_KINDS,
     Best,
+    LayerKind,
+    LayerRule,
     Recipe,
     Report,
     Rule,
@@ -98,7 +100,8 @@ def resolve(
     weights = _weights(recipe, config, snapshot, field)
     rule = _rule(recipe, weights, field)
     values = _values(recipe, config, snapshot, limits, field)
-    bodies = _bodies(rule, values, config, snapshot, field)
+    taps = tuple(name for name, _ in weights if name in snapshot.taps)
+    bodies = _bodies(rule, values, taps, config, snapshot, field)
     best = _best(recipe, config, snapshot, limits, field)
     search = _search(recipe, config, snapshot, limits, field)
     report = _report(config)
@@ -113,6 +116,8 @@ def resolve(
         heads=tuple(s for s, _ in values.strengths) if values and report == "tokens" else (),
         best=best,
         search=search,
+        layers=_layers(recipe, config, snapshot, field),
+        taps=taps,
     )
     return Resolved(plan, _prompts(config, recipe, plan, snapshot, field), field)
 
@@ -207,11 +212,36 @@ def _rule(recipe: Recipe, weights: tuple[tuple[str, float], ...], field: str) ->
     return rule
 
 
+def _layers(
+    recipe: Recipe, config: MethodConfig, snapshot: Snapshot, field: str
+) -> LayerRule | None:
+    """The recipe's rule over layers; the streams that it reads are checked."""
+    if recipe.layers is None or recipe.layers.kind is LayerKind.NONE:
+        return None
+    read = [name for name, weight in recipe.weights.items() if weight < 0]
+    if not read:
+        raise BadValue("a rule over layers reads at least one", field=field)
+    there = sorted(name for name, tapped in snapshot.taps.items() if tapped == BASE)
+    for name in read:
+        if name not in there:
+            where = _where(config, name, field)
+            allowed = f"one of: {', '.join(there)}" if there else "(there is none)"
+            raise BadValue(f"the stream is not a tap on {BASE}", field=where, value=name,
+                           allowed=allowed)  # fmt: skip
+    return recipe.layers
+
+
 def _bodies(
-    rule: Rule, values: Values | None, config: MethodConfig, snapshot: Snapshot, field: str
+    rule: Rule,
+    values: Values | None,
+    taps: tuple[str, ...],
+    config: MethodConfig,
+    snapshot: Snapshot,
+    field: str,
 ) -> tuple[str, ...]:
-    """The streams that must run for the heads that the plan reads."""
+    """The streams that must run for the heads and taps that the plan reads."""
     found = {name for name, _ in values.strengths} if values is not None else set()
+    found |= {snapshot.taps[name] for name in taps} - {BASE}
     if rule.kind in CRITICAL_KINDS:
         _check_head(rule.head, ("classifier",), config, snapshot, field)
         found.add(snapshot.bodies.get(rule.head, rule.head))
@@ -269,6 +299,10 @@ def _search(
     def proposal(one: Proposal) -> Proposal:
         _weights(Recipe(dict(one.weights)), config, snapshot, field)
         score = one.score
+        for stream in (*dict(one.weights), *(score.ratio if score else ())):
+            if stream in snapshot.taps:
+                raise BadValue("a search draws and scores with streams that run, and this is a tap",
+                               field=_where(config, stream, field), value=stream)  # fmt: skip
         if score is None:
             return one
         for stream in score.ratio:
@@ -318,6 +352,9 @@ def _prompts(
         if stream in snapshot.bodies:
             body = snapshot.bodies[stream]
             raise BadValue(f"a head on {body} reads what {body} reads", field=where)
+        if stream in snapshot.taps:
+            tapped = snapshot.taps[stream]
+            raise BadValue(f"a tap on {tapped} reads what {tapped} reads", field=where)
         if stream not in named:
             used = ", ".join(sorted(recipe.weights.keys() - {BASE})) or "none"
             raise BadValue("the plan does not use this stream", field=where, allowed=used)

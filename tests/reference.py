@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +95,40 @@ def scores(model: PreTrainedModel, ids: Sequence[int]) -> npt.NDArray[np.float64
         logits = model(torch.tensor([list(ids)]), use_cache=False).logits[0]
     found: npt.NDArray[np.float64] = logits.double().numpy()
     return found
+
+
+class TapModel:
+    """A model that is read out after fewer than all of its layers.
+
+    Args:
+        model: the model.
+        layer: index into its `hidden_states`.
+        norm: whether its final norm stands before the unembedding.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: int, norm: bool) -> None:
+        self._model, self._layer = model, layer
+        body = next(m for m in model.modules() if any(_is_stack(c) for c in m.children()))
+        norms = [m for n, m in body.named_children() if "norm" in n or n.startswith("ln")]
+        self._norm = norms[-1] if norm else torch.nn.Identity()
+        self._body = body
+
+    def __call__(self, ids: torch.Tensor, **options: object) -> object:
+        """As the model's, with the scores of the layer."""
+
+        def early(_module: object, _inputs: object, out: Any) -> Any:
+            out.last_hidden_state = self._norm(out.hidden_states[self._layer])
+            return out
+
+        handle = self._body.register_forward_hook(early)
+        try:
+            return self._model(ids, output_hidden_states=True, **options)
+        finally:
+            handle.remove()
+
+
+def _is_stack(module: object) -> bool:
+    return isinstance(module, torch.nn.ModuleList) and len(module) > 0
 
 
 class Reader:

@@ -19,6 +19,7 @@ from server.checks.diagnosis import Diagnosis, StreamFacts, where
 from server.checks.heads import check_heads, value_problems
 from server.checks.one_product import one_product_problems
 from server.checks.speculation import speculation_problems
+from server.checks.taps import tap_problems
 from server.checks.templates import check_profile_templates, check_template
 from server.operation.listening import tls_options
 from server.settings.config import RESERVED_ENGINE, Config
@@ -36,7 +37,9 @@ def snapshot(config: Config) -> Snapshot:
     """The streams as the methods see them."""
     heads = {name: stream.head or "lm" for name, stream in config.streams.items()}
     on = {name: stream.on for name, stream in config.streams.items() if stream.on is not None}
-    return Snapshot({BASE: "lm", **heads}, on)
+    taps = {name: of for name, of in on.items() if config.streams[name].layer is not None}
+    bodies = {name: of for name, of in on.items() if name not in taps}
+    return Snapshot({BASE: "lm", **heads}, bodies, taps)
 
 
 def diagnose(config: Config) -> Diagnosis:
@@ -61,6 +64,7 @@ def diagnose(config: Config) -> Diagnosis:
         _profiles(config, diagnosis, diagnosis.methods)
     if BASE in diagnosis.streams:
         check_heads(config, diagnosis)
+        diagnosis.problems += tap_problems(config, diagnosis)
         _vocabularies(config, diagnosis)
         diagnosis.problems += value_problems(config, diagnosis)
         diagnosis.problems += speculation_problems(config, diagnosis)

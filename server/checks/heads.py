@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from server.checks.diagnosis import Diagnosis, where
-from server.settings.config import Config, StreamConfig
+from server.settings.config import Config
+from server.settings.streams import StreamConfig
 from steering.heads import HeadError, find_head
 from steering.plan import BASE
 from steering.vocabulary import Overlap
@@ -22,7 +23,8 @@ def _check(config: Config, diagnosis: Diagnosis, name: str, stream: StreamConfig
     assert stream.head is not None and stream.head != "q"
     body = stream.on or name
     if stream.on in config.streams and config.streams[stream.on].on is not None:
-        raise HeadError(f"on: {stream.on} is a head itself and has no hidden state")
+        kind = "head" if config.streams[stream.on].layer is None else "tap"
+        raise HeadError(f"on: {stream.on} is a {kind} itself and has no hidden state")
     if stream.path is not None and not Path(stream.path).is_dir():
         raise HeadError(f"path: no such folder: {stream.path}")
     if body not in diagnosis.streams:

@@ -24,8 +24,10 @@ def plan(sources: Mapping[str, Mapping[str, Any]]) -> SteeringPlan:
     heads = tuple(sorted(name for name, s in sources.items() if "head" in s))
     bodies = {sources[name].get("on", name) for name in heads} - {BASE, *summed}
     weights = ((BASE, 1.0), *((name, 1.0) for name in summed))
+    taps = tuple(name for name in summed if "layer" in sources[name])
+    bodies |= {sources[name]["on"] for name in taps} - {BASE}
     return SteeringPlan(
-        "probe", weights, report="summary", bodies=tuple(sorted(bodies)), heads=heads
+        "probe", weights, report="summary", bodies=tuple(sorted(bodies)), heads=heads, taps=taps
     )
 
 

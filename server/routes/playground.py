@@ -112,7 +112,8 @@ def _streams(parts: Serving) -> list[dict[str, Any]]:
     streams = []
     for name, head in parts.resolver.snapshot.streams.items():
         same_as = configured[name].same_as if name in configured else None
-        streams.append({"name": name, "head": head, "same_as": same_as})
+        layer = configured[name].layer if name in configured else None
+        streams.append({"name": name, "head": head, "same_as": same_as, "layer": layer})
     return streams
 
 

@@ -24,6 +24,7 @@ from server.settings.operating import (
 )
 from server.settings.paths import Absolute, Located, Template
 from server.settings.redis import RedisUrl, address_of, check_ca_file
+from server.settings.streams import StreamConfig
 from steering.method import Limits
 from steering.spec import Profile, Range
 
@@ -73,52 +74,6 @@ class ConfigInvalid(Exception):
     def __init__(self, problems: list[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(problems))
-
-
-class StreamConfig(Section):
-    """One stream beside the base. Give exactly one of `model`, `same_as`, `on`."""
-
-    model: Located | None = Field(
-        None, description="Folder (relative to this file) or Hugging Face id of a companion model."
-    )
-    same_as: str | None = Field(
-        None,
-        description="Another stream whose weights are used again, with a key-value cache of its "
-        "own: for another prompt, or without the adapter. At present only `base`.",
-    )
-    on: str | None = Field(
-        None, description="The stream whose last hidden state a classifier head reads."
-    )
-    head: Literal["value", "classifier", "q"] | None = Field(
-        None,
-        description="What the stream computes instead of token scores: the value of a text, a "
-        "class, or (q) the value of each next token, one row of the unembedding for each. Absent: "
-        "token scores.",
-    )
-    path: Located | None = Field(
-        None,
-        description="Folder with the head's tensors, where they are not in `model`. Beside `model` "
-        "it may hold a PEFT LoRA of the body too, which is merged when it is loaded.",
-    )
-
-    @model_validator(mode="after")
-    def _one_source(self) -> StreamConfig:
-        sources = [name for name in ("model", "same_as", "on") if getattr(self, name) is not None]
-        if len(sources) != 1:
-            raise ValueError(
-                f"give exactly one of model, same_as, on; got {', '.join(sources) or 'none'}"
-            )
-        if self.on is not None and (self.head is None or self.path is None):
-            raise ValueError("`on` needs `head` and `path`")
-        if self.on is not None and self.head == "value":
-            raise ValueError("a value head needs a `model` of its own: it reads candidate tokens")
-        if self.head == "q" and (self.model is None or self.path is not None):
-            raise ValueError("a q head is the unembedding of its `model`; give nothing else")
-        if self.same_as is not None and self.head is not None:
-            raise ValueError("`head` goes with `model` or `on`")
-        if self.path is not None and self.head is None:
-            raise ValueError("`path` goes with `head`")
-        return self
 
 
 class PreloadConfig(Section):

@@ -7,7 +7,7 @@ import re
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from server.settings import auth, config, operating
+from server.settings import auth, config, operating, streams
 from steering.spec import Profile, ProfileLimits, Sampling
 
 _HEAD = """\
@@ -48,7 +48,7 @@ The environment wins over the file, and flags over both: `coxswain serve CONFIG 
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("(top level)", config.Config),
-    ("streams.NAME", config.StreamConfig),
+    ("streams.NAME", streams.StreamConfig),
     ("profiles.NAME", Profile),
     ("profiles.NAME.limits", ProfileLimits),
     ("profiles.NAME.sampling", Sampling),

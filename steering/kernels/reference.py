@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from steering.plan import BASE, CRITICAL_KINDS, EndValue, Recipe, RuleKind
+from steering.plan import BASE, CRITICAL_KINDS, EndValue, LayerKind, LayerRule, Recipe, RuleKind
 
 Scores = npt.NDArray[np.float64]
 """[V] float64."""
@@ -64,6 +64,8 @@ def mix_reference(
     Raises:
         KeyError: `logits` lacks a stream that the recipe uses.
     """
+    if recipe.layers is not None:
+        return _layered(recipe, recipe.layers, logits)
     weights = {stream: c for stream, c in recipe.weights.items() if c != 0}
     rule = recipe.rule
     if recipe.values is not None:
@@ -141,6 +143,80 @@ def measure_reference(z: Scores, base: Scores) -> tuple[float, int, int]:
     with np.errstate(invalid="ignore"):
         gap = np.where(np.isneginf(steered), 0.0, np.exp(steered) * (steered - plain))
     return float(gap.sum()), int(z.argmax()), int(base.argmax())
+
+
+def _layered(recipe: Recipe, layers: LayerRule, logits: Mapping[str, Scores]) -> Scores:
+    """A rule over layers; ids that are −∞ in the base are left out of every distribution."""
+    base = logits[BASE]
+    lost = np.isneginf(base)
+    taps = [stream for stream, c in recipe.weights.items() if c < 0]
+    early = {stream: np.where(lost, -np.inf, logits[stream]) for stream in taps}
+    if layers.kind is LayerKind.EVOLVE:
+        return evolved(base, list(early.values()), layers.rate, layers.top_k)
+    jsd = layers.kind is LayerKind.CONTRAST_JSD
+    chosen = max(early, key=lambda stream: divergence(base, early[stream], jsd=jsd))
+    weights = {stream: c for stream, c in recipe.weights.items() if c >= 0 or stream == chosen}
+    shift = sum(c * _log_mass(logits[s] if s == BASE else early[s]) for s, c in weights.items())
+    return mix_reference(Recipe(weights, recipe.rule), {**logits, **early}) - shift
+
+
+def divergence(final: Scores, early: Scores, *, jsd: bool) -> float:
+    """How far the distributions of two layers differ, in nats.
+
+    `½ (KL(M ‖ p) + KL(M ‖ q))` with M = ½ (p + q), or with `jsd` `½ (KL(p ‖ M) + KL(q ‖ M))`.
+
+    Args:
+        final: [V] scores of the last layer.
+        early: [V] scores of the other, −∞ where those are.
+        jsd: whether it is the Jensen-Shannon divergence.
+    """
+    known = np.isfinite(final)
+    p, q = log_softmax(final)[known], log_softmax(early)[known]
+    mean = np.logaddexp(p, q) - math.log(2)
+    if jsd:
+        return float((np.exp(p) * (p - mean) + np.exp(q) * (q - mean)).sum() / 2)
+    return float((np.exp(mean) * (2 * mean - p - q)).sum() / 2)
+
+
+EVOLUTION_STEPS = 10
+"""Of `evolved`."""
+
+MOST_KEPT = 128
+"""Ids that `evolved` may keep."""
+
+
+def evolved(final: Scores, early: Sequence[Scores], rate: float, top_k: int) -> Scores:
+    """The last layer's scores after SLED's steps (arXiv 2411.02433), [V].
+
+    For layer n and id i of the k most likely, c_ni is the cosine of z_n − z and p_n − e_i; the
+    latent distribution P(i) is the share of m_ni = max(c_ni, 0)² in all of them. Then, for
+    t = 0 … 9, z ← z − rate (1 − t/10) (softmax(z) − P). Ids outside the k are set back as
+    implausible ones are; an id as likely as the k-th is inside.
+
+    Args:
+        final: [V] scores of the last layer.
+        early: [V] scores of each other layer, −∞ where those are.
+        rate: > 0.
+        top_k: k ≥ 1.
+    """
+    known = np.isfinite(final)
+    z = final[known]
+    inside = z >= np.sort(z)[::-1][:top_k][-1]
+    latent = np.zeros(z.size)
+    for scores in early:
+        change, p = scores[known] - z, np.exp(log_softmax(scores[known]))
+        for i in np.flatnonzero(inside):
+            towards = p - np.eye(1, z.size, i)[0]
+            length = np.linalg.norm(change) * np.linalg.norm(towards)
+            latent[i] += max(0.0, float(change @ towards) / length if length else 0.0) ** 2
+    if latent.any():
+        latent /= latent.sum()
+    for t in range(EVOLUTION_STEPS):
+        step = rate * (1 - t / EVOLUTION_STEPS)
+        z = z - step * (np.exp(log_softmax(z)) - latent)
+    found = final.copy()
+    found[known] = np.where(inside, z, z - (SET_BACK + z.max() - z.min()))
+    return found
 
 
 def _critical(recipe: Recipe, logits: Mapping[str, Scores], ends: Collection[int]) -> Scores:

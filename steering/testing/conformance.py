@@ -49,6 +49,7 @@ class MethodConformance:
     - `bad_configs`: (steering object, field at fault) pairs; the field is a dotted path inside
       the object, '' for the object as a whole.
     - `streams`: stream name → head, for the configs above.
+    - `taps`: of these, tap → the stream of which it reads a layer.
 
     A test may be overridden only to mark it as an expected failure, with a reason:
     `@pytest.mark.xfail(reason="…")`.
@@ -65,6 +66,7 @@ class MethodConformance:
         "twin": "lm",
         "value": "value",
     }
+    taps: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuses a subclass without fixtures, or with a test removed or overridden."""
@@ -108,7 +110,7 @@ class MethodConformance:
 
     def test_resolve_is_pure(self) -> None:
         """The same recipe whatever was resolved before, also by another instance."""
-        snapshot = Snapshot(self.streams)
+        snapshot = Snapshot(self.streams, taps=self.taps)
         configs = [self._config(spec) for spec in self.configs]
         first = [self.method.resolve(config, snapshot) for config in configs]
         another = type(self.method)()
@@ -120,7 +122,9 @@ class MethodConformance:
         """The recipe itself, so that the request takes the base's own path, bit for bit."""
         if self.zero_config is None:
             pytest.skip("the method has no strength that multiplies the whole change")
-        recipe = self.method.resolve(self._config(self.zero_config), Snapshot(self.streams))
+        recipe = self.method.resolve(
+            self._config(self.zero_config), Snapshot(self.streams, taps=self.taps)
+        )
         assert recipe == Recipe({BASE: 1.0})
         assert not self._resolve(self.zero_config).plan.steers
 
@@ -129,7 +133,7 @@ class MethodConformance:
         zero = () if self.zero_config is None else (self.zero_config,)
         for spec in (*self.configs, *zero):
             config = self._config(spec)
-            recipe = self.method.resolve(config, Snapshot(self.streams))
+            recipe = self.method.resolve(config, Snapshot(self.streams, taps=self.taps))
             for logits in self._logits(recipe):
                 with np.errstate(invalid="ignore"):
                     expected = self.method.reference(config, logits)
@@ -159,13 +163,13 @@ class MethodConformance:
             assert caught.value.field == ".".join(filter(None, ("steering", field))), spec
 
     def _config(self, spec: Spec) -> MethodConfig:
-        return parse(spec, self.method, Snapshot(self.streams), Limits())
+        return parse(spec, self.method, Snapshot(self.streams, taps=self.taps), Limits())
 
     def _resolve(self, spec: Spec) -> Resolved:
         return resolve(
             spec,
             methods={self.method.name: self.method},
-            snapshot=Snapshot(self.streams),
+            snapshot=Snapshot(self.streams, taps=self.taps),
             limits=Limits(),
         )
 

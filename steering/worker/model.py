@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from steering.engine_args import watched
+from steering.engine_args import taps_of, watched
 from steering.worker import ranks
 from steering.worker.adapting import lora_seam
 from steering.worker.adapting import sets as lora_sets
@@ -43,11 +43,12 @@ from steering.worker.step.contexts import StreamContexts
 from steering.worker.step.drafting import Drafting, Drafts
 from steering.worker.step.graphs import captured
 from steering.worker.step.passes import Counters, forward
-from steering.worker.step.run import Step
+from steering.worker.step.run import Step, Tap
 from steering.worker.step.scratch import scratch_blocks
 from steering.worker.step.stream_graph import Source
 from steering.worker.step.values import ValueStreams
 from steering.worker.streams.models import Streams, hidden_width
+from steering.worker.streams.taps import Taps
 
 
 class SteeredForCausalLM(nn.Module):
@@ -73,11 +74,17 @@ class SteeredForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         settings = vllm_config.additional_config["coxswain"]
-        self._sources: dict[str, dict[str, str]] = settings["streams"]
+        self._sources: dict[str, dict[str, Any]] = settings["streams"]
         streams = Streams(self, self._sources, vllm_config)
-        self._streams, self.names, self._forwards = streams, streams.names, streams.models
+        self._streams, self._forwards = streams, streams.models
+        models = dict(zip(streams.names, streams.models, strict=True))
+        self._tapped = taps_of(self._sources)
+        self._taps = Taps(self._sources, self._tapped, models, vllm_config)
+        # Taps are the last: the streams that run have the same places with and without them.
+        self.names: tuple[str, ...] = (*streams.names, *self._tapped)
+        self._models = [*streams.models, *(models[on] for on in self._tapped.values())]
         self.config = self.base.config
-        self._widths = {n: hidden_width(m) for n, m in zip(self.names, self._forwards, strict=True)}
+        self._widths = {n: hidden_width(m) for n, m in zip(self.names, self._models, strict=True)}
         self.vectors: bool = settings["vectors"]
         self._sums: list[list[str]] = settings["one_product"]
         built = heads.build(
@@ -97,28 +104,36 @@ class SteeredForCausalLM(nn.Module):
         self._plan: StepPlan | None = None
         self._lora_manager: Any = None
         own = self._readout.ends.own
-        self.states = RequestStates(self.names, tuple(self.heads), own, self.is_hybrid)
+        self.states = RequestStates(
+            self.names, tuple(self.heads), own, self.is_hybrid, self._tapped
+        )
         readings = dict(zip(built, heads.readings(self._sources, self.names, built), strict=True))
         layout, watch = self._readout.layout, self._readout.watch
-        self.reporter = Reporter(self.names, layout, readings, watch)
+        self.reporter = Reporter(self.names, layout, readings, watch, len(self._tapped))
         self._scoring = Scoring(self._readout, self.reporter)
-        none = dict.fromkeys(self.names, 0)
+        none = dict.fromkeys(streams.names, 0)
         self.counters = Counters(dict(none), dict(none))
         lora_seam.prepare(self, vllm_config)
 
     def _build_readout(self, settings: dict[str, Any], vllm_config: VllmConfig) -> Readout:
         candidates = settings["top_k"] if self._value_heads else 0
         bodies = {name for name, source in self._sources.items() if "head" in source}
-        pairs = zip(self.names, self._forwards, strict=True)
+        pairs = zip(self.names, self._models, strict=True)
+        originals = self._streams.original
+        originals = {**originals, **{n: originals[on] for n, on in self._tapped.items()}}
+        groups: dict[str, list[int]] = {}
+        for name in self._tapped:
+            groups.setdefault(originals[name], []).append(self.names.index(name))
         unembed = [None if n in bodies else m.compute_logits for n, m in pairs]
         return readout_class()(
             Layout(tuple(self._widths.values()), vllm_config.model_config.dtype, candidates),
             unembed,
-            overlaps.vocabularies(self.names, self._streams.original, settings["overlaps"]),
+            overlaps.vocabularies(self.names, originals, settings["overlaps"]),
             overlaps.padded(settings["overlaps"]),
             heads.readings(self._sources, self.names, self.heads),
             EndSets(settings["ends"], vllm_config.model_config.get_vocab_size()),
             Watch(watched(self._sources)),
+            taps=[*groups.values()],
         )
 
     def _build_values(self, scratch: int, size: int) -> ValueStreams:
@@ -137,18 +152,20 @@ class SteeredForCausalLM(nn.Module):
         Raises:
             ValueError: the engine would answer wrongly; the message says why.
         """
+        self._taps.try_models()
         view = self._view = _view_of(runner, self.states)
         layers, sizes = self._streams.layers(), view.kernel_block_sizes
         scratch = scratch_blocks(runner.vllm_config, runner.kv_cache_config)
         contexts = StreamContexts(runner, sizes, layers, view.block_table, scratch)
-        adapters = lora_seam.LoraSeam(runner, self.names) if runner.lora_config else None
+        names = self._streams.names
+        adapters = lora_seam.LoraSeam(runner, names) if runner.lora_config else None
         if adapters is not None:
             adapters.warm_up()
         self._readout = replace(self._readout, one_product=self._one_product(runner))
         self._scoring.readout = self._readout
         sources = self._graph_sources(layers, adapters)
         self._step = Step(
-            names=self.names,
+            names=self._streams.names,
             original=self._streams.original,
             models=self._forwards,
             readout=self._readout,
@@ -157,6 +174,7 @@ class SteeredForCausalLM(nn.Module):
             counters=self.counters,
             graphs=captured(runner, view.fixed_block_tables, sizes, sources),
             values=self._build_values(scratch, runner.vllm_config.model_config.get_vocab_size()),
+            taps=self._taps_by_stream(),
         )
         if self._draft:
             self._begin_drafting(runner, view)
@@ -197,11 +215,19 @@ class SteeredForCausalLM(nn.Module):
     ) -> list[Source]:
         """[S] what the streams' graphs are made of."""
         found = []
-        for i, name in enumerate(self.names):
+        for i, name in enumerate(self._streams.names):
             launching = nullcontext if adapters is None else partial(adapters.launching, name)
             table = self._readout.vocabularies[i].read_as
             run = partial(forward, self._forwards[i])
             found.append(Source(name, run, layers[i], table, launching))
+        return found
+
+    def _taps_by_stream(self) -> dict[int, list[Tap]]:
+        """Stream → its taps."""
+        found: dict[int, list[Tap]] = {}
+        for name, on in self._tapped.items():
+            tap = Tap(self.names.index(name), self._taps.kept(name), self._taps.finish(name))
+            found.setdefault(self.names.index(on), []).append(tap)
         return found
 
     def _one_product(self, runner: Any) -> OneProduct | None:
@@ -211,14 +237,14 @@ class SteeredForCausalLM(nn.Module):
         whole = [u is not None for u in self._readout.unembed]
         sums = self._sums if runner.device.type == "cpu" else []
         indices = [[self.names.index(name) for name in names] for names in sums]
-        return one_product(self._readout.layout, self._forwards, whole, indices)
+        return one_product(self._readout.layout, self._models, whole, indices)
 
     # --- what vLLM calls ------------------------------------------------------------------------
 
     @property
     def adapted_streams(self) -> dict[str, Any]:
         """The streams that own their weights, and their models."""
-        pairs = zip(self.names, self._forwards, strict=True)
+        pairs = zip(self._streams.names, self._forwards, strict=True)
         return {n: m for n, m in pairs if self._streams.original[n] == n}
 
     @property
@@ -303,12 +329,13 @@ class SteeredForCausalLM(nn.Module):
     ) -> torch.Tensor:
         """What vLLM's profiling and compilation need: every stream, on whatever is given."""
         layout = self._readout.layout
+        self._taps.try_models()
         hidden = forward(self._forwards[0], input_ids, positions, inputs_embeds)
         if layout.streams == 1:
             return hidden
         out = hidden.new_zeros(positions.shape[0], layout.width)
         out[:, layout.columns(0)] = hidden
-        for i, name in enumerate(self.names):
+        for i, name in enumerate(self._streams.names):
             if i and self._streams.original[name] == name:
                 out[:, layout.columns(i)] = forward(self._forwards[i], input_ids, positions)
         return out

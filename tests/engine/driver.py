@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ from tests.adapters.models import Applied
 from tests.adapters.models import adapted as adapted_model
 from tests.engine.heads import Headed
 from tests.models import VOCAB_SIZE, make_model
-from tests.reference import Mix, Step, decode, load, over_vocabularies
+from tests.reference import Mix, Step, TapModel, decode, load, over_vocabularies
 
 ON_V2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
 
@@ -120,6 +121,7 @@ class Engine:
         streams: name → (architecture, table size), or the stream whose weights it shares.
         heads: makes streams with heads, given a folder and those of the other streams.
         speculation: which stream drafts.
+        taps: name → the layer that it reads.
         engine: more vLLM engine arguments.
     """
 
@@ -130,6 +132,7 @@ class Engine:
         streams: Mapping[str, tuple[str, int] | str],
         heads: Callable[[Path, Mapping[str, Path]], Mapping[str, Headed]] = lambda *_: {},
         speculation: Speculation | None = None,
+        taps: Mapping[str, StreamSource] = MappingProxyType({}),
         **engine: Any,
     ) -> None:
         from vllm import LLM
@@ -154,9 +157,12 @@ class Engine:
         }
         self.heads = heads(folder, self.folders)
         sources |= {n: h.source for n, h in self.heads.items()}
+        sources |= taps
+        self.taps = {n: (t.on or "", t.layer or 0, bool(t.norm)) for n, t in taps.items()}
         self.snapshot = Snapshot(
             {BASE: "lm", **{n: source.head or "lm" for n, source in sources.items()}},
             {n: h.on for n, h in self.heads.items() if h.on is not None},
+            {n: on for n, (on, _, _) in self.taps.items()},
         )
         defaults: dict[str, Any] = {
             "dtype": "float32",
@@ -310,11 +316,14 @@ class Engine:
         if not any(unshared.values()) and not self.padded:
             method = METHODS[case.spec["method"]]
             return partial(method.reference, method.config.model_validate(case.spec))
-        recipe = Recipe(dict(plan.weights), plan.rule)
+        recipe = Recipe(dict(plan.weights), plan.rule, layers=plan.layers)
         return over_vocabularies(partial(mix_reference, recipe), unshared, self.padded)
 
     def model(self, stream: str, uses: Sequence[Use] = ()) -> Any:
         """A stream's model in `transformers`, with its adapters."""
+        if stream in self.taps:
+            on, layer, norm = self.taps[stream]
+            return TapModel(self.model(on, uses), layer, norm)
         folder = self.folders[self.same_as.get(stream, stream)]
         own = [use for use in uses if use.stream == stream]
         if not own:
@@ -340,13 +349,17 @@ class Engine:
 
     def reference(self, case: Case, **options: Any) -> list[Step]:
         """What the case must give."""
-        names = self.streams(case)
+        plan = self.plan(case)
+        taps = plan.taps if plan else ()
+        names = (*self.streams(case), *taps)
+        own = dict(case.own)
+        own |= {n: own[self.taps[n][0]] for n in taps if self.taps[n][0] in own}
         models = {n: self.model(n, case.adapters) for n in names}
         tables = {n: self.overlaps[n].read_as for n in names[1:] if n in self.overlaps}
         read_as = {n: table.tolist() for n, table in tables.items() if table is not None}
         return decode(
             models,
-            {BASE: case.prompt, **{n: p for n, p in case.own.items() if n in names}},
+            {BASE: case.prompt, **{n: p for n, p in own.items() if n in names}},
             self.mix(case),
             max_tokens=case.max_tokens,
             read_as=read_as,

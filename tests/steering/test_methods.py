@@ -15,10 +15,12 @@ from steering.methods.best_of_n import BestOfN
 from steering.methods.context_aware import ContextAware
 from steering.methods.contrastive import Contrastive
 from steering.methods.critical_tokens import CriticalTokens
+from steering.methods.dola import Dola
 from steering.methods.emulated_fine_tuning import EmulatedFineTuning
 from steering.methods.guidance import Guidance
 from steering.methods.mix import Mix
 from steering.methods.proxy_tuning import ProxyTuning
+from steering.methods.sled import Sled
 from steering.methods.value_augmented import ValueAugmented
 from steering.plan import Recipe, Rule, RuleKind
 from steering.plugins import BUILT_INS, discover
@@ -57,6 +59,8 @@ METHODS: dict[str, Method[Any]] = {
         CriticalTokens(),
         ValueAugmented(),
         BestOfN(),
+        Dola(),
+        Sled(),
     )
 }
 
@@ -83,6 +87,60 @@ class TestProxyTuning(MethodConformance):
         ({**PROXY, "alpha": 1}, "alpha"),
         ({**PROXY, "report": "all"}, "report"),
         ({"method": "proxy_tuning", "expert": "chat"}, "anti_expert"),
+    )
+
+
+TAPPED = {
+    "streams": {**MethodConformance.streams, "l0": "lm", "l2": "lm", "of-chat": "lm"},
+    "taps": {"l0": "base", "l2": "base", "of-chat": "chat"},
+}
+DOLA: dict[str, Any] = {"method": "dola", "layers": ["l0", "l2"]}
+SLED: dict[str, Any] = {"method": "sled", "layers": ["l0", "l2"]}
+
+
+class TestDola(MethodConformance):
+    method = Dola()
+    streams, taps = TAPPED["streams"], TAPPED["taps"]
+    configs = (
+        DOLA,
+        {**DOLA, "jsd": True},
+        {**DOLA, "layers": ["l2"]},
+        {**DOLA, "relative_top": 1.0, "report": "tokens"},
+    )
+    zero_config = None
+    bad_configs = (
+        ({**DOLA, "layers": []}, "layers"),
+        ({"method": "dola"}, "layers"),
+        ({**DOLA, "layers": ["l0", "nobody"]}, "layers.1"),
+        ({**DOLA, "layers": ["l0", "chat"]}, "layers.1"),
+        ({**DOLA, "layers": ["base"]}, "layers.0"),
+        ({**DOLA, "layers": ["of-chat"]}, "layers.0"),
+        ({**DOLA, "layers": ["value"]}, "layers.0"),
+        ({**DOLA, "relative_top": 0.0}, "relative_top"),
+        ({**DOLA, "relative_top": 1.1}, "relative_top"),
+        ({**DOLA, "jsd": 1}, "jsd"),
+        ({**DOLA, "prompts": {"l0": {"prompt": "x"}}}, "prompts.l0"),
+    )
+
+
+class TestSled(MethodConformance):
+    method = Sled()
+    streams, taps = TAPPED["streams"], TAPPED["taps"]
+    configs = (
+        SLED,
+        {**SLED, "rate": 0.5, "top_k": 1},
+        {**SLED, "layers": ["l2"], "top_k": 128, "report": True},
+    )
+    zero_config = None
+    bad_configs = (
+        ({**SLED, "layers": []}, "layers"),
+        ({**SLED, "layers": ["chat"]}, "layers.0"),
+        ({**SLED, "rate": 0.0}, "rate"),
+        ({**SLED, "rate": NAN}, "rate"),
+        ({**SLED, "rate": 10.5}, "rate"),
+        ({**SLED, "top_k": 0}, "top_k"),
+        ({**SLED, "top_k": 129}, "top_k"),
+        ({**SLED, "top_k": 2.0}, "top_k"),
     )
 
 

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 
-RULE_KIND, RULE_STREAM, RULE_PARAM, RULE_HEAD, ENDS = range(5)
-EXTRA = 5
+RULE_KIND, RULE_STREAM, RULE_PARAM, RULE_HEAD, ENDS, LAYERS, LAYERS_RATE, LAYERS_TOP_K = range(8)
+EXTRA = 8
 """Control columns behind the S coefficients: rule kind, its stream, parameter and head, set of ids
-that end a text."""
+that end a text; kind, rate and k of the rule over layers."""
 
 
 class Control(NamedTuple):
@@ -35,6 +35,12 @@ class Control(NamedTuple):
     """[R] index of the head that the rule reads; any number if it reads none."""
     ends: torch.Tensor
     """[R] which of the step's sets of ids ends the row's text."""
+    layers: torch.Tensor
+    """[R] `LayerKind`."""
+    rate: torch.Tensor
+    """[R] of the rule over layers."""
+    top_k: torch.Tensor
+    """[R] of the rule over layers."""
     ids: torch.Tensor
     """[R, K] candidate ids; 0 where there is none."""
     added: torch.Tensor
@@ -127,6 +133,9 @@ class Layout:
             extra[:, RULE_PARAM],
             extra[:, RULE_HEAD],
             extra[:, ENDS],
+            extra[:, LAYERS],
+            extra[:, LAYERS_RATE],
+            extra[:, LAYERS_TOP_K],
             flat[:, end : end + k],
             flat[:, end + k :],
         )

@@ -9,20 +9,24 @@ Letters: Q requests of this step, S streams (base first).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from steering.plan import BASE, CRITICAL_KINDS, AdapterUse, RuleKind, Values
+from steering.plan import BASE, CRITICAL_KINDS, AdapterUse, Values
 from steering.wire import SteeringPayload
 from steering.worker.plan.batches import Bool, Int32, Int64, OwnPrompts
 from steering.worker.plan.ends import Own
 from steering.worker.plan.layout import (
     ENDS,
     EXTRA,
+    LAYERS,
+    LAYERS_RATE,
+    LAYERS_TOP_K,
     RULE_HEAD,
     RULE_KIND,
     RULE_PARAM,
@@ -69,6 +73,7 @@ def request_state(
     streams: Sequence[str],
     heads: Sequence[str] = (),
     ends: Own = (),
+    taps: Mapping[str, str] = MappingProxyType({}),
 ) -> RequestState:
     """The state of a request.
 
@@ -76,9 +81,10 @@ def request_state(
         payload: what the request carries; None for a plain request.
         prompt_len: tokens of the vLLM request's prompt, its padding included, without an earlier
             reply.
-        streams: names of the streams that run, base first.
+        streams: names of the streams, base first.
         heads: names of the classifier heads.
         ends: ids that end its text beside the base's.
+        taps: tap → the stream of which it reads a layer.
 
     Raises:
         KeyError, ValueError: the plan names a stream or a head that this model lacks (the front
@@ -102,6 +108,7 @@ def request_state(
     for name, weight in plan.weights:
         control[index[name]] = weight
         uses[index[name]] = True
+        uses[index[taps.get(name, name)]] = True
     control[size + RULE_KIND] = float(plan.rule.kind)
     control[size + RULE_STREAM] = index[plan.rule.stream] if plan.rule.kind else 0
     control[size + RULE_PARAM] = plan.rule.param
@@ -112,6 +119,12 @@ def request_state(
         if name != BASE:
             prompts[index[name]] = np.asarray(token_ids, np.int32)
             offsets[index[name]] = prompt_len - len(token_ids)
+    for name in plan.taps:
+        offsets[index[name]] = offsets[index[taps[name]]]
+    if plan.layers is not None:
+        control[size + LAYERS] = float(plan.layers.kind)
+        control[size + LAYERS_RATE] = plan.layers.rate
+        control[size + LAYERS_TOP_K] = plan.layers.top_k
     tokens = plan.report == "tokens"
     asks = plan.rule.kind in CRITICAL_KINDS or plan.values is not None
     return RequestState(
@@ -184,7 +197,7 @@ class BatchTables:
         streams = uses.shape[1]
         reported = tuple((row, s) for row, s in enumerate(states) if s.tag)
         valued = tuple((row, s.values) for row, s in enumerate(states) if s.values is not None)
-        has_rules = bool((control[:, streams + RULE_KIND] != RuleKind.SUM).any() or valued)
+        has_rules = bool(control[:, [streams + RULE_KIND, streams + LAYERS]].any() or valued)
         plain = np.zeros(streams + EXTRA, np.float32)
         plain[0] = 1.0
         steered = bool((control != plain).any() or offsets.any() or reported or valued)
@@ -239,16 +252,18 @@ class RequestStates:
     """The states of the requests that vLLM's runner holds, and the tables of its current batch.
 
     Args:
-        streams: names of the streams that run, base first.
+        streams: names of the streams, base first.
         heads: names of the classifier heads.
         own: what stop ids add to those at which the base ends a text.
         always: see `BatchTables.of`.
+        taps: tap → the stream of which it reads a layer.
     """
 
     streams: tuple[str, ...]
     heads: tuple[str, ...] = ()
     own: Callable[[Iterable[int]], Own] = tuple
     always: bool = False
+    taps: Mapping[str, str] = field(default_factory=dict)
     _states: dict[str, RequestState] = field(default_factory=dict)
     _ids: tuple[str, ...] = ()
     _tables: BatchTables | None = None
@@ -282,7 +297,9 @@ class RequestStates:
         """
         length = prompt_len - (payload.reply if payload else 0)
         own = self.own(stops)
-        self._states[request_id] = request_state(payload, length, self.streams, self.heads, own)
+        self._states[request_id] = request_state(
+            payload, length, self.streams, self.heads, own, self.taps
+        )
         self._tables = None
 
     def remove_request(self, request_id: str) -> None:

@@ -11,9 +11,9 @@ from typing import Self
 
 import numpy as np
 
-from steering.plan import CRITICAL_KINDS, RuleKind, Values
+from steering.plan import CRITICAL_KINDS, LayerKind, RuleKind, Values
 from steering.worker.plan.batches import Schedule, StreamBatch, stream_batch
-from steering.worker.plan.layout import RULE_HEAD, RULE_KIND
+from steering.worker.plan.layout import LAYERS, RULE_HEAD, RULE_KIND
 from steering.worker.plan.request_state import BatchTables
 
 
@@ -27,6 +27,7 @@ class Classes:
         heads: indices of the classifier heads that these rules read.
         valued: whether value streams add to any row.
         uniform_sum: whether every row sums the same streams, the base and more.
+        layers: rules over layers that occur.
     """
 
     active: tuple[bool, ...]
@@ -34,11 +35,20 @@ class Classes:
     heads: tuple[int, ...] = ()
     valued: bool = False
     uniform_sum: bool = False
+    layers: frozenset[LayerKind] = frozenset()
 
     @classmethod
-    def all(cls, streams: int, heads: int = 0) -> Self:
-        """Classes of rows about which nothing is known: vLLM's dummy runs."""
-        return cls((True,) * streams, frozenset(RuleKind), tuple(range(heads)), True)
+    def all(cls, streams: int, heads: int = 0, taps: bool = False) -> Self:
+        """Classes of rows about which nothing is known: vLLM's dummy runs.
+
+        Args:
+            streams: S.
+            heads: how many classifier heads there are.
+            taps: whether there are any.
+        """
+        layers = frozenset(LayerKind) - {LayerKind.NONE} if taps else frozenset()
+        rules = frozenset(RuleKind)
+        return cls((True,) * streams, rules, tuple(range(heads)), True, layers=layers)
 
     @classmethod
     def of(cls, active: tuple[bool, ...], tables: BatchTables) -> Self:
@@ -53,12 +63,14 @@ class Classes:
             frozenset(map(RuleKind, np.unique(kinds))) - {RuleKind.SUM},
             tuple(np.unique(extra[critical, RULE_HEAD]).astype(np.int64).tolist()),
             bool(tables.valued),
+            layers=frozenset(map(LayerKind, np.unique(extra[:, LAYERS]).astype(np.int64).tolist()))
+            - {LayerKind.NONE},
         )
 
     @property
     def has_rules(self) -> bool:
         """Whether any row has a rule other than the plain sum, or values."""
-        return bool(self.rules) or self.valued
+        return bool(self.rules or self.layers) or self.valued
 
 
 @dataclass(frozen=True, slots=True)

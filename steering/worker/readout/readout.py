@@ -5,18 +5,20 @@ Lives in the worker, called from `compute_logits`, before grammar mask, penaltie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from steering.kernels.layers import Contrast
 from steering.kernels.mix import NEVER, Measures, measure, mix, rows_where
-from steering.plan import CRITICAL_KINDS
+from steering.plan import CRITICAL_KINDS, LayerKind
 from steering.worker.plan.ends import EndSets
 from steering.worker.plan.layout import Control, Layout
 from steering.worker.plan.step_plan import Classes
+from steering.worker.readout import layers
 from steering.worker.readout.watch import Watch
 
 if TYPE_CHECKING:  # it imports vLLM, which the arithmetic here does not need
@@ -96,6 +98,7 @@ class Readout:
         ends: ids that end a text.
         watch: looks at every stream's scores.
         one_product: for rows that all sum the same streams; None if there is none.
+        taps: indices of the taps, those with the same unembedding together.
     """
 
     layout: Layout
@@ -106,6 +109,7 @@ class Readout:
     ends: EndSets = field(default_factory=lambda: EndSets((), 0))
     watch: Watch = field(default_factory=lambda: Watch(()))
     one_product: OneProduct | None = None
+    taps: Sequence[Sequence[int]] = ()
 
     def __call__(
         self,
@@ -136,16 +140,24 @@ class Readout:
             self.watch.scores(0, base)
         uses = control.coef != 0
         # The gather inside is collective: every rank takes part, with the same rows.
-        streams = [
-            self._scores(i, hidden, uses[:, i]) if i and ran[i] else None
-            for i in range(self.layout.streams)
-        ]
+        streams: list[Scores | None] = [None] * self.layout.streams
+        for group in self._groups():
+            for i, scores in self._scores([i for i in group if ran[i]], hidden, uses):
+                streams[i] = scores
         own = {i: self._apart(i, hidden, rows) for i, rows in apart.items()}
         if base is None:
             return None
         critical = self._log_odds(hidden, control, classes) if classes.heads else None
         plain = Mixed(base, base, streams, critical, apart=own)
+        if classes.layers:
+            return self._layered(plain, control, classes, reported)
         return self._mixed(plain, control, classes, reported)
+
+    def _groups(self) -> list[Sequence[int]]:
+        """The companions, those together that are read out by one product."""
+        tapped = {i for group in self.taps for i in group}
+        alone = [i for i in range(1, self.layout.streams) if i not in tapped]
+        return [*([i] for i in alone), *self.taps]
 
     def _apart(self, i: int, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """[m, own V] the scores of stream i on some rows; empty on ranks that hold no logits."""
@@ -194,6 +206,27 @@ class Readout:
                 flag |= int(not own.amax(-1).isfinite().all()) << i
         return flag
 
+    def _layered(
+        self, plain: Mixed, control: Control, classes: Classes, reported: torch.Tensor | None
+    ) -> Mixed:
+        """The scores of a step in which rules over layers occur."""
+        found, evolves = None, LayerKind.EVOLVE in classes.layers
+        summed = layers.base_alone(control) if evolves else control
+        if classes.layers - {LayerKind.EVOLVE}:
+            found = self._contrasted(plain, summed)
+            summed = summed._replace(coef=found.coef)
+        mixed = self._mixed(plain, summed, classes, reported)
+        if found is not None:
+            mixed = layers.shifted(mixed, found.shift, reported)
+        if evolves:
+            mixed = mixed._replace(z=layers.evolve(self, plain, control, mixed.z))
+            mixed = layers.measured_again(mixed, reported)
+        return mixed
+
+    def _contrasted(self, plain: Mixed, control: Control) -> Contrast:
+        """The coefficients of all rows once taps were chosen, and the shifts of their scores."""
+        return layers.contrasted(self, plain, control)
+
     def _mixed(
         self, plain: Mixed, control: Control, classes: Classes, reported: torch.Tensor | None
     ) -> Mixed:
@@ -223,7 +256,7 @@ class Readout:
             z.scatter_add_(-1, ids, control.added)
         return z
 
-    def _rows_where(self, mask: torch.Tensor) -> torch.Tensor | None:
+    def rows_where(self, mask: torch.Tensor) -> torch.Tensor | None:
         """Rows to which some work is limited; None: all are computed, and the mask selects."""
         return rows_where(mask)
 
@@ -264,22 +297,40 @@ class Readout:
         assert unembed is not None
         return unembed(hidden)
 
-    def _scores(self, i: int, hidden: torch.Tensor, uses: torch.Tensor) -> Scores | None:
-        """What stream i has of its own, on the rows that sum it ([R] bool) or on all; None on
-        ranks that hold no logits.
+    def _scores(
+        self, streams: Sequence[int], hidden: torch.Tensor, uses: torch.Tensor
+    ) -> Iterator[tuple[int, Scores]]:
+        """What streams with one unembedding have of their own, by one product.
+
+        Args:
+            streams: their indices.
+            hidden: [R, width].
+            uses: [R, S] bool, which rows sum which. Others may be left out.
+
+        Returns:
+            (stream, its scores); nothing on ranks that hold no logits.
         """
-        part, rows = hidden[:, self.layout.columns(i)], self._rows_where(uses)
-        counted = uses if rows is None else None
-        if rows is not None and rows.numel() == hidden.shape[0]:
-            rows = None
-        if rows is not None and not rows.numel():
-            # Gathering nothing from several ranks ends vLLM's CPU workers.
-            return Scores(rows, part.new_empty(0, 0))
-        own = self._unembed(i, part.contiguous() if rows is None else part[rows])
-        if own is None:
-            return None
-        self.watch.scores(i, own, rows, counted)
-        return Scores(rows, own)
+        every = {i: self.rows_where(uses[:, i]) for i in streams}
+        wanted, parts = [], []
+        for i, rows in every.items():
+            part = hidden[:, self.layout.columns(i)]
+            if rows is not None and not rows.numel():
+                # Gathering nothing from several ranks ends vLLM's CPU workers.
+                yield i, Scores(rows, part.new_empty(0, 0))
+                continue
+            whole = rows is None or rows.numel() == hidden.shape[0]
+            wanted.append((i, None if whole else rows, uses[:, i] if rows is None else None))
+            parts.append(part.contiguous() if whole else part[rows])
+        if not wanted:
+            return
+        together = parts[0] if len(parts) == 1 else torch.cat(parts)
+        scores = self._unembed(wanted[0][0], together)
+        if scores is None:
+            return
+        split = scores.split([len(part) for part in parts])
+        for (i, rows, counted), own in zip(wanted, split, strict=True):
+            self.watch.scores(i, own, rows, counted)
+            yield i, Scores(rows, own)
 
     def _log_odds(self, hidden: torch.Tensor, control: Control, classes: Classes) -> torch.Tensor:
         """[R] float32: the number of each row's classifier head; 0 where its rule reads none."""
@@ -289,7 +340,7 @@ class Readout:
             reads |= control.kind == float(kind)
         for h in classes.heads:
             own, (stream, head) = reads & (control.head == h), self.heads[h]
-            rows = self._rows_where(own)
+            rows = self.rows_where(own)
             if rows is None:
                 numbers = head(hidden[:, self.layout.columns(stream)])
                 odds = torch.where(own, numbers, odds)
@@ -340,7 +391,7 @@ class Readout:
             base.index_fill_(1, self.padded, NEVER)
         logits: list[torch.Tensor | None] = [base]
         for i, scores in enumerate(plain.streams[1:], 1):
-            logits.append(None if scores is None else self._on_rows(i, scores, base, control, rows))
+            logits.append(None if scores is None else self.on_rows(i, scores, base, rows))
         critical = plain.critical
         z = mix(
             logits,
@@ -355,12 +406,11 @@ class Readout:
         )
         return z if self.padded is None else z.index_fill_(1, self.padded, NEVER)
 
-    def _on_rows(
+    def on_rows(
         self,
         i: int,
         scores: Scores,
         base: torch.Tensor,
-        control: Control,
         rows: torch.Tensor | None,
     ) -> torch.Tensor:
         """[n, V] scores of stream i on some rows; −∞ on ids it lacks, anything where unused."""
@@ -368,11 +418,12 @@ class Readout:
         if scores.rows is None and rows is not None and rows.numel() < own.shape[0]:
             own = own[rows]
         own = self._widened(i, own, base)
-        if scores.rows is None or own.shape == base.shape:
+        if scores.rows is None or (rows is not None and torch.equal(scores.rows, rows)):
             return own
         out = torch.full_like(base, NEVER)
-        # All rows that sum the stream are steered, so they are in the order of its scores.
-        out[torch.nonzero(control.coef[:, i])[:, 0]] = own
+        wanted = torch.arange(len(out)) if rows is None else rows
+        here = torch.isin(wanted, scores.rows)
+        out[here] = own[torch.searchsorted(scores.rows, wanted[here])]
         return out
 
     def _widened(self, i: int, own: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

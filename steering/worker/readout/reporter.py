@@ -208,16 +208,18 @@ class Reporter:
     """Fills the reports of requests that ask for one.
 
     Args:
-        names: of the streams that run, base first.
+        names: of the streams, base first; taps, which run nothing, are the last.
         layout: of the hidden states.
         readings: heads by name, and what they read.
         watch: looks at every head's number.
+        taps: how many there are.
     """
 
     names: tuple[str, ...]
     layout: Layout
     readings: dict[str, Reading]
     watch: Watch
+    taps: int = 0
     book: ReportBook = field(default_factory=ReportBook)
     _measured: _Measured | None = None
     _sent: deque[_Sent | _SentRoutes] = field(default_factory=deque)
@@ -339,7 +341,8 @@ class Reporter:
 
     def _ran(self, state: RequestState) -> list[str]:
         values = state.values.strengths if state.values else ()
-        used = [n for n, uses in zip(self.names, state.uses, strict=True) if uses]
+        run = len(self.names) - self.taps
+        used = [n for n, uses in zip(self.names[:run], state.uses[:run], strict=True) if uses]
         return [*used, *(name for name, _ in values)]
 
 

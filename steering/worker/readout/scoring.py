@@ -80,7 +80,7 @@ class Scoring:
         readout = self.readout
         if hidden.shape[-1] == readout.layout.sizes[0]:
             return readout.base(hidden)
-        unknown = Classes.all(readout.layout.streams, len(readout.heads))
+        unknown = Classes.all(readout.layout.streams, len(readout.heads), bool(readout.taps))
         classes = self._plan.classes if self._plan else unknown
         if classes.uniform_sum and report is None:
             z = readout.in_one(hidden, classes.active)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from vllm.platforms import current_platform
 
+from steering.kernels.layers import Contrast
 from steering.kernels.mix import FEW_ROWS, Measures
 from steering.plan import RuleKind
 from steering.worker.plan.layout import Control
@@ -72,7 +73,13 @@ class TritonReadout(Readout):
             measures = Measures(*(numbers[reported] for numbers in measures))
         return plain._replace(z=z, measures=measures)
 
-    def _rows_where(self, mask: torch.Tensor) -> None:
+    def _contrasted(self, plain: Mixed, control: Control) -> Contrast:
+        from steering.kernels.triton_layers import contrast
+
+        logits = [plain.base, *(None if s is None else s.own for s in plain.streams[1:])]
+        return contrast(logits, control.coef, control.layers, self._marked(plain.base))
+
+    def rows_where(self, mask: torch.Tensor) -> None:
         """All rows: the kernels read the control."""
 
     def _odds(self, plain: Mixed) -> torch.Tensor | None:
@@ -86,7 +93,7 @@ class TritonReadout(Readout):
 
         A variant is what `triton_mix.VARIANTS` counts. All ranks call this together.
         """
-        everything = Classes.all(self.layout.streams, len(self.heads))
+        everything = Classes.all(self.layout.streams, len(self.heads), bool(self.taps))
         active = [
             tuple(i in (0, j) for i in range(self.layout.streams))
             for j, _ in enumerate(self.unembed)

@@ -277,6 +277,10 @@ class StreamGraphs:
         """[T_i] int64 where stream i's tokens lie in the step, once they ran."""
         return self._streams[i].of(self._streams[i].tokens, batch, shape)
 
+    def kept(self, i: int, buffer: torch.Tensor, batch: StreamBatch, shape: Shape) -> torch.Tensor:
+        """[T_i, …] stream i's tokens, of a buffer into which its graph writes; once they ran."""
+        return self._streams[i].of(buffer, batch, shape)
+
     def _forward(self, stream: StreamGraph, shape: Shape) -> torch.Tensor:
         with stream.launching():
             return stream.forward(stream.ids[: shape.tokens], stream.positions[: shape.tokens])

@@ -222,6 +222,19 @@ class Passes:
             return self.graphs.tokens(run.stream, run.batch, run.shape)
         return self._staged[id(run.batch)].tokens
 
+    def _kept(self, run: Run, buffer: torch.Tensor, count: int) -> torch.Tensor:
+        """[T_i, H] the tokens of a pass that just ran, of a buffer that has them as the pass had.
+
+        Args:
+            run: the pass.
+            buffer: [≥ T_i, H].
+            count: T_i.
+        """
+        if not run.shape:
+            return buffer[:count]
+        assert self.graphs is not None and run.batch is not None
+        return self.graphs.kept(run.stream, buffer, run.batch, run.shape)
+
     def _pass(
         self,
         run: Run,

@@ -5,8 +5,9 @@ Lives in the worker; one `Step` per steered model, made once vLLM's runner is th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +22,28 @@ from steering.worker.step.passes import Again, Passes, Run, forward
 from steering.worker.step.values import ValuePlan, ValueStreams, candidates_of
 
 
+class Tap(NamedTuple):
+    """A stream that reads what a layer of another kept of the other's pass."""
+
+    stream: int
+    """Its index."""
+    kept: torch.Tensor
+    """[most tokens, H] where the layer's input lies."""
+    finish: Callable[[torch.Tensor], torch.Tensor]
+    """[T, H] of these → what the unembedding takes."""
+
+
 @dataclass(kw_only=True)
 class Step(Passes):
     """Runs steps. Other arguments as of `Passes`.
 
     Args:
         values: the value streams.
+        taps: stream → its taps.
     """
 
     values: ValueStreams
+    taps: Mapping[int, Sequence[Tap]] = field(default_factory=dict)
     drafts: Drafts | None = None
     """How steps draft on Model Runner V2; None where they do not."""
     _drafting: tuple[Again, torch.Tensor] | None = field(default=None, init=False)
@@ -83,7 +97,8 @@ class Step(Passes):
         out = torch.zeros(positions.shape[0], layout.width, dtype=layout.dtype, device=device)
         active = plan.classes.active
         staging.add([control], lambda there: layout.write_control(out, there[0]))
-        runs = self._runs([(i, b) for i, b in enumerate(plan.batches) if active[i]], positions)
+        batches = [(i, plan.batches[i]) for i, _ in enumerate(self.names) if active[i]]
+        runs = self._runs(batches, positions)
         valued = self._plan_values(plan, staging) if plan.valued else None
         again = [] if valued is None else [*valued.passes.values()]
         again += self._plan_drafts(plan, staging)
@@ -94,9 +109,29 @@ class Step(Passes):
                 out[: hidden.shape[0], columns] = hidden
             else:
                 out[self._tokens(run), columns] = hidden
+            self._tap(run, plan, out, hidden.shape[0])
         if valued is not None:
             self._add_values(valued, input_ids.dtype, out)
         return out
+
+    def _tap(self, run: Run, plan: StepPlan, out: torch.Tensor, count: int) -> None:
+        """Writes what the taps of a stream read of its pass, before another overwrites it.
+
+        Args:
+            run: the pass, of `count` tokens.
+            plan: of the step.
+            out: [T, width], changed in place.
+            count: T_i.
+        """
+        for tap in self.taps.get(run.stream, ()):
+            if not plan.classes.active[tap.stream]:
+                continue
+            hidden = tap.finish(self._kept(run, tap.kept, count))
+            columns = self.readout.layout.columns(tap.stream)
+            if plan.batches[run.stream] is None:
+                out[:count, columns] = hidden
+            else:
+                out[self._tokens(run), columns] = hidden
 
     # --- candidates of value streams ------------------------------------------------------------
 

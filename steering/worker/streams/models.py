@@ -36,7 +36,7 @@ class Streams:
     Args:
         owner: the module that vLLM knows.
         sources: the streams beside the base, as `steering.engine_args.StreamSource` fields; those
-            with `on` are heads on another stream, and run nothing.
+            with `on` are heads or taps on another stream, and run nothing.
         vllm_config: the engine's.
 
     Attributes:
@@ -51,7 +51,7 @@ class Streams:
     def __init__(
         self,
         owner: nn.Module,
-        sources: Mapping[str, Mapping[str, str]],
+        sources: Mapping[str, Mapping[str, Any]],
         vllm_config: VllmConfig,
     ) -> None:
         self._vllm_config = vllm_config

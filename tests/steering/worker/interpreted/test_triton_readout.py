@@ -9,11 +9,12 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
-from steering.plan import CRITICAL_KINDS, RuleKind
+from steering.plan import CRITICAL_KINDS, LayerKind, RuleKind
 from steering.worker.plan.ends import EndSets
 from steering.worker.plan.layout import (
     ENDS,
     EXTRA,
+    LAYERS,
     RULE_HEAD,
     RULE_KIND,
     RULE_PARAM,
@@ -65,7 +66,10 @@ def both(dtype: torch.dtype, lacking: bool = True) -> tuple[Readout, TritonReado
 def rows_of(layout: Layout, coef: np.ndarray, ruled: bool, valued: bool) -> torch.Tensor:
     """Hidden states with control, a row for each line of `coef`; NaN where a stream did not run."""
     rng = np.random.default_rng(len(coef))
-    hidden = torch.tensor(rng.normal(size=(len(coef), layout.width)), dtype=torch.float32)
+    # The numbers must not depend on how wide the control is.
+    hidden = torch.zeros(len(coef), layout.width)
+    states = sum(layout.sizes)
+    hidden[:, :states] = torch.tensor(rng.normal(size=(len(coef), 40))[:, :states])
     control = np.zeros((len(coef), STREAMS + EXTRA), np.float32)
     control[:, :STREAMS] = coef
     control[1::2, STREAMS + ENDS] = 1
@@ -143,3 +147,38 @@ def test_chosen_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert readout_class() is Readout
     monkeypatch.setattr(current_platform, "is_cuda", lambda: True, raising=False)
     assert readout_class() is TritonReadout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rules_over_layers(dtype: torch.dtype) -> None:
+    """Rows of each beside plain ones; two taps, which one product reads out."""
+    rng = np.random.default_rng(4)
+    table = torch.tensor(rng.normal(size=(SIZE, HIDDEN)), dtype=torch.float32)
+
+    def unembed(h: torch.Tensor) -> torch.Tensor:
+        return (h @ table.T).to(dtype)
+
+    layout = Layout((HIDDEN,) * STREAMS, torch.float32)
+    parts = (layout, [unembed] * STREAMS, [Vocabulary(), *[Vocabulary(PADDED)] * 2], PADDED)
+    by_torch, by_triton = (kind(*parts, taps=[[1, 2]]) for kind in (Readout, TritonReadout))
+    kinds = [kind for kind in LayerKind for _ in range(3)]
+    control = np.zeros((len(kinds), STREAMS + EXTRA), np.float32)
+    for row, kind in enumerate(kinds):
+        control[row, :STREAMS] = [1, -1, -1] if kind else [1, 0, 0.5 * (row % 2)]
+        control[row, STREAMS + LAYERS :] = kind, 1.5, 5 * row
+        if kind in (LayerKind.CONTRAST, LayerKind.CONTRAST_JSD):
+            control[row, STREAMS + RULE_KIND] = RuleKind.PLAUSIBLE
+            control[row, STREAMS + RULE_PARAM] = 0.1
+    hidden = torch.zeros(len(kinds), layout.width)
+    states = torch.tensor(rng.normal(size=(len(kinds), STREAMS * HIDDEN)))
+    hidden[:, : STREAMS * HIDDEN] = states
+    layout.write_control(hidden, torch.from_numpy(control))
+    classes = Classes.all(STREAMS, taps=True)
+    for reported in (None, torch.tensor([1, 4, 7, 10])):
+        want, found = by_torch(hidden, classes, reported), by_triton(hidden, classes, reported)
+        assert want is not None and found is not None
+        torch.testing.assert_close(found.z, want.z, atol=2e-3, rtol=1e-5)
+        if reported is not None:
+            assert found.measures is not None and want.measures is not None
+            for got, wanted in zip(found.measures, want.measures, strict=True):
+                torch.testing.assert_close(got, wanted, atol=2e-3, rtol=1e-5)
