@@ -234,8 +234,7 @@ def add_to_states(
     own = [replace(group, routes=()) if isinstance(group, Group) else group
            for group, kind in zip(groups, kinds, strict=True) if kind != NOTHING]  # fmt: skip
     if own:
-        read = residual is not None and max(kinds) == PRODUCTS
-        x = y + residual if read else y
+        x = y if residual is None or max(kinds) != PRODUCTS else y + residual
         add_adapters(y, x, a, b, [y.shape[1]], own)
 
 

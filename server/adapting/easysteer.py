@@ -47,7 +47,7 @@ def _ref(vector: Any, field: str) -> AdapterRef:
     name = vector.get("name") or vector.get("source")
     where = _where(vector.get("apply"), f"{field}.apply")
     try:
-        return AdapterRef(name=name, weight=vector.get("scale", 1.0), where=where)  # type: ignore[arg-type]
+        return AdapterRef(name=name, weight=vector.get("scale", 1.0), where=where)
     except ValidationError as error:
         first = error.errors()[0]
         key = {"name": "name", "weight": "scale"}.get(str(first["loc"][0]), "")

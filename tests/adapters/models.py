@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ def _by_positions(model: Any, base: Path, adapters: Sequence[Applied]) -> Any:
     positions = _Positions(model)
     for applied in adapters:
         if (applied.folder / "meteora.json").is_file():
-            _hook_meteora(model, base, applied, lambda a=applied: positions.gate(a))
+            _hook_meteora(model, base, applied, partial(positions.gate, applied))
             continue
         if not applied.is_vector:
             for name, change in changes(base, applied.folder).items():

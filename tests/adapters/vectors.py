@@ -105,6 +105,6 @@ def changes_of_heads(folder: Path) -> list[tuple[str, str, torch.Tensor]]:
     """(linear layer, `heads` or `shift`, [in]) of what an artefact does to inputs of layers."""
     config = json.loads((folder / "vector_config.json").read_text())
     tensors = load_file(folder / "vectors.safetensors")
-    parts = [(*name.rsplit(".", 1), value) for name, value in tensors.items() if "." in name]
+    parts = [(*name.rpartition(".")[::2], value) for name, value in tensors.items()]
     scale = config.get("scale", 1.0)
-    return [(m, part, scale * v) for m, part, v in parts if part in ("heads", "shift")]
+    return [(m, part, scale * v) for m, part, v in parts if m and part in ("heads", "shift")]

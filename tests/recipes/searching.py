@@ -91,9 +91,9 @@ class Loop:
                     continue
             beams = [pool[i] for i in kept]
         assert all(beam.finished for beam in beams)
-        best = max(beams, key=lambda beam: beam.score)
-        assert beams[report["returned"]].ids == best.ids
-        return best.ids
+        returned = max(beams, key=lambda beam: beam.score)
+        assert beams[report["returned"]].ids == returned.ids
+        return returned.ids
 
     def _pool(
         self, beams: Sequence[Beam], one: Mapping[str, Any], score: Score | None

@@ -99,7 +99,8 @@ def adapt_blocks(
         if boundary is None or not number.isdecimal() or isinstance(layer, PPMissingLayer):
             continue
         device = next(layer.parameters()).device
-        size: int = model.config.hidden_size
+        config: Any = model.config
+        size: int = config.hidden_size
         output = found[block(int(number))] = BlockOutput(size, slots, rank, dtype, device)
         layer.block_output = output
         layer.register_forward_hook(_HOOKS[boundary])

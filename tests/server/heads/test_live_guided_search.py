@@ -181,7 +181,8 @@ def test_a_head_and_streams_read_prompts_of_their_own(server: Server, slow: Any)
 def test_an_adapted_base_is_searched(server: Server, tuned: Any) -> None:
     spec = {**SEARCH, "score": {"value": "probe"}, "report": "tokens"}
     answer = ask(server, spec, **{**DRAW, "model": "tuned"}, ignore_eos=True)
-    (choice,), reply = answer["steering"]["choices"], []
+    (choice,) = answer["steering"]["choices"]
+    reply: list[int] = []
     for one in choice["rounds"]:
         for draw in one["draws"]:
             want = tuned.head("probe", [*PROMPT, *reply, *draw["token_ids"]])
@@ -214,7 +215,7 @@ def test_chat_searches_too(server: Server) -> None:
     assert one.choices[0].logprobs is not None and one.choices[0].logprobs.content
     streamed = client.chat.completions.create(**asked_for, stream=True, extra_body=extra)
     parts = [c.choices[0].delta.content or "" for c in streamed if c.choices]
-    assert one.steering["guided_search"]["k"] == 2  # type: ignore[attr-defined]
+    assert one.steering["guided_search"]["k"] == 2
     assert "".join(parts) == one.choices[0].message.content
 
 
