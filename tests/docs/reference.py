@@ -193,7 +193,12 @@ def own_series() -> Iterator[tuple[str, str, str, str]]:
     for one in vars(metrics).values():
         if isinstance(one, MetricWrapperBase):
             name = one._name + ("_total" if one._type == "counter" else "")
-            yield name, str(one._type), ", ".join(f"`{n}`" for n in one._labelnames), str(one._documentation)
+            yield (
+                name,
+                str(one._type),
+                ", ".join(f"`{n}`" for n in one._labelnames),
+                str(one._documentation),
+            )
 
 
 def present_series() -> Iterator[tuple[str, str, str, str]]:
