@@ -1,4 +1,4 @@
-"""What the read-out of a step does on a device, operation by operation, without a device.
+"""Counts the device operations of a step's read-out, without a device.
 
     python -m tests.steering.worker.step_operations > docs/internals/read-out-operations.md
 
@@ -309,13 +309,14 @@ COLUMNS = ("unembeddings", "kernels", "operations", "copies to the device", "cop
 def page() -> str:
     """The table of all classes of batches."""
     lines = [
-        "# What reading a step out costs in operations",
+        "# The read-out in operations",
         "",
-        "What the read-out of a decode step does on a GPU, behind the streams' own passes: values,",
-        "scores, reports, the watch for NaN, and the scores of one prompt's tokens. Counted under",
-        "fake tensors, without a GPU; `python -m tests.steering.worker.step_operations` makes this",
-        "page, and a test compares it. *Kernels* are our Triton kernels, *operations* all other",
-        "ones of torch that run on the device. In no class of batch does the host wait.",
+        "This page counts the device operations of a decode step's read-out on a GPU, after the",
+        "streams' passes: values, scores, reports, the watch for NaN, and the scores of one",
+        "prompt's tokens. Fake tensors count them, without a GPU; `python -m",
+        "tests.steering.worker.step_operations` makes this page, and a test compares it.",
+        "*Kernels* are our Triton kernels, *operations* all other torch operations on the device.",
+        "The host waits in no class of batch.",
         "",
         "| batch | reports | drafts | " + " | ".join(COLUMNS) + " | waits |",
         "|---|---|---|" + "---|" * (len(COLUMNS) + 1),
