@@ -92,8 +92,11 @@ def _sums(draw: st.DrawFn, streams: Streams) -> Spec:
 @st.composite
 def _headed(draw: st.DrawFn, streams: Streams) -> Spec:
     """Methods that need a head."""
-    method = draw(st.sampled_from(("value_augmented", "critical_tokens", "best_of_n")))
+    names = ("value_augmented", "critical_tokens", "best_of_n", "guided_search")
+    method = draw(st.sampled_from(names))
     few = st.integers(1, streams.most)
+    if method == "guided_search":
+        return draw(_searches(streams))
     if method == "best_of_n":
         return {"method": method, "value": draw(st.sampled_from(streams.values)), "n": draw(few)}
     if method == "critical_tokens":
@@ -111,6 +114,30 @@ def _headed(draw: st.DrawFn, streams: Streams) -> Spec:
         "top_k": draw(few),
         "eos_value": draw(st.sampled_from(("prefix", "zero", "model"))),
     }
+
+
+@st.composite
+def _searches(draw: st.DrawFn, streams: Streams) -> Spec:
+    of, to = draw(_two([BASE, *streams.models]))
+    ratio = {"log_ratio": {"of": of, "to": to}}
+    number = st.floats(-100, 100)
+    blocks = [{"tokens": 2}, {"until": " the"}, {"tokens": 9, "until": "."}]
+    head: Spec = {"value": draw(st.sampled_from([*streams.values, *streams.classifiers])),
+                  "scale": draw(st.sampled_from(("raw", "probability", "log_probability"))),
+                  "weight": draw(number)}  # fmt: skip
+    k = draw(st.integers(1, streams.most))
+    found: Spec = {
+        "method": "guided_search",
+        "draw": draw(st.sampled_from([BASE, *streams.models])),
+        "block": draw(st.sampled_from(blocks)),
+        "k": k,
+        "score": draw(st.sampled_from([head, ratio, head | ratio])),
+    }  # fmt: skip
+    if draw(st.booleans()):
+        found |= {"choose": "sample", "beta": draw(st.floats(0.1, 9))}
+    if draw(st.booleans()):
+        return found | {"accept": {"at_least": draw(number)}}
+    return found | {"beams": draw(st.integers(1, max(1, streams.most // k)))}
 
 
 def own_prompts() -> st.SearchStrategy[Spec]:

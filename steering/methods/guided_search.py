@@ -157,7 +157,10 @@ class GuidedSearchConfig(MethodConfig):
         "best",
         description="best: the W best are kept; sample: W are drawn, ∝ exp(beta · score).",
     )
-    beta: Number | None = Field(None, gt=0, description="β of choose: sample; 1 if it is left out.")
+    beta: float | None = Field(
+        None, strict=True, gt=0, le=LARGEST,
+        description="β of choose: sample; 1 if it is left out.",
+    )  # fmt: skip
     accept: AcceptConfig | None = Field(
         None, description="When the kept block is taken; else it is drawn again by fallback."
     )

@@ -105,6 +105,8 @@ COMMON = ("method", "prompts", "report")
 SHAPES = (
     "Reward", "ValueTerm", "OwnPrompt", "AdapterRef", "SteeringReport", "AdapterReport",
     "ReplyReport", "TokenReport", "StreamChoice", "ValuesReport", "BestReport", "Drafts",
+    "BlockConfig", "ScoreConfig", "LogRatioConfig", "AcceptConfig", "FallbackConfig",
+    "SearchReport", "RoundReport", "DrawReport",
 )  # fmt: skip
 """Objects with a table of their own on the page."""
 BODIES = {

@@ -69,6 +69,10 @@ def check_plan(plan: SteeringPlan) -> None:
         assert all(0 < beta <= LIMITS.strength[1] for _, beta in plan.values.strengths)
     if plan.best is not None:
         assert 1 <= plan.best.n <= LIMITS.best_of
+    if plan.search is not None:
+        assert 1 <= plan.search.drawn <= LIMITS.best_of
+        for proposal in plan.search.proposals:
+            check_plan(plan.proposing(proposal))
     payload = SteeringPayload(plan, 3, "tag", 1)
     assert unpack(pack(payload)) == payload
 

@@ -18,6 +18,7 @@ from steering.methods.critical_tokens import CriticalTokens
 from steering.methods.dola import Dola
 from steering.methods.emulated_fine_tuning import EmulatedFineTuning
 from steering.methods.guidance import Guidance
+from steering.methods.guided_search import GuidedSearch
 from steering.methods.mix import Mix
 from steering.methods.proxy_tuning import ProxyTuning
 from steering.methods.sled import Sled
@@ -43,6 +44,8 @@ VALUE: dict[str, Any] = {
     "values": [{"stream": "value", "strength": 2.0}],
 }
 BEST = {"method": "best_of_n", "value": "value"}
+SEARCH: dict[str, Any] = {"method": "guided_search", "score": {"value": "value"}}
+RATIO = {"log_ratio": {"of": "chat", "to": "plain"}}
 NAN = float("nan")
 INF = float("inf")
 
@@ -61,6 +64,7 @@ METHODS: dict[str, Method[Any]] = {
         BestOfN(),
         Dola(),
         Sled(),
+        GuidedSearch(),
     )
 }
 
@@ -227,6 +231,41 @@ class TestBestOfN(MethodConformance):
         ({**BEST, "value": ["value"]}, "value"),
         ({**BEST, "prompts": {"chat": {"prompt": "a"}}}, "prompts.chat"),
         ({"method": "best_of_n"}, "value"),
+    )
+
+
+class TestGuidedSearch(MethodConformance):
+    method = GuidedSearch()
+    streams = {**MethodConformance.streams, "critic": "classifier"}
+    configs = (
+        SEARCH,
+        {**SEARCH, "k": 8, "beams": 4, "score": RATIO, "block": {"tokens": 10}},
+        {**SEARCH, "draw": "chat", "k": 1, "accept": {"at_least": 0.7}, "report": "tokens"},
+        {**SEARCH, "draw": {"base": 1, "chat": 0.5, "plain": -0.5}, "block": {"until": ".\n"}},
+        {**SEARCH, "choose": "sample", "score": {"value": "critic", "scale": "probability",
+                                                 "weight": -20.0, **RATIO}},
+        {**SEARCH, "draw": "chat", "choose": "sample", "beta": 0.5, "accept": {"at_least": -3},
+         "fallback": {"k": 4, "score": {"value": "value"}}},
+    )  # fmt: skip
+    zero_config = None
+    bad_configs = (
+        ({**SEARCH, "k": 0}, "k"),
+        ({**SEARCH, "k": 65}, "k"),
+        ({**SEARCH, "k": 16, "beams": 5}, "beams"),
+        ({**SEARCH, "draw": "nobody"}, "draw.nobody"),
+        ({**SEARCH, "draw": {"chat": INF}}, "draw.chat"),
+        ({**SEARCH, "draw": {}}, "draw"),
+        ({**SEARCH, "block": {"tokens": None}}, "block.until"),
+        ({**SEARCH, "block": {"until": ""}}, "block.until"),
+        ({**SEARCH, "score": {"value": "chat"}}, "score.value"),
+        ({**SEARCH, "score": {"value": "value", "weight": NAN}}, "score.weight"),
+        ({**SEARCH, "score": {"log_ratio": {"of": "value", "to": "chat"}}}, "score.log_ratio.of"),
+        ({**SEARCH, "score": {"value": "value", "scale": "odds"}}, "score.scale"),
+        ({**SEARCH, "beta": 1.0}, "beta"),
+        ({**SEARCH, "accept": {"at_least": 0}, "beams": 2}, "accept"),
+        ({**SEARCH, "fallback": {}}, "fallback"),
+        ({**SEARCH, "accept": {}}, "accept.at_least"),
+        ({"method": "guided_search"}, "score"),
     )
 
 

@@ -223,3 +223,34 @@ def test_routes_are_taken_in_when_they_arrive(monkeypatch: pytest.MonkeyPatch) -
     assert Late.reads == 6
     # Of this one only the first token counts: the second was scheduled before the end was known.
     assert world.reporter.take("tag2", {"0": 1})["0"]["routed"] == {"base": {"pack": [0, 4]}}
+
+
+READ = SteeringPlan("m", report="summary", likelihoods=(BASE, "plain", "chat"))
+SUMMED = SteeringPlan("m", (("plain", 1.0),), report="summary", likelihoods=("plain",))
+
+
+@pytest.mark.parametrize("beside", [(), (SUM, None)], ids=["alone", "beside others"])
+def test_log_probabilities_of_drawn_tokens_add_up(beside: tuple[Any, ...]) -> None:
+    """Also of streams that are in no sum, and of drafts that were accepted; −∞ where one lacks."""
+    world = World(READ, SUMMED, *beside)
+    drafts = [1, 0, *[0] * len(beside)]
+    want = dict.fromkeys(NAMES, 0.0)
+    plain = 0.0
+    for drawn in ([4, 9], [5, int(LACKING[0])]):
+        world.step(drafts, [drawn, [7], *[[1]] * len(beside)])
+        for row, token in enumerate(drawn):
+            for i, name in enumerate(NAMES):
+                want[name] += log_softmax(world.own(row, i))[token]
+        plain += log_softmax(world.own(2, 2))[7]
+    got = world.reporter.take("tag0", {"0": 4})["0"]["likelihoods"]
+    assert got.pop("chat") == want.pop("chat") == -np.inf
+    assert got == pytest.approx(want, abs=1e-5)
+    own = world.reporter.take("tag1", {"1": 2})["1"]["likelihoods"]
+    assert own == {"plain": pytest.approx(plain, abs=1e-5)}
+
+
+def test_a_log_probability_of_no_number_names_its_stream() -> None:
+    world = World(READ)
+    world.tables[2].fill_(np.nan)
+    world.step([0], [[4]])
+    assert world.watch.take() == {0: 1 << 2}
