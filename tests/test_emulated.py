@@ -24,23 +24,12 @@ pytestmark = [
 PLUGIN = ("-p", "tests.emulated.plugin")
 """Prepares the process, before anything imports Triton or vLLM."""
 
-CORE = {
-    "tests/engine/test_exactness.py": "mixed_batches or reports_agree or prefix_cache_hits",
-    "tests/engine/test_adapters.py": "all_kinds and same-prompt",
-    "tests/engine/test_heads.py": "beside_all_other_methods and same-prompt",
-}
-"""File → which of its tests: one step of each kind."""
+CORE = "tests/engine/test_exactness.py::test_mixed_batches_with_joins_and_leaves"
+"""Of the engine suite: steps of all kinds of plans."""
 
 
-def test_the_emulation(capsys: pytest.CaptureFixture[str]) -> None:
-    show(capsys, interpret(*PLUGIN, "tests/emulated"))
-
-
-def test_the_core_of_the_engine_suite(capsys: pytest.CaptureFixture[str]) -> None:
-    names = " or ".join(
-        f"({file.rpartition('/')[2]} and ({which}))" for file, which in CORE.items()
-    )
-    show(capsys, interpret(*PLUGIN, *CORE, "-k", names))
+def test_the_emulation_and_the_core_of_the_engine_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    show(capsys, interpret(*PLUGIN, CORE, "tests/emulated"))
 
 
 @pytest.mark.nightly

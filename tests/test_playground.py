@@ -15,6 +15,9 @@ from tests.browser import CONTRASTS, NAMELESS, opened
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
+# Of a busy machine; an answer is there when the page says so.
+expect.set_options(timeout=60_000)
+
 ROOT = Path(__file__).parents[1]
 QUESTION = "What is the pet of Dorwyn Bramley?"
 EVIL = "<img src=x onerror=\"document.title='broken'\">"

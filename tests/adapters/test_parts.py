@@ -282,3 +282,12 @@ def test_an_index_that_is_wrong_is_refused(
     index(folder, change)
     with pytest.raises(BadAdapter, match=says):
         read_artefact(folder)
+
+
+def test_packs_of_a_set_have_gate_rows_of_their_own() -> None:
+    """Behind all products; a plain adapter between them has none."""
+    ranks = {"a": (2, 1), "b": (4,), "c": (1, 1)}
+    members = [Member("base", d, "", r, routed=len(r) > 1) for d, r in ranks.items()]
+    layout = AdapterSet.of(members).layout("base")
+    assert [block.gate for block in layout.blocks] == [9, None, 11]
+    assert (layout.products, layout.gates, layout.rows) == (9, 4, 13)

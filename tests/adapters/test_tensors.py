@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from contextlib import nullcontext
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.errors import BadAdapter
+from adapters.formats.header import check_finite, read_header
 from adapters.tensors import TensorFile
 
 DTYPES = (
@@ -45,6 +48,33 @@ def test_tensors_that_begin_at_odd_bytes_are_read(tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + values.numpy().tobytes())
     assert TensorFile(path)["x"].tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("second", [[4, 12], [8, 16]], ids=["overlap", "gap"])
+def test_tensors_lie_side_by_side(tmp_path: Path, second: list[int]) -> None:
+    """The bytes are as many as the header says, but two tensors share some, or none has some."""
+    shapes = {"a": [0, 8 if second[0] == 4 else 4], "b": second}
+    entries = {
+        name: {"dtype": "U8", "shape": [stop - start], "data_offsets": [start, stop]}
+        for name, (start, stop) in shapes.items()
+    }
+    header = json.dumps(entries).encode()
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(second[1]))
+    with pytest.raises(BadAdapter, match=r"b: its data overlaps or leaves a gap"):
+        TensorFile(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_value_that_is_not_finite_is_found(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = tmp_path / "one.safetensors"
+    most = torch.finfo(dtype).max
+    for value, finite in ((most, True), (-most, True), *((v, False) for v in (inf, -inf, nan))):
+        tensor = torch.zeros(7, 5, dtype=dtype)
+        tensor[-1, 2] = value
+        save_file({"x": tensor}, path)
+        with nullcontext() if finite else pytest.raises(BadAdapter, match="x: has NaN or infin"):
+            check_finite(path, "x", read_header(path)["x"])
 
 
 def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:

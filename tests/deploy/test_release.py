@@ -87,6 +87,7 @@ def test_a_release_without_a_public_address_is_refused(source: Path) -> None:
         release.release(source, "1.2.3", TODAY)
 
 
+@pytest.mark.slow
 def test_a_release_writes_builds_looks_commits_and_tags(source: Path) -> None:
     release.release(source, "9.8.7", TODAY)
     assert release.check(source) == "9.8.7"

@@ -25,13 +25,13 @@ class Row:
         case: the first of its adapters.
         bases: those that were tried.
         error: the largest error of a log-probability, nats; None: refused.
-        sentence: by which it was refused; of the first base.
+        sentences: by which it was refused, by base.
     """
 
     case: Case
     bases: list[str] = field(default_factory=list)
     error: float | None = None
-    sentence: str = ""
+    sentences: dict[str, str] = field(default_factory=dict)
 
     def served(self, case: Case, error: float) -> None:
         """Notes an adapter that was served."""
@@ -41,13 +41,19 @@ class Row:
     def refused(self, case: Case, sentence: str) -> None:
         """Notes an adapter that was refused."""
         self.bases.append(case.base)
-        self.sentence = self.sentence or sentence
+        self.sentences[case.base] = sentence
 
     def cells(self) -> list[str]:
         """As the page shows them."""
-        assert (self.error is None) != (not self.sentence), f"{self.case.kind}: both, or neither"
-        here = f"refused: {self.sentence}" if self.error is None else f"exact: {self.error:.0e}"
-        cells = [self.case.kind, f"`{self.case.described}`", ", ".join(self.bases), here]
+        assert (self.error is None) == bool(self.sentences), f"{self.case.kind}: both, or neither"
+        # In the order of the cases, whatever the order of the tests.
+        order = [case.base for case in (*SERVED, *REFUSED) if case.kind == self.case.kind]
+        bases = sorted(self.bases, key=order.index)
+        if self.error is None:
+            here = f"refused: {self.sentences[bases[0]]}"
+        else:
+            here = f"exact: {self.error:.0e}"
+        cells = [self.case.kind, f"`{self.case.described}`", ", ".join(bases), here]
         return [cell.replace("|", "\\|") for cell in cells]
 
 

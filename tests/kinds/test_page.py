@@ -10,6 +10,8 @@ import pytest
 from tests.adapters.kinds import REFUSED, SERVED
 from tests.kinds.table import BEGIN, END, KINDS, TOLERANCE, Row, into
 
+pytestmark = pytest.mark.last  # it compares what the other files have found
+
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "adapter-kinds.md").read_text("utf-8")
 
 

@@ -25,13 +25,6 @@ FAULTS = (
     ),
     Fault(
         "steering/kernels/mix.py",
-        "descending=True, stable=True",
-        "descending=True",
-        KERNELS + " tests/steering/test_reference.py",
-        "ties at the nucleus's edge go to any id",
-    ),
-    Fault(
-        "steering/kernels/mix.py",
         "return torch.where(s < floor, z - back, z)",
         "return torch.where(s <= floor, z - back, z)",
         KERNELS,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from steering.errors import BadValue, NotFound
 from steering.method import Limits, Logits, Method, MethodConfig, Snapshot
-from steering.plan import Recipe, Rule, RuleKind, SteeringPlan
+from steering.plan import Recipe, Rule, RuleKind, SteeringPlan, Values
 from steering.plugins import discover
 from steering.resolve import Resolved, check_profile, resolve
 from steering.spec import Profile
@@ -35,6 +35,7 @@ class FreeConfig(MethodConfig):
     rule: str = "base"
     param: float = 0.5
     kind: int = 0
+    candidates: int | None = None
 
 
 class Free(Method[FreeConfig]):
@@ -46,7 +47,9 @@ class Free(Method[FreeConfig]):
     def resolve(self, config: FreeConfig, _snapshot: Snapshot) -> Recipe:
         """The recipe as written."""
         weights = {name: 1e999 if c == 1e300 else c for name, c in config.weights.items()}
-        return Recipe(weights, Rule(RuleKind(config.kind), config.rule, config.param))
+        rule = Rule(RuleKind(config.kind), config.rule, config.param)
+        many = config.candidates
+        return Recipe(weights, rule, None if many is None else Values((("value", 1.0),), many))
 
     def reference(self, config: FreeConfig, logits: Mapping[str, Logits]) -> Logits:
         """Not used."""
@@ -66,6 +69,15 @@ def test_a_plan_lists_the_base_first_then_by_name_without_zeros() -> None:
     plan = free(weights={"plain": -1, "twin": 0.0, "chat": 2.0})
     assert plan == SteeringPlan("free", (("base", 0.0), ("chat", 2.0), ("plain", -1.0)))
     assert repr(free(weights={"base": -0.0, "chat": 1})) == repr(free(weights={"chat": 1.0}))
+
+
+def test_a_method_that_checks_nothing_gets_no_more_candidates_than_the_server_allows() -> None:
+    most = Limits().top_k
+    plan = free(weights={"base": 1}, candidates=most)
+    assert plan.values is not None and plan.values.top_k == most
+    for wrong in (0, most + 1):
+        with pytest.raises(BadValue, match=f"too many or too few candidates .*1 to {most}"):
+            free(weights={"base": 1}, candidates=wrong)
 
 
 def test_a_sum_forgets_the_rules_arguments() -> None:

@@ -135,6 +135,7 @@ def test_every_allowed_version_has_a_snapshot() -> None:
     assert Version("0.31.9") not in wanted.specifier
 
 
+@pytest.mark.slow
 def test_the_installed_version_is_what_its_snapshot_says(uses: Uses) -> None:
     version = vllm.__version__.split("+")[0]
     folder = Path(vllm.__file__).parents[1]

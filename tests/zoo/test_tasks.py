@@ -92,6 +92,7 @@ def test_the_check_is_strict(reply: str, ended: bool, right: bool) -> None:
     assert ITEM.right(reply, ended) == right
 
 
+@pytest.mark.slow
 def test_facts_are_the_worlds() -> None:
     facts = {e.name: {v for _, v in e.facts} for e in WORLD.entities()}
     for task in ("brief", "correct", "formal", "portrait"):

@@ -112,3 +112,16 @@ def test_an_allowed_place_ends_at_a_boundary(tmp_path: Path) -> None:
     Allowed((), ("hf://",)).check(parse_source("any/thing"))
     with pytest.raises(BadSource, match="roots is empty"):
         Allowed().check(parse_source(str(tmp_path)))
+
+
+def test_links_count_as_what_they_lead_to(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "x", outside):
+        folder.mkdir(parents=True)
+    (root / "out").symlink_to(outside)
+    (outside / "in").symlink_to(root / "x")
+    allowed = Allowed((root,))
+    with pytest.raises(BadSource, match="not under an allowed root"):
+        allowed.check(parse_source(str(root / "out")))
+    allowed.check(parse_source(str(outside / "in")))
+    allowed.check(parse_source(str(root / "out" / "in")))

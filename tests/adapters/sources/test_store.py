@@ -64,6 +64,18 @@ def test_changed_files_are_noticed_and_taken_out(tmp_path: Path) -> None:
     store.verify(digest)
 
 
+def test_a_content_that_is_there_already_is_read_before_it_is_used_again(tmp_path: Path) -> None:
+    store = ContentStore(tmp_path)
+    digest, folder = put(store, b"good")
+    (folder / "sub").chmod(0o755)
+    (folder / "sub/file").chmod(0o644)
+    (folder / "sub/file").write_bytes(b"evil")
+    with pytest.raises(BadAdapter, match="changed"):
+        put(store, b"good")
+    assert put(store, b"good") == (digest, folder)
+    assert (folder / "sub/file").read_bytes() == b"good"
+
+
 def test_only_old_contents_that_nobody_uses_are_collected(tmp_path: Path) -> None:
     store = ContentStore(tmp_path)
     used, old, new = (put(store, content)[0] for content in (b"used", b"old", b"new"))

@@ -37,6 +37,8 @@ from tests.adapters.make import make_lora
 from tests.adapters.models import Applied, adapted
 from tests.models import EOS, make_model, make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 THINGS = ["apples", "pears", "plums", "boats", "mills"]
 
 RULE = """

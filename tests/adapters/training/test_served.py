@@ -129,10 +129,8 @@ def test_who_cannot_be_asked_is_known_before(ours: Served) -> None:
 
 
 def test_a_server_that_is_not_there_is_told_how_to_start() -> None:
-    began = time.monotonic()
     with pytest.raises(BadRecipe, match=r"cannot be reached: .*allowed: .*`coxswain serve"):
         check(Served(f"http://127.0.0.1:{free_port()}"))
-    assert time.monotonic() - began < 5
     with pytest.raises(BadRecipe, match=r"--server: not an address \(got 'localhost:8000'\)"):
         check(Served("localhost:8000"))
 

@@ -141,6 +141,7 @@ def test_loss_and_gradients_are_those_of_the_formula(tmp_path: Path, rank: int |
 
 
 # A random body has no head that looks one id back, and a LoRA of it learns none so soon.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "rate", "least"),
     [pytest.param(None, 3e-3, 0.9, marks=pytest.mark.nightly), (8, 3e-3, 0.4)],

@@ -86,6 +86,7 @@ async def test_an_unload_waits_for_the_stream_that_runs_and_a_replacement_does_n
     until(lambda: live.get("/admin/adapters/x").status_code == 404, PATIENCE_S)
 
 
+@pytest.mark.nightly
 async def test_a_running_stream_goes_on_while_adapters_are_loaded(
     live: Server, folders: dict[str, Path]
 ) -> None:

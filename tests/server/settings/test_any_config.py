@@ -186,7 +186,7 @@ def test_any_yaml_is_settings_or_lines(tmp_path: Path, document: Any, flow: bool
     read(tmp_path / "c.yaml", text.encode("utf-8", "surrogatepass"))
 
 
-@TMP
+@settings(TMP, max_examples=examples(50))
 @given(st.lists(st.sampled_from(SNIPPETS[:34]), max_size=4), st.sampled_from(["\n", "\n  ", " "]))
 def test_odd_lines_together(tmp_path: Path, lines: list[str], between: str) -> None:
     read(tmp_path / "c.yaml", between.join(lines).encode("utf-8", "surrogatepass"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from steering.kernels.mix import Ends, measure, mix
+from steering.kernels.mix import Ends, measure, mix, nucleus
 from steering.kernels.reference import measure_reference, mix_reference
 from steering.plan import BASE, Recipe, Rule, RuleKind
 
@@ -93,6 +93,12 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
             critical=odds[one], ends=Ends(table, torch.zeros(1)),
         )  # fmt: skip
         assert torch.equal(alone[0], together[row])
+
+
+def test_an_id_is_in_the_nucleus_if_the_mass_before_it_is_below_p() -> None:
+    """Four ids of a quarter each, exactly: with p = ½ the third has all of p before it."""
+    inside = nucleus(torch.zeros(3, 4), torch.tensor([0.5, 0.51, 0.25]))
+    assert inside.sum(-1).tolist() == [2, 3, 1] and inside[:, 0].all()
 
 
 def test_a_critical_token_is_no_end_however_likely_that_is() -> None:
