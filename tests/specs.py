@@ -92,8 +92,9 @@ def _sums(draw: st.DrawFn, streams: Streams) -> Spec:
 @st.composite
 def _headed(draw: st.DrawFn, streams: Streams) -> Spec:
     """Methods that need a head."""
-    names = ("value_augmented", "critical_tokens", "best_of_n", "guided_search")
-    method = draw(st.sampled_from(names))
+    method = draw(
+        st.sampled_from(("value_augmented", "critical_tokens", "best_of_n", "guided_search"))
+    )
     few = st.integers(1, streams.most)
     if method == "guided_search":
         return draw(_searches(streams))
