@@ -261,6 +261,16 @@ def test_adapters_are_loaded_pinned_and_unloaded(page: Page) -> None:
     expect(card.get_by_role("row")).to_have_count(11)
 
 
+def test_no_key_is_asked_for_where_administration_has_a_port_of_its_own(page: Page) -> None:
+    def absent(route: Route) -> None:
+        route.fulfill(status=404, json={"error": {"message": "No such path on this port"}})
+
+    page.route("**/admin/**", absent)
+    page.get_by_role("button", name="Administration").click()
+    expect(page.locator("#admin").get_by_role("alert")).to_contain_text("server.admin_port")
+    expect(page.locator("#admin-key")).to_have_count(0)
+
+
 def test_untrusted_text_stays_text(page: Page, zoo: str) -> None:
     """In a profile's description, the server's errors, and what the model writes."""
     page.get_by_role("button", name="Administration").click()

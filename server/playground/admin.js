@@ -32,10 +32,17 @@ export async function open() {
       statusCard(status), adaptersCard(adapters, streams.streams), profilesCard(profiles.profiles), streamsCard(streams.streams));
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
-    view.replaceChildren(keyForm(error));
+    // 404: administration has a port of its own, and a key must not go to this one.
+    view.replaceChildren(error.status === 404 ? elsewhere() : keyForm(error));
   } finally {
     view.removeAttribute("aria-busy");
   }
+}
+
+function elsewhere() {
+  return el("section", { className: "card" },
+    el("h2", {}, "Administration"),
+    el("p", { role: "alert" }, "This server has its administration on a port of its own (server.admin_port)."));
 }
 
 function keyForm(error) {
