@@ -77,16 +77,6 @@ def slot_rank(max_rank: int) -> int:
     return next(size for size in _RANKS if size >= max_rank)
 
 
-def adapters_run_uncompiled() -> bool:
-    """Whether engines with adapters must not be compiled on this platform: on all but CPUs.
-
-    What is compiled around adapted layers was not compared there. Graphs replay them all the same.
-    """
-    from vllm.platforms import current_platform
-
-    return not current_platform.is_cpu()
-
-
 def adapter_engine_args(max_sets: int, max_rank: int) -> dict[str, Any]:
     """More engine arguments, for a server that adapts.
 
@@ -194,10 +184,7 @@ def steered_engine_args(
             "num_speculative_tokens": speculation.tokens,
         }
     ours["structured_outputs_config"] = _structured(engine.pop("structured_outputs_config", {}))
-    ours["compilation_config"] = _compilation(
-        engine.pop("compilation_config", {}),
-        uncompiled=bool(engine.get("enable_lora")) and adapters_run_uncompiled(),
-    )
+    ours["compilation_config"] = _compilation(engine.pop("compilation_config", {}))
     extra = {**engine.pop("additional_config", {}), "coxswain": settings}
     return {**ours, **engine, "additional_config": extra}
 
@@ -227,15 +214,9 @@ def _capture_sizes(config: Any) -> list[int] | None:
     return None if found is None else [int(size) for size in found]
 
 
-def _compilation(config: Any, *, uncompiled: bool) -> Any:
-    """VLLM's `compilation_config` without captured graphs of its own; `steering.refused.GRAPHS`.
-
-    Args:
-        config: as given.
-        uncompiled: whether nothing is compiled, if the config says nothing about it.
-    """
-    mode = {"mode": 0} if uncompiled else {}
-    return {"cudagraph_mode": "NONE", **mode, **config} if isinstance(config, Mapping) else config
+def _compilation(config: Any) -> Any:
+    """VLLM's `compilation_config` without captured graphs of its own; `steering.refused.GRAPHS`."""
+    return {"cudagraph_mode": "NONE", **config} if isinstance(config, Mapping) else config
 
 
 def watched(sources: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:

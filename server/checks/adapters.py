@@ -17,7 +17,7 @@ from adapters.registry.record import check_name, check_version
 from adapters.sources.source import Allowed, parse_source
 from server.checks.diagnosis import Diagnosis
 from server.settings.config import AdaptersConfig, Config, PreloadConfig
-from steering.engine_args import adapters_run_uncompiled, slot_rank
+from steering.engine_args import slot_rank
 from steering.plan import BASE
 
 
@@ -148,11 +148,6 @@ def adapter_problems(config: Config, section: AdaptersConfig, diagnosis: Diagnos
             lines.append(f"{where}.name: taken by {taken[preload.name]} (got {preload.name!r})")
         taken[preload.name] = "another adapter"
         lines += [f"{where}.{line}" for line in _preload(section, preload, streams)]
-    compilation = config.engine.get("compilation_config")
-    mode = compilation.get("mode") if isinstance(compilation, Mapping) else None
-    if mode not in (None, 0, "0", "NONE") and adapters_run_uncompiled():
-        lines.append(f"engine.compilation_config.mode: refused (got {mode!r}): on this platform "
-                     "engines with adapters are not compiled; leave it out")  # fmt: skip
     pins = sum(preload.pin for preload in section.preload)
     if pins >= section.max_loaded:
         lines.append(f"adapters.preload: {pins} are pinned; allowed: fewer than "

@@ -241,6 +241,18 @@ def test_streams_that_run_without_graphs_are_named(caplog: pytest.LogCaptureFixt
     assert "stream 'base' runs without: small cannot be captured\n" in caplog.text
 
 
+def test_what_cannot_be_captured_is_replayed_in_pieces(caplog: pytest.LogCaptureFixture) -> None:
+    """Decoding too: attention is not in the graphs."""
+    with emulated(), patch.object(Group, "support", AttentionCGSupport.NEVER):
+        some = Passes((4,), pieces=(8,))
+    assert "stream 'chat' runs in pieces: small cannot be captured\n" in caplog.text
+    plan = plan_of([request({0: 1.0, 1: 0.5}) for _ in range(3)], 20)
+    out = some.run(plan, torch.arange(3, dtype=torch.int32))
+    want = some.step.models[1](torch.arange(3), torch.full((3,), 20))
+    assert torch.equal(out[:, some.step.readout.layout.columns(1)], want)
+    assert some.graphs.replays == {0: 1, 1: 1, 2: 0}
+
+
 @pytest.mark.parametrize(
     ("eager", "tables", "why"),
     [(True, [], "enforce_eager is set"), (False, None, "Model Runner V1"), (False, [], "")],

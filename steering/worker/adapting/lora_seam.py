@@ -52,8 +52,8 @@ def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
     """Makes vLLM use our arithmetic in this process; before it wraps the model's layers.
 
     Raises:
-        ValueError: the engine would split A by its rank, run adapters beside the layers that they
-            read, or compile what was not compared.
+        ValueError: the engine would split A by its rank, or run adapters beside the layers that
+            they read.
     """
     if vllm_config.lora_config is None:
         return
@@ -64,9 +64,6 @@ def prepare(model: nn.Module, vllm_config: VllmConfig) -> None:
             "adapters do not work with VLLM_LORA_ENABLE_DUAL_STREAM=1: they multiply what the base"
             " has computed, so they cannot run beside it"
         )
-    mode = vllm_config.compilation_config.mode
-    if not current_platform.is_cpu() and mode not in (None, CompilationMode.NONE):
-        raise ValueError("adapters on this platform need compilation_config.mode: 0")
     if current_platform.is_cpu():
         operation.build(ranks.everyone)
     operation.split_over_ranks(tensor_model_parallel_all_reduce)

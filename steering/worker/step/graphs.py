@@ -97,11 +97,12 @@ class StreamGraphs:
         self._streams: dict[int, StreamGraph] = {}
         self._wanted: list[tuple[Shape, int]] = []
         self._left_out: list[str] = []
+        pieces = any(shape.width == PIECES for shape in shapes)
         for i, source in enumerate(streams):
             groups = LayerGroup.all(runner, kernel_block_sizes, source.layers, self._config)
             for width in sorted({shape.width for shape in shapes}):
                 if why := unsupported(groups, self._config, width):
-                    how = "in pieces" if i in self._streams and width == 1 else "without"
+                    how = "in pieces" if i in self._streams and pieces else "without"
                     self._left_out.append(f"stream {source.name!r} runs {how}: {why}")
                     break
                 if i not in self._streams:

@@ -15,8 +15,7 @@ from adapters.errors import DoesNotFit
 from adapters.formats.base import BaseShapes, base_shapes, plain_shapes
 from adapters.formats.inspect import inspect
 from adapters.formats.peft import CONFIG, WEIGHTS
-from server.checks.adapters import Target, adapter_problems, slot_bytes, targets
-from server.checks.diagnosis import Diagnosis
+from server.checks.adapters import Target, slot_bytes, targets
 from server.settings.file import parse
 from tests.adapters.make import make_lora
 
@@ -47,20 +46,6 @@ def test_every_place_takes_both_sides_of_every_linear_layer() -> None:
         assert config.adapters is not None
         # 60 rank indices take a slot of 64.
         assert slot_bytes(config, config.adapters, [shapes, shapes]) == 2 * 13 * 64 * 3 * item
-
-
-def test_engines_with_adapters_are_compiled_on_cpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lines(**compilation: Any) -> list[str]:
-        engine = {"compilation_config": compilation}
-        config = parse({"model": "o/m", "adapters": {}, "engine": engine}, Path("/"), {})
-        assert config.adapters is not None
-        return adapter_problems(config, config.adapters, Diagnosis())
-
-    assert lines() == lines(mode=3) == []
-    monkeypatch.setattr("server.checks.adapters.adapters_run_uncompiled", lambda: True)
-    assert lines() == lines(mode=0) == lines(mode="NONE") == []
-    (line,) = lines(mode=3)
-    assert line.startswith("engine.compilation_config.mode: refused (got 3): ")
 
 
 KNOWN = ("./zoo/models/big", "/home/x/zoo/models/big", "served", "Org/Big-7B")
