@@ -90,7 +90,7 @@ def critical(folder: Path) -> dict[str, float]:
     from vllm import LLM
 
     from steering.engine_args import StreamSource, steered_engine_args
-    from steering.plan import Rule, RuleKind, SteeringPlan
+    from steering.plan import Ender, Gate, Rule, RuleKind, SteeringPlan
     from steering.wire import SteeringPayload, pack
 
     streams = {
@@ -99,7 +99,10 @@ def critical(folder: Path) -> dict[str, float]:
     }
     llm = LLM(**steered_engine_args(str(folder / "base"), streams, **args))
     llm.collective_rpc("coxswain_bind")
-    rule = Rule(RuleKind.CRITICAL, "pretrained", 0.5, "critic")
+    rule = Rule(
+        RuleKind.SELECT, "pretrained", 0.5, "critic",
+        gate=Gate.HEAD, hard=True, ender=Ender.SUM, best=True,
+    )  # fmt: skip
     weights = (("base", 1.0), ("pretrained", 1.0))
     payload = pack(SteeringPayload(SteeringPlan("critical_tokens", weights, rule)))
     return {f"{n}": step_ms(llm, n, n, payload) for n in ROWS}

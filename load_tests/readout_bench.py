@@ -30,13 +30,13 @@ from typing import Any
 import torch
 
 from load_tests.adapter_kernel_bench import Timer
-from steering.plan import CRITICAL_KINDS, RuleKind
+from steering.plan import Gate, Rule, RuleKind
 from steering.worker.plan.ends import EndSets
 from steering.worker.plan.layout import Layout
 from steering.worker.plan.step_plan import Classes
 from steering.worker.readout.readout import Reading, Readout, Vocabulary
 
-PARAMS = {RuleKind.PLAUSIBLE: 0.1, RuleKind.NUCLEUS: 0.95, RuleKind.CRITICAL: 0.5}
+PARAMS = {RuleKind.PLAUSIBLE: 0.1, RuleKind.NUCLEUS: 0.95, RuleKind.SELECT: 0.5}
 ENDS = (2, 5)
 HIDDEN = 8
 """Columns of the hidden states: the unembeddings are no part of what is measured."""
@@ -50,7 +50,7 @@ class Case:
         size: V.
         rows: R.
         streams: S.
-        rule: of all rows; of `CRITICAL`, every token is critical.
+        rule: of all rows; a `SELECT` is hard, by a head whose gate is open.
     """
 
     size: int
@@ -63,7 +63,7 @@ class Case:
 
         Where one stream decides which few ids are left, the others need not be read.
         """
-        one = self.rule in (RuleKind.PLAUSIBLE, RuleKind.CRITICAL)
+        one = self.rule in (RuleKind.PLAUSIBLE, RuleKind.SELECT)
         return self.rows * self.size * ((1 if one else self.streams) * item + 4)
 
 
@@ -87,7 +87,7 @@ class Work:
     """One case in the memory of `device`; scores in `dtype`."""
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
-        from steering.kernels.triton_mix import Rule, marks
+        from steering.kernels.triton_mix import marks
 
         self.case = case
         padded = -(-case.size // 64) * 64
@@ -99,8 +99,11 @@ class Work:
         ends = EndSets(ENDS, case.size)
         layout = Layout((HIDDEN,) * case.streams, torch.float32)
         coef = [1.0, *(0.7 * (-1) ** i for i in range(case.streams - 1))]
-        k = case.streams - 1 if case.rule in CRITICAL_KINDS else 0
-        control = [*coef, float(case.rule), k, PARAMS.get(case.rule, 0.0), 0.0, 0.0]
+        select = case.rule is RuleKind.SELECT
+        k = case.streams - 1 if select else 0
+        rule = Rule(case.rule, gate=Gate.HEAD if select else Gate.CONSTANT, hard=select)
+        own = [float(rule.kind), k, PARAMS.get(rule.kind, 0.0), 0.0, rule.options, 0.0, 0.0]
+        control = [*coef, *own]
         self.hidden = torch.zeros(case.rows, layout.width, device=device)
         row = torch.tensor(control, dtype=torch.float32, device=device)
         layout.write_control(self.hidden, row.repeat(case.rows, 1))
@@ -110,28 +113,26 @@ class Work:
             [_giving(own) for own in self.logits],
             [Vocabulary()] * case.streams,
             None,
-            (Reading(0, lambda _hidden: odds),) if case.rule in CRITICAL_KINDS else (),
+            (Reading(0, lambda _hidden: odds),) if select else (),
             ends,
         )
         read = layout.read_control(self.hidden)
         self.coef = read.coef.contiguous()
-        critical = odds if case.rule in CRITICAL_KINDS else None
-        nuclei = case.rule is RuleKind.NUCLEUS
-        rules = frozenset({case.rule} - {RuleKind.SUM})
-        heads = (0,) if critical is not None else ()
-        self.classes = Classes((True,) * case.streams, rules, heads)
-        self.rule = None
+        kinds = frozenset({case.rule} - {RuleKind.SUM})
+        heads = (0,) if select else ()
+        searched = case.rule is RuleKind.NUCLEUS
+        self.classes = Classes((True,) * case.streams, kinds, heads, searched=searched)
+        self.rules = None
         self.marks = None
         if case.rule is not RuleKind.SUM:
-            self.rule = Rule(read.kind, read.stream, read.param, critical, nuclei)
-            self.rule = self.rule._replace(ends=ends.of(read.ends))
+            self.rules = self.readout._rules(read, self.classes, odds)
             self.marks = marks(case.size, [None] * case.streams, device)
 
     def triton(self) -> torch.Tensor:
         """The scores by the kernels."""
         from steering.kernels.triton_mix import read_out
 
-        z, _ = read_out(self.logits, self.coef, self.rule, False, self.marks)
+        z, _ = read_out(self.logits, self.coef, self.rules, False, self.marks)
         return z
 
     def torch(self) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from steering.plan import LayerKind, RuleKind, SteeringPlan
+from steering.plan import LayerKind, SteeringPlan
 
 BAN = -100.0
 """The bias that bans; vLLM takes no lower one."""
@@ -16,8 +16,6 @@ BAN = -100.0
 BANNED = -1e6
 """What stands for it: more than any row's scores differ. Finite: where a grammar leaves only ids
 that are banned, the best of them is drawn."""
-
-_SETTING_BACK = (RuleKind.PLAUSIBLE, RuleKind.CRITICAL)
 
 
 def with_bans(bias: Mapping[int, float] | None, plan: SteeringPlan) -> dict[int, float] | None:
@@ -30,5 +28,5 @@ def with_bans(bias: Mapping[int, float] | None, plan: SteeringPlan) -> dict[int,
     if bias is None:
         return None
     evolves = plan.layers is not None and plan.layers.kind is LayerKind.EVOLVE
-    sets_back = plan.rule.kind in _SETTING_BACK or evolves
+    sets_back = evolves or any(rule.sets_back for rule in plan.rules)
     return {i: BANNED if sets_back and b <= BAN else b for i, b in bias.items()}

@@ -93,7 +93,8 @@ def _check_fraction(value: float) -> float:
     return value
 
 
-def _check_top_k(value: int, info: ValidationInfo) -> int:
+def check_top_k(value: int, info: ValidationInfo) -> int:
+    """Refuses more candidates than the server allows; for fields that may be null."""
     most = _limits(info).top_k
     if value > most:
         raise refusal("the number of candidates is out of range", f"1 to {most}")
@@ -133,7 +134,7 @@ Strength = Annotated[
 ]
 """How strongly to steer; finite, inside the server's `steering.strength` range."""
 
-TopK = Annotated[int, Field(strict=True, validate_default=True, ge=1), AfterValidator(_check_top_k)]
+TopK = Annotated[int, Field(strict=True, validate_default=True, ge=1), AfterValidator(check_top_k)]
 """How many of the most likely ids; 1 to the server's `steering.max_top_k`."""
 
 BestOf = Annotated[
@@ -213,6 +214,13 @@ class MethodConfig(BaseModel):
         False,
         description="true adds a `steering` object to the response; 'tokens' adds the per-token "
         "base and steered log-probabilities, and what each stream by itself would have chosen.",
+    )
+    phases: tuple[dict[str, Any], ...] = Field(
+        (),
+        max_length=8,
+        description="Other values of the method's fields for some of the reply's tokens. Each says "
+        "which: `first` (so many), `from` (the n-th on, from 0), `after` or `until` (a text); "
+        "`off: true` is the base alone. Of several that hold, the last does.",
     )
 
 

@@ -12,60 +12,16 @@ from enum import IntEnum
 from typing import Literal
 
 from adapters.where import Where
+from steering.rules import BASE as BASE
+from steering.rules import Ender as Ender
+from steering.rules import Gate as Gate
+from steering.rules import Rule as Rule
+from steering.rules import RuleKind as RuleKind
 from steering.search import Proposal, Search
 
-BASE = "base"
+SUM = Rule()
 
 Report = Literal["off", "summary", "tokens"]
-
-
-class RuleKind(IntEnum):
-    """The core operations of the read-out. New arithmetic is a change to this list."""
-
-    SUM = 0
-    """`z = Σ_i c_i s_i`."""
-
-    PLAUSIBLE = 1
-    """`SUM`, with ids set back, below all others, where `p_k(v) < param · max p_k`,
-    k = `Rule.stream` (contrastive decoding, arXiv 2210.15097, eq. 2, which has −∞ there).
-    `steering.kernels.reference` says how far."""
-
-    NUCLEUS = 2
-    """`z = c_k s_k + Σ_{i≠k} c_i m log p_i`, with m = 1 inside the top-p nucleus of stream
-    k = `Rule.stream` (p = param) and 0 outside (the delta filter of emulated fine-tuning).
-    The delta is log-softmaxed first: a masked raw delta would lose a constant shift."""
-
-    CRITICAL = 3
-    """`z = Σ_{i≠k} c_i s_i`; where the head `Rule.head` gives a probability above param, only the
-    most likely id of stream k = `Rule.stream` that does not end the text (collaborative decoding
-    of critical tokens, arXiv 2402.17982). `steering.kernels.reference` says what "only" means."""
-
-    CRITICAL_MIX = 4
-    """The soft form of `CRITICAL`: with q the head's probability, p_a = softmax(Σ_{i≠k} c_i s_i)
-    and E the ids that end a text, `p(v) = (1 − q) p_a(v) + q (1 − p_a(E)) p_k(v | v ∉ E)` for
-    v ∉ E, and p_a(v) for v ∈ E. param is ignored."""
-
-
-CRITICAL_KINDS = (RuleKind.CRITICAL, RuleKind.CRITICAL_MIX)
-"""The rules that read a classifier head."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A core operation with its arguments.
-
-    Args:
-        kind: which operation.
-        stream: the stream it reads (k above); ignored by `SUM`.
-        param: α in (0, 1] for `PLAUSIBLE`, p in (0, 1] for `NUCLEUS`, the threshold in [0, 1] for
-            `CRITICAL`; ignored by the others.
-        head: the classifier head that the `CRITICAL` rules read; '' for the others.
-    """
-
-    kind: RuleKind = RuleKind.SUM
-    stream: str = BASE
-    param: float = 0.0
-    head: str = ""
 
 
 class LayerKind(IntEnum):
@@ -140,6 +96,47 @@ class Best:
 
 
 @dataclass(frozen=True, slots=True)
+class Text:
+    """A text that a reply may contain.
+
+    Args:
+        text: as the request wrote it.
+        ids: its tokens, the base's; filled in by `steering.phases.with_ids`.
+        opener: the tokens of the text that opens what this one closes; () if it closes nothing.
+    """
+
+    text: str
+    ids: tuple[int, ...] = ()
+    opener: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Some of a reply's tokens: those to which all of this applies.
+
+    Args:
+        start: the first one, 0-based.
+        stop: the first one behind them; None: none.
+        after: the text behind whose first place in the reply they come.
+        until: the text in front of whose end they come, or that is not there yet.
+    """
+
+    start: int = 0
+    stop: int | None = None
+    after: Text | None = None
+    until: Text | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RecipePhase:
+    """Other weights and another rule for some of a reply's tokens; as in `Recipe`."""
+
+    span: Span
+    weights: dict[str, float]
+    rule: Rule = SUM
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """The result of a method: the weights of the sum, and the rule.
 
@@ -151,14 +148,25 @@ class Recipe:
         best: how one of several replies is chosen; None: one is drawn.
         search: how the reply grows block by block; None: it is drawn as a whole.
         layers: what happens to taps before the rule; None: they are streams like others.
+        phases: what holds for some of the reply's tokens instead; of several, the last.
     """
 
     weights: dict[str, float]
-    rule: Rule = Rule()
+    rule: Rule = SUM
     values: Values | None = None
     best: Best | None = None
     search: Search | None = None
     layers: LayerRule | None = None
+    phases: tuple[RecipePhase, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A `RecipePhase`, resolved: weights as in `SteeringPlan`."""
+
+    span: Span
+    weights: tuple[tuple[str, float], ...]
+    rule: Rule = SUM
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,11 +216,13 @@ class SteeringPlan:
             temperature 1, over the ids that they share with the base; they run.
         layers: what happens to taps before the rule; None: they are streams like others.
         taps: the streams of the sum that run nothing: each reads out another stream's layer.
+        phases: what holds for some of the reply's tokens instead of `weights` and `rule`; of
+            several, the last. Prompts' tokens are of no phase.
     """
 
     method: str
     weights: tuple[tuple[str, float], ...] = ((BASE, 1.0),)
-    rule: Rule = Rule()
+    rule: Rule = SUM
     prompts: tuple[tuple[str, tuple[int, ...]], ...] = ()
     report: Report = "off"
     adapters: tuple[AdapterUse, ...] = ()
@@ -224,11 +234,23 @@ class SteeringPlan:
     likelihoods: tuple[str, ...] = ()
     layers: LayerRule | None = None
     taps: tuple[str, ...] = ()
+    phases: tuple[Phase, ...] = ()
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules that hold somewhere in the reply."""
+        return (self.rule, *(phase.rule for phase in self.phases))
+
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """The streams of the sum in any phase, base first, then by name."""
+        terms = [*self.weights, *(term for phase in self.phases for term in phase.weights)]
+        return tuple(sorted({name for name, _ in terms}, key=lambda name: (name != BASE, name)))
 
     @property
     def streams(self) -> tuple[str, ...]:
         """The companion streams that must run: those of the sum, then those that are read."""
-        found = [name for name, _ in self.weights] + [*self.bodies, *self.likelihoods]
+        found = [*self.summed, *self.bodies, *self.likelihoods]
         if self.best is not None:
             found.append(self.best.body)
         if self.search is not None:
@@ -238,7 +260,7 @@ class SteeringPlan:
     @property
     def runs_base(self) -> bool:
         """Whether the base runs: for the sum, for a head on it, or for its log-probabilities."""
-        return BASE in (*(name for name, _ in self.weights), *self.bodies, *self.likelihoods)
+        return BASE in (*self.summed, *self.bodies, *self.likelihoods)
 
     @property
     def drawing(self) -> SteeringPlan:
@@ -294,7 +316,7 @@ class SteeringPlan:
         """False if the read-out takes the base's own path, bit for bit; adapters or not."""
         alone = self.weights == ((BASE, 1.0),) and self.rule.kind is RuleKind.SUM
         chosen = self.best is not None or self.search is not None
-        return not alone or self.values is not None or chosen
+        return not alone or self.values is not None or chosen or bool(self.phases)
 
     def cache_key(self, pad: int) -> str:
         """Names the prefix cache this request may share: '' for the base's own.

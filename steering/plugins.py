@@ -33,6 +33,8 @@ BUILT_INS: Mapping[str, str] = MappingProxyType(
         "guided_search": "steering.methods.guided_search:GuidedSearch",
         "dola": "steering.methods.dola:Dola",
         "sled": "steering.methods.sled:Sled",
+        "select": "steering.methods.select:Select",
+        "safe_decoding": "steering.methods.safe_decoding:SafeDecoding",
     }
 )
 """Our own methods, as pyproject.toml registers them."""

@@ -7,7 +7,7 @@ that its streams read; `Resolved.with_prompts` adds their token ids.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -17,20 +17,23 @@ from pydantic import ValidationError
 from steering.errors import BadValue, NotFound
 from steering.faults import fault
 from steering.method import Limits, Method, MethodConfig, OwnPrompt, Snapshot
+from steering.phases import read_phase
 from steering.plan import (
     BARE,
     BASE,
-    CRITICAL_KINDS,
     Best,
     LayerKind,
     LayerRule,
+    Phase,
     Recipe,
+    RecipePhase,
     Report,
     Rule,
     RuleKind,
     SteeringPlan,
     Values,
 )
+from steering.rules import checked_rule
 from steering.search import Proposal, Search
 from steering.spec import FIELD, Profile
 
@@ -97,13 +100,17 @@ def resolve(
     method = _method(spec, methods, field)
     config = parse(spec, method, snapshot, limits, field)
     recipe = method.resolve(config, snapshot)
-    weights = _weights(recipe, config, snapshot, field)
-    rule = _rule(recipe, weights, field)
+    weights = _weights(recipe.weights, recipe.rule, config, snapshot, field)
+    rule = checked_rule(recipe.rule, weights, field)
     values = _values(recipe, config, snapshot, limits, field)
-    taps = tuple(name for name, _ in weights if name in snapshot.taps)
-    bodies = _bodies(rule, values, taps, config, snapshot, field)
     best = _best(recipe, config, snapshot, limits, field)
     search = _search(recipe, config, snapshot, limits, field)
+    phases = _phases(spec, recipe, config, method, snapshot, limits, field)
+    phases = phases if any((p.weights, p.rule) != (weights, rule) for p in phases) else ()
+    rules = (rule, *(phase.rule for phase in phases))
+    terms = [*weights, *(term for phase in phases for term in phase.weights)]
+    taps = tuple(dict.fromkeys(name for name, _ in terms if name in snapshot.taps))
+    bodies = _bodies(rules, values, taps, config, snapshot, field)
     report = _report(config)
     plan = SteeringPlan(
         method.name,
@@ -118,6 +125,7 @@ def resolve(
         search=search,
         layers=_layers(recipe, config, snapshot, field),
         taps=taps,
+        phases=phases,
     )
     return Resolved(plan, _prompts(config, recipe, plan, snapshot, field), field)
 
@@ -172,11 +180,41 @@ def _method(spec: Mapping[str, Any], methods: Methods, field: str) -> Method[Any
     return methods[name]
 
 
+def _phases(
+    spec: Mapping[str, Any],
+    recipe: Recipe,
+    config: MethodConfig,
+    method: Method[Any],
+    snapshot: Snapshot,
+    limits: Limits,
+    field: str,
+) -> tuple[Phase, ...]:
+    """The recipe's own phases, or those that the request asks for."""
+    none = recipe.values or recipe.best or recipe.search or recipe.layers
+    if config.phases and (none or recipe.phases):
+        why = "it has its own" if recipe.phases else "values, choices and layers have none"
+        raise BadValue(f"the method takes no phases: {why}", field=f"{field}.phases")
+    found = [(part, field) for part in recipe.phases]
+    for i, raw in enumerate(config.phases):
+        where = f"{field}.phases.{i}"
+        span, own = read_phase(raw, method.config, where)
+        there = Recipe({BASE: 1.0})
+        if own is not None:
+            inner = parse({**spec, "phases": (), **own}, method, snapshot, limits, where)
+            there = method.resolve(inner, snapshot)
+        found.append((RecipePhase(span, there.weights, there.rule), where))
+    phases = []
+    for part, where in found:
+        weights = _weights(part.weights, part.rule, config, snapshot, where)
+        phases.append(Phase(part.span, weights, checked_rule(part.rule, weights, where)))
+    return tuple(phases)
+
+
 def _weights(
-    recipe: Recipe, config: MethodConfig, snapshot: Snapshot, field: str
+    asked: Mapping[str, float], rule: Rule, config: MethodConfig, snapshot: Snapshot, field: str
 ) -> tuple[tuple[str, float], ...]:
     """(stream, c_i), base first, then by name, without zeros; names, heads and numbers checked."""
-    for stream, weight in recipe.weights.items():
+    for stream, weight in asked.items():
         where = _where(config, stream, field)
         if stream not in snapshot.streams:
             known = f"one of: {', '.join(sorted(snapshot.streams))}"
@@ -184,7 +222,7 @@ def _weights(
         if not math.isfinite(weight):
             raise BadValue(f"the weight of {stream} is not finite", field=where, value=weight)
         head = snapshot.streams[stream]
-        if head != "lm" and not (head == "q" and recipe.rule.kind is RuleKind.SUM):
+        if head != "lm" and not (head == "q" and rule.kind is RuleKind.SUM):
             models = sorted(name for name, head in snapshot.streams.items() if head == "lm")
             raise BadValue(
                 f"the stream has a {head} head and cannot be mixed as a language model",
@@ -192,24 +230,12 @@ def _weights(
                 value=stream,
                 allowed=f"one of: {', '.join(models)}",
             )
-    if not any(recipe.weights.values()):
+    if not any(asked.values()):
         raise BadValue("all weights are 0, so every token would be as likely", field=field)
     # Adding 0.0 turns −0.0 into 0.0.
-    base = (BASE, float(recipe.weights.get(BASE, 0.0)) + 0.0)
-    others = sorted((s, float(c)) for s, c in recipe.weights.items() if s != BASE and c != 0)
+    base = (BASE, float(asked.get(BASE, 0.0)) + 0.0)
+    others = sorted((s, float(c)) for s, c in asked.items() if s != BASE and c != 0)
     return (base, *others)
-
-
-def _rule(recipe: Recipe, weights: tuple[tuple[str, float], ...], field: str) -> Rule:
-    rule = recipe.rule
-    if rule.kind is RuleKind.SUM:
-        return Rule()  # SUM reads no arguments: equal plans must be equal
-    if rule.stream not in dict(weights):
-        raise BadValue(f"the rule reads the stream {rule.stream}, which has no weight", field=field)
-    zero = 0 if rule.kind in CRITICAL_KINDS else math.ulp(0.0)
-    if not zero <= rule.param <= 1:
-        raise BadValue("the rule's share is out of range", field=field, value=rule.param)
-    return rule
 
 
 def _layers(
@@ -232,7 +258,7 @@ def _layers(
 
 
 def _bodies(
-    rule: Rule,
+    rules: Sequence[Rule],
     values: Values | None,
     taps: tuple[str, ...],
     config: MethodConfig,
@@ -242,9 +268,9 @@ def _bodies(
     """The streams that must run for the heads and taps that the plan reads."""
     found = {name for name, _ in values.strengths} if values is not None else set()
     found |= {snapshot.taps[name] for name in taps} - {BASE}
-    if rule.kind in CRITICAL_KINDS:
-        _check_head(rule.head, ("classifier",), config, snapshot, field)
-        found.add(snapshot.bodies.get(rule.head, rule.head))
+    for head in {rule.head for rule in rules if rule.reads_head}:
+        _check_head(head, ("classifier",), config, snapshot, field)
+        found.add(snapshot.bodies.get(head, head))
     return tuple(sorted(found))
 
 
@@ -297,7 +323,7 @@ def _search(
                        allowed=f"1 to {limits.best_of}")  # fmt: skip
 
     def proposal(one: Proposal) -> Proposal:
-        _weights(Recipe(dict(one.weights)), config, snapshot, field)
+        _weights(dict(one.weights), Rule(), config, snapshot, field)
         score = one.score
         for stream in (*dict(one.weights), *(score.ratio if score else ())):
             if stream in snapshot.taps:

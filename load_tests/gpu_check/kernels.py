@@ -12,7 +12,7 @@ from adapters.kernels.triton_sum import AdapterTables, add_adapters
 from load_tests.gpu_check.place import DEVICE, GPU, dtype_name, unwritten_is_nan
 from load_tests.gpu_check.sections import Clock, Finding
 from steering.kernels.reference import Scores, measure_reference
-from steering.kernels.triton_mix import Rule, read_out
+from steering.kernels.triton_mix import read_out
 from steering.plan import RuleKind
 from tests.adapters.mixed import KINDS, Layer, Part, Set
 from tests.adapters.steps import SETS, TOLERANCE, step
@@ -189,18 +189,14 @@ def _score(case: Scored, tally: Tally) -> None:
     batch = Batch.draw(rng, case.rows, case.streams, case.size, case.dtype, case.hostile)
     if not case.hostile:
         batch.coef[:, 0] = np.where(batch.coef[:, 0] == 0, 0.5, batch.coef[:, 0])
-    coef, kind, stream, param, odds = (column.to(DEVICE) for column in batch.control())
-    ends = batch.ending()
-    if ends is not None:
-        ends = ends._replace(table=ends.table.to(DEVICE), which=ends.which.to(DEVICE))
+    coef, rules = batch.control(DEVICE)
     reported = None if case.hostile else torch.ones(case.rows, device=DEVICE)
     logits = [own.to(DEVICE) for own in batch.logits(case.dtype)]
-    rule = Rule(kind, stream, param, odds, ends=ends)
-    z, measures = read_out(logits, coef, rule, reported=reported)
+    z, measures = read_out(logits, coef, rules, reported=reported)
     found = z.cpu().double().numpy()
     for row in range(case.rows):
         want = batch.wanted(row)
-        tally.scores(batch.kind[row], found[row], want)
+        tally.scores(batch.rules[row].kind, found[row], want)
         if measures is not None:
             got = [float(numbers[row]) for numbers in measures]
             tally.measured(got, want, batch.scores[0][row])

@@ -13,8 +13,8 @@ from adapters.kernels.lines import Lines
 from adapters.kernels.triton_sum import AdapterTables, add_adapters
 from load_tests.gpu_check.place import DEVICE, GPU, graphs, no_waits
 from load_tests.gpu_check.sections import Clock, Finding
-from steering.kernels.mix import Ends, Measures
-from steering.kernels.triton_mix import Rule, read_out
+from steering.kernels.mix import Ends, Measures, Rules
+from steering.kernels.triton_mix import read_out
 from tests.adapters.mixed import KINDS, Layer
 from tests.adapters.steps import SETS, step
 from tests.steering.kernels.rows import Batch
@@ -56,8 +56,7 @@ class Scores:
 
     def __init__(self, batch: Batch, dtype: torch.dtype) -> None:
         self.logits = [_wide(own) for own in batch.logits(dtype)]
-        columns = len(batch.scores) + 4
-        self.control = torch.zeros(len(batch.coef), columns, device=DEVICE)
+        self.control = torch.zeros_like(batch.table(), device=DEVICE)
         found = batch.ending()
         assert found is not None
         self.ends = Ends(found.table.to(DEVICE), found.which.to(DEVICE))
@@ -68,16 +67,14 @@ class Scores:
         """Writes other rows into the same places."""
         for place, own in zip(self.logits, batch.logits(dtype), strict=True):
             place.copy_(own)
-        coef, *rules = batch.control()
-        self.control.copy_(torch.cat([coef, torch.stack(rules, 1)], 1))
+        self.control.copy_(batch.table())
 
     def launch(self) -> tuple[torch.Tensor, Measures]:
         """The scores and their reports."""
         streams = len(self.logits)
-        kind, stream, param, odds = self.control[:, streams:].unbind(1)
-        rule = Rule(kind, stream, param, odds, ends=self.ends)
+        rules = Rules.of(self.control[:, streams:])._replace(ends=self.ends)
         coef = self.control[:, :streams]
-        z, measures = read_out(self.logits, coef, rule, reported=self.reported)
+        z, measures = read_out(self.logits, coef, rules, reported=self.reported)
         assert measures is not None
         return z, measures
 

@@ -11,8 +11,8 @@ import torch
 from load_tests.adapter_kernel_bench import Case, Timer, Work
 from load_tests.gpu_check.place import DEVICE, GPU
 from load_tests.gpu_check.sections import Clock, Finding, Skipped
-from steering.kernels.mix import mix
-from steering.kernels.triton_mix import Rule, read_out
+from steering.kernels.mix import Rules, mix
+from steering.kernels.triton_mix import read_out
 from steering.plan import RuleKind
 
 DTYPE = torch.bfloat16
@@ -140,19 +140,17 @@ def _read_out_line(case: ReadOut, timer: Any) -> dict[str, Any]:
     logits = [table[:, : case.size] for table in tables[: case.streams]]
     coef = torch.tensor([[1.0, 0.7, -0.7][: case.streams]], device=DEVICE).repeat(case.rows, 1)
     number = {RuleKind.PLAUSIBLE: 0.1, RuleKind.NUCLEUS: 0.95}.get(case.rule, 0.0)
-    kind, stream, param = (
-        torch.full((case.rows,), float(n), device=DEVICE) for n in (case.rule, 0, number)
-    )
-    nuclei = case.rule is RuleKind.NUCLEUS
-    rule = None if case.rule is RuleKind.SUM else Rule(kind, stream, param, nuclei=nuclei)
+    line = torch.tensor([float(case.rule), 0.0, number, 0.0, 0.0], device=DEVICE)
+    searched = case.rule is RuleKind.NUCLEUS
+    rules = Rules.of(line.repeat(case.rows, 1))
+    rules = rules._replace(kinds=[case.rule], searched=searched, shared=False)
+    rules_of = None if case.rule is RuleKind.SUM else rules
 
     def by_kernels() -> torch.Tensor:
-        return read_out(logits, coef, rule, lacking=False)[0]
+        return read_out(logits, coef, rules_of, lacking=False)[0]
 
     def by_torch() -> torch.Tensor:
-        kinds = None if rule is None else kind
-        scores = [own.float() for own in logits]
-        return mix(scores, coef, kinds, stream, param, lacking=False, kinds=[case.rule])
+        return mix([own.float() for own in logits], coef, rules_of, lacking=False)
 
     mine, theirs = by_kernels(), by_torch()
     # An id on the rim of a mask may fall on either side by rounding.

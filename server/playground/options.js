@@ -3,7 +3,7 @@
 import { el, words } from "./dom.js";
 import { chooser, line, slider, terms, weights } from "./fields.js";
 
-const SKIPPED = ["method", "prompts", "report"];
+const SKIPPED = ["method", "prompts", "report", "phases"];
 const KIND = "x-kind";
 
 /** Which heads a stream may have in a field; others take language models. */

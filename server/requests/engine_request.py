@@ -13,6 +13,7 @@ from vllm.sampling_params import SamplingParams
 
 from steering.bans import with_bans
 from steering.errors import BadValue
+from steering.phases import begun
 from steering.plan import SteeringPlan
 from steering.prompts import align
 from steering.wire import SteeringPayload, pack
@@ -75,6 +76,7 @@ def prepare(
         BadValue: the prompt has no token ids.
     """
     base_ids, params = request.prompt_ids, request.params
+    plan = begun(plan, base_ids)
     ids, pad = align(base_ids, plan)
     payload = SteeringPayload(plan, pad, tag, len(reply))
     params.extra_args = {**(params.extra_args or {}), **pack(payload)}

@@ -16,6 +16,7 @@ from server.requests.sandbox import RenderFailed, Sandbox
 from server.requests.template_process import LONGEST_RENDERED
 from steering.errors import BadValue
 from steering.method import OwnPrompt
+from steering.plan import BASE
 
 LONGEST_TEMPLATE = 64 * 1024
 """Characters of a chat template in a request."""
@@ -119,6 +120,10 @@ class OwnPrompts:
                 self._one, stream, prompt, conversation, where, default_template, text
             )
         return ids
+
+    def text_ids(self, text: str) -> list[int]:
+        """The base's tokens of a short text, without any that stand for its begin or end."""
+        return _encode(self.readers[BASE], text, False, "steering.phases")
 
     async def _rendered(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from server.requests.resolved import ResolvedRequest
-from steering.plan import AdapterUse, RuleKind, SteeringPlan
+from steering.plan import AdapterUse, SteeringPlan
 
 
 def summary(resolved: ResolvedRequest, decode: Callable[[int], str]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def summary(resolved: ResolvedRequest, decode: Callable[[int], str]) -> dict[str
     if plan.adapters:
         record["adapters"] = [_adapter(resolved, use, reports) for use in plan.adapters]
     record |= _totals(reports)
-    if plan.rule.kind is RuleKind.CRITICAL:
+    if plan.rule.reads_head and plan.rule.hard and not plan.phases:
         record["share_critical"] = _share(reports, "critical")
     if plan.best is not None:
         record["best_of_n"] = {

@@ -24,6 +24,7 @@ from server.settings.operating import LimitsConfig
 from steering.adapters import ResolvedAdapter
 from steering.errors import BadValue
 from steering.method import Limits, OwnPrompt, Snapshot
+from steering.phases import with_ids
 from steering.plan import BARE
 from steering.resolve import Methods, Resolved, resolve
 from steering.spec import FIELD, Profile, SteeringRequest, read_steering
@@ -120,6 +121,9 @@ class Resolver:
         context.model, context.method = model.name, BARE.method
         steering = self._steering(parsed, model, context.access)
         request, resolved = steering or (SteeringRequest({}, self.limits), _bare())
+        if resolved.plan.phases:
+            plan = with_ids(resolved.plan, self.own_prompts.text_ids, FIELD)
+            resolved = replace(resolved, plan=plan)
         context.method = resolved.plan.method
         context.profile = request.profile or context.profile
         resolved, result = self._with_adapters(parsed, model, request, resolved, context)

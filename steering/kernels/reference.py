@@ -11,7 +11,17 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from steering.plan import BASE, CRITICAL_KINDS, EndValue, LayerKind, LayerRule, Recipe, RuleKind
+from steering.plan import (
+    BASE,
+    Ender,
+    EndValue,
+    Gate,
+    LayerKind,
+    LayerRule,
+    Recipe,
+    Rule,
+    RuleKind,
+)
 
 Scores = npt.NDArray[np.float64]
 """[V] float64."""
@@ -24,9 +34,13 @@ two ids against each other; and at temperature 2 it leaves e^−128, no weight i
 with any vocabulary. It is finite: what stands behind the read-out (a grammar, `bad_words`, …) may
 forbid every other id, and must find something to draw, in an order that means something."""
 
+FLOOR = math.log(1e-8)
+"""Of log-probabilities where one distribution is subtracted from another: SafeDecoding's
+(arXiv 2402.08983, its code)."""
+
 
 def mix_reference(
-    recipe: Recipe, logits: Mapping[str, Scores], ends: Collection[int] = ()
+    recipe: Recipe, logits: Mapping[str, Scores], ends: Collection[int] = (), n: int = 0
 ) -> Scores:
     """`z` of one position; see `steering.plan.RuleKind` for the operations.
 
@@ -35,24 +49,28 @@ def mix_reference(
     is one that the stream lacks: it gets no delta, which means the base's log-probability beside
     the normalised sum of the others. Streams' raw scores have offsets of their own, so they are
     normalised over what they share before the two are compared. Where the base is not in the sum,
-    or negatively, such an id is set back: `SET_BACK` lower than that. The `CRITICAL` rules do all
-    this to the sum without stream k.
+    or negatively, such an id is set back: `SET_BACK` lower than that. `SELECT` does all this to the
+    sum without stream k.
 
     `PLAUSIBLE` sets implausible ids back by `SET_BACK` more than the scores of the sum differ
     (the largest less the least finite one), which keeps their order and puts each of them
     `SET_BACK` below every plausible one.
 
-    Every row of a `CRITICAL` request has the scale of its aligned sum z_a, with A = log Σ exp z_a:
-    penalties, which depend on the sign of a score, must not see another scale where a token is
-    critical. A critical token's scores are A + log p_k(v | v ∉ E), `SET_BACK` lower at every id but
-    the most likely one (of equals the lowest); A + log p_k − 2 `SET_BACK` on E, the ids that end a
-    text; and z_a − 3 `SET_BACK` where stream k lacks the id.
+    Every row of a `SELECT` request has the scale of its sum z_a, with A = log Σ exp z_a:
+    penalties, which depend on the sign of a score, must not see another scale where k writes. Where
+    a hard gate is open the scores are A + log p_k; with `Rule.best` `SET_BACK` lower at every id
+    but the most likely one (of equals the lowest). With `Ender.SUM` that is p_k(· | not E), and
+    A + log p_k − 2 `SET_BACK` on E, the ids that end a text. z_a − 3 `SET_BACK` where stream k
+    lacks the id. With a count, ids that are not on top of both sides have z_a − `SET_BACK` +
+    `FLOOR`, and the others at least A + `FLOOR`.
 
     Args:
         recipe: weights and rule. Its `best` chooses among replies, not tokens: `best_reply`.
         logits: stream name → [V] raw scores, finite or −∞, for each weighted stream and the
             rule's; at least one is finite. Of a classifier head, the log-odds come first.
         ends: ids that end a text: the base's, and the request's own stop ids.
+        n: which token of the reply it is for, 0-based. Phases that a text bounds are not looked at:
+            `steering.phases.holding` says which holds.
 
     A value stream's array holds the value after each id; ids that end the text count as any other
     here (`value_offsets` has the rules).
@@ -66,6 +84,9 @@ def mix_reference(
     """
     if recipe.layers is not None:
         return _layered(recipe, recipe.layers, logits)
+    for phase in reversed(recipe.phases):
+        if phase.span.start <= n and (phase.span.stop is None or n < phase.span.stop):
+            return mix_reference(Recipe(phase.weights, phase.rule), logits, ends)
     weights = {stream: c for stream, c in recipe.weights.items() if c != 0}
     rule = recipe.rule
     if recipe.values is not None:
@@ -75,8 +96,8 @@ def mix_reference(
             after = logits[stream][best]
             added[best] += beta * value_offsets(after, 0.0, np.zeros(best.size, np.bool_), "model")
         return added
-    if rule.kind in CRITICAL_KINDS:
-        return _critical(recipe, logits, ends)
+    if rule.kind is RuleKind.SELECT:
+        return _select(recipe, logits, ends)
     size = next(iter(logits.values())).shape
     raw = weights
     if rule.kind is RuleKind.NUCLEUS:
@@ -97,7 +118,9 @@ def mix_reference(
     if rule.kind is RuleKind.PLAUSIBLE:
         judge = logits[rule.stream]
         scores = z[np.isfinite(z)]
-        z[judge < judge.max() + np.log(rule.param)] -= SET_BACK + scores.max() - scores.min()
+        floor = judge.max() + np.log(rule.param)
+        floor = min(floor, np.sort(judge)[::-1][how_many(rule.count, judge.size) - 1])
+        z[judge < floor] -= SET_BACK + scores.max() - scores.min()
     return z
 
 
@@ -219,26 +242,76 @@ def evolved(final: Scores, early: Sequence[Scores], rate: float, top_k: int) -> 
     return found
 
 
-def _critical(recipe: Recipe, logits: Mapping[str, Scores], ends: Collection[int]) -> Scores:
+def how_many(count: float, size: int) -> int:
+    """How many ids a `Rule.count` stands for, 1 to `size`; below 1 it is a share, in float32."""
+    share = np.float32(count) * np.float32(size) if 0 < count < 1 else count
+    return int(np.clip(math.floor(share), 1, size))
+
+
+def _select(recipe: Recipe, logits: Mapping[str, Scores], ends: Collection[int]) -> Scores:
     rule = recipe.rule
-    aligned = {s: c for s, c in recipe.weights.items() if s != rule.stream}
-    z = mix_reference(Recipe(aligned), logits)
-    log_odds = float(logits[rule.head][0])
-    q = math.exp(_log_sigmoid(log_odds))
+    z = mix_reference(Recipe({s: c for s, c in recipe.weights.items() if s != rule.stream}), logits)
+    scale = _log_mass(z)
     own = log_softmax(logits[rule.stream])
     ending = np.isin(np.arange(own.size), list(ends))
-    scale = _log_mass(z)
-    others = own - _log_mass(own[~ending]) + scale
-    if rule.kind is RuleKind.CRITICAL:
-        if q <= rule.param:
-            return z
-        best = np.where(ending, -np.inf, others).argmax()
-        found = np.where(np.arange(own.size) == best, others, others - SET_BACK)
-        found = np.where(ending, own + scale - 2 * SET_BACK, found)
+    opened, log_q, log_rest = _gate(rule, logits, z - scale, ending)
+    if not opened:
+        return z
+    barred = ending if rule.ender is Ender.SUM else np.zeros_like(ending)
+    others = own - _log_mass(own[~barred]) + scale
+    if rule.hard:
+        found = others
+        if rule.best:
+            best = np.where(barred, -np.inf, others).argmax()
+            found = np.where(np.arange(own.size) == best, others, others - SET_BACK)
+        found = np.where(barred, own + scale - 2 * SET_BACK, found)
         return np.where(np.isneginf(own), z - 3 * SET_BACK, found)
-    rest = _log_mass(z[~ending]) - scale
-    mixed = np.logaddexp(_log_sigmoid(-log_odds) + z, _log_sigmoid(log_odds) + others + rest)
-    return np.where(ending, z, mixed)
+    theirs = others + _log_mass(z[~barred]) - scale
+    if rule.count == 0:
+        mixed = np.logaddexp(log_rest + z, log_q + theirs)
+        return np.where(barred, z, mixed)
+    p = (1 - rule.param) * np.exp(z - scale) + rule.param * np.exp(own)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mixed = scale + np.maximum(np.log(p), FLOOR)
+    inside = shared(z, own, how_many(rule.count, own.size))
+    found = np.where(inside, np.where(p > 0, mixed, scale + FLOOR), z - SET_BACK + FLOOR)
+    return np.where(np.isneginf(z), z, found)
+
+
+def _gate(
+    rule: Rule, logits: Mapping[str, Scores], log_p: Scores, ending: npt.NDArray[np.bool_]
+) -> tuple[bool, float, float]:
+    """(whether it is open, log q, log |1 − q|); log_p is log p_a."""
+    if rule.gate is Gate.HEAD:
+        odds = float(logits[rule.head][0])
+        log_q, log_rest = _log_sigmoid(odds), _log_sigmoid(-odds)
+        opened = math.exp(log_q) > rule.param or (not rule.hard and rule.param == 0)
+    elif rule.gate is Gate.DOUBT:
+        log_rest = min(float(log_p.max()), 0.0)
+        doubt = -math.expm1(log_rest)
+        log_q = math.log(doubt) if doubt > 0 else -math.inf
+        opened = math.exp(log_rest) < rule.param
+    else:
+        rest = abs(1 - rule.param)
+        log_q, log_rest = math.log(rule.param), math.log(rest) if rest else -math.inf
+        opened = True
+    if rule.ender is Ender.STREAM and ending.any():
+        opened |= bool(log_p[ending].max() > log_p[~ending].max(initial=-math.inf))
+    return opened, log_q, log_rest
+
+
+def shared(one: Scores, other: Scores, count: int) -> npt.NDArray[np.bool_]:
+    """[V] bool: the ids that the top n of both have in common, n ≥ count the least number with
+    which they are `count` or more; ties go to the lower id (arXiv 2402.08983, section 4).
+    """
+    tops = [np.argsort(-scores, kind="stable") for scores in (one, other)]
+    found = np.zeros(one.size, np.bool_)
+    for n in range(count, one.size + 1):
+        common = np.intersect1d(tops[0][:n], tops[1][:n])
+        if common.size >= count:
+            found[common] = True
+            break
+    return found
 
 
 def _log_sigmoid(x: float) -> float:

@@ -51,17 +51,20 @@ from steering.kernels.triton_parts import (
     OPEN,
     OTHERS,
     PLAUSIBLE,
+    SELECT,
     SUM,
     SUM_ENDS,
+    SUM_ENDS_TEXT,
     TOP,
     ending_of,
-    is_critical,
     is_steered,
     line_of,
     log_mass,
     marks_of,
     put,
     rule_of,
+    selects,
+    spread,
     streams_of,
     total_mass,
 )
@@ -80,7 +83,6 @@ def first(
     STREAMS: tl.constexpr,
     MARKED: tl.constexpr,
     RULES: tl.constexpr,
-    HEADS: tl.constexpr,
     LACKING: tl.constexpr,
     CANDIDATES: tl.constexpr,
     PLACES: tl.constexpr,
@@ -91,19 +93,18 @@ def first(
 
     Arguments that go together are tuples, made in `triton_mix`: `source` = (logits, steps, widths,
     rooms, marks), S tensors [R, widths] with rows `steps` apart and `rooms` readable numbers, and
-    for marks see `marks_of`; `rules` = (kind, k, parameter, log-odds, set of ends) and their rows'
-    distances, then the sets [n, ≥ B BLOCK] uint8 and their distance; `coef` and `more` (ids and
-    what is added to them), float32, each with its rows' distance; `reported` [R] float32, not 0
-    where a row reports; `out` = (z, its rows' distance, numbers in a row that may be written,
-    measured).
+    for marks see `marks_of`; `rules` = (kind, k, parameter, count, options, log-odds, set of ends)
+    and their rows' distances, then the sets [n, ≥ B BLOCK] uint8 and their distance; `coef` and
+    `more` (ids and what is added to them), float32, each with its rows' distance; `reported` [R]
+    float32, not 0 where a row reports; `out` = (z, its rows' distance, numbers in a row that may be
+    written, measured).
     """
     r, b, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     v = b * BLOCK + tl.arange(0, BLOCK)
     mark = marks_of(source, v, MARKED)
-    kind, k, param, odds = rule_of(rules, r, RULES, HEADS)
+    kind, k, _param = rule_of(rules, r, RULES)
     steered = is_steered(coef, kind, more, r, STREAMS, CANDIDATES, PLACES)
-    hard, soft = is_critical(kind, param, odds, HEADS)
-    ruled = (kind == PLAUSIBLE) | (kind == NUCLEUS) | hard | soft
+    ruled = (kind == PLAUSIBLE) | (kind == NUCLEUS) | (kind == SELECT)
     base = kind == NEVER
     if LACKING:  # what an id gets that a stream lacks is the base's to say
         base = kind == kind
@@ -127,7 +128,6 @@ def first(
         (kind == NUCLEUS) | LACKING,
         True,
         STREAMS,
-        HEADS,
     )
     # Padding is never drawn, so nothing of it is open.
     token = (v < size) & ((mark & 1) == 0)
@@ -146,19 +146,24 @@ def first(
             tl.store(lines + DEEP * blocks, tl.max(tl.where(summed > NEVER, -summed, NEVER), 0))
             tl.store(lines + LACKS_HIGH * blocks, tl.max(lacks, 0))
             tl.store(lines + LACKS_DEEP * blocks, tl.max(tl.where(lacks > NEVER, -lacks, NEVER), 0))
-    if HEADS:  # noqa: SIM102 - decides what is compiled; the other, what runs
-        if hard | soft:
-            ending = ending_of(rules, r, v)
-            outside = tl.where(ending, NEVER, chosen)
+        if kind == SELECT:
+            _gate, _hard, ender, _best, _odds = selects(rules, r)
+            ends = ending_of(rules, r, v)
+            tl.store(lines + HIGH * blocks, tl.max(tl.where(ends, NEVER, summed), 0))
+            tl.store(lines + DEEP * blocks, tl.max(tl.where(ends, summed, NEVER), 0))
+            tl.store(lines + LACKS_HIGH * blocks, tl.max(tl.where(ends, NEVER, lacks), 0))
+            tl.store(lines + LACKS_DEEP * blocks, tl.max(tl.where(ends, lacks, NEVER), 0))
+            barred = ends & spread(ender == SUM_ENDS_TEXT, v)
+            outside = tl.where(barred, NEVER, chosen)
             best, best_id = tl.max(outside, 0, return_indices=True)
             tl.store(lines + OTHERS * blocks, log_mass(outside))
-            tl.store(lines + ENDS * blocks, log_mass(tl.where(ending, chosen, NEVER)))
+            tl.store(lines + ENDS * blocks, log_mass(tl.where(barred, chosen, NEVER)))
             tl.store(lines + BEST * blocks, best)
             tl.store(lines + BEST_ID * blocks, (b * BLOCK + best_id).to(tl.float32))
-            tl.store(lines + SUM * blocks, log_mass(tl.where(ending, NEVER, summed)))
-            tl.store(lines + SUM_ENDS * blocks, log_mass(tl.where(ending, summed, NEVER)))
-            tl.store(lines + LACKS * blocks, log_mass(tl.where(ending, NEVER, lacks)))
-            tl.store(lines + LACKS_ENDS * blocks, log_mass(tl.where(ending, lacks, NEVER)))
+            tl.store(lines + SUM * blocks, log_mass(tl.where(barred, NEVER, summed)))
+            tl.store(lines + SUM_ENDS * blocks, log_mass(tl.where(barred, summed, NEVER)))
+            tl.store(lines + LACKS * blocks, log_mass(tl.where(barred, NEVER, lacks)))
+            tl.store(lines + LACKS_ENDS * blocks, log_mass(tl.where(barred, lacks, NEVER)))
     if LACKING:
         ruled = ruled | (opened > 0)
     if ~ruled:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from steering.kernels.mix import BLOCK, FEW_ROWS, Ends, Measures
+from steering.kernels.mix import BLOCK, FEW_ROWS, Measures, Rules
 from steering.kernels.triton_finish import finish
 from steering.kernels.triton_kernels import compare, first
 from steering.kernels.triton_nucleus import WAYS, narrow
@@ -32,20 +32,6 @@ VARIANTS = 38
 
 KEY_BITS = {torch.float32: 32, torch.float16: 19, torch.bfloat16: 16}
 """Leading bits of a score as float32 that tell it from any other score of the dtype."""
-
-
-class Rule(NamedTuple):
-    """The rows' rules, [R] float32 each: kind, stream, parameter, and the heads' log-odds."""
-
-    kind: torch.Tensor
-    stream: torch.Tensor
-    param: torch.Tensor
-    critical: torch.Tensor | None = None
-    """None if no row has a `CRITICAL` rule."""
-    nuclei: bool = True
-    """False promises that no row has the `NUCLEUS` rule, which saves launches."""
-    ends: Ends | None = None
-    """The ids that end a text; None for none. Sets that are padded to whole blocks need no copy."""
 
 
 class Additions(NamedTuple):
@@ -105,26 +91,21 @@ def padded(size: int) -> int:
 def mix(
     logits: Sequence[torch.Tensor | None],
     coef: torch.Tensor,
-    kind: torch.Tensor | None,
-    stream: torch.Tensor,
-    param: torch.Tensor,
+    rules: Rules | None = None,
     lacking: bool = True,
-    critical: torch.Tensor | None = None,
-    ends: Ends | None = None,
 ) -> torch.Tensor:
     """`z` for R rows, [R, V] float32; arguments as of `steering.kernels.mix.mix`.
 
     `logits` may also be bfloat16 or float16.
     """
-    rule = None if kind is None else Rule(kind, stream, param, critical, ends=ends)
-    z, _ = read_out(logits, coef, rule, lacking)
+    z, _ = read_out(logits, coef, rules, lacking)
     return z
 
 
 def read_out(
     logits: Sequence[torch.Tensor | None],
     coef: torch.Tensor,
-    rule: Rule | None,
+    rules: Rules | None,
     lacking: bool = True,
     marked: torch.Tensor | None = None,
     additions: Additions | None = None,
@@ -140,7 +121,8 @@ def read_out(
             columns, a stream's other columns than the first V are left aside and those it has not
             count as −∞. None for a stream that no row uses.
         coef: [R, S] float32 coefficients; where 0 the stream's row is not read.
-        rule: None when every row is a plain sum.
+        rules: None when every row is a plain sum. No `SELECT` has a count: the torch path sorts.
+            Sets of ends that are padded to whole blocks need no copy.
         lacking: False promises that no stream lacks an id that the base has, which saves work.
         marked: what `marks` made of the vocabularies; None if all streams have all ids.
         additions: what is added to the scores, before the report; None for nothing.
@@ -175,13 +157,13 @@ def read_out(
         tuple(_room(s, size) for s in sources),
         coef if marked is None else marked,
     )
-    rules = _rules(rule, coef, size)
+    table = _rules(rules, coef, size)
     more = additions or Additions(coef, coef)
     assert _adjacent(coef) and _adjacent(more.ids) and _adjacent(more.added)
     assert more.ids.stride(0) == more.added.stride(0)
     row = (
         (coef, coef.stride(0)),
-        rules,
+        table,
         (more.ids, more.added, more.ids.stride(0)),
         coef if reported is None else reported,
         (z, z.stride(0), room, measured),
@@ -195,8 +177,7 @@ def read_out(
         "num_warps": cut.warps,
     }
     own = {
-        "RULES": rule is not None,
-        "HEADS": rule is not None and rule.critical is not None,
+        "RULES": rules is not None,
         "LACKING": lacking,
         "CANDIDATES": candidates,
         "PLACES": triton.next_power_of_2(max(candidates, 1)),
@@ -206,16 +187,16 @@ def read_out(
     if not rows:
         return z[:, :size], None
     first[grid](source, *row, size, **static, **own)
-    if rule is not None or lacking:
+    if rules is not None or lacking:
         bits = KEY_BITS[base.dtype]
         turns = -(-bits // 4)
-        launched = turns if rule is not None and rule.nuclei else 0
+        launched = turns if rules is not None and rules.searched else 0
         bounds = torch.empty(launched, rows, 4, dtype=torch.int32, device=device)
         counts = torch.empty(min(launched, 2), rows, 2 * WAYS.value, blocks, device=device)
         static |= {"SHIFT": 32 - bits, "BLOCKS": triton.next_power_of_2(blocks)}
         for turn in range(launched):
             ends = {"FIRST": turn == 0, "LAST": turn == turns - 1}
-            narrow[grid](source, rules, found, bounds, counts, turn, size, **static, **ends)
+            narrow[grid](source, table, found, bounds, counts, turn, size, **static, **ends)
         finish[grid](source, *row, bounds, counts, turns, size, **static, **own)
     if reported is None:
         return z[:, :size], None
@@ -226,19 +207,20 @@ def read_out(
     return z[:, :size], Measures(*numbers, *choices)
 
 
-def _rules(rule: Rule | None, coef: torch.Tensor, size: int) -> tuple[object, ...]:
+def _rules(rules: Rules | None, coef: torch.Tensor, size: int) -> tuple[object, ...]:
     """What the kernels take of the rules; anything for what no row has."""
-    if rule is None or rule.critical is None:
-        columns = (coef,) * 5 if rule is None else (*rule[:3], coef, coef)
+    if rules is None:
+        columns = (coef,) * 7
         return columns, tuple(c.stride(0) for c in columns), coef, 0
-    if rule.ends is None:
-        # A column as far apart as those that it stands for: it is no variant of its own.
-        none = rule.kind.new_zeros(rule.kind.shape[0], rule.kind.stride(0))[:, 0]
-        columns = (*rule[:3], rule.critical, none)
+    # A column as far apart as those that it stands for: it is no variant of its own.
+    none = rules.kind.new_zeros(rules.kind.shape[0], rules.kind.stride(0))[:, 0]
+    odds = none if rules.odds is None else rules.odds
+    if rules.ends is None:
+        columns = (*rules[:5], odds, none)
         table = torch.zeros(1, padded(size), dtype=torch.uint8, device=coef.device)
     else:
-        columns = (*rule[:3], rule.critical, rule.ends.which)
-        table = rule.ends.table.view(torch.uint8)
+        columns = (*rules[:5], odds, rules.ends.which)
+        table = rules.ends.table.view(torch.uint8)
         if table.shape[1] % BLOCK:
             table = torch.nn.functional.pad(table, (0, padded(size) - table.shape[1]))
     return columns, tuple(c.stride(0) for c in columns), table, table.stride(0)

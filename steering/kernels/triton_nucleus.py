@@ -15,7 +15,9 @@ from steering.kernels.triton_parts import (
     LINES,
     NEVER,
     NUCLEUS,
+    PLAUSIBLE,
     TOP,
+    count_of,
     key_of,
     line_of,
     marks_of,
@@ -35,7 +37,8 @@ def narrowed(bounds, counts, blocks, p, BLOCKS: tl.constexpr):
     """The bracket that follows from one turn: (lowest key, highest, probability above, way).
 
     `bounds` is the bracket of that turn and `counts` what its blocks found; of its 16 ways the
-    last is taken whose keys and all above have a probability of p.
+    last is taken whose keys and all above have a probability of p. Of a row that counts ids, their
+    number stands for the probability.
     """
     low, high = tl.load(bounds).to(tl.int64), tl.load(bounds + 1).to(tl.int64)
     above = tl.load(bounds + 2).to(tl.float32, bitcast=True)
@@ -66,16 +69,20 @@ def narrow(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """What the keys of one turn have above them in one block of a nucleus row.
+    """What the keys of one turn have above them in one block of a row that is searched.
 
     Keys are scores as integers. The lowest key of the nucleus is the highest one from which on
-    upwards the probability is at least p. Arguments as of `triton_kernels.first`.
+    upwards the probability is at least p; of a plausible row, the one from which on upwards there
+    are as many ids as it counts. Arguments as of `triton_kernels.first`.
     """
     logits, steps, widths, rooms, _marks = source
     r, b, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    kind, k, p, _odds = rule_of(rules, r, True, False)
-    if (kind != NUCLEUS) | (p >= 1):
+    kind, k, p = rule_of(rules, r, True)
+    many = count_of(rules, r, size)
+    counting = (kind == PLAUSIBLE) & (many > 1)
+    if ~(counting | ((kind == NUCLEUS) & (p < 1))):
         return
+    p = tl.where(counting, many, p)
     rows = tl.num_programs(0)
     lines = found + tl.cast(r, tl.int64) * (STREAMS + LINES) * blocks
     mass = total_mass(lines, k, blocks, BLOCKS)
@@ -86,7 +93,8 @@ def narrow(
     if FIRST:
         high = key_of(tl.max(line_of(lines, 0, blocks, BLOCKS), 0), SHIFT).to(tl.int64)
         # All scores below this one together have not the 1 − p that lies outside.
-        low = key_of(mass + tl.log((1 - p) / size) - 0.01, SHIFT).to(tl.int64)
+        least = tl.where(counting, NEVER, mass + tl.log((1 - p) / size) - 0.01)
+        low = key_of(least, SHIFT).to(tl.int64)
         low, above = tl.minimum(low, high), tl.full((), 0, tl.float32)
     else:
         low, high, above, _way = narrowed(bounds - rows * 4, counts + last, blocks, p, BLOCKS)
@@ -106,7 +114,7 @@ def narrow(
     way = tl.arange(0, WAYS)
     keys = (low + way * ((high - low) // WAYS + 1)).to(tl.int32)
     reached = inside[:, None] & (key[:, None] >= keys[None, :])
-    p_of = tl.exp(s - mass)
+    p_of = tl.where(spread(counting, v), 1.0, tl.exp(s - mass))
     at = counts + here + way * blocks + b
     tl.store(at, tl.sum(tl.where(reached, p_of[:, None], 0.0), 0))
     if LAST:

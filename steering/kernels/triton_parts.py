@@ -8,29 +8,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from steering.plan import RuleKind
+from steering.plan import Ender, Gate, RuleKind
 
 NEVER = tl.constexpr(float("-inf"))
 INFINITE = tl.constexpr(float("inf"))
 PLAUSIBLE = tl.constexpr(float(RuleKind.PLAUSIBLE))
 NUCLEUS = tl.constexpr(float(RuleKind.NUCLEUS))
-CRITICAL = tl.constexpr(float(RuleKind.CRITICAL))
-CRITICAL_MIX = tl.constexpr(float(RuleKind.CRITICAL_MIX))
+SELECT = tl.constexpr(float(RuleKind.SELECT))
+HEAD, DOUBT = tl.constexpr(int(Gate.HEAD)), tl.constexpr(int(Gate.DOUBT))
+SUM_ENDS_TEXT = tl.constexpr(int(Ender.SUM))
+STREAM_ENDS_TEXT = tl.constexpr(int(Ender.STREAM))
 
 TOP = tl.constexpr(0)
 """Line of `found`: the largest score of k."""
 OTHERS, ENDS = tl.constexpr(1), tl.constexpr(2)
-"""Log Σ exp of k outside of E, and on E."""
+"""Log Σ exp of k outside of the ids that k may not draw, some of E or none, and on them."""
 BEST, BEST_ID = tl.constexpr(3), tl.constexpr(4)
-"""The largest score of k outside of E, and its id."""
+"""The largest score of k outside of them, and its id."""
 SUM, SUM_ENDS = tl.constexpr(5), tl.constexpr(6)
-"""Log Σ exp of the sum, outside of E and on E, over ids that no stream of it lacks."""
+"""Log Σ exp of the sum, outside of them and on them, over ids that no stream of it lacks."""
 LACKS, LACKS_ENDS = tl.constexpr(7), tl.constexpr(8)
 """The same of the base over the other ids."""
 OPEN = tl.constexpr(9)
 """1 where `first` left the block to `finish`, whatever the rule."""
 HIGH, DEEP = tl.constexpr(10), tl.constexpr(11)
-"""The largest score of the sum, and of its negative, over ids that no stream of it lacks."""
+"""The largest score of the sum, and of its negative, over ids that no stream of it lacks. Of a
+`SELECT` row the largest outside of E, and on E."""
 LACKS_HIGH, LACKS_DEEP = tl.constexpr(12), tl.constexpr(13)
 """The same of the base over the other ids."""
 LINES = tl.constexpr(14)
@@ -87,46 +90,51 @@ def key_of(x, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def rule_of(rules, r, RULES: tl.constexpr, HEADS: tl.constexpr):
-    """(kind, k, parameter, log-odds) of a row; a plain sum where no row has a rule."""
+def rule_of(rules, r, RULES: tl.constexpr):
+    """(kind, k, parameter) of a row; a plain sum where no row has a rule."""
     kind, k = tl.full((), 0, tl.float32), tl.full((), 0, tl.int32)
-    param, odds = tl.full((), 0, tl.float32), tl.full((), 0, tl.float32)
+    param = tl.full((), 0, tl.float32)
     columns, apart, _ends, _apart = rules
     if RULES:
         kind = tl.load(columns[0] + r * apart[0])
         k = tl.load(columns[1] + r * apart[1]).to(tl.int32)
         param = tl.load(columns[2] + r * apart[2])
-    if HEADS:
-        odds = tl.load(columns[3] + r * apart[3])
-    return kind, k, param, odds
+    return kind, k, param
+
+
+@triton.jit
+def count_of(rules, r, size):
+    """How many ids a plausible row's count stands for, as float32; 1 for none."""
+    columns, apart, _ends, _apart = rules
+    count = tl.load(columns[3] + r * apart[3])
+    share = tl.where((count > 0) & (count < 1), count * size, count)
+    return tl.minimum(tl.maximum(tl.floor(share), 1.0), size * 1.0)
+
+
+@triton.jit
+def selects(rules, r):
+    """(gate, whether it is hard, who ends the text, whether only the best id counts, log-odds)."""
+    columns, apart, _ends, _apart = rules
+    bits = tl.load(columns[4] + r * apart[4])
+    bits = tl.minimum(tl.maximum(bits, 0.0), 127.0).to(tl.int32)
+    odds = tl.load(columns[5] + r * apart[5])
+    return bits & 3, (bits & 4) > 0, (bits >> 3) & 3, (bits & 32) > 0, odds
 
 
 @triton.jit
 def ending_of(rules, r, v):
     """Which of the ids v end a text, in a row whose rule asks."""
     columns, apart, ends, step = rules
-    which = tl.load(columns[4] + r * apart[4]).to(tl.int64)
+    which = tl.load(columns[6] + r * apart[6]).to(tl.int64)
     return tl.load(ends + which * step + v).to(tl.int32) > 0
 
 
 @triton.jit
-def is_critical(kind, param, odds, HEADS: tl.constexpr):
-    """Whether the row's token is critical by the hard rule, and whether the row has the soft."""
-    hard, soft = kind == NEVER, kind == NEVER
-    if HEADS:
-        hard = (kind == CRITICAL) & (1.0 / (1.0 + tl.exp(-odds)) > param)
-        soft = kind == CRITICAL_MIX
-    return hard, soft
-
-
-@triton.jit
-def weight_of(coef, r, kind, k, i: tl.constexpr, HEADS: tl.constexpr):
-    """c_i in the sum; a critical rule's stream is not in it."""
+def weight_of(coef, r, kind, k, i: tl.constexpr):
+    """c_i in the sum; the stream of a `SELECT` is not in it."""
     numbers, apart = coef
     c = tl.load(numbers + r * apart + i)
-    if HEADS:
-        c = tl.where(((kind == CRITICAL) | (kind == CRITICAL_MIX)) & (k == i), 0.0, c)
-    return c
+    return tl.where((kind == SELECT) & (k == i), 0.0, c)
 
 
 @triton.jit
@@ -204,7 +212,6 @@ def streams_of(
     noting,
     NOTE: tl.constexpr,
     STREAMS: tl.constexpr,
-    HEADS: tl.constexpr,
 ):
     """Reads the block of each stream once.
 
@@ -222,7 +229,7 @@ def streams_of(
     raw, plain, chosen = total, total, total
     padding = spread(steered, v)
     for i in tl.static_range(STREAMS):
-        c = weight_of(coef, r, kind, k, i, HEADS)
+        c = weight_of(coef, r, kind, k, i)
         apart = (kind == NUCLEUS) & (k == i)
         summed = (whole | apart) & (c != 0)
         wanted = summed | (alone & (k == i))

@@ -30,7 +30,7 @@ from steering.method import (
     log_softmax,
     refusal,
 )
-from steering.plan import BASE, Recipe, Rule, RuleKind
+from steering.plan import BASE, Ender, Gate, Recipe, Rule, RuleKind
 
 
 class CriticalTokensConfig(MethodConfig):
@@ -74,10 +74,14 @@ class CriticalTokens(Method[CriticalTokensConfig]):
         """The aligned stream alone in the sum, the pretrained one for the rule."""
         hard = config.mode == "hard"
         rule = Rule(
-            RuleKind.CRITICAL if hard else RuleKind.CRITICAL_MIX,
+            RuleKind.SELECT,
             config.pretrained,
             config.threshold if hard else 0.0,
             config.classifier,
+            gate=Gate.HEAD,
+            hard=hard,
+            ender=Ender.SUM,
+            best=hard,
         )
         return Recipe({config.aligned: 1.0, config.pretrained: 1.0}, rule)
 

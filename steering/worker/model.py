@@ -25,6 +25,7 @@ from steering.worker.adapting import sets as lora_sets
 from steering.worker.plan.batches import Int32, Int64
 from steering.worker.plan.ends import EndSets
 from steering.worker.plan.layout import Layout
+from steering.worker.plan.phases import PhasedStep
 from steering.worker.plan.request_state import RequestStates
 from steering.worker.plan.staging import Staging
 from steering.worker.plan.step_plan import StepPlan, plan_step
@@ -340,9 +341,13 @@ class SteeredForCausalLM(nn.Module):
                 out[:, layout.columns(i)] = forward(self._forwards[i], input_ids, positions)
         return out
 
-    def _control(self, plan: StepPlan) -> npt.NDArray[np.float32]:
+    def _control(self, plan: StepPlan) -> npt.NDArray[np.float32] | PhasedStep:
         """[T, S + EXTRA] the control of this step's tokens."""
         control, schedule = plan.tables.control, plan.schedule
+        if (phases := plan.tables.phases) is not None:
+            assert self._view is not None
+            replies = self._view.replies(phases.watched, schedule) if phases.watched.size else None
+            return PhasedStep(phases, schedule, replies)
         if schedule.tokens == len(control):
             return control
         return np.repeat(control, schedule.lengths, axis=0)

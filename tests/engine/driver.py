@@ -31,6 +31,7 @@ from steering.bans import with_bans
 from steering.engine_args import Speculation, StreamSource, steered_engine_args
 from steering.kernels.reference import mix_reference
 from steering.method import Limits, Snapshot
+from steering.phases import begun, with_ids
 from steering.plan import BASE, Recipe, Report, SteeringPlan
 from steering.plugins import discover
 from steering.prompts import align
@@ -40,7 +41,7 @@ from steering.wire import SteeringPayload, pack
 from tests.adapters.models import Applied
 from tests.adapters.models import adapted as adapted_model
 from tests.engine.heads import Headed
-from tests.models import VOCAB_SIZE, make_model
+from tests.models import VOCAB_SIZE, make_model, make_tokenizer
 from tests.reference import Mix, Step, TapModel, decode, load, over_vocabularies
 
 ON_V2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
@@ -208,7 +209,9 @@ class Engine:
         spec = {**case.spec, "prompts": prompts, "report": report}
         wide = Limits(strength=(0, 10), weight=(-10, 10))
         resolved = resolve(spec, methods=METHODS, snapshot=self.snapshot, limits=wide)
-        return resolved.with_prompts({n: tuple(case.own[n]) for n in resolved.prompts})
+        plan = resolved.with_prompts({n: tuple(case.own[n]) for n in resolved.prompts})
+        encode = partial(make_tokenizer().encode, add_special_tokens=False)
+        return begun(with_ids(plan, encode, "steering"), case.prompt)
 
     def adapted(self, case: Case) -> tuple[SteeringPlan | None, AdapterSet | None]:
         """The case's plan with its adapters, and their set."""

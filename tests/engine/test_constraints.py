@@ -14,6 +14,7 @@ import torch
 
 from steering import broken
 from steering.kernels.reference import Scores, log_softmax, mix_reference
+from steering.phases import holding
 from steering.plan import BASE, Recipe
 from tests.engine.driver import Case, Engine, logprobs, tokens
 from tests.engine.heads import Headed, probe, valued
@@ -55,6 +56,23 @@ RULES: dict[str, dict[str, Any] | None] = {
         "top_k": 2,
         "values": [{"stream": "value", "strength": 1.0}],
     },
+    "the likely ids": {"method": "mix", "weights": {"base": 0.4, "short": 0.6}, "top_k": 2},
+    "a share": {"method": "select", "second": "short", "gate": "constant", "share": 0.4},
+    "one stream": {"method": "select", "second": "chat", "gate": "confidence", "threshold": 1.0},
+    "one stream, lacks": {
+        "method": "select",
+        "second": "short",
+        "gate": "confidence",
+        "threshold": 1.0,
+        "ends": "second",
+    },
+    "shared ids": {"method": "safe_decoding", "expert": "chat", "strength": 1.2},
+    "shared ids, lacks": {
+        "method": "safe_decoding",
+        "expert": "short",
+        "shared": 2,
+        "strength": 1.2,
+    },
 }
 
 
@@ -90,18 +108,19 @@ def prompt(rng: random.Random, low: int, high: int) -> list[int]:
 def steered(engine: Engine, case: Case, ids: Sequence[int], ends: Sequence[int] = (EOS,)) -> Scores:
     """[TABLE] the definition's scores after some ids; with values, those of the other ids."""
     plan = engine.plan(case)
-    weights = {BASE: 1.0} if plan is None else dict(plan.weights)
+    part = None if plan is None else holding(plan, ids[len(case.prompt) :]) or plan
+    weights = {BASE: 1.0} if part is None else dict(part.weights)
     rows: dict[str, Any] = {}
     for name in {BASE, *weights} - engine.heads.keys():
         own = scores(load(engine.folders[name]), ids)[-1][:TABLE]
         rows[name] = np.concatenate([own, np.full(TABLE - own.size, -np.inf)])
-        if plan is None:
+        if part is None or (part is plan and plan.phases):  # the base alone, behind a phase
             return own
         rows[name][VOCAB_SIZE:] = -np.inf
-    assert plan is not None
-    if plan.rule.head:
-        rows[plan.rule.head] = np.array([engine.heads[plan.rule.head].read(ids)])
-    return mix_reference(Recipe(weights, plan.rule), rows, ends)
+    assert part is not None
+    if part.rule.head:
+        rows[part.rule.head] = np.array([engine.heads[part.rule.head].read(ids)])
+    return mix_reference(Recipe(weights, part.rule), rows, ends)
 
 
 def grammar(kind: str, spec: Any) -> list[int]:

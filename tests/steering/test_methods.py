@@ -21,6 +21,8 @@ from steering.methods.guidance import Guidance
 from steering.methods.guided_search import GuidedSearch
 from steering.methods.mix import Mix
 from steering.methods.proxy_tuning import ProxyTuning
+from steering.methods.safe_decoding import SafeDecoding
+from steering.methods.select import Select
 from steering.methods.sled import Sled
 from steering.methods.value_augmented import ValueAugmented
 from steering.plan import Recipe, Rule, RuleKind
@@ -65,6 +67,8 @@ METHODS: dict[str, Method[Any]] = {
         Dola(),
         Sled(),
         GuidedSearch(),
+        Select(),
+        SafeDecoding(),
     )
 }
 
@@ -177,6 +181,68 @@ class TestCriticalTokens(MethodConformance):
         ({**CRITICAL, "classifier": "nobody"}, "classifier"),
         ({**CRITICAL, "mode": "medium"}, "mode"),
         ({"method": "critical_tokens", "pretrained": "plain"}, "classifier"),
+    )
+
+
+SELECT = {"method": "select", "second": "plain"}
+BY_HEAD = {**SELECT, "gate": "classifier", "classifier": "critic"}
+DOUBT = {**SELECT, "gate": "confidence"}
+
+
+class TestSelect(MethodConformance):
+    method = Select()
+    streams = {**MethodConformance.streams, "critic": "classifier"}
+    configs = (
+        {**SELECT, "gate": "constant"},
+        {**SELECT, "gate": "constant", "share": 0.9, "first": "chat", "mode": "soft"},
+        {**SELECT, "gate": "constant", "share": 1},
+        BY_HEAD,
+        {**BY_HEAD, "threshold": 0.0, "greedy": True},
+        {**BY_HEAD, "mode": "soft"},
+        {**BY_HEAD, "mode": "soft", "threshold": 0.4, "ends": "first"},
+        DOUBT,
+        {**DOUBT, "threshold": 0.9, "ends": "second"},
+        {**DOUBT, "mode": "soft"},
+        {**DOUBT, "mode": "soft", "threshold": 0.6, "first": "chat", "second": "base"},
+    )
+    zero_config = {**SELECT, "gate": "constant", "share": 0}
+    bad_configs = (
+        (SELECT, "gate"),
+        ({**SELECT, "gate": "random"}, "gate"),
+        ({**SELECT, "gate": "constant", "mode": "hard"}, "mode"),
+        ({**SELECT, "gate": "constant", "share": 1.2}, "share"),
+        ({**SELECT, "gate": "constant", "threshold": 0.5}, "threshold"),
+        ({**DOUBT, "share": 0.5}, "share"),
+        ({**DOUBT, "classifier": "critic"}, "classifier"),
+        ({**DOUBT, "mode": "soft", "ends": "second"}, "ends"),
+        ({**DOUBT, "mode": "soft", "greedy": True}, "greedy"),
+        ({**DOUBT, "threshold": -0.1}, "threshold"),
+        ({**DOUBT, "second": "base"}, "second"),
+        ({**DOUBT, "second": "critic"}, "second"),
+        ({**SELECT, "gate": "classifier"}, ""),
+        ({**BY_HEAD, "classifier": "chat"}, "classifier"),
+    )
+
+
+SAFE = {"method": "safe_decoding", "expert": "twin"}
+
+
+class TestSafeDecoding(MethodConformance):
+    method = SafeDecoding()
+    configs = (
+        SAFE,
+        {**SAFE, "strength": 0.5, "tokens": 1},
+        {**SAFE, "shared": 1, "expert": "chat"},
+    )
+    zero_config = {**SAFE, "strength": 0}
+    bad_configs = (
+        ({**SAFE, "expert": "base"}, "expert"),
+        ({**SAFE, "expert": "value"}, "expert"),
+        ({**SAFE, "tokens": 0}, "tokens"),
+        ({**SAFE, "shared": 0}, "shared"),
+        ({**SAFE, "shared": 65}, "shared"),
+        ({**SAFE, "strength": -1}, "strength"),
+        ({**SAFE, "phases": [{"first": 3, "strength": 1}]}, "phases"),
     )
 
 
@@ -326,6 +392,20 @@ class TestMix(MethodConformance):
         {"method": "mix", "weights": {"base": 1.0, "chat": 0.6, "plain": -0.6}},
         {"method": "mix", "weights": {"chat": 1}},
         {"method": "mix", "weights": {"base": 0, "chat": 0.5, "plain": 0.5, "twin": 0.0}},
+        {"method": "mix", "weights": {"base": 0.2, "chat": 0.8}, "top_k": 10},
+        {
+            "method": "mix",
+            "weights": {"base": 1, "plain": -0.8},
+            "top_share": 0.1,
+            "plausibility": 0.1,
+        },
+        {
+            "method": "mix",
+            "weights": {"base": 1, "chat": -0.5},
+            "plausibility": 0.3,
+            "judge": "chat",
+        },
+        {"method": "mix", "weights": {"base": 1, "chat": -0.5}, "top_share": 1},
     )
     zero_config = {"method": "mix", "weights": {"base": 1.0}}
     bad_configs = (
@@ -337,6 +417,10 @@ class TestMix(MethodConformance):
         ({"method": "mix", "weights": {"base": 1, "nobody": 1}}, "weights.nobody"),
         ({"method": "mix", "weights": {"base": 1, "value": 1}}, "weights.value"),
         ({"method": "mix"}, "weights"),
+        ({"method": "mix", "weights": {"base": 1}, "top_k": 0}, "top_k"),
+        ({"method": "mix", "weights": {"base": 1}, "top_k": 3, "top_share": 0.1}, "top_share"),
+        ({"method": "mix", "weights": {"base": 1}, "top_k": 3, "judge": "chat"}, "judge"),
+        ({"method": "mix", "weights": {"chat": 1}, "top_k": 3}, "judge"),
     )
 
 

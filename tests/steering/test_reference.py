@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steering.kernels.reference import SET_BACK, best_reply, log_softmax, mix_reference, nucleus
-from steering.plan import Recipe, Rule, RuleKind
+from steering.kernels.reference import (
+    FLOOR,
+    SET_BACK,
+    best_reply,
+    log_softmax,
+    mix_reference,
+    nucleus,
+    shared,
+)
+from steering.plan import Ender, Gate, Recipe, Rule, RuleKind
 
 NEVER = -math.inf
+SOFT = Rule(RuleKind.SELECT, "twin", 0.0, "critic", gate=Gate.HEAD, ender=Ender.SUM)
+HARD = replace(SOFT, param=0.5, hard=True, best=True)
 
 
 def log(*probabilities: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -130,12 +141,12 @@ def test_what_is_set_back_has_no_weight_at_temperature_two(size: int) -> None:
     assert np.exp(log_softmax(z / 2))[1:].sum() < 1e-38  # below the least normal float32
 
 
-@pytest.mark.parametrize("kind", [RuleKind.CRITICAL, RuleKind.CRITICAL_MIX])
-def test_a_critical_row_has_the_scale_of_its_aligned_sum(kind: RuleKind) -> None:
+@pytest.mark.parametrize("rule", [HARD, SOFT])
+def test_a_selecting_row_has_the_scale_of_its_sum(rule: Rule) -> None:
     """Penalties depend on a score's sign, so no row of a request may have another constant."""
     aligned, pretrained = log(0.5, 0.3, 0.2) + 11, log(0.2, 0.1, 0.7) - 30
     logits = {"base": aligned, "twin": pretrained}
-    weights, rule = {"base": 1.0, "twin": 1.0}, Rule(kind, "twin", 0.5, "critic")
+    weights = {"base": 1.0, "twin": 1.0}
     sums = [
         mix_reference(Recipe(weights, rule), logits | {"critic": np.array([odds])}, [0])
         for odds in (-800.0, -2.0, 2.0, 800.0)
@@ -147,13 +158,80 @@ def test_a_critical_row_has_the_scale_of_its_aligned_sum(kind: RuleKind) -> None
 
 
 @pytest.mark.parametrize("odds", [-800.0, -2.0, 2.0, 800.0])
-@pytest.mark.parametrize("kind", [RuleKind.CRITICAL, RuleKind.CRITICAL_MIX])
-def test_a_critical_row_has_a_score_for_ids_that_its_stream_lacks(
-    kind: RuleKind, odds: float
-) -> None:
+@pytest.mark.parametrize("rule", [HARD, SOFT])
+def test_a_selecting_row_has_a_score_for_ids_that_its_stream_lacks(rule: Rule, odds: float) -> None:
     logits = {"base": log(0.5, 0.3, 0.2), "twin": log(0.9, 0.1, 0.0), "critic": np.array([odds])}
-    weights, rule = {"base": 1.0, "twin": 1.0}, Rule(kind, "twin", 0.5, "critic")
+    weights = {"base": 1.0, "twin": 1.0}
     assert np.isfinite(mix_reference(Recipe(weights, rule), logits)).all()
+
+
+BASE_P, TWIN_P = (0.5, 0.3, 0.15, 0.05), (0.1, 0.2, 0.3, 0.4)
+
+
+def selected(rule: Rule, odds: float = 0.0, ends: tuple[int, ...] = ()) -> list[float]:
+    """Probabilities of a row over four ids."""
+    logits = {"base": log(*BASE_P) + 7, "twin": log(*TWIN_P) - 3, "critic": np.array([odds])}
+    z = mix_reference(
+        Recipe({"base": 1.0, "twin": 1.0}, replace(rule, stream="twin")), logits, ends
+    )
+    return [float(p) for p in np.exp(log_softmax(z))]
+
+
+def mixture(share: float) -> list[float]:
+    return [(1 - share) * p + share * q for p, q in zip(BASE_P, TWIN_P, strict=True)]
+
+
+def test_a_soft_gate_adds_probabilities() -> None:
+    assert selected(Rule(RuleKind.SELECT, param=0.25)) == pytest.approx(mixture(0.25))
+    by_head = Rule(RuleKind.SELECT, head="critic", gate=Gate.HEAD)
+    assert selected(by_head, math.log(4)) == pytest.approx(mixture(0.8))
+    assert selected(replace(by_head, param=0.85), math.log(4)) == pytest.approx(BASE_P), "closed"
+    doubt = Rule(RuleKind.SELECT, param=1.0, gate=Gate.DOUBT)
+    assert selected(doubt) == pytest.approx(mixture(0.5))
+
+
+def test_a_hard_gate_takes_one_row() -> None:
+    doubt = Rule(RuleKind.SELECT, gate=Gate.DOUBT, hard=True)
+    assert selected(replace(doubt, param=0.49)) == pytest.approx(BASE_P)
+    assert selected(replace(doubt, param=0.51)) == pytest.approx(TWIN_P)
+    by_head = Rule(RuleKind.SELECT, "", 0.5, "critic", gate=Gate.HEAD, hard=True)
+    assert selected(by_head, 0.01) == pytest.approx(TWIN_P)
+    assert selected(by_head, -0.01) == pytest.approx(BASE_P)
+    assert selected(replace(by_head, best=True), 1.0) == pytest.approx([0, 0, 0, 1])
+
+
+def test_who_may_end_the_text() -> None:
+    doubt = Rule(RuleKind.SELECT, param=0.1, gate=Gate.DOUBT, hard=True, ender=Ender.STREAM)
+    assert selected(doubt, ends=(0,)) == pytest.approx(TWIN_P), "the sum would end it"
+    assert selected(doubt, ends=(1,)) == pytest.approx(BASE_P)
+    barred = replace(doubt, param=1.0, ender=Ender.SUM)
+    assert selected(barred, ends=(3,)) == pytest.approx([1 / 6, 2 / 6, 3 / 6, 0])
+
+
+def test_ids_that_both_top_lists_share() -> None:
+    # Ranks 0 1 2 3 and 3 2 1 0: one in common at n = 3, then all four.
+    assert shared(log(*BASE_P), log(*TWIN_P), 1).tolist() == [False, True, True, False]
+    assert shared(log(*BASE_P), log(*TWIN_P), 3).tolist() == [True] * 4
+    assert shared(log(0.4, 0.3, 0.2, 0.1), log(0.3, 0.4, 0.1, 0.2), 1).tolist() == [
+        True, True, False, False,
+    ]  # fmt: skip
+    # 3 p_twin − 2 p_base: only the ids inside, and never below the floor.
+    found = selected(Rule(RuleKind.SELECT, param=3.0, count=1))
+    inside = [1e-8, 3 * 0.3 - 2 * 0.15]
+    assert found == pytest.approx([0, inside[0] / sum(inside), inside[1] / sum(inside), 0])
+    assert math.exp(FLOOR) == pytest.approx(1e-8)
+
+
+def test_a_count_keeps_ids_that_a_share_would_not() -> None:
+    logits = {"base": log(*BASE_P)}
+
+    def kept(param: float, count: float) -> int:
+        rule = Rule(RuleKind.PLAUSIBLE, "base", param, count=count)
+        return int((mix_reference(Recipe({"base": 1.0}, rule), logits) > -100).sum())
+
+    assert [kept(1.0, n) for n in (0, 1, 2, 3, 9)] == [1, 1, 2, 3, 4]
+    assert (kept(0.25, 1), kept(0.25, 2), kept(0.05, 2)) == (3, 3, 4)
+    assert (kept(1.0, 0.5), kept(1.0, 0.76), kept(1.0, 0.01)) == (2, 3, 1), "shares of the table"
 
 
 def test_nucleus_masks_the_delta_and_keeps_the_ids() -> None:

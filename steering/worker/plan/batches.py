@@ -35,6 +35,8 @@ class Schedule:
         computed: [Q] tokens computed before this step.
         draws: [Q] whether the step draws a token for the request: not inside a chunked prompt.
         drafts: [Q] how many drafts the step verifies: the last tokens of the request.
+        exact: False where `computed` may be too large, since the host does not know yet how many
+            drafts were accepted.
     """
 
     request_ids: Sequence[str]
@@ -42,6 +44,7 @@ class Schedule:
     computed: Int32
     draws: Bool
     drafts: Int32
+    exact: bool = True
 
     @property
     def lengths(self) -> Int32:

@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-RULE_KIND, RULE_STREAM, RULE_PARAM, RULE_HEAD, ENDS, LAYERS, LAYERS_RATE, LAYERS_TOP_K = range(8)
-EXTRA = 8
-"""Control columns behind the S coefficients: rule kind, its stream, parameter and head, set of ids
-that end a text; kind, rate and k of the rule over layers."""
+RULE_KIND, RULE_STREAM, RULE_PARAM, RULE_COUNT, RULE_OPTIONS, RULE_HEAD, ENDS = range(7)
+LAYERS, LAYERS_RATE, LAYERS_TOP_K = range(7, 10)
+EXTRA = 10
+"""Control columns behind the S coefficients: rule kind, its stream, parameter, count, options and
+head, set of ids that end a text; kind, rate and k of the rule over layers."""
 
 
 class Control(NamedTuple):
@@ -31,6 +32,10 @@ class Control(NamedTuple):
     """[R] index of the stream that the rule reads."""
     param: torch.Tensor
     """[R] the rule's parameter."""
+    counts: torch.Tensor
+    """[R] the rule's count."""
+    options: torch.Tensor
+    """[R] the rule's options."""
     head: torch.Tensor
     """[R] index of the head that the rule reads; any number if it reads none."""
     ends: torch.Tensor
@@ -131,6 +136,8 @@ class Layout:
             extra[:, RULE_KIND],
             stream,
             extra[:, RULE_PARAM],
+            extra[:, RULE_COUNT],
+            extra[:, RULE_OPTIONS],
             extra[:, RULE_HEAD],
             extra[:, ENDS],
             extra[:, LAYERS],

@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from steering.plan import BASE, CRITICAL_KINDS, AdapterUse, Values
+from steering.plan import BASE, AdapterUse, Gate, Phase, Rule, RuleKind, Text, Values
 from steering.wire import SteeringPayload
 from steering.worker.plan.batches import Bool, Int32, Int64, OwnPrompts
 from steering.worker.plan.ends import Own
@@ -27,11 +27,14 @@ from steering.worker.plan.layout import (
     LAYERS,
     LAYERS_RATE,
     LAYERS_TOP_K,
+    RULE_COUNT,
     RULE_HEAD,
     RULE_KIND,
+    RULE_OPTIONS,
     RULE_PARAM,
     RULE_STREAM,
 )
+from steering.worker.plan.phases import FAR, PhaseLine, PhaseTables
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class RequestState:
         ends: ids that end its text beside the base's, if its rule or values ask.
         prompt: tokens of its prompt, padding included, without an earlier reply.
         likelihoods: indices of streams whose log-probabilities of drawn tokens the report has.
+        phases: what holds for some of its reply's tokens.
     """
 
     control: npt.NDArray[np.float32]
@@ -65,6 +69,24 @@ class RequestState:
     ends: Own = ()
     prompt: int = 0
     likelihoods: tuple[int, ...] = ()
+    phases: tuple[PhaseLine, ...] = ()
+
+    @property
+    def gated(self) -> tuple[bool, float] | None:
+        """(whether the gate is hard, its threshold) if the rule reads a classifier head; None for
+        others, and for a request whose rule differs between phases.
+        """
+        extra = self.control[self.uses.size :]
+        options = int(extra[RULE_OPTIONS])
+        if self.phases or extra[RULE_KIND] != RuleKind.SELECT or options & 3 != Gate.HEAD:
+            return None
+        return bool(options & 4), float(extra[RULE_PARAM])
+
+    def alone(self, i: int) -> bool:
+        """Whether a report has what stream i by itself would choose. Which streams a row sums that
+        has phases is not known here.
+        """
+        return self.tokens and not self.phases and bool(self.control[i] != 0)
 
 
 def request_state(
@@ -105,15 +127,9 @@ def request_state(
     control[0], uses[0] = 0.0, False
     for name in (*plan.bodies, *plan.likelihoods):
         uses[index[name]] = True
-    for name, weight in plan.weights:
-        control[index[name]] = weight
-        uses[index[name]] = True
+    for name in plan.summed:
         uses[index[taps.get(name, name)]] = True
-    control[size + RULE_KIND] = float(plan.rule.kind)
-    control[size + RULE_STREAM] = index[plan.rule.stream] if plan.rule.kind else 0
-    control[size + RULE_PARAM] = plan.rule.param
-    if plan.rule.kind in CRITICAL_KINDS:
-        control[size + RULE_HEAD] = heads.index(plan.rule.head)
+    _write(control, plan.weights, plan.rule, index, heads)
     offsets = np.full(size, payload.pad, np.int32)
     for name, token_ids in plan.prompts:
         if name != BASE:
@@ -126,7 +142,7 @@ def request_state(
         control[size + LAYERS_RATE] = plan.layers.rate
         control[size + LAYERS_TOP_K] = plan.layers.top_k
     tokens = plan.report == "tokens"
-    asks = plan.rule.kind in CRITICAL_KINDS or plan.values is not None
+    asks = any(r.kind is RuleKind.SELECT for r in plan.rules) or plan.values is not None
     return RequestState(
         control,
         uses,
@@ -140,7 +156,40 @@ def request_state(
         ends if asks else (),
         prompt_len,
         tuple(index[name] for name in plan.likelihoods),
+        tuple(_phase(phase, index, heads) for phase in plan.phases),
     )
+
+
+def _phase(phase: Phase, index: Mapping[str, int], heads: Sequence[str]) -> PhaseLine:
+    control, span = np.zeros(len(index) + EXTRA, np.float32), phase.span
+    _write(control, phase.weights, phase.rule, index, heads)
+    stop = FAR if span.stop is None else span.stop
+    return PhaseLine(control, span.start, stop, _ids(span.after), _ids(span.until))
+
+
+def _ids(text: Text | None) -> tuple[int, ...]:
+    if text is not None and not text.ids:
+        raise ValueError(f"the tokens of a phase's text are missing: {text.text!r}")
+    return () if text is None else text.ids
+
+
+def _write(
+    control: npt.NDArray[np.float32],
+    weights: Sequence[tuple[str, float]],
+    rule: Rule,
+    index: Mapping[str, int],
+    heads: Sequence[str],
+) -> None:
+    """Writes coefficients and a rule into a line of control, [S + EXTRA]."""
+    for name, weight in weights:
+        control[index[name]] = weight
+    extra = control[len(index) :]
+    extra[RULE_KIND] = float(rule.kind)
+    extra[RULE_STREAM] = index[rule.stream] if rule.kind else 0
+    extra[RULE_PARAM], extra[RULE_COUNT] = rule.param, rule.count
+    extra[RULE_OPTIONS] = rule.options
+    if rule.reads_head:
+        extra[RULE_HEAD] = heads.index(rule.head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +212,7 @@ class BatchTables:
         full_batch: [S] streams that run exactly what vLLM scheduled: every row, from its first
             token.
         shares_batch_with: [S] the first stream that runs the same tokens at the same positions.
+        phases: of requests that have any; None: none has.
     """
 
     control: npt.NDArray[np.float32]
@@ -179,6 +229,7 @@ class BatchTables:
     uniform_sum: bool
     full_batch: tuple[bool, ...]
     shares_batch_with: tuple[int, ...]
+    phases: PhaseTables | None = None
 
     @classmethod
     def of(cls, states: Sequence[RequestState], always: bool = False) -> Self:
@@ -197,12 +248,16 @@ class BatchTables:
         streams = uses.shape[1]
         reported = tuple((row, s) for row, s in enumerate(states) if s.tag)
         valued = tuple((row, s.values) for row, s in enumerate(states) if s.values is not None)
-        has_rules = bool(control[:, [streams + RULE_KIND, streams + LAYERS]].any() or valued)
         plain = np.zeros(streams + EXTRA, np.float32)
         plain[0] = 1.0
         steered = bool((control != plain).any() or offsets.any() or reported or valued)
         sets: dict[Own, int] = {(): 0}
         control[:, streams + ENDS] = [sets.setdefault(s.ends, len(sets)) for s in states]
+        phases = PhaseTables.of(
+            control, [s.phases for s in states], [s.prompt for s in states], streams + ENDS
+        )
+        lines = control if phases is None else phases.lines
+        has_rules = bool(lines[:, [streams + RULE_KIND, streams + LAYERS]].any() or valued)
         prompts = tuple(OwnPrompts.of([s.prompts[i] for s in states]) for i in range(streams))
         own = np.array([p is not None for p in prompts])
         lags: Bool = np.any(offsets, axis=0)
@@ -221,11 +276,12 @@ class BatchTables:
             reported=reported,
             valued=valued,
             ends=tuple(sets),
-            steered=steered,
+            steered=steered or phases is not None,
             has_rules=has_rules,
-            uniform_sum=not has_rules and _uniform(control[:, :streams], uses),
+            uniform_sum=not has_rules and phases is None and _uniform(control[:, :streams], uses),
             full_batch=tuple(full.tolist()),
             shares_batch_with=_sharing(uses, offsets, own),
+            phases=phases,
         )
 
     def ends_of(self, rows: Sequence[int]) -> npt.NDArray[np.float32]:

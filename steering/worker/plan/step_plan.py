@@ -11,9 +11,9 @@ from typing import Self
 
 import numpy as np
 
-from steering.plan import CRITICAL_KINDS, LayerKind, RuleKind, Values
+from steering.plan import Gate, LayerKind, RuleKind, Values
 from steering.worker.plan.batches import Schedule, StreamBatch, stream_batch
-from steering.worker.plan.layout import LAYERS, RULE_HEAD, RULE_KIND
+from steering.worker.plan.layout import LAYERS, RULE_COUNT, RULE_HEAD, RULE_KIND, RULE_OPTIONS
 from steering.worker.plan.request_state import BatchTables
 
 
@@ -28,6 +28,8 @@ class Classes:
         valued: whether value streams add to any row.
         uniform_sum: whether every row sums the same streams, the base and more.
         layers: rules over layers that occur.
+        searched: whether any has a nucleus, or a count of plausible ids above 1.
+        shared: whether any `SELECT` has a count.
     """
 
     active: tuple[bool, ...]
@@ -36,10 +38,13 @@ class Classes:
     valued: bool = False
     uniform_sum: bool = False
     layers: frozenset[LayerKind] = frozenset()
+    searched: bool = False
+    shared: bool = False
 
     @classmethod
     def all(cls, streams: int, heads: int = 0, taps: bool = False) -> Self:
-        """Classes of rows about which nothing is known: vLLM's dummy runs.
+        """Classes of rows about which nothing is known: vLLM's dummy runs. What is shared of top
+        lists is none of theirs: it would only take time.
 
         Args:
             streams: S.
@@ -47,24 +52,39 @@ class Classes:
             taps: whether there are any.
         """
         layers = frozenset(LayerKind) - {LayerKind.NONE} if taps else frozenset()
-        rules = frozenset(RuleKind)
-        return cls((True,) * streams, rules, tuple(range(heads)), True, layers=layers)
+        rules, known = frozenset(RuleKind), tuple(range(heads))
+        return cls((True,) * streams, rules, known, True, layers=layers, searched=True)
 
     @classmethod
-    def of(cls, active: tuple[bool, ...], tables: BatchTables) -> Self:
-        """The classes of the rows of a step's requests."""
+    def of(
+        cls, active: tuple[bool, ...], tables: BatchTables, schedule: Schedule | None = None
+    ) -> Self:
+        """The classes of the rows of a step's requests.
+
+        Args:
+            active: [S] streams that run.
+            tables: of the requests.
+            schedule: of the step; None: any phase of theirs may hold.
+        """
         if not tables.has_rules:
             return cls(active, uniform_sum=tables.uniform_sum)
-        extra = tables.control[:, len(active) :]
-        kinds = extra[:, RULE_KIND].astype(np.int64)
-        critical = np.isin(kinds, [*CRITICAL_KINDS])
+        lines = tables.control
+        if tables.phases is not None:
+            lines = tables.phases.possible(schedule) if schedule else tables.phases.lines
+        extra = lines[:, len(active) :]
+        kinds, counts = extra[:, RULE_KIND].astype(np.int64), extra[:, RULE_COUNT]
+        select, plausible = kinds == RuleKind.SELECT, kinds == RuleKind.PLAUSIBLE
+        reads = select & (extra[:, RULE_OPTIONS].astype(np.int64) & 3 == Gate.HEAD)
+        several = plausible & (counts > 0) & (counts != 1)
         return cls(
             active,
             frozenset(map(RuleKind, np.unique(kinds))) - {RuleKind.SUM},
-            tuple(np.unique(extra[critical, RULE_HEAD]).astype(np.int64).tolist()),
+            tuple(np.unique(extra[reads, RULE_HEAD]).astype(np.int64).tolist()),
             bool(tables.valued),
             layers=frozenset(map(LayerKind, np.unique(extra[:, LAYERS]).astype(np.int64).tolist()))
             - {LayerKind.NONE},
+            searched=bool(((kinds == RuleKind.NUCLEUS) | several).any()),
+            shared=bool((select & (counts > 0)).any()),
         )
 
     @property
@@ -124,6 +144,6 @@ def plan_step(schedule: Schedule, tables: BatchTables) -> StepPlan:
         schedule,
         tables,
         tuple(batches),
-        Classes.of(active, tables),
+        Classes.of(active, tables, schedule),
         valued,
     )

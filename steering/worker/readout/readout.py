@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from steering.kernels.layers import Contrast
-from steering.kernels.mix import NEVER, Measures, measure, mix, rows_where
-from steering.plan import CRITICAL_KINDS, LayerKind
+from steering.kernels.mix import NEVER, Measures, Options, Rules, measure, mix, rows_where
+from steering.plan import Gate, LayerKind, RuleKind
 from steering.worker.plan.ends import EndSets
 from steering.worker.plan.layout import Control, Layout
 from steering.worker.plan.step_plan import Classes
@@ -335,9 +335,8 @@ class Readout:
     def _log_odds(self, hidden: torch.Tensor, control: Control, classes: Classes) -> torch.Tensor:
         """[R] float32: the number of each row's classifier head; 0 where its rule reads none."""
         odds = torch.zeros_like(control.kind)
-        reads = torch.zeros_like(odds, dtype=torch.bool)
-        for kind in CRITICAL_KINDS:
-            reads |= control.kind == float(kind)
+        reads = Options.of(control.options).gate[:, 0] == Gate.HEAD
+        reads &= control.kind == float(RuleKind.SELECT)
         for h in classes.heads:
             own, (stream, head) = reads & (control.head == h), self.heads[h]
             rows = self.rows_where(own)
@@ -392,19 +391,26 @@ class Readout:
         logits: list[torch.Tensor | None] = [base]
         for i, scores in enumerate(plain.streams[1:], 1):
             logits.append(None if scores is None else self.on_rows(i, scores, base, rows))
-        critical = plain.critical
-        z = mix(
-            logits,
-            control.coef,
-            control.kind if classes.rules else None,
+        odds = plain.critical
+        odds = odds if odds is None or rows is None else odds[rows]
+        rules = self._rules(control, classes, odds) if classes.rules else None
+        z = mix(logits, control.coef, rules, self._lacking(classes.active))
+        return z if self.padded is None else z.index_fill_(1, self.padded, NEVER)
+
+    def _rules(self, control: Control, classes: Classes, odds: torch.Tensor | None) -> Rules:
+        """The rules of the rows of `control`."""
+        return Rules(
+            control.kind,
             control.stream,
             control.param,
-            self._lacking(classes.active),
-            critical if critical is None or rows is None else critical[rows],
+            control.counts,
+            control.options,
+            odds,
             self.ends.of(control.ends),
             classes.rules,
+            classes.searched,
+            classes.shared,
         )
-        return z if self.padded is None else z.index_fill_(1, self.padded, NEVER)
 
     def on_rows(
         self,

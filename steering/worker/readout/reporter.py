@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from steering.plan import BASE, CRITICAL_KINDS, RuleKind
+from steering.plan import BASE
 from steering.worker.adapting.groups import Routed
 from steering.worker.plan.batches import Int64
-from steering.worker.plan.layout import RULE_KIND, RULE_PARAM, Layout
+from steering.worker.plan.layout import Layout
 from steering.worker.plan.request_state import BatchTables, RequestState
 from steering.worker.plan.staging import HostCopy
 from steering.worker.plan.step_plan import StepPlan
@@ -92,7 +92,7 @@ class StepReport:
         names = sorted({name for state in states for name in state.heads})
         detail = where(state.tokens for state in states)
         streams = [i for i, has in enumerate(scored) if i and has and plan.classes.active[i]]
-        used = {i: where(s.tokens and s.control[i] != 0 for s in states) for i in streams}
+        used = {i: where(s.alone(i) for s in states) for i in streams}
         read = sorted({i for state in states for i in state.likelihoods})
         apart = (
             i for i in read if i and any(i in s.likelihoods and not s.control[i] for s in states)
@@ -105,7 +105,7 @@ class StepReport:
             requests,
             rows - drawing.starts[requests],
             detail,
-            where(_rule(state)[0] in CRITICAL_KINDS for state in states),
+            where(state.gated is not None for state in states),
             {name: where(name in state.heads for state in states) for name in names},
             {i: which for i, which in used.items() if which.size},
             {i: where(i in state.likelihoods for state in states) for i in read},
@@ -354,12 +354,6 @@ def _log_probability(scores: torch.Tensor, mass: torch.Tensor, ids: torch.Tensor
     return scores.gather(1, ids.long()[:, None])[:, 0] - mass
 
 
-def _rule(state: RequestState) -> tuple[int, float]:
-    """(kind, parameter) of a request's rule."""
-    extra = state.control[state.uses.size :]
-    return int(extra[RULE_KIND]), float(extra[RULE_PARAM])
-
-
 def _fill(sent: _Sent) -> None:
     numbers, start = sent.copy.read().numpy(), 0
     measured: list[dict[str, Any]] = [{} for _ in sent.report.rows]
@@ -383,9 +377,8 @@ def _entry(state: RequestState, row: dict[str, Any]) -> dict[str, Any]:
     entry["changed"] = row["choice"] != row["base_choice"]
     if (probability := row.get("critical_probability")) is not None:
         entry["critical_probability"] = probability
-        kind, threshold = _rule(state)
-        if kind == RuleKind.CRITICAL:
-            entry["critical"] = probability > threshold
+        if state.gated is not None and state.gated[0]:
+            entry["critical"] = probability > state.gated[1]
     for part in ("heads", "likelihoods"):
         if part in row:
             entry[part] = row[part]

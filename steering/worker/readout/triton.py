@@ -14,7 +14,6 @@ from vllm.platforms import current_platform
 
 from steering.kernels.layers import Contrast
 from steering.kernels.mix import FEW_ROWS, Measures
-from steering.plan import RuleKind
 from steering.worker.plan.layout import Control
 from steering.worker.plan.step_plan import Classes
 from steering.worker.readout.readout import Mixed, Readout
@@ -41,29 +40,24 @@ class TritonReadout(Readout):
     def _mixed(
         self, plain: Mixed, control: Control, classes: Classes, reported: torch.Tensor | None
     ) -> Mixed:
-        from steering.kernels.triton_mix import Additions, Rule, read_out
+        from steering.kernels.triton_mix import Additions, read_out
 
+        if classes.shared:  # the kernels have no ranks; such rows are few, at the start of replies
+            return super()._mixed(plain, control, classes, reported)
         base = plain.base
         logits = [base, *(None if s is None else s.own for s in plain.streams[1:])]
         if any(s is not None and s.dtype != base.dtype for s in logits):
             logits = [None if s is None else s.float() for s in logits]
-        rule = additions = asking = None
+        rules = additions = asking = None
         if classes.has_rules:
-            rule = Rule(
-                control.kind,
-                control.stream,
-                control.param,
-                self._odds(plain),
-                RuleKind.NUCLEUS in classes.rules,
-                self.ends.of(control.ends),
-            )
+            rules = self._rules(control, classes, self._odds(plain))
             additions = Additions(control.ids, control.added) if self.layout.candidates else None
         if reported is not None:
             asking = base.new_zeros(len(base), dtype=torch.float32).index_fill_(0, reported, 1.0)
         z, measures = read_out(
             logits,
             control.coef,
-            rule,
+            rules,
             self._lacking(classes.active),
             self._marked(base),
             additions,
@@ -82,9 +76,9 @@ class TritonReadout(Readout):
     def rows_where(self, mask: torch.Tensor) -> None:
         """All rows: the kernels read the control."""
 
-    def _odds(self, plain: Mixed) -> torch.Tensor | None:
-        """The rows' log-odds; zeros where a model with heads has none to read: no variant more."""
-        if plain.critical is None and self.heads:
+    def _odds(self, plain: Mixed) -> torch.Tensor:
+        """The rows' log-odds; zeros where there are none to read: no variant more."""
+        if plain.critical is None:
             return torch.zeros(len(plain.base), device=plain.base.device)
         return plain.critical
 

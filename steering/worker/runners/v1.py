@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from steering.refused import refused_config
 from steering.wire import unpack
-from steering.worker.plan.batches import Int64, Schedule
+from steering.worker.plan.batches import Int32, Int64, Schedule
 from steering.worker.plan.request_state import RequestStates
 from steering.worker.readout.watch import Watch
 from steering.worker.runners.view import RunnerView, Sampled
@@ -86,6 +86,11 @@ class V1View(RunnerView):
         """See `RunnerView`."""
         sets: Int64 = self.runner.input_batch.request_lora_mapping[:requests]
         return sets
+
+    def replies(self, rows: Int64, schedule: Schedule) -> Sequence[Int32]:
+        """See `RunnerView`. V1 puts drafts behind the tokens that are there."""
+        ids, ends = self.runner.input_batch.token_ids_cpu, schedule.computed + schedule.lengths
+        return [np.array(ids[row, : ends[row]], np.int32) for row in rows]
 
     def _hold_generators(self, draws: Any) -> None:
         """Keeps the random generators of rows that draw no token in this step out of the sampler.

@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from steering.refused import refused_config
 from steering.wire import unpack
 from steering.worker.plan.batches import Int64, Schedule
+from steering.worker.plan.phases import Replies
 from steering.worker.plan.request_state import RequestStates
 from steering.worker.readout.watch import Watch
 from steering.worker.runners.v2_speculator import StreamSpeculator
@@ -107,6 +108,7 @@ class V2View(RunnerView):
             batch.num_computed_tokens_np.astype(np.int32),
             ends >= batch.prefill_len_np,
             np.zeros(count, np.int32) if drafts is None else drafts,
+            self.runner.speculative_config is None,
         )
 
     def block_table(self, kv_group: int) -> tuple[torch.Tensor, int]:
@@ -130,6 +132,11 @@ class V2View(RunnerView):
         """See `RunnerView`."""
         sets: Int64 = self.runner.lora_state.lora_ids[self._rows].astype(np.int64)
         return sets
+
+    def replies(self, rows: Int64, schedule: Schedule) -> Replies:
+        """See `RunnerView`."""
+        slots = self._rows[rows].astype(np.int64)
+        return Replies(self.runner.req_states.all_token_ids.gpu, slots)
 
     def draft_with(self, draft: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         """Drafts after each step; see `StreamSpeculator.draft`."""

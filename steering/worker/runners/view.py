@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from steering.worker.plan.batches import Int64, Schedule
+from steering.worker.plan.batches import Int32, Int64, Schedule
+from steering.worker.plan.phases import Replies
 from steering.worker.readout.watch import Watch
 
 Sampled = Callable[[torch.Tensor], None]
@@ -51,6 +52,15 @@ class RunnerView(ABC):
     @abstractmethod
     def adapter_sets(self, requests: int) -> Int64:
         """[Q] ids of the requests' sets of adapters, 0 for none."""
+
+    @abstractmethod
+    def replies(self, rows: Int64, schedule: Schedule) -> Sequence[Int32] | Replies:
+        """The tokens of some of the step's requests, prompts and this step's included.
+
+        Args:
+            rows: [m] of the step.
+            schedule: of the step.
+        """
 
     @abstractmethod
     def observe(self, watch: Watch, sampled: Sampled) -> None:

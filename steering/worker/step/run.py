@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from steering.worker.plan.batches import Candidates, Int64, StreamBatch
+from steering.worker.plan.phases import PhasedStep
 from steering.worker.plan.staging import StagedBatch, Staging
 from steering.worker.plan.step_plan import StepPlan
 from steering.worker.readout.overlaps import read_as
@@ -81,7 +82,7 @@ class Step(Passes):
         plan: StepPlan,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
-        control: npt.NDArray[np.float32],
+        control: npt.NDArray[np.float32] | PhasedStep,
         staging: Staging,
     ) -> torch.Tensor:
         """[T, width] the hidden states of all streams and the control.
@@ -90,13 +91,20 @@ class Step(Passes):
             plan: of the step.
             input_ids: [T] the base's ids, padding included.
             positions: [T].
-            control: [t ≤ T, S + EXTRA].
+            control: [t ≤ T, S + EXTRA], or what it depends on.
             staging: is sent, with what the passes read.
         """
         layout, device = self.readout.layout, positions.device
         out = torch.zeros(positions.shape[0], layout.width, dtype=layout.dtype, device=device)
         active = plan.classes.active
-        staging.add([control], lambda there: layout.write_control(out, there[0]))
+        if isinstance(control, PhasedStep):
+            phased = control.control
+            staging.add(
+                control.arrays(),
+                lambda there: layout.write_control(out, phased(there, input_ids, positions)),
+            )
+        else:
+            staging.add([control], lambda there: layout.write_control(out, there[0]))
         batches = [(i, plan.batches[i]) for i, _ in enumerate(self.names) if active[i]]
         runs = self._runs(batches, positions)
         valued = self._plan_values(plan, staging) if plan.valued else None

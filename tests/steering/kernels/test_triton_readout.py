@@ -49,7 +49,7 @@ def test_compiles_for_nvidia_gpus(
     sizes = ("i32",) * STREAMS
     source = ((values,) * STREAMS, sizes, sizes, sizes, "*u8")
     read: dict[str, Any] = {"source": source}
-    rules: dict[str, Any] = {"rules": (("*fp32",) * 5, ("i32",) * 5, "*u8", "i32")}
+    rules: dict[str, Any] = {"rules": (("*fp32",) * 7, ("i32",) * 7, "*u8", "i32")}
     row: dict[str, Any] = {"coef": ("*fp32", "i32")} | rules
     row |= {"more": ("*fp32", "*fp32", "i32"), "reported": "*fp32"}
     row |= {"out": ("*fp32", "i32", "i32", "*fp32"), "found": "*fp32"}
@@ -57,7 +57,7 @@ def test_compiles_for_nvidia_gpus(
     for rows, everything in ((1, True), (256, True), (256, False)):
         cut = Blocks.of(rows)
         static = {"STREAMS": STREAMS, "MARKED": everything}
-        flags: dict[str, Any] = dict.fromkeys(("RULES", "HEADS", "LACKING"), everything)
+        flags: dict[str, Any] = dict.fromkeys(("RULES", "LACKING"), everything)
         flags |= {"CANDIDATES": 20 * everything, "PLACES": 32, "REPORTS": everything}
         blocks = {"BLOCK": cut.size, "BLOCKS": 262144 // cut.size}
         first = compiled(

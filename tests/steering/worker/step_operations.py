@@ -27,7 +27,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from steering.plan import BASE, Report, Rule, RuleKind, SteeringPlan, Values
+from steering.plan import BASE, Gate, Report, Rule, RuleKind, SteeringPlan, Values
 from steering.wire import SteeringPayload
 from steering.worker.plan import ends as ends_module
 from steering.worker.plan import staging as staging_module
@@ -59,10 +59,18 @@ PLANS: dict[str, tuple[SteeringPlan | None, ...]] = {
     "a sum beside plain requests": (None, SteeringPlan("m", ((BASE, 1.0), SUM[0])), None),
     "plausible ids": (None, SteeringPlan("m", SUM, Rule(RuleKind.PLAUSIBLE, "chat", 0.1))),
     "a nucleus": (None, SteeringPlan("m", SUM, Rule(RuleKind.NUCLEUS, "chat", 0.9))),
-    "critical tokens": (
+    "the ten likely ids": (
         None,
-        SteeringPlan("m", SUM, Rule(RuleKind.CRITICAL, "plain", 0.5, "critic")),
-        SteeringPlan("m", SUM, Rule(RuleKind.CRITICAL_MIX, "plain", 0.0, "critic")),
+        SteeringPlan("m", SUM, Rule(RuleKind.PLAUSIBLE, "chat", 1, count=10)),
+    ),
+    "one of two streams": (
+        None,
+        SteeringPlan("m", SUM, Rule(RuleKind.SELECT, "plain", 0.5, "critic", 0, Gate.HEAD, True)),
+        SteeringPlan("m", SUM, Rule(RuleKind.SELECT, "plain", 0.25)),
+    ),
+    "ids that two streams share": (
+        None,
+        SteeringPlan("m", SUM, Rule(RuleKind.SELECT, "plain", 3.0, count=5)),
     ),
     "values": (
         None,

@@ -14,10 +14,10 @@ def test_coefficients_survive_bit_for_bit(dtype: torch.dtype) -> None:
     layout = Layout((7, 3, 5), dtype)
     values = np.random.default_rng(0).normal(size=(4, 3 + EXTRA)).astype(np.float32)
     extra: list[list[float]] = [
-        [0.0, 1, 0.25, 0],
-        [1, 0, 1e-7, 3],
-        [3, 2, 1, 2],
-        [0, 0, 0, 9],
+        [0.0, 1, 0.25, 0, 0, 0],
+        [1, 0, 1e-7, 7, 3, 3],
+        [3, 2, 1, 0.1, 45, 2],
+        [0, 0, 0, 0, 0, 9],
     ]
     values[:, 3:] = np.array([[*own, row % 3, row, 0.3, 7 * row] for row, own in enumerate(extra)])
     out = torch.full((6, layout.width), float("nan"), dtype=dtype)
@@ -26,7 +26,7 @@ def test_coefficients_survive_bit_for_bit(dtype: torch.dtype) -> None:
     control = layout.read_control(out)
     assert torch.equal(layout.read_coef(out), control.coef)
     assert torch.equal(control.coef[:4], torch.from_numpy(values[:, :3]))
-    found = torch.stack([*control[1:9]], 1)
+    found = torch.stack([*control[1:11]], 1)
     assert torch.equal(found[:4], torch.from_numpy(values[:, 3:]))
     assert not control.coef[4:].any(), "rows without a request carry nothing"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from steering.kernels.reference import log_softmax, measure_reference
-from steering.plan import BASE, AdapterUse, Rule, RuleKind, SteeringPlan
+from steering.plan import BASE, AdapterUse, Ender, Gate, Rule, RuleKind, SteeringPlan
 from steering.wire import SteeringPayload
 from steering.worker.adapting.groups import Routed
 from steering.worker.plan.batches import Schedule
@@ -33,7 +33,16 @@ SUM = SteeringPlan("m", ((BASE, 1.0), ("chat", 0.5), ("plain", -0.5)), report="t
 CRITICAL = SteeringPlan(
     "m",
     ((BASE, 1.0), ("chat", 1.0)),
-    Rule(RuleKind.CRITICAL, "chat", 0.5, "critic"),
+    Rule(
+        RuleKind.SELECT,
+        "chat",
+        0.5,
+        "critic",
+        gate=Gate.HEAD,
+        hard=True,
+        ender=Ender.SUM,
+        best=True,
+    ),
     report="summary",
     heads=("critic",),
     bodies=("plain",),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from steering.plan import Rule, RuleKind, SteeringPlan, Values
+from steering.plan import Gate, Rule, RuleKind, SteeringPlan, Values
 from steering.wire import SteeringPayload, pack, unpack
 from steering.worker.plan.ends import EndSets
 from steering.worker.plan.layout import ENDS, EXTRA, RULE_KIND, RULE_PARAM, RULE_STREAM
@@ -157,7 +157,9 @@ def test_streams_at_other_offsets_share_no_batch_and_a_uniform_sum_has_the_base(
 
 def test_requests_whose_rule_asks_have_their_own_stop_ids() -> None:
     sum_ = (("base", 1.0), ("chat", 1.0))
-    critical = SteeringPlan("m", sum_, Rule(RuleKind.CRITICAL, "chat", 0.5, "critic"))
+    critical = SteeringPlan(
+        "m", sum_, Rule(RuleKind.SELECT, "chat", 0.5, "critic", gate=Gate.HEAD, hard=True)
+    )
     valued = SteeringPlan("m", sum_, values=Values((("plain", 1.0),), 5))
     sets = EndSets([2, 3], 100)
     requests = {

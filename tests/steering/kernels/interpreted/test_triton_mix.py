@@ -11,9 +11,10 @@ import torch
 
 from steering.kernels import mix as torch_mix
 from steering.kernels import triton_mix
+from steering.kernels.mix import Rules
 from steering.kernels.reference import Scores, measure_reference
-from steering.kernels.triton_mix import Additions, Rule, marks, read_out
-from steering.plan import RuleKind
+from steering.kernels.triton_mix import Additions, marks, read_out
+from steering.plan import Rule, RuleKind
 from tests.steering.kernels.rows import Batch
 
 TOLERANCE = 2e-4
@@ -63,9 +64,7 @@ def test_every_row_agrees_with_the_definition(
     logits = batch.logits(dtype)
     if way is torch_mix.mix:
         logits = [s.float() for s in logits]
-    coef, kind, stream, param, odds = batch.control()
-    ends = batch.ending()
-    found = way(logits, coef, kind, stream, param, critical=odds, ends=ends)
+    found = way(logits, *batch.control())
     for row in range(rows):
         close(found[row], batch.wanted(row), batch.recipe(row))
 
@@ -85,10 +84,9 @@ def test_nuclei_that_end_among_equals(
     """Equal scores in several blocks, of which some are inside: those with the lowest ids."""
     rng = np.random.default_rng(size)
     batch = Batch.draw(rng, rows, 3, size, dtype, coarse=coarse)
-    batch.kind = [RuleKind.NUCLEUS] * rows
-    batch.param = [float(np.float32(p)) for p in rng.uniform(0.01, 0.999, rows)]
-    coef, kind, stream, param, _ = batch.control()
-    found = triton_mix.mix(batch.logits(dtype), coef, kind, stream, param)
+    params = [float(np.float32(p)) for p in rng.uniform(0.01, 0.999, rows)]
+    batch.rules = [Rule(RuleKind.NUCLEUS, param=p) for p in params]
+    found = triton_mix.mix(batch.logits(dtype), *batch.control())
     cut = 0
     for row in range(rows):
         close(found[row], batch.wanted(row), batch.recipe(row))
@@ -101,26 +99,20 @@ def test_nuclei_that_end_among_equals(
 def test_zeros_of_both_signs_are_equal(dtype: torch.dtype) -> None:
     scores = torch.zeros(1, 1100, dtype=dtype)
     scores[:, ::2] = -0.0
-    rule = (torch.tensor([float(RuleKind.NUCLEUS)]), torch.zeros(1), torch.tensor([0.8995]))
-    found = triton_mix.mix([scores, torch.randn(1, 1100).to(dtype)], torch.ones(1, 2), *rule)
+    rules = Rules.of(torch.tensor([[RuleKind.NUCLEUS, 0, 0.8995, 0, 0]]))
+    found = triton_mix.mix([scores, torch.randn(1, 1100).to(dtype)], torch.ones(1, 2), rules)
     assert torch.count_nonzero(found) == torch.count_nonzero(found[:, :990]) == 990
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     rng = np.random.default_rng(3)
-    batch = Batch.draw(rng, 10, 3, 2100, BFLOAT16, hostile=True)
+    batch = Batch.draw(rng, 14, 3, 2100, BFLOAT16, hostile=True)
     logits = batch.logits(BFLOAT16)
-    coef, kind, stream, param, odds = batch.control()
-    ends = batch.ending()
-    assert ends is not None
-    together = triton_mix.mix(logits, coef, kind, stream, param, critical=odds, ends=ends)
-    for row in range(10):
-        own = slice(row, row + 1)
-        rule = (kind[own], stream[own], param[own])
-        mine = ends._replace(which=ends.which[own])
-        alone = triton_mix.mix(
-            [s[own] for s in logits], coef[own], *rule, critical=odds[own], ends=mine
-        )
+    coef, rules = batch.control()
+    together = triton_mix.mix(logits, coef, rules)
+    for row in range(14):
+        own = torch.tensor([row])
+        alone = triton_mix.mix([s[own] for s in logits], coef[own], rules.take(own))
         assert torch.equal(alone[0], together[row])
 
 
@@ -128,10 +120,11 @@ def test_a_stream_that_no_row_uses_may_be_left_out() -> None:
     batch = Batch.draw(np.random.default_rng(4), 10, 3, 1100, FLOAT32)
     batch.coef[:, 1], batch.coef[:, 0] = 0, 1.5
     batch.stream = [2 if c else 0 for c in batch.coef[:, 2]]
-    coef, kind, stream, param, odds = batch.control()
+    for row, k in enumerate(batch.stream):
+        if batch.rules[row].kind is RuleKind.SELECT:
+            batch.coef[row, 2 - k] = 1.0
     first, _, last = batch.logits(FLOAT32)
-    ends = batch.ending()
-    found = triton_mix.mix([first, None, last], coef, kind, stream, param, True, odds, ends)
+    found = triton_mix.mix([first, None, last], *batch.control())
     for row in range(10):
         close(found[row], batch.wanted(row), batch.recipe(row))
 
@@ -149,9 +142,9 @@ CANDIDATES = 5
 def served(rng: np.random.Generator, rows: int, dtype: torch.dtype) -> tuple[Batch, ...]:
     """Rows as the worker has them, and as the definition sees them."""
     raw = Batch.draw(rng, rows, 3, SIZE, dtype)
-    raw.coef[0], raw.kind[0] = [1, 0, 0], RuleKind.SUM
-    raw.coef[5], raw.kind[5] = [1, 0, 0], RuleKind.SUM
-    raw.coef[10], raw.kind[10] = [0, 1.5, 0], RuleKind.SUM  # reports, without the base
+    raw.coef[0], raw.rules[0] = [1, 0, 0], Rule()
+    raw.coef[5], raw.rules[5] = [1, 0, 0], Rule()
+    raw.coef[10], raw.rules[10] = [0, 1.5, 0], Rule()  # reports, without the base
     raw.ends = [ENDS, [*ENDS, 5, 1040]]
     seen = replace(raw, scores=list(raw.scores))
     for i, lost in enumerate(UNSHARED):
@@ -190,14 +183,14 @@ def test_what_the_worker_asks_for_in_one(rows: int, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(rows)
     raw, seen = served(rng, rows, dtype)
     logits = own_tables(raw, dtype)
-    coef, kind, stream, param, odds = raw.control()
+    coef, rules = raw.control()
     more = added(rng, rows)
     reported = torch.tensor([float(row % 4 != 3) for row in range(rows)])
     lost = [torch.tensor(ids) for ids in UNSHARED]
     z, measures = read_out(
         logits,
         coef,
-        Rule(kind, stream, param, odds, ends=raw.ending()),
+        rules,
         True,
         marks(SIZE, lost, z_device := torch.device("cpu")),
         more,
@@ -227,7 +220,7 @@ def test_plain_sums_over_one_vocabulary() -> None:
     """What most steps are: no rule, nothing lacking; a row of the base keeps its padding."""
     rng = np.random.default_rng(9)
     batch = Batch.draw(rng, 6, 3, SIZE, BFLOAT16)
-    batch.kind, batch.coef[2] = [RuleKind.SUM] * 6, [1, 0, 0]
+    batch.rules, batch.coef[2] = [Rule()] * 6, [1, 0, 0]
     logits = batch.logits(BFLOAT16)
     everyone = [torch.tensor(PADDED)] * 3
     z, measures = read_out(
@@ -247,11 +240,12 @@ def test_plain_sums_over_one_vocabulary() -> None:
 def test_random_bits_do_no_harm() -> None:
     """The engine's warm-up passes anything as control; the worker only makes it finite."""
     rng = torch.Generator().manual_seed(5)
-    bits = torch.randint(-(2**31), 2**31, (40, 8), generator=rng, dtype=torch.int64)
+    bits = torch.randint(-(2**31), 2**31, (40, 11), generator=rng, dtype=torch.int64)
     flat = torch.nan_to_num(bits.to(torch.int32).view(FLOAT32), 0.0, 0.0, 0.0)
-    flat[:20, 3] = torch.arange(20) % 5  # real rules with impossible numbers
+    flat[:20, 3] = torch.arange(20) % 4  # real rules with impossible numbers
     logits = [torch.randn(40, 1100, generator=rng) for _ in range(3)]
-    rule = Rule(flat[:, 3], flat[:, 4].clamp(0, 2), flat[:, 5], flat[:, 6])
-    more = Additions(flat[:, 6:7], flat[:, 7:8])
-    z, _ = read_out(logits, flat[:, :3], rule, additions=more)
+    rules = Rules.of(flat[:, 3:9])
+    rules = rules._replace(stream=rules.stream.clamp(0, 2))
+    more = Additions(flat[:, 9:10], flat[:, 10:11])
+    z, _ = read_out(logits, flat[:, :3], rules, additions=more)
     assert z.shape == (40, 1100)
