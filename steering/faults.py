@@ -41,7 +41,7 @@ def fault(
         return BadValue("unknown field", field=where, value=value, allowed=known)
     if first["type"] == "unknown_stream":
         # In a mapping the name itself is at fault, not what stands beside it.
-        name = path[-1] if first["loc"][-1] == "[key]" else value
+        name = first["loc"][-2] if first["loc"][-1] == "[key]" else value
         return NotFound(first["msg"], field=where, value=name, allowed=first["ctx"].get("allowed"))
     same_place = [d for d in details if _locate(d["loc"], given)[0] == path]
     message = "; or ".join(dict.fromkeys(_message(detail) for detail in same_place))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steering.errors import BadValue
+from steering.errors import BadValue, NotFound
 from steering.method import Limits, Snapshot
 from steering.plan import BASE, SteeringPlan
 from steering.plugins import discover
@@ -88,6 +88,13 @@ def test_prompts_go_with_the_streams_of_a_round() -> None:
     assert score is not None and score.body == "small"
     reading = found.reading(score.head, score.body)
     assert reading.prompts == (("small", (7, 8)),) and reading.heads == ("probe",)
+
+
+def test_a_stream_that_is_not_there_is_named_as_it_was_written() -> None:
+    for draw, field in (("nobody", "steering.draw"), ({"nobody": 1.0}, "steering.draw.nobody")):
+        with pytest.raises(NotFound, match="got 'nobody'") as caught:
+            plan(draw=draw)
+        assert caught.value.field == field
 
 
 def test_the_server_s_limit_holds_for_what_is_drawn_at_a_time() -> None:
