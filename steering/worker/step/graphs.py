@@ -14,8 +14,7 @@ fixed places:
     adapters their tables (`triton_adding`), if there are any
 
 Each pass begins with a graph that reads the inputs into what the rest and attention backends read,
-since backends prepare themselves behind it. Padded rows have no KV slot, and what comes
-out for them is thrown away.
+since backends prepare themselves behind it. Padded rows have no KV slot; results are discarded.
 
 Checked on vLLM 0.32.0, Model Runner V2, emulated; has not been run on a GPU.
 """
@@ -26,6 +25,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -140,8 +140,7 @@ class StreamGraphs:
 
     @torch.inference_mode()
     def capture(self, free: Callable[[], int] | None = None) -> None:
-        """Captures, the largest first: smaller ones find room in the memory of larger ones; those
-        in pieces last.
+        """Captures, pieces last, else the largest first: smaller ones find room in their memory.
 
         Stops once less than `RESERVE` is free. Fewer rows are then padded up to the next size that
         there is, and streams without any run as they would without graphs.
@@ -186,14 +185,12 @@ class StreamGraphs:
         get_offloader().sync_prev_onload()
         with torch.cuda.graph(first, pool, stream=current_stream()):
             stream.read(self._step_ids, shape)
-        second: Any = torch.cuda.CUDAGraph()
-        captured: Any = torch.cuda.graph(second, pool, stream=current_stream())
-        if shape.width == PIECES:
-            second = Pieces(pool)
-            captured = second.capturing()
+        second: Any = Pieces(pool) if shape.width == PIECES else torch.cuda.CUDAGraph()
+        whole = partial(torch.cuda.graph, second, pool, stream=current_stream())
+        captured = second.capturing if shape.width == PIECES else whole
         # The first pass may have changed what the builders hold.
         metadata = self._metadata(stream, shape, None)
-        with self._context(stream, metadata, shape, second), captured:
+        with self._context(stream, metadata, shape, second), captured():
             stream.out[: shape.tokens].copy_(self._forward(stream, shape))
             get_offloader().join_after_forward()
         stream.graphs[shape] = first, second
@@ -228,8 +225,8 @@ class StreamGraphs:
 
     def inputs_of(self, batch: StreamBatch, scratch: int) -> Int32:
         """[9, N] the same of one-token rows, which some stream will run later in the step."""
-        shape = Shape(batch.rows.size, 1)
-        return host_inputs({0: (batch, shape)}, scratch, 1, self._most)[0]
+        one = batch, Shape(batch.rows.size, 1)
+        return host_inputs({0: one}, scratch, 1, self._most)[0]
 
     def put(self, inputs: torch.Tensor, ids: torch.Tensor) -> None:
         """Puts what the graphs read in its place, before the passes of a step.
@@ -292,8 +289,7 @@ class StreamGraphs:
         """
         if shape.width == PIECES and batch is None:
             return [None] * len(stream.groups)  # attention is not run
-        rows = self._rows(stream, shape, batch)
-        found = []
+        rows, found = self._rows(stream, shape, batch), []
         for group in stream.groups:
             common = CommonAttentionMetadata(
                 **rows,
@@ -313,9 +309,8 @@ class StreamGraphs:
         if width == PIECES:
             assert batch is not None
             return stream.rows_of(batch)
-        ends = np.full(count, width, np.int32)
+        ends = np.full(count, width if batch is None else 0, np.int32)
         if batch is not None:
-            ends[:] = 0
             ends[: batch.rows.size] = batch.lengths
         return {
             "query_start_loc": self._starts_there[width][: count + 1],
