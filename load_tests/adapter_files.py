@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from adapters.formats.base import BaseShapes
+from adapters.formats.blocks import block
 from load_tests.shapes import BASE
 
 RANK, TASKS = 8, 28
@@ -31,7 +32,11 @@ def modules(base: Mapping[str, int] = BASE) -> dict[str, tuple[int, int]]:
 
 def shapes() -> BaseShapes:
     """The base's shapes; its file is not written, because vLLM draws dummy weights."""
-    return BaseShapes({f"{name}.weight": shape for name, shape in modules().items()})
+    hidden = BASE["hidden_size"]
+    states = {block(n): (hidden, hidden) for n in range(BASE["num_hidden_layers"])}
+    return BaseShapes(
+        {f"{name}.weight": shape for name, shape in modules().items()}, layers=modules() | states
+    )
 
 
 def write_lora(folder: Path, seed: int, base: Mapping[str, int] = BASE) -> None:
