@@ -250,7 +250,9 @@ def metrics_page(_schema: Schema) -> str:
 PLUGIN = (
     "Method", "MethodConfig", "OwnPrompt", "Snapshot", "Limits", "refusal", "merged", "log_softmax",
 )  # fmt: skip
-PLAN = ("Recipe", "Rule", "RuleKind", "Values", "Best")
+PLAN = (
+    "Recipe", "Rule", "RuleKind", "Gate", "Ender", "RecipePhase", "Span", "Text", "Values", "Best",
+)  # fmt: skip
 
 
 def plugin_page(_schema: Schema) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from steering.kernels.layers import Tap, contrast, evolved
-from steering.kernels.mix import mix
+from steering.kernels.mix import Rules, mix
 from steering.kernels.reference import divergence
 from steering.kernels.reference import evolved as evolved_reference
 from steering.plan import LayerKind, RuleKind
@@ -40,9 +40,8 @@ def test_contrast(rows: int, streams: int, size: int) -> None:
     taps = given(others)
     found = contrast(base, taps, coef, jsd)
     assert ((found.coef < 0).sum(1) == 1).all()
-    kind = torch.full((rows,), float(RuleKind.PLAUSIBLE))
-    param = torch.full((rows,), PLAUSIBLE.param)
-    z = mix([base, *others], found.coef, kind, torch.zeros(rows), param, lacking=False)
+    line = torch.tensor([float(RuleKind.PLAUSIBLE), 0.0, PLAUSIBLE.param, 0.0, 0.0])
+    z = mix([base, *others], found.coef, Rules.of(line.repeat(rows, 1)), lacking=False)
     z += found.shift[:, None]
     for row in range(rows):
         close(z[row], drawn.wanted(row, PLAUSIBLE))

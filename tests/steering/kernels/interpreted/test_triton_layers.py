@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steering.kernels import layers as torch_layers
-from steering.kernels.mix import mix
+from steering.kernels.mix import Rules, mix
 from steering.kernels.triton_layers import contrast
 from steering.plan import LayerKind, RuleKind
 from tests.steering.kernels.layer_rows import PLAUSIBLE, LayerRows
@@ -37,9 +37,8 @@ def test_contrast(rows: int, streams: int, size: int, dtype: torch.dtype) -> Non
     base, others = drawn.base(), [torch.tensor(s).float() for s in drawn.scores[1:]]
     jsd = torch.tensor([kind is LayerKind.CONTRAST_JSD for kind in drawn.kind])
     same = torch_layers.contrast(base, given(others), coef, jsd)
-    kind = torch.full((rows,), float(RuleKind.PLAUSIBLE))
-    param = torch.full((rows,), PLAUSIBLE.param)
-    z = mix([base, *others], found.coef, kind, torch.zeros(rows), param, lacking=False)
+    line = torch.tensor([float(RuleKind.PLAUSIBLE), 0.0, PLAUSIBLE.param, 0.0, 0.0])
+    z = mix([base, *others], found.coef, Rules.of(line.repeat(rows, 1)), lacking=False)
     z += found.shift[:, None]
     for row, of in enumerate(drawn.kind):
         if of not in CONTRASTS:
