@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from steering.engine_args import Speculation
+from steering.engine_args import Speculation, StreamSource
 from steering.method import Logits
 from tests.engine.driver import BLOCK, ON_V2, Case, Engine, logprobs, tokens
 from tests.engine.test_exactness import SPECS, TOLERANCE, assert_exact, mixed_cases, prompt
@@ -47,11 +47,30 @@ def drafting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
             "twin": "base",
         },
         speculation=Speculation("chat", DRAFTS),
+        taps={
+            "early": StreamSource(on="base", layer=1, norm=True),
+            "raw": StreamSource(on="base", layer=1, norm=False),
+            "chat-early": StreamSource(on="chat", layer=2, norm=True),
+        },
         num_gpu_blocks_override=BLOCKS,
     )
     yield found
     del found
     gc.collect()
+
+
+def test_taps_read_every_draft(drafting: Engine) -> None:
+    rng = random.Random(60)
+    before, _ = accepted(drafting)
+    specs: list[dict[str, Any]] = [
+        {"method": "mix", "weights": {"base": 0.4, "chat": 1.0, "early": 0.2}},
+        {"method": "mix", "weights": {"base": 0.4, "chat": 0.6, "chat-early": 0.4}},
+        {"method": "dola", "layers": ["early", "raw"]},
+        {"method": "sled", "layers": ["early", "raw"]},
+    ]
+    cases = [Case(prompt(rng, 1, 60), spec, max_tokens=12) for spec in specs * 2]
+    assert_exact(drafting, cases, drafting.run(cases))
+    assert accepted(drafting)[0] > before
 
 
 def accepted(engine: Engine) -> tuple[int, int]:

@@ -57,6 +57,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
             "twin": "base",
         },
         taps=TAPS,
+        vectors=True,
         **adapter_engine_args(2, 8),
     )
     yield found
@@ -130,13 +131,19 @@ def test_prompt_log_probabilities(engine: Engine) -> None:
 
 def test_a_tap_follows_the_adapters_of_its_stream(engine: Engine, tmp_path: Any) -> None:
     from tests.adapters.make import make_lora
+    from tests.adapters.vectors import make_vector
 
-    lora = make_lora(tmp_path, engine.folders["base"], seed=3, targets=["q_proj", "down_proj"])
-    engine.load_adapters({"lora": lora})
+    base = engine.folders["base"]
+    lora = make_lora(tmp_path / "lora", base, seed=3, targets=["q_proj", "down_proj"])
+    # What a vector adds behind layer 0 is in front of layer 1, where the taps read.
+    vector = make_vector(tmp_path / "vector", 128, range(2), seed=4)
+    engine.load_adapters({"lora": lora, "vector": vector})
     rng = random.Random(6)
     plain = [Case(prompt(rng, 30, 90), spec, max_tokens=6) for spec in (DOLA, *SPECS[7:10])]
     tried = [
-        Case(c.prompt, c.spec, max_tokens=6, adapters=(Use("lora", 0.8),)) for c in plain
+        Case(c.prompt, c.spec, max_tokens=6, adapters=(Use(name, 0.8),))
+        for c in plain
+        for name in ("lora", "vector")
     ] + plain
     assert_exact(engine, tried, engine.run(tried))
 

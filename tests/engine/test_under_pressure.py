@@ -7,11 +7,13 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from steering.engine_args import StreamSource
 from steering.method import Logits
 from tests.engine.driver import BLOCK, ON_V2, Case, Engine, logprobs, tokens
 from tests.engine.test_exactness import TOLERANCE, assert_exact, prompt
@@ -39,6 +41,11 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         tmp_path_factory.mktemp("models"),
         ("llama", VOCAB_SIZE + 12),
         {"chat": ("qwen2", VOCAB_SIZE), "plain": ("gpt2", VOCAB_SIZE), "twin": "base"},
+        taps={
+            "early": StreamSource(on="base", layer=1, norm=True),
+            "embedded": StreamSource(on="base", layer=0, norm=False),
+            "chat-early": StreamSource(on="chat", layer=2, norm=True),
+        },
         num_gpu_blocks_override=BLOCKS,
         enforce_eager=shutil.which("g++") is None,  # what torch compiles CPU kernels with
     )
@@ -203,3 +210,17 @@ def test_structured_output_masks_the_steered_scores(tight: Engine) -> None:
         assert step.logprobs is not None
         masked.append(step.logprob - np.logaddexp.reduce(step.logprobs[list(digits)]))
     assert logprobs(output) == pytest.approx(masked, abs=TOLERANCE)
+
+
+def test_taps_of_compiled_streams_survive_preemption(tight: Engine) -> None:
+    rng = random.Random(11)
+    specs: list[dict[str, Any] | None] = [
+        {"method": "dola", "layers": ["early", "embedded"]},
+        {"method": "sled", "layers": ["early"]},
+        {"method": "mix", "weights": {"base": 1.0, "early": -0.3, "chat-early": 0.5}},
+        None,
+    ]
+    before = tight.preemptions()
+    cases = [Case(prompt(rng, 60, 120), spec, max_tokens=20) for spec in specs * 3]
+    assert_exact(tight, cases, tight.run(cases, salt="taps"))
+    assert tight.preemptions() > before

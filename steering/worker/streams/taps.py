@@ -208,7 +208,9 @@ def _keeping(kind: type) -> type:
         torch.ops.coxswain.keep_state(self.coxswain_kept, states, residual)
         return forward(self, *args, **kwargs)
 
-    return type(kind.__name__, (kind,), {"forward": kept_forward, "coxswain_together": True})
+    # By its module and name a class tells how its layers hand states on (`families.BLOCKS`).
+    own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), {**own, "forward": kept_forward, "coxswain_together": True})
 
 
 def _keep(out: torch.Tensor, states: torch.Tensor, residual: torch.Tensor | None) -> None:
