@@ -108,6 +108,7 @@ def stand_in(
         for stream in found.get("streams", {}).values():
             if "model" in stream:
                 stream["model"] = heads[stream.get("head")]
+                stream.pop("path", None)  # its head is in the model
         return str(root), found
 
     return replaced
