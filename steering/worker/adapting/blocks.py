@@ -78,9 +78,7 @@ class BlockOutput(nn.Module):
         torch.ops.coxswain.residual_sum(hidden, residual, a, b, self.filled)
 
 
-def adapt_blocks(
-    model: nn.Module, slots: int, rank: int, dtype: torch.dtype
-) -> dict[str, BlockOutput]:
+def adapt_blocks(model: Any, slots: int, rank: int, dtype: torch.dtype) -> dict[str, BlockOutput]:
     """Makes the decoder layers of a model adaptable, if how its family hands states on is known.
 
     Args:

@@ -1,0 +1,200 @@
+"""CAA, ITI, LoFiT and LoReFT as requests, against each paper's own formula with plain hooks.
+
+Each formula is written here as its paper has it, in `transformers` hooks that count positions; the
+engine gets nothing of them but the files. All recipes share one batch with plain rows.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steering.engine_args import adapter_engine_args
+from tests.adapters.vectors import write
+from tests.engine.driver import Case, Engine, Use, logprobs, tokens
+from tests.models import SPECIAL, VOCAB_SIZE
+from tests.recipes.table_vectors import ROWS
+from tests.reference import fresh
+
+pytestmark = pytest.mark.engine
+
+TOLERANCE = 1e-4
+LAYER = 1
+DRAWN = 7
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = tmp_path_factory.mktemp("models")
+    slots = adapter_engine_args(5, 16)
+    found = Engine(folder, ("llama", VOCAB_SIZE), {}, vectors=True, **slots)
+    yield found
+    del found
+    gc.collect()
+
+
+class Sizes:
+    """Of the base; and draws of the papers' parameters.
+
+    Args:
+        base: its folder.
+    """
+
+    def __init__(self, base: Path) -> None:
+        config = json.loads((base / "config.json").read_text())
+        self.hidden, self.heads = config["hidden_size"], config["num_attention_heads"]
+        self.shared = self.heads // config["num_key_value_heads"]
+        self.head = config.get("head_dim") or self.hidden // self.heads
+        self._random = torch.Generator().manual_seed(3)
+
+    def draw(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self._random)
+
+
+Edit = Callable[[torch.Tensor, int, int], torch.Tensor]
+"""(states [T, ...] of the tokens that are read now, position of the first, L) → edited states."""
+
+
+class Edited:
+    """A model whose states are edited at one place while it decodes.
+
+    Args:
+        base: its folder.
+        edit: of the states.
+        at: "block": the output of decoder layer `LAYER`; "heads": the input of its o_proj.
+    """
+
+    def __init__(self, base: Path, edit: Edit, at: str) -> None:
+        self.model, self._edit = fresh(base).double(), edit
+        self._first = self._length = 0
+        layer = self.model.model.layers[LAYER]
+        if at == "block":
+            layer.register_forward_hook(self._behind)
+        else:
+            layer.self_attn.o_proj.register_forward_pre_hook(self._before)
+
+    def _behind(self, _: Any, __: Any, output: Any) -> Any:
+        state = output[0] if isinstance(output, tuple) else output
+        state = self._edit(state[0], self._first, self._length)[None]
+        return (state, *output[1:]) if isinstance(output, tuple) else state
+
+    def _before(self, _: Any, inputs: Any) -> Any:
+        return (self._edit(inputs[0][0], self._first, self._length)[None],)
+
+    def decode(self, prompt: list[int], drawn: int) -> tuple[list[int], list[float]]:
+        """Ids and their log-probabilities, the most likely one each time."""
+        self._first, self._length, cache, ids = 0, len(prompt), None, list(prompt)
+        found: tuple[list[int], list[float]] = ([], [])
+        for _ in range(drawn):
+            with torch.inference_mode():
+                out = self.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+            cache, self._first = out.past_key_values, self._first + len(ids)
+            scores = out.logits[0, -1].log_softmax(-1)
+            ids = [int(scores.argmax())]
+            found[0].append(ids[0])
+            found[1].append(float(scores[ids[0]]))
+        return found
+
+
+Recipe = tuple[Path, str, float, Edit, str]
+"""(artefact, `where`, weight, the paper's edit, where it is made)."""
+
+
+def caa(folder: Path, sizes: Sizes) -> Recipe:
+    """CAA (2312.06681): h + m · v at every position behind the prompt's instruction."""
+    vector, multiplier, behind = 0.5 * sizes.draw(sizes.hidden), -1.5, 4
+
+    def edit(h: torch.Tensor, first: int, length: int) -> torch.Tensor:
+        positions = first + torch.arange(len(h))
+        return h + multiplier * (positions >= length - behind)[:, None] * vector.double()
+
+    files = write(folder, {str(LAYER): vector})
+    return files, json.dumps({"prompt_last": behind, "from": 0}), multiplier, edit, "block"
+
+
+def iti(folder: Path, sizes: Sizes) -> Recipe:
+    """ITI (2306.03341): x_head + α σ θ for some heads, at the last position of each pass."""
+    alpha, shift = 15.0, torch.zeros(sizes.heads, sizes.head)
+    for head in (0, 2):
+        direction = sizes.draw(sizes.head)
+        shift[head] = (0.02 + 0.01 * head) * direction / direction.norm()
+
+    def edit(x: torch.Tensor, first: int, length: int) -> torch.Tensor:
+        x = x.clone()
+        x[-1] += alpha * shift.double().flatten()
+        return x
+
+    module = f"model.layers.{LAYER}.self_attn.o_proj"
+    files = write(folder, {f"{module}.shift": shift.flatten()}, scale=alpha)
+    return files, json.dumps({"prompt_last": 1, "from": 0}), 1.0, edit, "heads"
+
+
+def lofit(folder: Path, sizes: Sizes) -> Recipe:
+    """LoFiT (2406.01563): (1 + A) ⊙ x_head + v for some heads, here those of one value."""
+    a, v = torch.zeros(sizes.heads, sizes.head), torch.zeros(sizes.heads, sizes.head)
+    a[: sizes.shared] = 0.5 * sizes.draw(sizes.head)
+    v[: sizes.shared] = 0.3 * sizes.draw(sizes.shared, sizes.head)
+
+    def edit(x: torch.Tensor, first: int, length: int) -> torch.Tensor:
+        return (1 + a.double().flatten()) * x + v.double().flatten()
+
+    module = f"model.layers.{LAYER}.self_attn.o_proj"
+    tensors = {f"{module}.heads": a.flatten(), f"{module}.shift": v.flatten()}
+    return write(folder, tensors, head_size=sizes.head), "", 1.0, edit, "heads"
+
+
+def loreft(folder: Path, sizes: Sizes) -> Recipe:
+    """LoReFT (2404.03592), f7+l7: h + Rᵀ (W h + b − R h) at the ends of the prompt."""
+    rank, ends = 4, 7
+    r = torch.linalg.qr(sizes.draw(sizes.hidden, rank))[0].T
+    w, b = sizes.hidden**-0.5 * sizes.draw(rank, sizes.hidden), sizes.draw(rank)
+
+    def edit(h: torch.Tensor, first: int, length: int) -> torch.Tensor:
+        n, positions = min(ends, length // 2), first + torch.arange(len(h))
+        own = (positions < n) | ((positions >= length - n) & (positions < length))
+        rotate = r.double()
+        return h + own[:, None] * ((h @ w.double().T + b.double() - h @ rotate.T) @ rotate)
+
+    where = {"prompt_first": ends, "prompt_last": ends, "halved": True}
+    tensors = {f"{LAYER}.rotate": r.T, f"{LAYER}.weight": w, f"{LAYER}.bias": b}
+    return write(folder, tensors, kind="loreft", where=where), "", 1.0, edit, "block"
+
+
+RECIPES = {"CAA": caa, "ITI": iti, "LoFiT": lofit, "LoReFT": loreft}
+
+
+def test_every_recipe_at_once(engine: Engine, tmp_path: Path) -> None:
+    base, rng = engine.folders["base"], random.Random(4)
+    sizes = Sizes(base)
+    made = {name: make(tmp_path / name, sizes) for name, make in RECIPES.items()}
+    engine.load_adapters({name: one[0] for name, one in made.items()})
+    cases: list[Case] = []
+    wants: list[tuple[list[int], list[float]]] = []
+    for length in (6, 41, 120):
+        for name in (None, *made):
+            ids = [rng.randrange(len(SPECIAL), VOCAB_SIZE) for _ in range(length)]
+            uses: tuple[Use, ...] = ()
+            model = Edited(base, lambda h, *_: h, "block")
+            if name is not None:
+                _, where, weight, edit, at = made[name]
+                uses, model = (Use(name, weight, where=where),), Edited(base, edit, at)
+            cases.append(Case(ids, max_tokens=DRAWN, arrives=len(cases) % 4, adapters=uses))
+            wants.append(model.decode(ids, DRAWN))
+    plain = Edited(base, lambda h, *_: h, "block")
+    for case, want, output in zip(cases, wants, engine.run(cases), strict=True):
+        assert tokens(output) == want[0], case.adapters
+        assert logprobs(output) == pytest.approx(want[1], abs=TOLERANCE), case.adapters
+        if case.adapters:
+            unedited = plain.decode(list(case.prompt), DRAWN)
+            assert unedited[1] != pytest.approx(want[1], abs=100 * TOLERANCE)
+
+
+def test_the_table_names_these_recipes() -> None:
+    assert {row.name for row in ROWS} == RECIPES.keys()
