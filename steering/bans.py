@@ -28,5 +28,6 @@ def with_bans(bias: Mapping[int, float] | None, plan: SteeringPlan) -> dict[int,
     if bias is None:
         return None
     evolves = plan.layers is not None and plan.layers.kind is LayerKind.EVOLVE
-    sets_back = evolves or any(rule.sets_back for rule in plan.rules)
+    masked = plan.values is not None and plan.values.mask
+    sets_back = evolves or masked or any(rule.sets_back for rule in plan.rules)
     return {i: BANNED if sets_back and b <= BAN else b for i, b in bias.items()}

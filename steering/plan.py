@@ -60,6 +60,8 @@ class LayerRule:
 
 EndValue = Literal["prefix", "zero", "model"]
 
+Transform = Literal["identity", "log_sigmoid", "clip"]
+
 
 @dataclass(frozen=True, slots=True)
 class Values:
@@ -73,11 +75,17 @@ class Values:
         strengths: (value stream, β), by name, no zeros.
         top_k: candidates, ≥ 1.
         ends: the rule for ids that end the text.
+        mask: whether all other ids are set back below the candidates.
+        centre: whether the mean is taken off.
+        transform: what is made of each value before: log σ(V), or V clipped to [0, 1].
     """
 
     strengths: tuple[tuple[str, float], ...]
     top_k: int
     ends: EndValue = "prefix"
+    mask: bool = False
+    centre: bool = True
+    transform: Transform = "identity"
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from steering.plan import (
     Recipe,
     Rule,
     RuleKind,
+    Transform,
 )
 
 Scores = npt.NDArray[np.float64]
@@ -91,10 +92,16 @@ def mix_reference(
     rule = recipe.rule
     if recipe.values is not None:
         added = mix_reference(Recipe(recipe.weights, rule), logits, ends)
-        best = np.argsort(-logits[BASE], kind="stable")[: recipe.values.top_k]
-        for stream, beta in recipe.values.strengths:
-            after = logits[stream][best]
-            added[best] += beta * value_offsets(after, 0.0, np.zeros(best.size, np.bool_), "model")
+        asked = recipe.values
+        best = np.argsort(-logits[BASE], kind="stable")[: asked.top_k]
+        for stream, beta in asked.strengths:
+            after, none = logits[stream][best], np.zeros(best.size, np.bool_)
+            offsets = value_offsets(after, 0.0, none, "model", asked.transform, asked.centre)
+            added[best] += beta * offsets
+        if asked.mask:
+            known = added[np.isfinite(added)]
+            others = ~np.isin(np.arange(added.size), best)
+            added[others] -= SET_BACK + known.max() - known.min()
         return added
     if rule.kind is RuleKind.SELECT:
         return _select(recipe, logits, ends)
@@ -125,7 +132,12 @@ def mix_reference(
 
 
 def value_offsets(
-    values: Scores, prefix: float, ending: npt.NDArray[np.bool_], rule: EndValue
+    values: Scores,
+    prefix: float,
+    ending: npt.NDArray[np.bool_],
+    rule: EndValue,
+    transform: Transform = "identity",
+    centre: bool = True,
 ) -> Scores:
     """One value model's additions to the candidates at strength 1: V − mean V, [k].
 
@@ -134,13 +146,20 @@ def value_offsets(
         prefix: V(s).
         ending: [k] which candidates end the text.
         rule: what stands for the value of those.
+        transform: of each value, before anything else.
+        centre: whether the mean is taken off.
     """
+    if transform == "log_sigmoid":
+        values, prefix = -np.logaddexp(0.0, -values), _log_sigmoid(prefix)
+    elif transform == "clip":
+        values, prefix = values.clip(0, 1), min(max(prefix, 0.0), 1.0)
     if rule == "prefix":
         values = np.where(ending, prefix, values)
     counted = ~ending if rule == "zero" else np.ones_like(ending)
     if not counted.any():
         return np.zeros(values.shape)
-    offsets: Scores = np.where(counted, values - values[counted].mean(), 0.0)
+    mean = values[counted].mean() if centre else 0.0
+    offsets: Scores = np.where(counted, values - mean, 0.0)
     return offsets
 
 

@@ -7,6 +7,16 @@ from __future__ import annotations
 
 import torch
 
+from steering.plan import Transform
+
+TRANSFORMS: tuple[Transform, ...] = ("identity", "log_sigmoid", "clip")
+"""Of values, in the order of their numbers."""
+
+
+def _transformed(values: torch.Tensor, transform: torch.Tensor) -> torch.Tensor:
+    bounded = torch.where(transform == 2, values.clamp(0, 1), values)
+    return torch.where(transform == 1, torch.nn.functional.logsigmoid(values), bounded)
+
 
 def value_offsets(
     values: torch.Tensor,
@@ -15,6 +25,8 @@ def value_offsets(
     ending: torch.Tensor,
     from_prefix: torch.Tensor,
     left_out: torch.Tensor,
+    transform: torch.Tensor,
+    centre: torch.Tensor,
 ) -> torch.Tensor:
     """V − mean V of each row's candidates, [n, K] float32; 0 where there is none.
 
@@ -25,9 +37,13 @@ def value_offsets(
         ending: [n, K] bool, which candidates end the text.
         from_prefix: [n] bool, rows whose rule for those is 'prefix'.
         left_out: [n] bool, rows whose rule is 'zero'.
+        transform: [n] int64, the place in `TRANSFORMS` of what is made of each value.
+        centre: [n] bool, rows that take the mean off.
     """
+    values = _transformed(values, transform[:, None])
+    prefix = _transformed(prefix, transform)
     values = torch.where(ending & from_prefix[:, None], prefix[:, None], values)
     counted = valid & ~(ending & left_out[:, None])
     kept = values.masked_fill(~counted, 0.0)
-    mean = kept.sum(-1) / counted.sum(-1).clamp(min=1)
+    mean = kept.sum(-1) / counted.sum(-1).clamp(min=1) * centre
     return (values - mean[:, None]).masked_fill(~counted, 0.0)

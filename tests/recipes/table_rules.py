@@ -65,6 +65,18 @@ RECIPES = (
          '{"method": "select", "second": "assistant", "gate": "classifier", "classifier": "defer", '
          '"mode": "soft", "threshold": 0.5}',
          "a checkpoint with a defer row, as `head: classifier`", "1 of each", NONE),
+    _row("ARGS", "2402.01694", "s_v + w r(x ⊕ v) on the base's k most likely ids",
+         '{"method": "value_augmented", "values": [{"stream": "reward", "strength": 1.5}], '
+         '"top_k": 10, "mask": true, "centre": false}',
+         "a reward model with a scalar head", "1, and k rows of the reward model", NONE),
+    _row("RAD", "2310.09520", "s_v + β clip(r(x ⊕ v), 0, 1) on the k most likely ids",
+         '{"method": "value_augmented", "values": [{"stream": "reward", "strength": 10}], '
+         '"top_k": 20, "mask": true, "centre": false, "transform": "clip"}',
+         "a unidirectional reward model", "1, and k rows of the reward model", NONE),
+    _row("FUDGE", "2104.05218", "log p_v + λ log σ(a(x ⊕ v)) on the k most likely ids",
+         '{"method": "value_augmented", "values": [{"stream": "attribute", "strength": 1}], '
+         '"top_k": 64, "mask": true, "centre": false, "transform": "log_sigmoid"}',
+         "an attribute model whose head gives log-odds", "1, and k rows of it", NONE),
     _row("Memory Decoder", "2508.09874", "log((1 − λ) p_base + λ p_memory)",
          '{"method": "select", "second": "memory", "gate": "constant", "share": 0.25}',
          "a memory decoder of the base's family", "1 of each", "Apache-2.0"),

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 
 from tests.engine.driver import Case, Engine, logprobs, tokens
-from tests.engine.heads import Headed, deferring
+from tests.engine.heads import Headed, deferring, valued
 from tests.engine.test_exactness import TOLERANCE, prompt
 from tests.models import VOCAB_SIZE
 from tests.recipes.table_rules import RECIPES
@@ -100,6 +100,13 @@ def mix(**weights: float) -> dict[str, Any]:
     return {"method": "mix", "weights": weights}
 
 
+def guided(**more: str) -> dict[str, Any]:
+    values = [{"stream": "value", "strength": 1.5}]
+    return {"method": "value_augmented", "values": values, "top_k": K, "mask": True,
+            "centre": False, "eos_value": "model", **more}  # fmt: skip
+
+
+K = 5
 HERE: dict[str, tuple[dict[str, Any], Formula]] = {
     "GenARM": (mix(base=1, chat=1), lambda s, _: s["base"] + log_p(s["chat"])),
     "UniR": (mix(base=1, plain=1), lambda s, _: s["base"] + s["plain"]),
@@ -125,13 +132,22 @@ HERE: dict[str, tuple[dict[str, Any], Formula]] = {
     "Nudging": ({**SELECT, "gate": "confidence", "threshold": 0.3, "ends": "second"}, nudged),
     "Co-LLM": (DEFER, deferred),
     "Co-LLM, compose": ({**DEFER, "mode": "soft", "threshold": 0.5}, composed),
+    "ARGS": (guided(), lambda s, _: s["base"] + 1.5 * s["value"]),
+    "RAD": (guided(transform="clip"), lambda s, _: s["base"] + 1.5 * s["value"].clip(-np.inf, 1)),
+    "FUDGE": (
+        guided(transform="log_sigmoid"),
+        lambda s, _: s["base"] - 1.5 * np.log1p(np.exp(-s["value"])),
+    ),
     "Memory Decoder": ({**SELECT, "gate": "constant"}, remembered),
 }
 TOKENS = 6
 
 
 def make_heads(folder: Path, _bodies: Mapping[str, Path]) -> dict[str, Headed]:
-    return {"defer": deferring(folder / "defer", 14, VOCAB_SIZE)}
+    return {
+        "defer": deferring(folder / "defer", 14, VOCAB_SIZE),
+        "value": valued(folder / "value", "qwen2", 21),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +184,11 @@ def rows(engine: Engine, case: Case, reply: Sequence[int]) -> dict[str, Row]:
         ids = [*case.own.get(name, case.prompt), *reply]
         found[name] = scores(load(folder), ids)[-1][:VOCAB_SIZE]
     found["defer"] = np.array([engine.heads["defer"].read([*case.prompt, *reply])])
+    if case.spec is not None and case.spec["method"] == "value_augmented":
+        found["value"] = np.full(VOCAB_SIZE, -np.inf)
+        for v in np.argsort(-found["base"])[:K]:
+            value = engine.heads["value"].read([*case.prompt, *reply, int(v)])
+            found["value"][v] = max(value, 0.0) if case.spec.get("transform") == "clip" else value
     return found
 
 

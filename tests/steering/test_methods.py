@@ -252,6 +252,9 @@ class TestValueAugmented(MethodConformance):
     configs = (
         VALUE,
         {**VALUE, "top_k": 1},
+        {**VALUE, "mask": True, "centre": False},
+        {**VALUE, "transform": "log_sigmoid", "mask": True, "top_k": 5},
+        {**VALUE, "transform": "clip", "centre": False},
         {**VALUE, "top_k": 64, "eos_value": "model", "report": "tokens"},
         {**VALUE, "values": [*VALUE["values"], {"stream": "kind", "strength": 0.5}], "top_k": 5},
         {**VALUE, "values": [*VALUE["values"], {"stream": "kind", "strength": 0}]},

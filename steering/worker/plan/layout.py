@@ -21,6 +21,10 @@ EXTRA = 10
 head, set of ids that end a text; kind, rate and k of the rule over layers."""
 
 
+CANDIDATES_ONLY = 64
+"""Of the options: all ids but the row's candidates are set back."""
+
+
 class Control(NamedTuple):
     """The control part of R rows, float32 on the model's device."""
 
@@ -110,6 +114,8 @@ class Layout:
         """
         both = torch.zeros(ids.shape[0], 2, self.candidates, device=out.device)
         both[:, 0, : ids.shape[1]] = ids
+        # A masked row names nothing but its candidates; nothing is added to one that is repeated.
+        both[:, 0, ids.shape[1] :] = ids[:, -1:]
         both[:, 1, : ids.shape[1]] = added
         bits = both.flatten(1).view(self.dtype)
         out[rows, out.shape[1] - bits.shape[1] :] = bits

@@ -22,6 +22,7 @@ from steering.wire import SteeringPayload
 from steering.worker.plan.batches import Bool, Int32, Int64, OwnPrompts
 from steering.worker.plan.ends import Own
 from steering.worker.plan.layout import (
+    CANDIDATES_ONLY,
     ENDS,
     EXTRA,
     LAYERS,
@@ -130,6 +131,8 @@ def request_state(
     for name in plan.summed:
         uses[index[taps.get(name, name)]] = True
     _write(control, plan.weights, plan.rule, index, heads)
+    if plan.values is not None and plan.values.mask:
+        control[size + RULE_OPTIONS] += CANDIDATES_ONLY
     offsets = np.full(size, payload.pad, np.int32)
     for name, token_ids in plan.prompts:
         if name != BASE:

@@ -30,6 +30,7 @@ class Classes:
         layers: rules over layers that occur.
         searched: whether any has a nucleus, or a count of plausible ids above 1.
         shared: whether any `SELECT` has a count.
+        masked: whether any row sets all ids but its candidates back.
     """
 
     active: tuple[bool, ...]
@@ -40,6 +41,7 @@ class Classes:
     layers: frozenset[LayerKind] = frozenset()
     searched: bool = False
     shared: bool = False
+    masked: bool = False
 
     @classmethod
     def all(cls, streams: int, heads: int = 0, taps: bool = False) -> Self:
@@ -85,6 +87,7 @@ class Classes:
             - {LayerKind.NONE},
             searched=bool(((kinds == RuleKind.NUCLEUS) | several).any()),
             shared=bool((select & (counts > 0)).any()),
+            masked=any(values.mask for _, values in tables.valued),
         )
 
     @property

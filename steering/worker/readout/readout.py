@@ -19,6 +19,7 @@ from steering.worker.plan.ends import EndSets
 from steering.worker.plan.layout import Control, Layout
 from steering.worker.plan.step_plan import Classes
 from steering.worker.readout import layers
+from steering.worker.readout.candidates import only_candidates
 from steering.worker.readout.watch import Watch
 
 if TYPE_CHECKING:  # it imports vLLM, which the arithmetic here does not need
@@ -150,8 +151,13 @@ class Readout:
         critical = self._log_odds(hidden, control, classes) if classes.heads else None
         plain = Mixed(base, base, streams, critical, apart=own)
         if classes.layers:
-            return self._layered(plain, control, classes, reported)
-        return self._mixed(plain, control, classes, reported)
+            mixed = self._layered(plain, control, classes, reported)
+        else:
+            mixed = self._mixed(plain, control, classes, reported)
+        if classes.masked:
+            mixed = mixed._replace(z=only_candidates(mixed.z, control))
+            mixed = layers.measured_again(mixed, reported)
+        return mixed
 
     def _groups(self) -> list[Sequence[int]]:
         """The companions, those together that are read out by one product."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from steering.kernels.mix import NEVER, Ends
-from steering.kernels.values import value_offsets
+from steering.kernels.values import TRANSFORMS, value_offsets
 from steering.plan import Values
 from steering.worker.plan.batches import Bool, Candidates, Int32, Int64, Schedule
 
@@ -33,6 +33,10 @@ Note = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """[m, H] hidden states → [m] float32."""
+
+
+OF_ROWS = 6
+"""Arrays of a `ValuePlan` that are of its rows; each of its parts has four."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +107,14 @@ class ValueStreams:
             ends: of the n rows, the ids that end a text; None for none.
             note: gets each stream's values, to look for numbers that are none.
         """
-        counted, from_prefix, left_out = staged[:3]
+        counted, from_prefix, left_out, transform, centre, masked = staged[:OF_ROWS]
         ids = scores.topk(plan.valid.shape[1]).indices
         ending = torch.zeros_like(counted)
         if ends is not None:
             ending = ends.of(slice(None), scores.shape[-1]).gather(1, ids)
         added = torch.zeros(ids.shape, dtype=torch.float32, device=scores.device)
         for n, part in enumerate(plan.parts):
-            chosen, step_rows, beta, at = staged[3 + 4 * n : 7 + 4 * n]
+            chosen, step_rows, beta, at = staged[OF_ROWS + 4 * n : OF_ROWS + 4 + 4 * n]
             head = self.heads[part.stream]
             after = self._after(part, head, ids[chosen], at, run)
             prefix = head(hidden(part.stream)[chosen])
@@ -122,8 +126,12 @@ class ValueStreams:
                 ending[chosen],
                 from_prefix[chosen],
                 left_out[chosen],
+                transform[chosen],
+                centre[chosen],
             )
-        return Additions(ids.masked_fill(~counted, 0), added)
+        # Every id that a masked row names is one of its candidates.
+        none = torch.where(masked[:, None], ids[:, :1], 0)
+        return Additions(torch.where(counted, ids, none), added)
 
     def _after(
         self, part: _Part, head: Head, ids: torch.Tensor, at: torch.Tensor, run: Run
@@ -230,6 +238,9 @@ class ValuePlan:
             np.array(of) for of in zip(*((r, v.ends) for r, v in self.asked), strict=True)
         )
         found: list[npt.NDArray[Any]] = [self.valid, rules == "prefix", rules == "zero"]
+        found.append(np.array([TRANSFORMS.index(v.transform) for _, v in self.asked]))
+        found += [np.array([v.centre for _, v in self.asked])]
+        found += [np.array([v.mask for _, v in self.asked])]
         for part in self.parts:
             found += [part.chosen, rows[part.chosen], part.beta, part.at]
         return found

@@ -8,8 +8,9 @@ import torch
 
 from steering.kernels.reference import value_offsets as definition
 from steering.kernels.values import value_offsets
-from steering.plan import EndValue
+from steering.plan import EndValue, Transform
 
+TRANSFORMS: tuple[Transform, ...] = ("identity", "log_sigmoid", "clip")
 RULES: tuple[EndValue, ...] = ("prefix", "zero", "model")
 
 
@@ -23,6 +24,8 @@ def test_every_row_agrees_with_the_definition(size: int) -> None:
     counts = rng.integers(1, size + 1, rows)
     valid = np.arange(size) < counts[:, None]
     rules = [RULES[row % 3] for row in range(rows)]
+    ways = [TRANSFORMS[row // 3 % 3] for row in range(rows)]
+    centred = [row % 2 == 0 for row in range(rows)]
     found = value_offsets(
         torch.tensor(np.where(valid, values, np.nan), dtype=torch.float32),
         torch.tensor(prefix, dtype=torch.float32),
@@ -30,10 +33,13 @@ def test_every_row_agrees_with_the_definition(size: int) -> None:
         torch.tensor(ending),
         torch.tensor([rule == "prefix" for rule in rules]),
         torch.tensor([rule == "zero" for rule in rules]),
+        torch.tensor([TRANSFORMS.index(way) for way in ways]),
+        torch.tensor(centred),
     )
     for row, rule in enumerate(rules):
         k = counts[row]
-        want = definition(values[row, :k], prefix[row], ending[row, :k], rule)
+        own = values[row, :k], prefix[row], ending[row, :k]
+        want = definition(*own, rule, ways[row], centred[row])
         assert found[row, :k].numpy() == pytest.approx(want, abs=1e-5)
         assert not found[row, k:].any()
 
