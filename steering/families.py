@@ -39,11 +39,12 @@ BLOCKS: Mapping[str, Boundary] = {
             "vllm.Gemma2DecoderLayer", "vllm.Gemma3DecoderLayer", "vllm.Glm4DecoderLayer",
             "vllm.LlamaDecoderLayer", "vllm.MistralDecoderLayer", "vllm.MixtralDecoderLayer",
             "vllm.Qwen2DecoderLayer", "vllm.Qwen3DecoderLayer", "vllm.Qwen3MoeDecoderLayer",
-            "vllm.StablelmDecoderLayer", "vllm.TransformerBlock",
+            "vllm.TransformerBlock",
         ),
         Boundary.SUM,
     ),
     "vllm.CohereDecoderLayer": Boundary.FIRST,
+    "vllm.StablelmDecoderLayer": Boundary.FIRST,
     **dict.fromkeys(
         (
             "transformers.Olmo2DecoderLayer", "transformers.Olmo3DecoderLayer", "vllm.BloomBlock",
