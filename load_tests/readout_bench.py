@@ -34,7 +34,8 @@ from steering.plan import Gate, Rule, RuleKind
 from steering.worker.plan.ends import EndSets
 from steering.worker.plan.layout import Layout
 from steering.worker.plan.step_plan import Classes
-from steering.worker.readout.readout import Reading, Readout, Vocabulary
+from steering.worker.readout.parts import Reading, Vocabulary
+from steering.worker.readout.readout import Readout
 
 PARAMS = {RuleKind.PLAUSIBLE: 0.1, RuleKind.NUCLEUS: 0.95, RuleKind.SELECT: 0.5}
 ENDS = (2, 5)

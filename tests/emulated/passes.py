@@ -39,7 +39,7 @@ from steering.worker.plan.layout import EXTRA, Layout
 from steering.worker.plan.request_state import BatchTables, RequestState
 from steering.worker.plan.staging import StagedBatch
 from steering.worker.plan.step_plan import StepPlan, plan_step
-from steering.worker.readout.readout import Vocabulary
+from steering.worker.readout.parts import Vocabulary
 from steering.worker.step import passes as step
 from steering.worker.step import pieces as step_pieces
 from steering.worker.step.drafting import Drafts

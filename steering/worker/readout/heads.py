@@ -17,7 +17,7 @@ from adapters.formats.config import CONFIG, read_object
 from adapters.formats.peft import read_peft
 from adapters.parts import factors
 from steering.heads import HeadError, HeadFile, Kind, Layer, Place, find_head, is_head
-from steering.worker.readout.readout import Reading
+from steering.worker.readout.parts import Reading
 
 Agreed = Callable[[torch.Tensor], torch.Tensor]
 

@@ -17,7 +17,8 @@ from steering.plan import LayerKind
 from steering.worker.plan.layout import Control
 
 if TYPE_CHECKING:
-    from steering.worker.readout.readout import Mixed, Readout
+    from steering.worker.readout.parts import Mixed
+from steering.worker.readout.readout import Readout
 
 CONTRASTS = (LayerKind.CONTRAST, LayerKind.CONTRAST_JSD)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from steering.vocabulary import Overlap
-from steering.worker.readout.readout import Vocabulary
+from steering.worker.readout.parts import Vocabulary
 
 
 def vocabularies(

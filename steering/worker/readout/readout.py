@@ -5,85 +5,26 @@ Lives in the worker, called from `compute_logits`, before grammar mask, penaltie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from steering.kernels.layers import Contrast
-from steering.kernels.mix import NEVER, Measures, Options, Rules, measure, mix, rows_where
+from steering.kernels.mix import NEVER, Options, Rules, measure, mix, rows_where
 from steering.plan import Gate, LayerKind, RuleKind
 from steering.worker.plan.ends import EndSets
 from steering.worker.plan.layout import Control, Layout
 from steering.worker.plan.step_plan import Classes
 from steering.worker.readout import layers
 from steering.worker.readout.candidates import only_candidates
+from steering.worker.readout.parts import Mixed, Reading, Scores, Unembed, Vocabulary
 from steering.worker.readout.watch import Watch
 
 if TYPE_CHECKING:  # it imports vLLM, which the arithmetic here does not need
     from steering.worker.readout.one_product import OneProduct
-
-Unembed = Callable[[torch.Tensor], torch.Tensor | None]
-"""[R, H] hidden states → [R, V] logits in the model's dtype (None on ranks that hold none)."""
-
-
-Head = Callable[[torch.Tensor], torch.Tensor]
-"""[R, H] hidden states → [R] float32."""
-
-
-class Reading(NamedTuple):
-    """A head and the stream whose hidden states it reads."""
-
-    stream: int
-    head: Head
-
-
-class Scores(NamedTuple):
-    """A stream's own scores, as its unembedding leaves them."""
-
-    rows: torch.Tensor | None
-    """[n] int64 which of the R rows they are of, ascending; None: all."""
-    own: torch.Tensor
-    """[n, own V]."""
-
-    def of(self, rows: torch.Tensor) -> torch.Tensor:
-        """Those of some of its rows, [m] int64."""
-        return self.own[rows if self.rows is None else torch.searchsorted(self.rows, rows)]
-
-
-class Mixed(NamedTuple):
-    """R rows of scores, and what they were made of."""
-
-    z: torch.Tensor
-    """[R, V] float32 scores of the steered model."""
-    base: torch.Tensor
-    """[R, V] the base's own, in whatever dtype."""
-    streams: Sequence[Scores | None]
-    """[S] the companions' own; None for the base and for those that did not run."""
-    critical: torch.Tensor | None = None
-    """[R] float32 log-odds of the rows' classifier heads, if there are any."""
-    measures: Measures | None = None
-    """Of the reported rows, if there are any."""
-    apart: Mapping[int, torch.Tensor] = MappingProxyType({})
-    """Companion → [m, own V] its own scores on rows that may not sum it."""
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """How a stream's vocabulary lies over the base's.
-
-    Args:
-        unshared: [U] int64 ids of the base's table that are not the same token in both; None if
-            there are none.
-        lacking: whether any of them is a token of the base.
-        read_as: [V] int64, the stream's id for each of the base's; None if they are the same.
-    """
-
-    unshared: torch.Tensor | None = None
-    lacking: bool = False
-    read_as: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from steering.worker.plan.layout import Layout
 from steering.worker.plan.request_state import BatchTables, RequestState
 from steering.worker.plan.staging import HostCopy
 from steering.worker.plan.step_plan import StepPlan
-from steering.worker.readout.readout import Mixed, Reading, Readout
+from steering.worker.readout.parts import Mixed, Reading
+from steering.worker.readout.readout import Readout
 from steering.worker.readout.report import ReportBook, StepRecord, Tally, choice_of
 from steering.worker.readout.rows import DrawRows
 from steering.worker.readout.watch import Watch

@@ -16,7 +16,8 @@ from steering.kernels.layers import Contrast
 from steering.kernels.mix import FEW_ROWS, Measures
 from steering.worker.plan.layout import Control
 from steering.worker.plan.step_plan import Classes
-from steering.worker.readout.readout import Mixed, Readout
+from steering.worker.readout.parts import Mixed
+from steering.worker.readout.readout import Readout
 
 _LOG = logging.getLogger(__name__)
 

@@ -39,7 +39,8 @@ from steering.worker.plan.staging import Staging
 from steering.worker.plan.step_plan import StepPlan, plan_step
 from steering.worker.readout import reporter as reporter_module
 from steering.worker.readout import watch as watch_module
-from steering.worker.readout.readout import Reading, Readout, Vocabulary
+from steering.worker.readout.parts import Reading, Vocabulary
+from steering.worker.readout.readout import Readout
 from steering.worker.readout.reporter import Reporter
 from steering.worker.readout.scoring import Scoring
 from steering.worker.readout.triton import TritonReadout

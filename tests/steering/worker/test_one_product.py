@@ -16,7 +16,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from steering.worker.plan.layout import EXTRA, Layout
 from steering.worker.plan.step_plan import Classes
 from steering.worker.readout.one_product import one_product
-from steering.worker.readout.readout import Readout, Vocabulary
+from steering.worker.readout.parts import Vocabulary
+from steering.worker.readout.readout import Readout
 
 SIZE, PADDED = 96, torch.tensor([94, 95])
 

@@ -12,7 +12,8 @@ from steering.kernels.reference import mix_reference
 from steering.plan import BASE, Recipe
 from steering.worker.plan.layout import Layout
 from steering.worker.plan.step_plan import Classes
-from steering.worker.readout.readout import Readout, Vocabulary
+from steering.worker.readout.parts import Vocabulary
+from steering.worker.readout.readout import Readout
 
 SIZE = 40
 PADDED = torch.tensor([38, 39])

@@ -19,7 +19,8 @@ from steering.worker.plan.layout import Layout
 from steering.worker.plan.request_state import BatchTables, request_state
 from steering.worker.plan.staging import HostCopy, Staging
 from steering.worker.plan.step_plan import plan_step
-from steering.worker.readout.readout import Reading, Readout, Vocabulary
+from steering.worker.readout.parts import Reading, Vocabulary
+from steering.worker.readout.readout import Readout
 from steering.worker.readout.report import KEPT, ReportBook
 from steering.worker.readout.reporter import Reporter
 from steering.worker.readout.scoring import Scoring

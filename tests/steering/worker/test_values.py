@@ -14,7 +14,8 @@ from steering.plan import Values
 from steering.worker.plan.batches import Candidates
 from steering.worker.plan.layout import EXTRA, Layout
 from steering.worker.plan.step_plan import Classes
-from steering.worker.readout.readout import Readout, Vocabulary
+from steering.worker.readout.parts import Vocabulary
+from steering.worker.readout.readout import Readout
 from steering.worker.step.values import ValueStreams, broadcast, candidates_of, gather
 from tests.steering.worker.schedules import scheduled
 

@@ -24,7 +24,8 @@ from steering.worker.plan.layout import (
     Layout,
 )
 from steering.worker.plan.step_plan import Classes
-from steering.worker.readout.readout import Reading, Readout, Vocabulary
+from steering.worker.readout.parts import Reading, Vocabulary
+from steering.worker.readout.readout import Readout
 from steering.worker.readout.triton import TritonReadout, readout_class
 from tests.steering.kernels.rows import RULES
 
