@@ -15,10 +15,10 @@ from steering.kernels.mix import NEVER, measure
 from steering.kernels.reference import MOST_KEPT
 from steering.plan import LayerKind
 from steering.worker.plan.layout import Control
+from steering.worker.readout.parts import Mixed
 
 if TYPE_CHECKING:
-    from steering.worker.readout.parts import Mixed
-from steering.worker.readout.readout import Readout
+    from steering.worker.readout.readout import Readout
 
 CONTRASTS = (LayerKind.CONTRAST, LayerKind.CONTRAST_JSD)
 
