@@ -129,7 +129,8 @@ def request_state(
     for name in (*plan.bodies, *plan.likelihoods):
         uses[index[name]] = True
     for name in plan.summed:
-        uses[index[taps.get(name, name)]] = True
+        # What a tap reads must run, and what it kept must be taken.
+        uses[index[name]] = uses[index[taps.get(name, name)]] = True
     _write(control, plan.weights, plan.rule, index, heads)
     if plan.values is not None and plan.values.mask:
         control[size + RULE_OPTIONS] += CANDIDATES_ONLY

@@ -57,6 +57,14 @@ def test_offsets_count_from_the_longest_prompt() -> None:
     assert chat.tolist() == [7, 8, 9]
 
 
+def test_a_tap_is_used_and_what_it_reads() -> None:
+    """Else its hidden state is zero, and every id as likely as any other."""
+    plan = SteeringPlan("m", (("base", 0.0), ("chat", 1.0)), taps=("chat",))
+    found = request_state(SteeringPayload(plan), 3, STREAMS, taps={"chat": "plain"})
+    assert {name for name, used in zip(STREAMS, found.uses, strict=True) if used} == {
+        "base", "chat", "plain"}  # fmt: skip
+
+
 def test_the_rule_is_in_the_control() -> None:
     plan = SteeringPlan("m", (("base", 1.0), ("chat", 1.0)), Rule(RuleKind.NUCLEUS, "chat", 0.9))
     control = request_state(SteeringPayload(plan), 3, STREAMS).control
