@@ -109,6 +109,7 @@ reference: install ## docs/reference again, from the code
 	$(BIN)/coxswain reference > docs/reference/configuration.md
 	$(BIN)/coxswain reference --vllm-flags > docs/reference/vllm-flags.md
 	$(BIN)/python -m tests.docs.reference
+	$(BIN)/python -m tests.recipes.page
 
 docs: install ## the documentation as a site, in build/docs
 	$(BIN)/mkdocs build --strict

@@ -28,3 +28,8 @@ class Recipe:
     passes: str
     licence: str
     test: str
+
+
+def ascii_of(name: str) -> str:
+    """A recipe's name as pytest's ids have it."""
+    return name.replace("δ", "delta")

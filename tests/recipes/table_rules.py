@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from tests.recipes.row import Recipe
+from tests.recipes.row import Recipe, ascii_of
 
-TEST = "tests/recipes/test_rules.py::test_the_recipe_is_its_formula"
+TEST = "tests/recipes/test_at_once.py::test_the_recipe_is_its_formula"
 NONE = "none"
 
 
 def _row(
     name: str, source: str, formula: str, request: str, artefacts: str, passes: str, licence: str
 ) -> Recipe:
-    return Recipe(name, source, formula, request, artefacts, passes, licence, f"{TEST}[{name}]")
+    return Recipe(
+        name, source, formula, request, artefacts, passes, licence, f"{TEST}[{ascii_of(name)}]"
+    )
 
 
 RECIPES = (
@@ -49,7 +51,8 @@ RECIPES = (
          '"top_share": 0.1}',
          "an assistant that remembers what is to be forgotten", "1 of each", "MIT"),
     _row("ROSE", "2402.11889", "s(x) − a s(x, reverse prompt)",
-         '{"method": "mix", "weights": {"base": 1, "twin": -0.5}, "prompts": {"twin": …}}',
+         '{"method": "mix", "weights": {"base": 1, "twin": -0.5}, '
+         '"prompts": {"twin": {"prompt": "…"}}}',
          "a reverse system prompt", "2 of the base", NONE),
     _row("SafeDecoding", "2402.08983", "p_base + a (p_expert − p_base) on shared ids, m tokens",
          '{"method": "safe_decoding", "expert": "twin"}',
@@ -67,15 +70,16 @@ RECIPES = (
          "a checkpoint with a defer row, as `head: classifier`", "1 of each", NONE),
     _row("ARGS", "2402.01694", "s_v + w r(x ⊕ v) on the base's k most likely ids",
          '{"method": "value_augmented", "values": [{"stream": "reward", "strength": 1.5}], '
-         '"top_k": 10, "mask": true, "centre": false}',
+         '"top_k": 10, "mask": true, "centre": false, "eos_value": "model"}',
          "a reward model with a scalar head", "1, and k rows of the reward model", NONE),
     _row("RAD", "2310.09520", "s_v + β clip(r(x ⊕ v), 0, 1) on the k most likely ids",
          '{"method": "value_augmented", "values": [{"stream": "reward", "strength": 10}], '
-         '"top_k": 20, "mask": true, "centre": false, "transform": "clip"}',
+         '"top_k": 20, "mask": true, "centre": false, "transform": "clip", "eos_value": "model"}',
          "a unidirectional reward model", "1, and k rows of the reward model", NONE),
     _row("FUDGE", "2104.05218", "log p_v + λ log σ(a(x ⊕ v)) on the k most likely ids",
          '{"method": "value_augmented", "values": [{"stream": "attribute", "strength": 1}], '
-         '"top_k": 64, "mask": true, "centre": false, "transform": "log_sigmoid"}',
+         '"top_k": 64, "mask": true, "centre": false, "transform": "log_sigmoid", '
+         '"eos_value": "model"}',
          "an attribute model whose head gives log-odds", "1, and k rows of it", NONE),
     _row("Memory Decoder", "2508.09874", "log((1 − λ) p_base + λ p_memory)",
          '{"method": "select", "second": "memory", "gate": "constant", "share": 0.25}',

@@ -14,7 +14,7 @@ ROWS = (
         '{"method": "guided_search", "k": 4, "block": {"tokens": 32}, "score": {"value": "value"}}',
         "a value model, or a classifier, as a stream",
         "base: K for each token; value: one prefill of each block",
-        "no release seen",
+        "no release",
         _TESTS + "test_blockwise_best_of_k",
     ),
     Recipe(
@@ -26,7 +26,7 @@ ROWS = (
         '"score": {"log_ratio": {"of": "tuned", "to": "untuned"}}}',
         "a small tuned model and the one before it was tuned, of the base's vocabulary",
         "base, tuned and untuned: W·K for each token",
-        "no licence file seen in the release",
+        "none",
         _TESTS + "test_chunk_level_beam_search",
     ),
     Recipe(
@@ -40,7 +40,7 @@ ROWS = (
         "a small model of the base's vocabulary; a process reward model as a classifier",
         "small: 1 for each token; base: 1 for each token of rejected steps, and a prefill of what "
         "was accepted since; reward: one prefill of each step",
-        "no licence file seen in the release",
+        "Apache-2.0",
         _TESTS + "test_reward_guided_speculation",
     ),
     Recipe(
@@ -57,7 +57,7 @@ ROWS = (
         "a small model of the base's vocabulary; a process reward model as a classifier",
         "small and base: n for each token; base: n for each token of rejected steps; reward: one "
         "prefill of each step",
-        "no licence file seen in the release",
+        "Apache-2.0",
         _TESTS + "test_guided_speculative_inference",
     ),
 )

@@ -12,7 +12,7 @@ ROWS = (
         request='{"method": "dola", "layers": ["l1"], "relative_top": 0.1}',
         artefacts="none: streams: {l1: {on: base, layer: 1, norm: false}}",
         passes="1 of the base; a read-out for the layer",
-        licence="the authors' code has none",
+        licence="none",
         test="tests/recipes/test_taps.py::test_dola",
     ),
     Recipe(
@@ -22,7 +22,7 @@ ROWS = (
         request='{"method": "dola", "layers": ["l0", "l1", "l2"]}',
         artefacts="none: a tap for each layer of the bucket",
         passes="1 of the base; a read-out for each layer",
-        licence="the authors' code has none",
+        licence="none",
         test="tests/recipes/test_taps.py::test_dola",
     ),
     Recipe(
@@ -32,7 +32,7 @@ ROWS = (
         request='{"method": "sled", "layers": ["l0", "l1", "l2"], "rate": 2.0, "top_k": 10}',
         artefacts="none: a tap for each layer",
         passes="1 of the base; a read-out for each layer",
-        licence="the authors' code has none",
+        licence="none",
         test="tests/recipes/test_taps.py::test_sled",
     ),
 )

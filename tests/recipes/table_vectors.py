@@ -4,30 +4,31 @@ from __future__ import annotations
 
 from tests.recipes.row import Recipe
 
-_TEST = "tests/recipes/test_vectors.py::test_every_recipe_at_once"
+_TEST = "tests/recipes/test_at_once.py::test_the_recipe_is_its_formula"
 
 ROWS = (
     Recipe(
         "CAA", "2312.06681", "h_{l+1} + m · v at the positions behind the instruction",
         '{"adapters": [{"name": "caa", "weight": -1.5, "where": {"prompt_last": 4, "from": 0}}]}',
         "a vector [H] for one layer; the client counts the tokens behind [/INST]",
-        "1", "MIT", _TEST,
+        "1", "MIT", f"{_TEST}[CAA]",
     ),
     Recipe(
         "ITI", "2306.03341", "x_head + α σ θ before o_proj, from the last prompt token on",
         '{"adapters": [{"name": "iti", "where": {"prompt_last": 1, "from": 0}}]}',
-        "σ θ of every chosen head, as `<o_proj>.shift`, with α as `scale`", "1", "MIT", _TEST,
+        "σ θ of every chosen head, as `<o_proj>.shift`, with α as `scale`",
+        "1", "MIT", f"{_TEST}[ITI]",
     ),
     Recipe(
         "LoFiT", "2406.01563", "(1 + A) ⊙ x_head + v at the input of o_proj",
         '{"adapters": [{"name": "lofit"}]}',
         "A as `<o_proj>.heads` (alike in query heads that share a value), v as `<o_proj>.shift`",
-        "1", "MIT", _TEST,
+        "1", "MIT", f"{_TEST}[LoFiT]",
     ),
     Recipe(
         "LoReFT", "2404.03592", "h + Rᵀ (W h + b − R h) at the first 7 and last 7 prompt tokens",
         '{"adapters": [{"name": "reft"}]}',
         "R, W and b of each layer; the positions stand in the adapter's file", "1", "Apache-2.0",
-        _TEST,
+        f"{_TEST}[LoReFT]",
     ),
 )  # fmt: skip

@@ -1,43 +1,22 @@
-"""CAA, ITI, LoFiT and LoReFT as requests, against each paper's own formula with plain hooks.
+"""CAA, ITI, LoFiT and LoReFT as requests, and each paper's own formula with plain hooks.
 
 Each formula is written here as its paper has it, in `transformers` hooks that count positions; the
-engine gets nothing of them but the files. All recipes share one batch with plain rows.
+engine gets nothing of them but the files. `test_at_once` holds it to them.
 """
 
 from __future__ import annotations
 
-import gc
 import json
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
-from steering.engine_args import adapter_engine_args
 from tests.adapters.vectors import write
-from tests.engine.driver import Case, Engine, Use, logprobs, tokens
-from tests.models import SPECIAL, VOCAB_SIZE
-from tests.recipes.table_vectors import ROWS
 from tests.reference import fresh
 
-pytestmark = pytest.mark.engine
-
-TOLERANCE = 1e-4
 LAYER = 1
-DRAWN = 7
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    folder = tmp_path_factory.mktemp("models")
-    slots = adapter_engine_args(5, 16)
-    found = Engine(folder, ("llama", VOCAB_SIZE), {}, vectors=True, **slots)
-    yield found
-    del found
-    gc.collect()
 
 
 class Sizes:
@@ -168,33 +147,3 @@ def loreft(folder: Path, sizes: Sizes) -> Recipe:
 
 
 RECIPES = {"CAA": caa, "ITI": iti, "LoFiT": lofit, "LoReFT": loreft}
-
-
-def test_every_recipe_at_once(engine: Engine, tmp_path: Path) -> None:
-    base, rng = engine.folders["base"], random.Random(4)
-    sizes = Sizes(base)
-    made = {name: make(tmp_path / name, sizes) for name, make in RECIPES.items()}
-    engine.load_adapters({name: one[0] for name, one in made.items()})
-    cases: list[Case] = []
-    wants: list[tuple[list[int], list[float]]] = []
-    for length in (6, 41, 120):
-        for name in (None, *made):
-            ids = [rng.randrange(len(SPECIAL), VOCAB_SIZE) for _ in range(length)]
-            uses: tuple[Use, ...] = ()
-            model = Edited(base, lambda h, *_: h, "block")
-            if name is not None:
-                _, where, weight, edit, at = made[name]
-                uses, model = (Use(name, weight, where=where),), Edited(base, edit, at)
-            cases.append(Case(ids, max_tokens=DRAWN, arrives=len(cases) % 4, adapters=uses))
-            wants.append(model.decode(ids, DRAWN))
-    plain = Edited(base, lambda h, *_: h, "block")
-    for case, want, output in zip(cases, wants, engine.run(cases), strict=True):
-        assert tokens(output) == want[0], case.adapters
-        assert logprobs(output) == pytest.approx(want[1], abs=TOLERANCE), case.adapters
-        if case.adapters:
-            unedited = plain.decode(list(case.prompt), DRAWN)
-            assert unedited[1] != pytest.approx(want[1], abs=100 * TOLERANCE)
-
-
-def test_the_table_names_these_recipes() -> None:
-    assert {row.name for row in ROWS} == RECIPES.keys()

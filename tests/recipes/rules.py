@@ -1,31 +1,22 @@
-"""Each paper's formula, written plainly in float64, against the request that does it here.
-
-All of them run at once, in one engine, beside plain requests.
+"""The papers' formulas of the read-out's sums, masks and selections, plainly in float64, each with
+the request that does it here: `test_at_once` holds the engine to them.
 """
 
 from __future__ import annotations
 
-import gc
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 
-from tests.engine.driver import Case, Engine, logprobs, tokens
+from tests.engine.driver import Case, Engine
 from tests.engine.heads import Headed, deferring, valued
-from tests.engine.test_exactness import TOLERANCE, prompt
 from tests.models import VOCAB_SIZE
-from tests.recipes.table_rules import RECIPES
 from tests.reference import load, scores
 
-pytestmark = pytest.mark.engine
-
 Row = npt.NDArray[np.float64]
-MARGIN = 1e-4
 WARM_UP = 3
 
 
@@ -140,7 +131,6 @@ HERE: dict[str, tuple[dict[str, Any], Formula]] = {
     ),
     "Memory Decoder": ({**SELECT, "gate": "constant"}, remembered),
 }
-TOKENS = 6
 
 
 def make_heads(folder: Path, _bodies: Mapping[str, Path]) -> dict[str, Headed]:
@@ -150,35 +140,8 @@ def make_heads(folder: Path, _bodies: Mapping[str, Path]) -> dict[str, Headed]:
     }
 
 
-@pytest.fixture(scope="module")
-def replies(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[Engine, dict[str, tuple[Case, Any]]]]:
-    """Every recipe, and plain requests, in one batch."""
-    engine = Engine(
-        tmp_path_factory.mktemp("models"),
-        ("llama", VOCAB_SIZE),
-        {
-            "chat": ("qwen2", VOCAB_SIZE),
-            "plain": ("gpt2", VOCAB_SIZE),
-            "third": ("qwen3", VOCAB_SIZE),
-            "twin": "base",
-        },
-        make_heads,
-    )
-    rng = random.Random(7)
-    cases = {}
-    for name, (spec, _) in HERE.items():
-        own = {"twin": prompt(rng, 8, 8)} if name == "ROSE" else {}
-        cases[name] = Case(prompt(rng, 8, 40), spec, own, max_tokens=TOKENS)
-    plain = [Case(prompt(rng, 8, 40), max_tokens=TOKENS) for _ in range(2)]
-    outputs = engine.run([*cases.values(), *plain])
-    yield engine, {n: (c, o) for (n, c), o in zip(cases.items(), outputs, strict=False)}
-    del engine
-    gc.collect()
-
-
 def rows(engine: Engine, case: Case, reply: Sequence[int]) -> dict[str, Row]:
+    """What the formulas read: [V] scores of each stream behind a reply, and the heads' numbers."""
     found: dict[str, Row] = {}
     for name, folder in {**engine.folders, "twin": engine.folders["base"]}.items():
         ids = [*case.own.get(name, case.prompt), *reply]
@@ -190,22 +153,3 @@ def rows(engine: Engine, case: Case, reply: Sequence[int]) -> dict[str, Row]:
             value = engine.heads["value"].read([*case.prompt, *reply, int(v)])
             found["value"][v] = max(value, 0.0) if case.spec.get("transform") == "clip" else value
     return found
-
-
-@pytest.mark.parametrize("name", HERE)
-def test_the_recipe_is_its_formula(
-    replies: tuple[Engine, dict[str, tuple[Case, Any]]], name: str
-) -> None:
-    engine, found = replies
-    case, output = found[name]
-    drawn, formula = tokens(output), HERE[name][1]
-    for n, (token, got) in enumerate(zip(drawn, logprobs(output), strict=True)):
-        want = log_p(formula(rows(engine, case, drawn[:n]), n))
-        assert want[token] >= want.max() - MARGIN, n
-        assert got == pytest.approx(want[token], abs=TOLERANCE), n
-    assert len(drawn) == TOKENS
-
-
-def test_every_row_of_the_table_has_its_recipe() -> None:
-    assert [row.name for row in RECIPES] == list(HERE)
-    assert all(row.test.endswith(f"[{row.name}]") for row in RECIPES)
