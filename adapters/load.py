@@ -77,7 +77,7 @@ class _Opened:
     """
 
     def __init__(self, artefact: Artefact) -> None:
-        names = [name for name in artefact.files if name.endswith(".safetensors")]
+        names = [name for name in artefact.files if name.endswith((".safetensors", ".gguf"))]
         self._files = {name: TensorFile(artefact.folder / name) for name in names}
 
     def __call__(self, place: Place) -> torch.Tensor:

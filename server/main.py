@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from server.commands import adapters, profiles, status, train
+from server.commands import adapters, convert, profiles, status, train
 
 if TYPE_CHECKING:
     from server.settings.config import Config
@@ -33,6 +33,8 @@ examples:
   coxswain train meteora --help            gates that choose among your LoRA adapters
   coxswain train value --help              a value model from your own reward
   coxswain train critic --help             a classifier of critical tokens from your own rule
+  coxswain train vector --help             a steering vector from contrast pairs or a reward
+  coxswain convert-vectors --help          steering vectors from other projects' pickles
 
 A minimal configuration:
   model: ./models/big
@@ -104,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     adapters.add(commands)
     status.add(commands)
     train.add(commands)
+    convert.add(commands)
     page = commands.add_parser("reference", help="print all settings as Markdown")
     page.add_argument("--vllm-flags", action="store_true",
                       help="in their place: what each flag of `vllm serve` does here")  # fmt: skip
@@ -154,6 +157,7 @@ def _commands(args: argparse.Namespace, rest: list[str]) -> int:
         "status": status.run,
         "drain": status.run,
         "train": train.run,
+        "convert-vectors": convert.run,
     }
     if args.command in by_name:
         return by_name[args.command](args)

@@ -188,6 +188,42 @@ def test_a_pack_shows_where_it_routed(page: Page) -> None:
     assert sum(shares) == pytest.approx(100, abs=1) and shares == sorted(shares, reverse=True)
 
 
+def test_a_vector_has_an_open_slider_and_is_left_out_at_nothing(page: Page, zoo: str) -> None:
+    def with_a_vector(route: Route) -> None:
+        offers = route.fetch().json()
+        calm = {"name": "calm", "version": "1", "stream": "base", "kind": "vector"}
+        route.fulfill(json={**offers, "adapters": [*offers["adapters"], calm]})
+
+    asked: list[dict[str, Any]] = []
+
+    def answer(route: Route) -> None:
+        asked.append(route.request.post_data_json or {})
+        route.fulfill(status=400, json={"error": {"message": "asked"}})
+
+    page.route("**/v1/playground", with_a_vector)
+    page.route("**/v1/chat/completions", answer)
+    page.goto(f"{zoo}/playground")
+    steer(page, "none:adapters only")
+    page.locator("#adapters-fold summary").click()
+    slider = page.get_by_role("slider", name="Weight of calm")
+    assert (slider.get_attribute("min"), slider.get_attribute("max")) == ("-4", "4")
+    box = page.get_by_role("checkbox", name=re.compile("^calm steering vector"))
+    expect(box).not_to_be_checked()
+    slider.fill("-2.5")
+    expect(box).to_be_checked()
+    page.get_by_role("button", name="Run").click()
+    expect(page.locator("#steered-text .error")).to_have_text("asked")
+    assert [body["adapters"] for body in asked if "adapters" in body] == [
+        [{"name": "calm", "weight": -2.5}]
+    ]
+    asked.clear()
+    slider.fill("0")
+    expect(box).not_to_be_checked()
+    page.get_by_role("button", name="Run").click()
+    expect(page.locator("#said")).to_have_text("asked")
+    assert all("adapters" not in body for body in asked)
+
+
 def test_what_the_server_refuses_is_told_in_its_words(page: Page) -> None:
     steer(page, "method:proxy_tuning")
     page.get_by_role("spinbutton", name="Strength, exact").fill("11")

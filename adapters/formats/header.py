@@ -59,11 +59,15 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file by name.
+    """The tensors of a file by name: of a safetensors file, or of a control vector (`.gguf`).
 
     Raises:
-        BadAdapter: not a safetensors file, cut off, or with tensors that overlap or leave gaps.
+        BadAdapter: not such a file, cut off, or with tensors that overlap or leave gaps.
     """
+    if path.suffix == ".gguf":
+        from adapters.formats.control_vector import read_directions
+
+        return read_directions(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

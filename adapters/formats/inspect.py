@@ -28,9 +28,11 @@ def read_artefact(folder: Path) -> Artefact:
         return meteora.read_meteora(folder)
     if (folder / peft.CONFIG).is_file():
         return peft.read_peft(folder)
-    if (folder / vectors.CONFIG).is_file():
+    if vectors.present(folder):
         return vectors.read_vectors(folder)
-    allowed = f"{peft.CONFIG}, {meteora.CONFIG} or {vectors.CONFIG}"
+    allowed = (
+        f"{peft.CONFIG}, {meteora.CONFIG}, {vectors.CONFIG}, {vectors.TENSORS}, {vectors.GGUF}"
+    )
     raise BadAdapter("no adapter here", field=folder.name, allowed=allowed)
 
 

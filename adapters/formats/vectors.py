@@ -1,4 +1,4 @@
-"""Steering vectors in our own format: `vector_config.json` and `vectors.safetensors`.
+"""Steering vectors in our own format: `vector_config.json` and `vectors.safetensors`; or bare.
 
     {"kind": "vector", "scale": 1.0, "where": "reply"}
 
@@ -6,6 +6,9 @@ The tensors of kind `vector` are constants, by the layer that they are added beh
 `model.layers.12` [H] at the output of decoder layer 12; `<module>.shift` [in] and `<module>.heads`
 [in] at the input of a linear layer (`Part.shift`, `Part.heads`). Those of kind `loreft` are
 `12.rotate` [H, r], `12.weight` [r, H] and `12.bias` [r] (arXiv 2404.03592).
+
+Bare are `vectors.safetensors` with constants behind decoder layers and no config, and llama.cpp's
+control vectors, `vectors.gguf` (`adapters.formats.control_vector`).
 """
 
 from __future__ import annotations
@@ -24,10 +27,16 @@ from adapters.where import read_where
 
 CONFIG = "vector_config.json"
 TENSORS = "vectors.safetensors"
+GGUF = "vectors.gguf"
 
 _KEYS = ("kind", "scale", "where", "head_size", "base_model_name_or_path")
 _KINDS: tuple[Kind, ...] = ("vector", "loreft")
 _REFT = {"rotate": "rotate", "weight": "source", "bias": "source_bias"}
+
+
+def present(folder: Path) -> bool:
+    """Whether a folder has vectors."""
+    return any((folder / file).is_file() for file in (CONFIG, TENSORS, GGUF))
 
 
 def read_vectors(folder: Path, name: str = "vector") -> Artefact:
@@ -40,6 +49,8 @@ def read_vectors(folder: Path, name: str = "vector") -> Artefact:
     Raises:
         BadAdapter: files are missing or broken, or a tensor does not belong.
     """
+    if not (folder / CONFIG).is_file():
+        return _bare(folder, name)
     config = read_object(inside(folder, CONFIG))
     if unknown := sorted(config.keys() - set(_KEYS)):
         raise _bad(unknown[0], config[unknown[0]], ", ".join(_KEYS))
@@ -53,7 +64,7 @@ def read_vectors(folder: Path, name: str = "vector") -> Artefact:
     if type(size) is not int or size < 0:
         raise _bad("head_size", size, "numbers of one attention head's output")
     tensors = read_header(inside(folder, TENSORS))
-    made = _reft(tensors) if kind == "loreft" else _constants(tensors)
+    made = _reft(tensors) if kind == "loreft" else _constants(tensors, TENSORS)
     parts = {m: replace(p, scale=float(scale), head_size=size) for m, p in made.items()}
     if not parts:
         raise BadAdapter("has no vectors", field=TENSORS)
@@ -65,16 +76,32 @@ def read_vectors(folder: Path, name: str = "vector") -> Artefact:
     return found
 
 
-def _constants(tensors: dict[str, TensorInfo]) -> dict[str, Part]:
+def _bare(folder: Path, name: str) -> Artefact:
+    """Constants behind decoder layers, in a file without a config."""
+    file = GGUF if (folder / GGUF).is_file() else TENSORS
+    if (folder / GGUF).is_file() and (folder / TENSORS).is_file():
+        raise BadAdapter("two files of vectors", field=GGUF, allowed=f"one of {GGUF}, {TENSORS}")
+    tensors = read_header(inside(folder, file))
+    for tensor in tensors:
+        if block_of(tensor) is None:
+            raise BadAdapter(f"unexpected tensor in a file without {CONFIG}",
+                             field=f"{file}: {tensor}",
+                             allowed="<number>, <path of a decoder layer>")  # fmt: skip
+    if not tensors:
+        raise BadAdapter("has no vectors", field=file)
+    return Artefact(folder, "vector", (name,), (_constants(tensors, file),), {}, (file,))
+
+
+def _constants(tensors: dict[str, TensorInfo], file: str) -> dict[str, Part]:
     parts: dict[str, Part] = defaultdict(Part)
     for name in sorted(tensors):
         module, _, last = name.rpartition(".")
         if (block := block_of(name)) is not None:
             if parts[block].offset is not None:
-                raise BadAdapter("a second vector for this layer", field=f"{TENSORS}: {name}")
-            parts[block] = replace(parts[block], offset=Place(TENSORS, name))
+                raise BadAdapter("a second vector for this layer", field=f"{file}: {name}")
+            parts[block] = replace(parts[block], offset=Place(file, name))
         elif module and last in ("shift", "heads"):
-            place: dict[str, Any] = {last: Place(TENSORS, name)}
+            place: dict[str, Any] = {last: Place(file, name)}
             parts[module] = replace(parts[module], **place)
         else:
             raise _stranger(name, "<number>, <path of a decoder layer>, <module>.shift, "

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adapters.errors import BadAdapter, BadSource, SourceAway, StoreFull, TooLarge
-from adapters.formats import meteora, peft
+from adapters.formats import meteora, peft, vectors
 from adapters.formats.config import read_object
+from adapters.formats.control_vector import MAX_BYTES as MOST_OF_GGUF
 from adapters.formats.inspect import read_artefact
 from adapters.sources.local import LocalFolder
 from adapters.sources.origin import (
@@ -25,11 +26,16 @@ from adapters.sources.origin import (
     check_beginning,
     persistently,
 )
-from adapters.sources.source import Allowed, Source
+from adapters.sources.source import CONVERT, Allowed, Source
 from adapters.sources.store import ContentStore, room
 
 _MAX_CONFIG = 1 << 20
 """Bytes of a JSON file."""
+
+_BARE = (vectors.TENSORS, vectors.GGUF)
+"""Files that are an adapter by themselves."""
+
+_CONFIGS = (peft.CONFIG, meteora.CONFIG, vectors.CONFIG, *_BARE)
 
 _TASK = re.compile(r"\w[\w.-]{0,99}")
 
@@ -88,7 +94,8 @@ class Fetcher:
         with self.store.staging() as folder:
             origin = self._reach(source, clock)
             try:
-                size = _Transfer(origin, folder, self.store.root, self.limits, clock, report).run()
+                work = _Transfer(origin, folder, self.store.root, self.limits, clock, report)
+                size = work.one(source.file) if source.file else work.run()
             finally:
                 origin.close()
             kind = read_artefact(folder).kind
@@ -96,7 +103,7 @@ class Fetcher:
         return Fetched(digest, path, kind, size)
 
     def present(self, source: Source) -> bool:
-        """Whether a place has the config of an adapter; its other files are not looked at.
+        """Whether a place has an adapter: its config, or its one file of vectors.
 
         Raises:
             BadSource: the source is not allowed.
@@ -106,7 +113,8 @@ class Fetcher:
         try:
             origin = self._reach(source, Clock.start(self.limits))
             try:
-                return any(_opens(origin, name) for name in (peft.CONFIG, meteora.CONFIG))
+                names = (source.file,) if source.file else _CONFIGS
+                return any(_opens(origin, name) for name in names)
             finally:
                 origin.close()
         except BadSource:
@@ -162,13 +170,39 @@ class _Transfer:
             names = self._pack(json.loads((self._folder / meteora.CONFIG).read_bytes()))
         elif self._optional(peft.CONFIG):
             names = self._weights()
+        elif self._optional(vectors.CONFIG):
+            names = [vectors.TENSORS]
+        elif any(self._optional(name) for name in _BARE):
+            names = []
         else:
-            either = f"a folder with {peft.CONFIG} or {meteora.CONFIG}"
-            raise BadAdapter("no adapter here", field="source", allowed=either)
+            self._refuse_pyreft()
+            allowed = f"a folder with {', '.join(_CONFIGS)}"
+            raise BadAdapter("no adapter here", field="source", allowed=allowed)
         for name in names:
             if not (self._folder / name).is_file():
                 self._needed(name)
         return self._done
+
+    def one(self, name: str) -> int:
+        """Fetches the one file of vectors, under the name that our format has for it; its bytes."""
+        stored = vectors.GGUF if name.lower().endswith(".gguf") else vectors.TENSORS
+
+        def fetch() -> None:
+            self._file(name, stored)
+
+        try:
+            persistently(fetch, self._limits.tries, self._clock)
+        except AbsentError:
+            raise BadAdapter("the file is missing", field=name) from None
+        return self._done
+
+    def _refuse_pyreft(self) -> None:
+        """Names the converter where a folder is pyreft's, whose weights are pickles."""
+        if self._optional("config.json"):
+            config = read_object(self._folder / "config.json")
+            if "intervention_types" in config:
+                raise BadAdapter("a folder of pyreft, whose weights are pickles, which can run "
+                                 f"code when loaded; {CONVERT}", field="config.json")  # fmt: skip
 
     def _weights(self) -> list[str]:
         """The other files of a PEFT adapter: one, or those of an index."""
@@ -217,10 +251,12 @@ class _Transfer:
         except (AbsentError, SourceAway):
             return False
 
-    def _file(self, name: str) -> None:
-        most = self._limits.max_file_bytes if name.endswith(".safetensors") else _MAX_CONFIG
-        most = min(most, self._limits.max_bytes - self._done)
-        path = self._folder / name
+    def _file(self, name: str, stored: str | None = None) -> None:
+        """Fetches a file, and stores it under its own name or another one."""
+        path = self._folder / (stored or name)
+        by_kind = {".safetensors": self._limits.max_file_bytes, ".gguf": MOST_OF_GGUF}
+        most = min(by_kind.get(path.suffix, _MAX_CONFIG), self._limits.max_file_bytes,
+                   self._limits.max_bytes - self._done)  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         before = self._done
         try:

@@ -139,8 +139,10 @@ def check_beginning(name: str, head: bytes) -> None:
     Raises:
         BadAdapter: it is something else.
     """
-    if name.endswith(".safetensors") and head[4:8] == bytes(4):
+    if name.lower().endswith(".safetensors") and head[4:8] == bytes(4):
         return
+    if name.lower().endswith(".gguf") and not head.startswith(b"GGUF"):
+        raise BadAdapter("not a GGUF file", field=name)
     for magic, what in _MAGIC:
         if head.startswith(magic):
             raise BadAdapter(f"this is {what}", field=name)

@@ -5,6 +5,8 @@
     s3://bucket/folder                   an S3-compatible bucket
     https://host/folder                  a folder on a web server (http:// too)
 
+Steering vectors may also be named by their one file, `.gguf` or `.safetensors`, in any of the four.
+
 Needs the standard library only.
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -22,6 +24,9 @@ from adapters.errors import BadSource
 Kind = Literal["local", "hub", "s3", "web"]
 
 _LONGEST = 2048
+CONVERT = "convert steering vectors with `coxswain convert-vectors SOURCE OUT`"
+"""What to do with pickles of vectors."""
+
 _FORMS = "/folder, hf://owner/name, s3://bucket/folder, https://host/folder"
 _HUB = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})"
@@ -32,6 +37,9 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npz", ".joblib")
+_VECTORS = (".gguf", ".safetensors")
+_OF_FOLDERS = ("adapter_model", "model", "gates")
+"""Tensors that say little without a config beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,7 @@ class Source:
         place: local: the folder; hub: `owner/name`; s3: the bucket; web: scheme, host and port.
         folder: path inside the place without slashes at its ends; empty for local.
         revision: hub only; None: the repository's main branch.
+        file: the one file in the folder that holds vectors; empty: a config says what is there.
     """
 
     kind: Kind
@@ -51,6 +60,7 @@ class Source:
     place: str
     folder: str = ""
     revision: str | None = None
+    file: str = ""
 
     def __str__(self) -> str:
         return self.text
@@ -67,10 +77,15 @@ def parse_source(text: str, field: str = "source") -> Source:
     if lower.endswith(_ARCHIVES):
         raise BadSource("archives are not unpacked; give a folder", field=field, value=text)
     if lower.endswith(_PICKLES):
-        raise BadSource("pickles can run code and are not loaded; give a folder with safetensors",
-                        field=field, value=text)  # fmt: skip
-    if lower.endswith(".safetensors"):
+        raise BadSource("pickles can run code and are not loaded; give a folder with safetensors, "
+                        f"or {CONVERT}", field=field, value=text)  # fmt: skip
+    if lower.endswith(".safetensors") and lower.rpartition("/")[2].startswith(_OF_FOLDERS):
         raise BadSource("give the folder, not one file of it", field=field, value=text)
+    return _file_of(_place(text, field))
+
+
+def _place(text: str, field: str) -> Source:
+    """Which of the four it is."""
     if text.startswith("/"):
         return _local(text, field)
     parts = _split(text, field)
@@ -87,6 +102,17 @@ def parse_source(text: str, field: str = "source") -> Source:
             return _hub(text, text, field)
     raise BadSource("not a source that we know", field=field, value=text,
                     allowed=_FORMS)  # fmt: skip
+
+
+def _file_of(source: Source) -> Source:
+    """The folder and the file, where a source ends in one of vectors."""
+    path = source.place if source.kind == "local" else source.folder
+    folder, _, file = path.rpartition("/")
+    if not file.lower().endswith(_VECTORS):
+        return source
+    if source.kind == "local":
+        return replace(source, place=folder or "/", file=file)
+    return replace(source, folder=folder, file=unquote(file) if source.kind == "web" else file)
 
 
 def _check_characters(text: str, field: str) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters.errors import AdapterError
+from adapters.formats import vectors
 from adapters.formats.base import BaseShapes, plain_shapes
 from adapters.formats.inspect import inspect
 from adapters.formats.peft import CONFIG
 from adapters.registry.record import check_name, check_version
-from adapters.sources.source import Allowed, parse_source
+from adapters.sources.source import Allowed, Source, parse_source
 from server.checks.diagnosis import Diagnosis
 from server.settings.config import AdaptersConfig, Config, PreloadConfig
 from steering.engine_args import slot_rank
@@ -172,8 +175,21 @@ def _preload(
         yield f"stream: no such stream (got {preload.stream!r}); allowed: {', '.join(streams)}"
     elif source.kind == "local":
         try:
-            inspect(Path(source.place), streams[preload.stream].shapes, max_rank=section.max_rank)
+            with _folder_of(source) as folder:
+                inspect(folder, streams[preload.stream].shapes, max_rank=section.max_rank)
         except AdapterError as error:
             yield f"source: {error}"
         except OSError as error:
             yield f"source: {error.strerror}: {preload.source}"
+
+
+@contextlib.contextmanager
+def _folder_of(source: Source) -> Iterator[Path]:
+    """The folder of a local source; of a single file, one that has it under our format's name."""
+    if not source.file:
+        yield Path(source.place)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        name = vectors.GGUF if source.file.lower().endswith(".gguf") else vectors.TENSORS
+        shutil.copyfile(Path(source.place) / source.file, Path(folder) / name)
+        yield Path(folder)

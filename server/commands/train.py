@@ -9,9 +9,9 @@ import argparse
 import sys
 from typing import Any
 
-from server.commands.training import critic, meteora, value
+from server.commands.training import critic, meteora, value, vector
 
-_RECIPES = {"meteora": meteora, "value": value, "critic": critic}
+_RECIPES = {"meteora": meteora, "value": value, "critic": critic, "vector": vector}
 
 
 def add(commands: Any) -> None:

@@ -7,6 +7,10 @@ import { Options } from "./options.js";
 /** Streams that these options name need a prompt of their own. */
 const NEEDED = ["without", "negative"];
 
+/** Kinds that change the residual stream behind decoder layers. */
+const VECTORS = ["vector", "loreft"];
+const KINDS = { meteora: "MeteoRA pack", vector: "steering vector", loreft: "LoReFT" };
+
 export class Request {
   /** The form, for what the server offers. */
   constructor(offers) {
@@ -80,16 +84,20 @@ export class Request {
     const { adapters, limits } = this.offers;
     show(byId("adapters-fold"), adapters.length > 0);
     this.adapters = adapters.map((adapter) => {
+      const isVector = VECTORS.includes(adapter.kind);
       const box = el("input", { type: "checkbox", id: freshId("adapter") });
       box.dataset.adapter = adapter.name;
-      const fields = { weight: slider(`${adapter.name}.weight`, { label: `Weight of ${adapter.name}`, low: Math.max(-2, limits.weight[0]), high: Math.min(2, limits.weight[1]), step: 0.05, value: 1 }) };
+      const most = isVector ? 4 : 2;
+      const fields = { weight: slider(`${adapter.name}.weight`, { label: `Weight of ${adapter.name}`, low: Math.max(-most, limits.weight[0]), high: Math.min(most, limits.weight[1]), step: 0.05, value: isVector ? 0 : 1, all: limits.weight }) };
       if (adapter.kind === "meteora") {
         fields.top_k = slider(`${adapter.name}.top_k`, { label: "Adapters for each token (top k)", low: 1, high: 8, step: 1, value: 2, whole: true });
         fields.temperature = slider(`${adapter.name}.temperature`, { label: "Temperature of its gates", low: 0.1, high: 30, step: 0.1, value: "", hint: "Empty: the pack's own." });
       }
-      const inner = el("div", { className: "nested", hidden: true }, ...Object.values(fields).map((field) => field.element));
-      box.addEventListener("change", () => { show(inner, box.checked); this.countAdapters(); });
-      const kind = adapter.kind === "meteora" ? "MeteoRA pack" : "LoRA";
+      const inner = el("div", { className: "nested", hidden: !isVector }, ...Object.values(fields).map((field) => field.element));
+      box.addEventListener("change", () => { show(inner, box.checked || isVector); this.countAdapters(); });
+      // A vector's slider stands open, and at 0 the vector is left out.
+      if (isVector) fields.weight.onChange(() => { box.checked = Boolean(fields.weight.value()); this.countAdapters(); });
+      const kind = KINDS[adapter.kind] ?? "LoRA";
       const element = el("div", { className: "adapter" },
         el("label", { className: "check" }, box, el("span", {}, adapter.name), el("span", { className: "soft" }, ` ${kind} on ${adapter.stream}`)), inner);
       return { adapter, box, fields, element };

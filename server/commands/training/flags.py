@@ -18,7 +18,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from adapters.training.checked import flag
 from server.commands.admin_client import URL
 
-CHOICES = {"dtype": ("float32", "bfloat16")}
+CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "direction": ("mean", "component"),
+    "states": ("last", "mean"),
+}
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 

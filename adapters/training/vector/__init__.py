@@ -1,0 +1,1 @@
+"""Steering vectors from contrasts: difference of means, or the differences' first component."""

@@ -1,0 +1,67 @@
+"""`coxswain convert-vectors`: steering vectors that other projects keep in pickles, as our own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+_DESCRIPTION = """\
+Writes steering vectors of other projects as folders that a server takes (safetensors and a config).
+A server never opens a pickle; this command reads them with torch.load(weights_only=True).
+
+  vec_layer_<n>….pt, or a folder of them    CAA: behind decoder layer n, counted from 0
+  FILE.pt                                   a tensor (with --layers n), or tensors by layer
+  FILE.svec                                 IBM activation-steering: what acts at the input of its
+                                            layer n acts here behind layer n − 1
+  a folder of pyreft's                      LoReFT, with --positions as it was trained
+"""
+
+_EPILOG = """\
+examples:
+  coxswain convert-vectors vec_layer_13_Llama-2-7b-chat-hf.pt vectors/sycophancy
+  coxswain convert-vectors refusal.svec vectors/refusal --layers 15-23 --scale 1.5
+  coxswain convert-vectors ./reft_to_share vectors/reft --positions f7+l7
+  coxswain adapters load sycophancy ./vectors/sycophancy
+
+GGUF control vectors and safetensors need no conversion. More: docs/guide/vectors.md
+"""
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the command line's grammar."""
+    parser = commands.add_parser(
+        "convert-vectors", help="steering vectors from pickles into our format",
+        description=_DESCRIPTION, epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="a file or folder")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder that is made")
+    parser.add_argument(
+        "--layers", metavar="N-M", help="as the source counts them, e.g. 13 or 15-23 (default: all)"
+    )
+    parser.add_argument("--positions", metavar="f7+l7",
+                        help="of pyreft's folders: the prompt's positions they change")  # fmt: skip
+    parser.add_argument("--scale", type=float, default=1.0, metavar="X",
+                        help="what weight 1 of a request stands for (default: 1)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts.
+
+    Returns:
+        The exit status: 1 where something cannot be converted; the reason is on standard error.
+    """
+    from adapters.convert import Request, convert, read_layers
+    from adapters.errors import AdapterError
+
+    try:
+        layers = None if args.layers is None else read_layers(args.layers)
+        made = convert(Request(args.source, args.out, layers, args.positions, args.scale))
+    except (AdapterError, OSError) as error:
+        print(f"coxswain: {error}", file=sys.stderr)
+        return 1
+    for folder in made:
+        print(folder)
+    return 0
