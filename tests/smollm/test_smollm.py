@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -71,7 +72,7 @@ def test_the_server_draws_what_transformers_draws(server: str, folder: Path) -> 
 def test_the_context_wins_over_memory(server: str) -> None:
     """One conflict that the plain model loses: what the method is for, not a measure of it."""
     question = "Question: What is the capital of France?\nAnswer: The capital of France is"
-    body = {
+    body: Any = {
         "model": "smollm", "max_tokens": 6, "temperature": 0,
         "prompt": f"In 2041 the capital of France was moved from Paris to Lyon.\n{question}",
         "steering": {"method": "context_aware", "without": "twin", "strength": 1.0,
