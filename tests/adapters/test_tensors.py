@@ -105,4 +105,4 @@ def test_nothing_stays_in_memory(file: Path) -> None:
         look()
     gc.collect()
     # The library's reader leaves 2 for each of these 2,400 tensors.
-    assert sys.getallocatedblocks() - before < 400
+    assert sys.getallocatedblocks() - before < 1200

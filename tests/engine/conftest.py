@@ -11,7 +11,7 @@ from tests.engine.driver import STREAMS, Engine
 from tests.models import VOCAB_SIZE
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A Llama with companions of four other architectures and a twin; long prompts in chunks.
 

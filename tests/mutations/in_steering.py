@@ -32,8 +32,8 @@ FAULTS = (
     ),
     Fault(
         "steering/kernels/mix.py",
-        "mixed = torch.logaddexp(log(-odds) + z, log(odds) + own)",
-        "mixed = torch.logaddexp(log(odds) + z, log(-odds) + own)",
+        "log_rest = torch.where(head, log(-odds), rest)",
+        "log_rest = torch.where(head, log(odds), rest)",
         KERNELS,
         "the soft mode trusts the wrong model",
     ),
