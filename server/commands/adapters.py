@@ -45,9 +45,12 @@ def add(commands: Any) -> None:
     flags(verbs.add_parser("list", help="all adapters, as a table"))
     load = flags(verbs.add_parser("load", help="load one, and wait until it is ready"))
     load.add_argument("name", metavar="NAME", help="what requests will call it")
-    load.add_argument("source", metavar="SOURCE",
-                      help="a folder, hf://owner/name[@revision], s3://bucket/folder or "
-                      "https://host/folder")  # fmt: skip
+    load.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a folder, hf://owner/name[@revision], s3://bucket/folder or "
+        "https://host/folder; or one .gguf or .safetensors file of vectors",
+    )
     load.add_argument("--version", default="1", help="a label: requests may say NAME@VERSION")
     load.add_argument("--stream", default="base", help="the stream that it changes")
     load.add_argument("--pin", action="store_true", help="never evict it")
