@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
 import yaml
@@ -20,6 +21,7 @@ from server.loading import engine_arguments
 from server.main import run
 from server.settings.file import parse
 from steering.vocabulary import Overlap
+from tests.adapters.test_vector_files import write_gguf
 from tests.models import make_model
 from tests.server.live import document
 
@@ -52,6 +54,20 @@ def test_the_command_prints_the_reasons_and_exits_1(
     told = capsys.readouterr().out
     assert "✗ streams.chat: no such folder" in told
     assert "✗ profiles.big-chat.anti_expert: no such stream" in told
+
+
+def test_a_preload_may_be_one_file_of_vectors(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = json.loads((models / "base" / "config.json").read_text())["hidden_size"]
+    file = models / "doctor-vectors.yaml"
+    for name, n, status in (("Good.gguf", 1, 0), ("Bad.gguf", 0, 1)):
+        write_gguf(models / "vectors" / name, {f"direction.{n}": np.ones(size, np.float32)})
+        preload = [{"name": "v", "source": f"./vectors/{name}"}]
+        adapters = {"roots": ["./vectors"], "vectors": True, "preload": preload}
+        file.write_text(yaml.safe_dump(document(adapters=adapters)))
+        assert run(["doctor", str(file)]) == status
+    assert "vectors.gguf: direction.0: unexpected tensor" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
