@@ -123,7 +123,7 @@ FAULTS = (
     ),
     Fault(
         "steering/resolve.py",
-        "if not any(recipe.weights.values()):",
+        "if not any(asked.values()):",
         "if False:",
         RESOLVE,
         "all weights 0 gives random text",
@@ -136,7 +136,7 @@ FAULTS = (
         "a caller takes as many candidates as it likes",
     ),
     Fault(
-        "steering/resolve.py",
+        "steering/rules.py",
         "if rule.stream not in dict(weights):",
         "if False:",
         RESOLVE,

@@ -13,11 +13,12 @@ KEY = "a-key-for-the-tests-only"
 
 @pytest.fixture(scope="package")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A base with companions, a profile `big-chat`, and a key."""
+    """A base with companions, a profile `big-chat`, a key, and room for vectors."""
     folder = tmp_path_factory.mktemp("sampled")
     make_models(folder)
     auth = {"api_keys": [KEY], "admin_key": "another-key-for-the-tests"}
-    found = Server(folder, document(auth=auth, chat={"template": TEMPLATE}))
+    adapters = {"roots": [str(folder)], "vectors": True, "max_loaded": 2, "max_rank": 8}
+    found = Server(folder, document(auth=auth, chat={"template": TEMPLATE}, adapters=adapters))
     try:
         found.wait_ready()
         yield found

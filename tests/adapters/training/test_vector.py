@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,7 +26,9 @@ from adapters.training.vector.contrast import directions, read_pairs, read_state
 from adapters.training.vector.settings import VectorSettings
 from adapters.training.vector.train import train
 from server.main import run
+from tests.adapters.test_vector_files import bare, write_gguf
 from tests.models import VOCAB_SIZE, make_tokenizer
+from tests.server.live import Server
 
 LAYERS, HIDDEN = 4, 32
 WORDS = ["river", "mill", "bridge", "stern", "crew", "wind", "water", "basket"]
@@ -260,3 +264,55 @@ def test_lines_that_are_no_pairs(body: Path, tmp_path: Path, line: Any) -> None:
     (tmp_path / "p.jsonl").write_text(json.dumps(line))
     with pytest.raises(BadRecipe, match=r"p\.jsonl:1"):
         read_pairs(tmp_path / "p.jsonl", body)
+
+
+# --- a real server ------------------------------------------------------------------------------
+
+
+@pytest.mark.engine
+def test_a_server_tries_vectors_and_serves_the_chosen_one(live: Server, tmp_path: Path) -> None:
+    """It takes our folder, the same numbers bare, and as a control vector; all answer alike."""
+    body, auth = live.folder / "base", live.config["auth"]
+    folder = live.folder / "vectors"
+    folder.mkdir()
+    settings = dataclasses.replace(
+        rewarded(body, live.url, folder), admin_key=auth["admin_key"], tried=1, weights="4,10",
+        reward=f"{folder}/fun.py:length",
+        served=Served(live.url, auth["api_keys"][0]),
+    )  # fmt: skip
+    (folder / "fun.py").write_text("def length(prompt, reply):\n    return reply.count('e')\n")
+    told = train(settings, say=quiet)
+    assert [t["weight"] for t in told["trials"]] == [0, 4, 10]
+    rewards = [t["reward"] for t in told["trials"]]
+    assert len(set(rewards)) > 1, "what was tried has changed the replies"
+    (vector,) = load_file(settings.out / "vectors.safetensors").values()
+    values = {f"direction.{told['layer'] or 1}": told["weight"] * vector.numpy()}
+    sources = {"ours": settings.out}
+    if told["layer"]:
+        sources["gguf"] = write_gguf(folder / "same.gguf", values)
+    (numbers,) = values.values()
+    sources["bare"] = bare(folder / "Same.safetensors", {str(told["layer"]): numbers})
+    answers = {}
+    admin = {"Authorization": f"Bearer {auth['admin_key']}"}
+    own = {"Authorization": f"Bearer {auth['api_keys'][0]}"}
+    with httpx.Client(base_url=live.url, timeout=60) as client:
+        assert client.get("/admin/adapters", headers=admin).json()["adapters"] == []
+        for name, source in sources.items():
+            asked = {"name": name, "source": str(source)}
+            assert client.post("/admin/adapters", json=asked, headers=admin).status_code == 202
+            while (record := client.get(f"/admin/adapters/{name}", headers=admin).json())[
+                "state"
+            ] not in ("ready", "failed"):
+                time.sleep(0.1)
+            assert record["state"] == "ready" and record["kind"] == "vector", record
+        for name in (None, *sources):
+            question = {"model": "big", "prompt": "The river", "max_tokens": 8, "temperature": 0,
+                        "logprobs": 1, "adapters": [{"name": name}] if name else []}  # fmt: skip
+            found = client.post("/v1/completions", json=question, headers=own)
+            assert found.status_code == 200, found.text
+            answers[name] = found.json()["choices"][0]["logprobs"]["token_logprobs"]
+        for name in sources:
+            client.delete(f"/admin/adapters/{name}", headers=admin)
+    ours = answers.pop("ours")
+    assert answers.pop(None) != pytest.approx(ours, abs=1e-3)
+    assert answers and all(one == pytest.approx(ours, abs=1e-4) for one in answers.values())
