@@ -305,7 +305,7 @@ def test_a_server_tries_vectors_and_serves_the_chosen_one(live: Server, tmp_path
             ] not in ("ready", "failed"):
                 time.sleep(0.1)
             assert record["state"] == "ready" and record["kind"] == "vector", record
-        for name in (None, *sources):
+        for name in ("", *sources):
             question = {"model": "big", "prompt": "The river", "max_tokens": 8, "temperature": 0,
                         "logprobs": 1, "adapters": [{"name": name}] if name else []}  # fmt: skip
             found = client.post("/v1/completions", json=question, headers=own)
@@ -314,5 +314,5 @@ def test_a_server_tries_vectors_and_serves_the_chosen_one(live: Server, tmp_path
         for name in sources:
             client.delete(f"/admin/adapters/{name}", headers=admin)
     ours = answers.pop("ours")
-    assert answers.pop(None) != pytest.approx(ours, abs=1e-3)
+    assert answers.pop("") != pytest.approx(ours, abs=1e-3)
     assert answers and all(one == pytest.approx(ours, abs=1e-4) for one in answers.values())
