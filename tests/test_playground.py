@@ -263,6 +263,14 @@ def test_every_control_has_a_name(page: Page) -> None:
         assert page.evaluate(NAMELESS) == []
 
 
+def test_a_run_waits_until_the_page_knows_the_server(page: Page) -> None:
+    """A click before that was lost without a word."""
+    expect(page.get_by_role("button", name="Run")).to_be_enabled()
+    page.route("**/v1/playground", lambda _: None)  # never answered
+    page.reload()
+    expect(page.get_by_role("button", name="Run")).to_be_disabled()
+
+
 def test_a_narrow_screen_needs_no_sideways_scrolling(browser: Browser, zoo: str) -> None:
     with opened(browser, zoo, viewport={"width": 360, "height": 740}) as page:
         run(page)

@@ -15,6 +15,7 @@ export async function offer() {
   const offers = await ask("GET", "v1/playground");
   request = new Request(offers);
   byId("base-name").textContent = offers.base;
+  byId("run").disabled = false;
 }
 
 export function start() {
