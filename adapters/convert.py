@@ -175,7 +175,7 @@ def _load(file: Path) -> Any:
     """What a pickle holds; nothing of it is run."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # Of broken and hostile files torch raises what it likes.
+    except Exception as error:  # torch raises any class on a broken or hostile file.
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadAdapter(f"cannot be read with weights_only: {told}", field=file.name) from error
 

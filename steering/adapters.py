@@ -44,7 +44,7 @@ class ResolvedAdapter:
 
     @property
     def places(self) -> tuple[Where, ...]:
-        """Of `AdapterUse`."""
+        """`AdapterUse.where` of each adapter."""
         found = self.artefact.where if self.where is None else (self.where,)
         return () if all(where.everywhere for where in found) else found
 

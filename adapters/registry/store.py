@@ -45,7 +45,7 @@ class Position(NamedTuple):
 
 
 NOWHERE = Position()
-"""Of a reader that has seen nothing."""
+"""The position of a reader that has seen nothing."""
 
 
 @dataclass(frozen=True)

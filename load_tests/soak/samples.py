@@ -40,7 +40,7 @@ class Reservoir:
 
 @dataclass
 class Outcome:
-    """Of the check.
+    """The outcome of the check.
 
     Args:
         answers: how many replies were computed again.

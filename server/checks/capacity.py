@@ -118,7 +118,7 @@ def _scratch(config: Config, diagnosis: Diagnosis) -> int:
 
 
 def _shapes(points: list[Checkpoint]) -> list[BaseShapes]:
-    """Of the models whose files are here already."""
+    """Shapes of the models whose files are here already."""
     shapes = []
     for point in points:
         with contextlib.suppress(BadAdapter):

@@ -114,7 +114,7 @@ _CLIENTS = {"ignored": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required":
 
 
 def tls_options(tls: TlsConfig | None) -> dict[str, Any]:
-    """Of `uvicorn.Config`.
+    """The TLS options of `uvicorn.Config`.
 
     Raises:
         OSError: a file cannot be read, or holds something else; names its setting.

@@ -238,7 +238,7 @@ class _Run:
     # --- chance ---------------------------------------------------------------------------------
 
     def _seed(self, by: str, number: int) -> int | None:
-        """Of a sample; those of the first block are the ones of `n` samples of the request."""
+        """The seed of a sample; in the first block, those of `n` samples of the request."""
         seed = self.growth.params.seed
         if seed is None:
             return None

@@ -200,7 +200,7 @@ class StreamGraphs:
     def shape_for(
         self, i: int, batch: StreamBatch | None, *, exact: bool = False, whole: bool = False
     ) -> Shape | None:
-        """Of the graph that is replayed for stream i's batch; None if there is none.
+        """The shape of the graph that is replayed for stream i's batch; None if there is none.
 
         Args:
             i: stream.

@@ -153,7 +153,7 @@ def _load(companion: Any, vllm_config: VllmConfig, chosen: _Choice) -> None:
         chosen(loader.get_all_weights(vllm_config.model_config, companion))
     )
     wanted = {name for name, _ in companion.named_parameters()}
-    # Of quantised models vLLM makes more parameters than a checkpoint need have.
+    # vLLM gives quantised models more parameters than a checkpoint need have.
     if vllm_config.quant_config is None and (missing := sorted(wanted - (loaded or wanted))):
         raise ValueError(f"{vllm_config.model_config.model} lacks {missing[0]}")
 
