@@ -1,4 +1,4 @@
-"""Steering vectors of other projects as our own folders; offline, by whoever trusts the files.
+"""Steering vectors of other projects as our own folders; offline, by someone who trusts the files.
 
     vec_layer_<n>….pt, alone or several in a folder   CAA (arXiv 2312.06681): [H] at the output of n
     ….pt                                              a tensor [H], or {n: [H]}: at the output of n
@@ -176,8 +176,8 @@ def _load(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises any class on a broken or hostile file.
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadAdapter(f"cannot be read with weights_only: {told}", field=file.name) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadAdapter(f"cannot be read with weights_only: {reason}", field=file.name) from error
 
 
 def _vector(value: Any, name: str) -> torch.Tensor:

@@ -131,7 +131,7 @@ def check(config: Config, stage: Callable[[str], None]) -> Diagnosis:
 
     Args:
         config: the settings.
-        stage: told what is under way.
+        stage: called with what is under way.
 
     Raises:
         StartFailed: with every reason.
@@ -152,7 +152,7 @@ def load(config: Config, diagnosis: Diagnosis, stage: Callable[[str], None]) -> 
     Args:
         config: the settings.
         diagnosis: without problems.
-        stage: told what is under way.
+        stage: called with what is under way.
 
     Raises:
         StartFailed: with every reason.

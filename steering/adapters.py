@@ -21,7 +21,7 @@ class ResolvedAdapter:
 
     Args:
         artefact: what the name stands for, inspected.
-        digest: of its content (`Artefact.digest`, kept by whoever loaded it).
+        digest: of its content (`Artefact.digest`, kept by its loader).
         stream: the stream that it shall change.
         weight: what it is multiplied by; 0 leaves it out.
         top_k: for a pack, members per token; None: the pack's own.

@@ -304,7 +304,7 @@ class StreamGraphs:
         return found
 
     def _rows(self, stream: StreamGraph, shape: Shape, batch: StreamBatch | None) -> dict[str, Any]:
-        """What attention backends are told of the rows; as for `_metadata`."""
+        """The metadata of the rows for attention backends; as for `_metadata`."""
         count, width = shape
         if width == PIECES:
             assert batch is not None
