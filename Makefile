@@ -25,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu serve smollm test test-fast test-nightly mutations coverage fuzz faults kinds families clients check fix bench bench-adapters bench-heads bench-speculation bench-load gpu-check docs reference soak load-soak eval pictures zoo doctor clean
+.PHONY: help install install-gpu serve smollm test test-fast test-nightly mutations coverage fuzz faults kinds families clients check fix bench bench-adapters bench-heads bench-speculation bench-load gpu-check evidence docs reference soak load-soak eval pictures zoo doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -98,6 +98,10 @@ bench-load: install ## load tests of all servers and baselines: docs/reports/loa
 
 gpu-check: install ## kernels, graphs and a steered engine on an NVIDIA GPU: docs/reports/gpu-check.md (under ten minutes; ARGS='--out FILE')
 	$(BIN)/python -m load_tests.gpu_check $(ARGS)
+
+evidence: install ## claims measured on a real model against prompting: docs/reports/evidence.md (an hour; ARGS='--only NAME ...', '--quick')
+	$(PIP) -c deploy/constraints-cpu.txt -e '.[evidence]'
+	$(BIN)/python -m smollm.evidence $(ARGS)
 
 soak: install ## two hours of mixed requests, answers compared, memory watched: docs/reports/soak.md (ARGS='--minutes 10': shorter)
 	$(BIN)/python -m load_tests.soak --out docs/reports/soak.md $(ARGS)

@@ -3,7 +3,8 @@
 <!-- figures
 FIGURE | PAGE.md | first cell of a row | head of a column, or its number from 1
 FIGURE | PAGE.md | words of the page that hold the figure
-FIGURE | FILE.json | path/to/a/number, `*` for every one; medians; `over` divides
+FIGURE | FILE.json | path/to/a/number, `*` for every one; medians; `over` divides; a share in %
+FIGURE | evidence/CLAIM.json | first cell of a row | head of a column of the claim's tables
 -->
 """
 
@@ -15,6 +16,9 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from smollm.evidence.claim import Claim
+from smollm.evidence.page import table_lines
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^<!-- figures.*?\n(.*?)^-->$", re.DOTALL | re.MULTILINE)
@@ -107,11 +111,17 @@ def computed(source: Path, expression: str) -> float:
 def problem(figure: Figure) -> str | None:
     """Why a figure is not what its source says; None if it is."""
     source = ROOT / figure.source[0]
+    if source.suffix == ".json" and len(figure.source) == 2:
+        shown = figure.text.replace(",", "").removesuffix(" %")
+        scale = 100 if figure.text.endswith(" %") else 1
+        digits = len(shown.partition(".")[2])
+        value = f"{scale * computed(source, figure.source[1]):.{digits}f}"
+        return None if value == shown else f"{source.name} gives {value}"
     if source.suffix == ".json":
-        digits = len(figure.text.partition(".")[2])
-        value = f"{computed(source, figure.source[1]):.{digits}f}"
-        return None if value == figure.text.replace(",", "") else f"{source.name} gives {value}"
-    text = source.read_text("utf-8")
+        claim = Claim.read(source)
+        text = "\n\n".join("\n".join(table_lines(table)) for table in claim.tables)
+    else:
+        text = source.read_text("utf-8")
     if len(figure.source) == 2:
         words = " ".join(figure.source[1].split())
         if not holds(words, figure.text):

@@ -13,6 +13,7 @@ import pytest
 from load_tests import load_report
 from load_tests.soak import report as soak_report
 from load_tests.soak.__main__ import read
+from smollm.evidence.claim import Claim, Share, Table
 from tests.docs.figures import ROOT, Figure, cells, figures, holds, problem, sections, visible
 
 DOCS = ROOT / "docs"
@@ -86,6 +87,27 @@ def test_a_figure_has_a_source_or_a_command_and_a_date(page: Path) -> None:
 )
 def test_a_wrong_figure_is_found(text: str, source: tuple[str, ...], says: str) -> None:
     assert says in str(problem(Figure("", "", text, source)))
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "says"),
+    [
+        ("75.0 %", ("ours/value",), None),
+        ("74.0 %", ("ours/value",), "gives 75.0"),
+        ("75.0 %", ("steered", "followed"), None),
+        ("1,234", ("steered", "tokens"), None),
+        ("25.0 %", ("steered", "followed"), "the cell is"),
+        ("75.0 %", ("plain", "followed"), "no such row"),
+    ],
+)
+def test_a_figure_of_the_evidence_is_its_claims(
+    tmp_path: Path, text: str, source: tuple[str, ...], says: str | None
+) -> None:
+    share = Share(30, 40)
+    table = Table("All", ("what", "followed", "tokens"), (("steered", share, 1234.0),))
+    path = Claim("made", "T", "c", True, None, share, "h", (table,)).write(tmp_path)
+    found = problem(Figure("", "", text, (str(path), *source)))
+    assert found is None if says is None else says in str(found)
 
 
 def test_whole_figures_only() -> None:

@@ -1,0 +1,1 @@
+"""Claims about steering and adapters, measured on a real language model against prompting."""
