@@ -21,8 +21,8 @@ from rich.text import Text
 logger = logging.getLogger("coxswain")
 
 
-class Telling(Protocol):
-    """Is told what is under way."""
+class OnStage(Protocol):
+    """Called with what is under way."""
 
     def __call__(self, text: str, detail: str = "") -> None:
         """Takes the next stage.

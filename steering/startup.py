@@ -1,4 +1,4 @@
-"""What an engine does while it starts: the worker tells, the server listens. No torch.
+"""What an engine does while it starts: the worker reports, the server listens. No torch.
 
 They are two processes, and vLLM's channel between them opens when the engine has started. So the
 worker appends lines to a file, whose path it finds in its environment.
@@ -42,26 +42,26 @@ class Stage:
     seconds: float = 0.0
 
 
-def tell(stage: Stage) -> None:
-    """Tells the server, if one listens."""
+def report(stage: Stage) -> None:
+    """Reports a stage to the server, if one listens."""
     if path := os.environ.get(FILE):
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(stage)) + "\n")
 
 
 @contextmanager
-def heard(hear: Callable[[Stage], None]) -> Iterator[None]:
-    """Hears what engines tell that are started inside.
+def listening(on_stage: Callable[[Stage], None]) -> Iterator[None]:
+    """Listens to the engines that are started inside.
 
     Args:
-        hear: called in a thread of its own, for each stage in order.
+        on_stage: called in a thread of its own, for each stage in order.
     """
     with tempfile.TemporaryDirectory(prefix="coxswain-") as folder:
         path = Path(folder) / "startup.jsonl"
         path.touch()
         os.environ[FILE] = str(path)
         done = threading.Event()
-        thread = threading.Thread(target=_listen, args=(path, hear, done), name="startup")
+        thread = threading.Thread(target=_listen, args=(path, on_stage, done), name="startup")
         thread.start()
         try:
             yield
@@ -71,11 +71,11 @@ def heard(hear: Callable[[Stage], None]) -> Iterator[None]:
             del os.environ[FILE]
 
 
-def _listen(path: Path, hear: Callable[[Stage], None], done: threading.Event) -> None:
+def _listen(path: Path, on_stage: Callable[[Stage], None], done: threading.Event) -> None:
     with path.open(encoding="utf-8") as file:
         rest, last = "", False
         while not last:
             last = done.wait(EVERY_S)  # what was written before the end is read after it
             *lines, rest = (rest + file.read()).split("\n")
             for line in lines:
-                hear(Stage(**json.loads(line)))
+                on_stage(Stage(**json.loads(line)))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
 
-from steering.startup import Stage, tell
+from steering.startup import Stage, report
 from steering.worker import ranks
 
 
@@ -74,10 +74,10 @@ def compiling(model: Any, stream: str, number: int, count: int) -> Iterator[None
     first = new and ranks.first()
     begin = time.monotonic()
     if first:
-        tell(stage)
+        report(stage)
     yield
     if first and not all(part.was_aot_compile_fn_loaded_from_disk for part in new):
-        tell(replace(stage, doing="compiled", seconds=time.monotonic() - begin))
+        report(replace(stage, doing="compiled", seconds=time.monotonic() - begin))
 
 
 def _has_code(part: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from steering.startup import Stage, heard
+from steering.startup import Stage, listening
 from steering.worker.streams.compiled import code_key, compiling
 
 SETTINGS: dict[str, Any] = {
@@ -65,7 +65,7 @@ class Part(nn.Module):
 def test_only_code_that_is_made_is_told_of(part: Part, told: list[str]) -> None:
     found: list[Stage] = []
     model = nn.Sequential(part)
-    with heard(found.append):
+    with listening(found.append):
         for _ in range(2):
             with compiling(model, "chat", 2, 3):
                 part()
