@@ -19,7 +19,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from steering.language import RENAMED, LanguagePart, language_weights
 from steering.plan import BASE
-from steering.startup import Stage, tell
+from steering.startup import Stage, report
 from steering.worker import ranks
 from steering.worker.adapting import lora_seam
 from steering.worker.readout import heads
@@ -117,7 +117,7 @@ class Streams:
         """Tells the server whose weights are loaded."""
         if ranks.first():
             number = [*self._configs].index(name) + 1
-            tell(Stage("loading", name, number, len(self._configs)))
+            report(Stage("loading", name, number, len(self._configs)))
 
     def _own_names(self, name: str) -> _Choice:
         """Picks a stream's (name, tensor) pairs among its checkpoint's, with its model's names."""
