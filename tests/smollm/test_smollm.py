@@ -87,7 +87,7 @@ def test_the_profiles_are_what_their_methods_are(server: str) -> None:
     said = [{"role": "user", "content": f"{MOVED}\n\n{ASKED}"}]
     for strength in (0.5, 1.0):
         own = {"twin": {"prompt": ASKED}}
-        by_hand = {"method": "context_aware", "without": "twin", "prompts": own}
+        by_hand: Any = {"method": "context_aware", "without": "twin", "prompts": own}
         assert asked(
             server, "chat/completions", model="faithful", messages=said,
             steering={"strength": strength},
@@ -97,9 +97,9 @@ def test_the_profiles_are_what_their_methods_are(server: str) -> None:
         )  # fmt: skip
     question = [{"role": "user", "content": "Name a colour, in capital letters."}]
     own = {"twin": {"prompt": "<|im_start|>assistant\n"}}
-    by_hand = {"method": "guidance", "negative": "twin", "strength": 1.5, "prompts": own}
+    guided: Any = {"method": "guidance", "negative": "twin", "strength": 1.5, "prompts": own}
     assert asked(server, "chat/completions", model="obedient", messages=question) == asked(
-        server, "chat/completions", model="smollm", messages=question, steering=by_hand
+        server, "chat/completions", model="smollm", messages=question, steering=guided
     )
 
 
