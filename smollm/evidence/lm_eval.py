@@ -36,8 +36,8 @@ Results = dict[str, dict[str, Share]]
 def run(work: Work) -> Claim:
     """Chooses format and strength on the validation split, then asks the test split."""
     config = yaml.safe_load(CONFIG.read_text("utf-8"))
-    profiles = {"faithful": config["profiles"]["faithful"]}
-    with work.server({"streams": config["streams"], "profiles": profiles}) as url:
+    served = {key: config[key] for key in ("streams", "profiles", "engine")}
+    with work.server(served) as url:
         harness = Harness(url, work)
         tried = validated(harness)
         final = tested(harness, tried)
