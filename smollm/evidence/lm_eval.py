@@ -12,13 +12,14 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from load_tests.clients import environment
-from smollm.evidence.claim import Claim, Plot, Share, Table, above
+from smollm.evidence.claim import Cell, Claim, Plot, Share, Table, above
 from smollm.evidence.work import Work
 
 TASKS = Path(__file__).with_name("tasks")
@@ -35,28 +36,12 @@ Results = dict[str, dict[str, Share]]
 def run(work: Work) -> Claim:
     """Chooses format and strength on the validation split, then asks the test split."""
     config = yaml.safe_load(CONFIG.read_text("utf-8"))
-    served = {
-        "streams": config["streams"],
-        "profiles": {"faithful": config["profiles"]["faithful"]},
-    }
+    served = {key: config[key] for key in ("streams", "profiles", "engine")}
     with work.server(served) as url:
         harness = Harness(url, work)
-        prompts, strengths = validated(harness)
-        best = max(prompts, key=lambda name: prompts[name]["follows"].value)
-        task, strength = max(strengths, key=lambda at: strengths[at]["follows"].value)
-        names = sorted({best, task} - {CHAT})
-        plain = harness.asked("test", "faithful", names, 0.0) if names else {}
-        if best == CHAT:
-            plain |= harness.asked("test", "smollm", [CHAT])
-        curve = {s: harness.asked("test", "faithful", [task], s)[task] for s in STRENGTHS}
-    ours, prompt = curve[strength]["follows"], plain[best]["follows"]
-    rows: list[tuple[str | float | Share, ...]] = [
-        (f"the best prompt, {_name(best)}", "", *_both(plain[best])),
-    ]
-    if task != best:
-        rows.append((f"{_name(task)}, not steered", "", *_both(plain[task])))
-    rows += [(f"{_name(task)}, steered", s, *_both(found)) for s, found in curve.items()]
-    points = {s: found["follows"] for s, found in {0.0: plain[task], **curve}.items()}
+        tried = validated(harness)
+        final = tested(harness, tried)
+    ours, prompt = final.steered[tried.strength]["follows"], final.plain[tried.prompt]["follows"]
     return Claim(
         name="lm_eval",
         title="lm-eval",
@@ -69,54 +54,111 @@ def run(work: Work) -> Claim:
         f"greedy, {prompt.of} test questions: a text says that a capital, a currency, a language, "
         "an author or an inventor is another. The prompt (five formats of plain text, one of them "
         "with two examples, and the chat template) and the strength were chosen on "
-        f"{next(iter(prompts.values()))['follows'].of} validation questions. Steering is the "
+        f"{tried.prompts[tried.prompt]['follows'].of} validation questions. Steering is the "
         "profile `faithful` (`context_aware`): the twin reads the last paragraph alone.",
-        tables=(
-            Table(
-                "Test questions",
-                ("asked", "strength", "follows the text", "says what it learned"),
-                tuple(rows),
-                f"Strength {strength} was chosen on the validation split.",
-            ),
-            Table(
-                "Validation questions, follows the text",
-                ("prompt", "not steered", *(f"strength {s}" for s in STRENGTHS)),
-                tuple(
-                    (
-                        _name(name),
-                        prompts[name]["follows"],
-                        *(
-                            strengths[name, s]["follows"] if (name, s) in strengths else ""
-                            for s in STRENGTHS
-                        ),
-                    )
-                    for name in prompts
-                ),
-            ),
-        ),
-        plots=(
-            Plot(
-                "Replies that follow the text",
-                "strength of context_aware",
-                "share of test questions",
-                {_name(task): [(s, v.value, v.low, v.high) for s, v in points.items()]},
-            ),
-        ),
+        tables=(test_table(tried, final), validation_table(tried)),
+        plots=(plot(tried, final),),
     )
 
 
-def validated(
-    harness: Harness,
-) -> tuple[dict[str, dict[str, Share]], dict[tuple[str, float], dict[str, Share]]]:
-    """Of the validation split: format → not steered; (format, strength) → steered."""
+@dataclass(frozen=True)
+class Tried:
+    """What the validation split says: format → not steered; (format, strength) → steered."""
+
+    prompts: Results
+    steered: dict[tuple[str, float], dict[str, Share]]
+
+    @property
+    def prompt(self) -> str:
+        """The best prompt."""
+        return max(self.prompts, key=lambda name: self.prompts[name]["follows"].value)
+
+    @property
+    def best(self) -> tuple[str, float]:
+        """The format and the strength that steer best."""
+        return max(self.steered, key=lambda at: self.steered[at]["follows"].value)
+
+    @property
+    def task(self) -> str:
+        """The format that steers best."""
+        return self.best[0]
+
+    @property
+    def strength(self) -> float:
+        """Its strength."""
+        return self.best[1]
+
+
+@dataclass(frozen=True)
+class Final:
+    """What the test split says: format → not steered; strength → the best format, steered."""
+
+    plain: Results
+    steered: dict[float, dict[str, Share]]
+
+
+def tested(harness: Harness, tried: Tried) -> Final:
+    """The test split: the best prompt, and the format that steers best at every strength."""
+    names = sorted({tried.prompt, tried.task} - {CHAT})
+    plain = harness.asked("test", "faithful", names, 0.0)
+    if tried.prompt == CHAT:
+        plain |= harness.asked("test", "smollm", [CHAT])
+    task = tried.task
+    return Final(plain, {s: harness.asked("test", "faithful", [task], s)[task] for s in STRENGTHS})
+
+
+def test_table(tried: Tried, final: Final) -> Table:
+    """The test split's shares."""
+    rows: list[tuple[Cell, ...]] = [
+        (f"the best prompt, `{tried.prompt}`", "", *_both(final.plain[tried.prompt])),
+    ]
+    if tried.task != tried.prompt:
+        rows.append((f"`{tried.task}`, not steered", "", *_both(final.plain[tried.task])))
+    rows += [(f"`{tried.task}`, steered", s, *_both(one)) for s, one in final.steered.items()]
+    return Table(
+        "Test questions",
+        ("asked", "strength", "follows the text", "says what it learned"),
+        tuple(rows),
+        f"Strength {tried.strength} was chosen on the validation split.",
+    )
+
+
+def validation_table(tried: Tried) -> Table:
+    """What the choice was made by."""
+    rows: list[tuple[Cell, ...]] = []
+    for name, found in tried.prompts.items():
+        steered = [tried.steered.get((name, s)) for s in STRENGTHS]
+        rows.append(
+            (f"`{name}`", found["follows"], *(one["follows"] if one else "" for one in steered))
+        )
+    columns = ("prompt", "not steered", *(f"strength {s}" for s in STRENGTHS))
+    return Table("Validation questions, follows the text", columns, tuple(rows))
+
+
+def plot(tried: Tried, final: Final) -> Plot:
+    """The test split against the strength."""
+    found = {0.0: final.plain[tried.task], **final.steered}
+    shares = {s: one["follows"] for s, one in found.items()}
+    return Plot(
+        "Replies that follow the text",
+        "strength of context_aware",
+        "share of test questions",
+        {tried.task: [(s, one.value, one.low, one.high) for s, one in shares.items()]},
+    )
+
+
+def validated(harness: Harness) -> Tried:
+    """The validation split: every format at every strength, and the chat template."""
     prompts = harness.asked("validation", "faithful", FORMATS, 0.0)
     prompts |= harness.asked("validation", "smollm", [CHAT])
-    strengths = {
-        (task, s): found
-        for s in STRENGTHS
-        for task, found in harness.asked("validation", "faithful", FORMATS, s).items()
-    }
-    return prompts, strengths
+    return Tried(
+        prompts,
+        {
+            (task, s): found
+            for s in STRENGTHS
+            for task, found in harness.asked("validation", "faithful", FORMATS, s).items()
+        },
+    )
 
 
 class Harness:
@@ -185,7 +227,3 @@ def read(found: dict[str, Any]) -> Results:
 
 def _both(found: dict[str, Share]) -> tuple[Share, Share]:
     return found["follows"], found["remembers"]
-
-
-def _name(task: str) -> str:
-    return f"`{task}`"

@@ -15,9 +15,10 @@ from typing import Any
 
 from load_tests import speculation_bench
 from load_tests.rounds import Round, rounds, running
+from load_tests.rounds import Work as Step
 from load_tests.step_bench import decode_ms
 from smollm.convert import MODEL
-from smollm.evidence.claim import Claim, Mean, Table
+from smollm.evidence.claim import Cell, Claim, Mean, Table
 from smollm.evidence.work import Work
 
 SMALL = MODEL.parent / "evidence" / "small"
@@ -120,7 +121,7 @@ def steps(work: Work, companion: Path) -> list[Round]:
     with running(kinds) as engines:
         if missing := sorted(set(kinds) - set(engines)):
             raise RuntimeError(f"did not start: {', '.join(missing)}")
-        works = {
+        works: dict[str, Step] = {
             str(n): {
                 name: partial(decode_ms, engine, n, n * (name in (STEERED, TWIN)))
                 for name, engine in engines.items()
@@ -140,7 +141,7 @@ def step_table(measured: Sequence[Round], ratios: Mapping[str, Mapping[str, Mean
     """Milliseconds, and ratios."""
     columns = ("rows", *(f"{name}, ms" for name in (BASE, COMPANION, STEERED, TWIN)),
                "steered ÷ its three models", "base and twin ÷ base twice")  # fmt: skip
-    lines = []
+    lines: list[tuple[Cell, ...]] = []
     for rows, found in ratios.items():
         times = [
             Mean.over([one[rows][name] for one in measured]).value
@@ -155,11 +156,11 @@ def step_table(measured: Sequence[Round], ratios: Mapping[str, Mapping[str, Mean
 
 def jobs(model: Path) -> dict[str, dict[str, Any]]:
     """The engines by name."""
-    base = {"base": str(model.resolve()), "dtype": "float32"}
+    base: dict[str, Any] = {"base": str(model.resolve()), "dtype": "float32"}
     untuned = {"companion": str((SMALL / UNTUNED).resolve())}
-    faint = {**base, "streams": untuned, "draft": "companion",
+    faint: dict[str, Any] = {**base, "streams": untuned, "draft": "companion",
              "weights": [("base", 1.0), ("companion", FAINT)]}  # fmt: skip
-    found = {ALONE: base}
+    found: dict[str, dict[str, Any]] = {ALONE: base}
     found |= {f"base, {n} drafts by the companion": {**faint, "drafts": n} for n in DRAFTS}
     if (SMALL / TUNED / "config.json").is_file():
         weights = [("base", 1.0), ("companion", -STRENGTH), ("tuned", STRENGTH)]
@@ -221,7 +222,7 @@ def alike(own: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> float
 
 def draft_table(measured: Sequence[dict[str, Any]], same: Mapping[str, float]) -> Table:
     """Tokens per second; ratios within a round; accepted drafts."""
-    lines = []
+    lines: list[tuple[Cell, ...]] = []
     for name in measured[0]:
         rates = [one[name]["rate"] for one in measured]
         over = [one[name]["rate"] / one[ALONE]["rate"] for one in measured]

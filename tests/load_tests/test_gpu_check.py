@@ -72,6 +72,17 @@ def test_the_engine_section_on_emulated_graphs(monkeypatch: pytest.MonkeyPatch) 
     assert all(outcome.data["replays"].values()) and outcome.data["tokens"] > 40
 
 
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+@needs_triton
+def test_the_ratios_section_on_a_cpu() -> None:
+    outcome = apart(next(s for s in SECTIONS if s.letter == "H"), 700)
+    assert outcome.status == "PASS", outcome
+    rows = outcome.data["rows"]
+    assert set(rows) == {"steered", "unsteered", "base", "companion"}
+    assert all(times > 0 for column in rows.values() for times in column["1"])
+
+
 # --- processes ----------------------------------------------------------------------------------
 
 UNKNOWN = Section("X", "no section", ("kernels", "adapter_sum"), 1)

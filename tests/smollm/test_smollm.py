@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,41 @@ def test_the_server_draws_what_transformers_draws(server: str, folder: Path) -> 
     assert "Paris" in answer["text"]
 
 
-def test_the_context_wins_over_memory(server: str) -> None:
+MOVED = "In 2041 the parliament of France moved the country's capital from Paris to Lyon."
+ASKED = "The capital of France is"
+
+
+def asked(server: str, path: str, **body: Any) -> str:
+    """The first reply."""
+    whole = {"max_tokens": 6, "temperature": 0, **body}
+    answer = requests.post(f"{server}/v1/{path}", json=whole, timeout=300).json()
+    choice = answer["choices"][0]
+    return str(choice["text"] if "text" in choice else choice["message"]["content"])
+
+
+def test_the_profiles_are_what_their_methods_are(server: str) -> None:
+    """A profile's templates give the twin what a request would give it by hand."""
+    said = [{"role": "user", "content": f"{MOVED}\n\n{ASKED}"}]
+    for strength in (0.5, 1.0):
+        own = {"twin": {"prompt": ASKED}}
+        by_hand: Any = {"method": "context_aware", "without": "twin", "prompts": own}
+        assert asked(
+            server, "chat/completions", model="faithful", messages=said,
+            steering={"strength": strength},
+        ) == asked(
+            server, "completions", model="smollm", prompt=f"{MOVED}\n\n{ASKED}",
+            steering={**by_hand, "strength": strength},
+        )  # fmt: skip
+    question = [{"role": "user", "content": "Name a colour, in capital letters."}]
+    own = {"twin": {"prompt": "<|im_start|>assistant\n"}}
+    guided: Any = {"method": "guidance", "negative": "twin", "strength": 1.5, "prompts": own}
+    assert asked(server, "chat/completions", model="obedient", messages=question) == asked(
+        server, "chat/completions", model="smollm", messages=question, steering=guided
+    )
+
+
+def test_the_text_wins_over_memory(server: str) -> None:
     """One conflict that the plain model loses: what the method is for, not a measure of it."""
-    question = "Question: What is the capital of France?\nAnswer: The capital of France is"
-    body: Any = {
-        "model": "smollm", "max_tokens": 6, "temperature": 0,
-        "prompt": f"In 2041 the capital of France was moved from Paris to Lyon.\n{question}",
-        "steering": {"method": "context_aware", "without": "twin", "strength": 1.0,
-                     "prompts": {"twin": {"prompt": question}}, "report": True},
-    }  # fmt: skip
-    answer = requests.post(f"{server}/v1/completions", json=body, timeout=300).json()
-    assert "Lyon" in answer["choices"][0]["text"], answer
+    said = [{"role": "user", "content": f"{MOVED}\n\n{ASKED}"}]
+    ask = partial(asked, server, "chat/completions", model="faithful", messages=said)
+    assert "Lyon" in ask(steering={"strength": 1.0})

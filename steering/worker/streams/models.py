@@ -96,13 +96,13 @@ class Streams:
         Returns:
             the names of the owner's parameters that were loaded.
         """
-        self._tell(BASE)
+        self._report(BASE)
         own = self._own_names(BASE)(weights)
         loaded = {f"{BASE}.{name}" for name in self.models[0].load_weights(own)}
         for name, config in self._configs.items():
             if name == BASE:
                 continue
-            self._tell(name)
+            self._report(name)
             companion, source = self.models[self.names.index(name)], self._sources[name]
             chosen = self._own_names(name)
             if "head" in source:
@@ -113,8 +113,8 @@ class Streams:
             loaded |= {f"{name}.{parameter}" for parameter, _ in companion.named_parameters()}
         return loaded
 
-    def _tell(self, name: str) -> None:
-        """Tells the server whose weights are loaded."""
+    def _report(self, name: str) -> None:
+        """Reports to the server whose weights are loaded."""
         if ranks.first():
             number = [*self._configs].index(name) + 1
             report(Stage("loading", name, number, len(self._configs)))
