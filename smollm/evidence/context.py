@@ -18,8 +18,8 @@ from smollm.evidence.facts import Fact, facts, other_value, text
 from smollm.evidence.work import Work
 
 CONFIG = {"streams": {"twin": {"same_as": "base"}}}
-STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
-VALIDATION, TEST = 40, 140
+STRENGTHS = (0.5, 1.0, 2.0, 3.0)
+VALIDATION, TEST = 30, 120
 STEERED_FORMATS = 2
 """With how many of the best prompts steering is tried on the validation split."""
 TOLERATED = 0.05
