@@ -50,11 +50,15 @@ class Server:
 
 
 def replies_of(answer: Any) -> list[Reply]:
-    """The replies of a chat completion."""
+    """The replies of a completion, chat or text."""
     return [
-        Reply(choice["message"]["content"] or "", ended=choice["finish_reason"] == "stop")
+        Reply(_text(choice) or "", ended=choice["finish_reason"] == "stop")
         for choice in answer["choices"]
     ]
+
+
+def _text(choice: Any) -> Any:
+    return choice["message"]["content"] if "message" in choice else choice["text"]
 
 
 def reply_of(answer: Any) -> Reply:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from zoo import critical_table, routing_table, small_talk, value_table
+from zoo import critical_table, prompted, routing_table, small_talk, value_table
 from zoo.asking import Server, measured_of, replies_of, reply_of, texts_of
 from zoo.conversations import (
     LENGTHS,
@@ -29,7 +29,7 @@ from zoo.world import Question
 
 MODEL = "base"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-TABLES = ("steering", "adapters", "values", "critical")
+TABLES = ("steering", "adapters", "values", "critical", "prompts")
 
 
 def body(row: Row, question: Question, seed: int) -> dict[str, Any]:
@@ -134,6 +134,41 @@ def assist(server: Server, questions: Sequence[Question]) -> list[critical_table
     return results
 
 
+def prompt(
+    server: Server,
+    questions: Sequence[Question],
+    conversations: Sequence[Conversation],
+    talks: Sequence[str],
+) -> list[str]:
+    """What prompts alone get out of the base, a table for each of the others, as lines."""
+    items = [turns[0] for turns in conversations if len(turns) == 1]
+    critical = questions[:100]
+    total = len(prompted.PROMPTS) * len(questions) + len(items) + len(talks)
+    total += len(prompted.CRITICAL) * len(critical)
+    with tqdm(total=total, desc="prompts", unit="request") as bar:
+
+        def ask(
+            prompts: Sequence[prompted.Prompt], about: Sequence[Question]
+        ) -> list[tuple[prompted.Prompt, list[Reply]]]:
+            found = []
+            for one in prompts:
+                requests = [{"model": MODEL, **prompted.body(one, q, MAX_TOKENS)} for q in about]
+                replies = server.ask(TEXT, requests, reply_of, bar)
+                pairs = zip(about, replies, strict=True)
+                found.append((one, [prompted.whole(one, q, reply) for q, reply in pairs]))
+            return found
+
+        lines = prompted.questions_table(questions, ask(prompted.PROMPTS, questions))
+        fixed = {"model": MODEL, "temperature": 0, "max_tokens": MAX_TOKENS}
+        requests = [{**fixed, "prompt": prompted.task_text(item)} for item in items]
+        replies = server.ask(TEXT, requests, reply_of, bar)
+        lines += ["", *prompted.tasks_table(items, replies)]
+        fixed = {"model": MODEL, "temperature": 1.0, "max_tokens": value_table.MAX_TOKENS}
+        requests = [{**fixed, **prompted.sunny_body(one), "seed": i} for i, one in enumerate(talks)]
+        lines += ["", *prompted.sunny_table(server.ask(TEXT, requests, measured_of, bar))]
+        return [*lines, "", *prompted.critical_table(critical, ask(prompted.CRITICAL, critical))]
+
+
 def main() -> None:
     """Parse the arguments, ask, print."""
     parser = argparse.ArgumentParser(prog="python -m zoo.evaluate", description=__doc__)
@@ -162,7 +197,11 @@ def main() -> None:
     if "values" in args.only:
         print("\n".join(talk(server, small_talk.prompts(args.split)[: args.count])) + "\n")
     if "critical" in args.only:
-        print(critical_table.markdown(questions, assist(server, questions)))
+        print(critical_table.markdown(questions, assist(server, questions)) + "\n")
+    if "prompts" in args.only:
+        conversations = first(read_conversations(args.conversations), args.count)
+        talks = small_talk.prompts(args.split)[: args.count or 100]
+        print("\n".join(prompt(server, questions, conversations, talks)))
 
 
 def first(conversations: Sequence[Conversation], count: int | None) -> list[Conversation]:
