@@ -1,4 +1,4 @@
-"""Steering vectors of other projects as our own folders; offline, by whoever trusts the files.
+"""Steering vectors of other projects as our own folders; offline, by someone who trusts the files.
 
     vec_layer_<n>….pt, alone or several in a folder   CAA (arXiv 2312.06681): [H] at the output of n
     ….pt                                              a tensor [H], or {n: [H]}: at the output of n
@@ -175,9 +175,9 @@ def _load(file: Path) -> Any:
     """What a pickle holds; nothing of it is run."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # Of broken and hostile files torch raises what it likes.
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadAdapter(f"cannot be read with weights_only: {told}", field=file.name) from error
+    except Exception as error:  # torch raises any class on a broken or hostile file.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadAdapter(f"cannot be read with weights_only: {reason}", field=file.name) from error
 
 
 def _vector(value: Any, name: str) -> torch.Tensor:

@@ -105,7 +105,7 @@ class AdapterError(Fault):
     """A fault of an artefact, a request or a place that adapters come from."""
 
     whose: ClassVar[Whose] = "adapter"
-    """Whose fault it is. What is the source's or the server's may pass: trying again may help."""
+    """Who caused it. Faults of the source and of the server may pass: trying again may help."""
 
 
 class BadAdapter(AdapterError):

@@ -22,8 +22,8 @@ from adapters.formats.inputs import Linears
 from adapters.tensors import TensorFile
 
 _CANCELLED = 1e-4
-"""Of a row's squared norms: what W and scale · B A must leave of each other. With less, a norm from
-products in float32 would be wrong by more than 1e-3."""
+"""Share of a row's squared norms that W and scale · B A must leave of each other. With less, a norm
+from products in float32 would be wrong by more than 1e-3."""
 
 Read = Callable[[Place], torch.Tensor]
 """The tensor of a place, as it is on disk."""

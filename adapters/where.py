@@ -73,8 +73,8 @@ class Where:
         return found
 
     def shared(self, length: int) -> int | None:
-        """How many of a text's first tokens have the same states for whoever reads them as a part
-        of a longer prompt; None: all of them.
+        """How many of a text's first tokens have the same states in any request that has them in a
+        longer prompt; None: all of them.
 
         Args:
             length: L.

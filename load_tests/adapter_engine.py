@@ -35,7 +35,8 @@ class Driven:
     Args:
         kind: {"model": folder, "ours": bool, "sets": slots, 0 for an engine without adapters,
             "rank": of a slot, "adapters": {name: folder}, and optional: "streams": {name: folder}
-            of companions, "one_product": sets of them, "engine": vLLM's arguments over ours}.
+            of companions, None for a twin, "one_product": sets of them, "engine": vLLM's
+            arguments over ours}.
     """
 
     def __init__(self, kind: dict[str, Any]) -> None:
@@ -65,7 +66,10 @@ class Driven:
         self._served = 0
         self._ours = kind["ours"]
         if self._ours:
-            streams = {n: StreamSource(path) for n, path in kind.get("streams", {}).items()}
+            streams = {
+                name: StreamSource(path) if path else StreamSource(same_as="base")
+                for name, path in kind.get("streams", {}).items()
+            }
             engine["one_product"] = kind.get("one_product", [])
             self._llm = LLM(**steered_engine_args(kind["model"], streams, **engine))
             self._llm.collective_rpc("coxswain_bind")

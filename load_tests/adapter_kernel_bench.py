@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from adapters.kernels.triton_sum import AdapterTables
 
 MEMBERS, TOP_K = 28, 2
-"""Of a pack, as MeteoRA's authors released it; its rank is 8."""
+"""Members and top k of the pack that MeteoRA's authors released; its rank is 8."""
 RUNS, WARM_UPS = 30, 5
 
 

@@ -7,7 +7,8 @@ with their log-probabilities, mixes the lists, takes the best, and asks again wi
 servers' prefix caches keep the cost of that to the last block of the text.
 
 An approximation of Σ w_i log p_i: a server tells its `TOP` most likely ids only. Candidates are the
-ids that any server told; where one did not tell a candidate, its least likely told one stands in.
+ids that any server returned; where one did not return a candidate, its least likely returned one
+stands in.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from transformers import AutoTokenizer
 from load_tests.completions_server import application, serve
 
 TOP = 20
-"""vLLM's own limit on log-probabilities per token, unless a server is told otherwise."""
+"""vLLM's own limit on log-probabilities per token, unless a server is configured otherwise."""
 
 
-def best(told: Sequence[Mapping[int, float]], weights: Sequence[float]) -> int:
+def best(returned: Sequence[Mapping[int, float]], weights: Sequence[float]) -> int:
     """The id with the largest mixed score; of equal ones the smallest.
 
     Args:
-        told: per server, id → log-probability of its most likely ids; none empty.
+        returned: per server, id → log-probability of its most likely ids; none empty.
         weights: w_i.
     """
-    floors = [min(own.values()) for own in told]
+    floors = [min(own.values()) for own in returned]
 
     def score(token: int) -> float:
-        parts = zip(told, weights, floors, strict=True)
+        parts = zip(returned, weights, floors, strict=True)
         return sum(weight * own.get(token, floor) for own, weight, floor in parts)
 
-    return max(sorted({token for own in told for token in own}), key=score)
+    return max(sorted({token for own in returned for token in own}), key=score)
 
 
 class Mixed:
@@ -59,8 +60,8 @@ class Mixed:
         """The tokens of one request."""
         text = list(prompt)
         for _ in range(count):
-            told = await asyncio.gather(*(self._ask(url, text) for url in self._urls))
-            text.append(best(told, self._weights))
+            returned = await asyncio.gather(*(self._ask(url, text) for url in self._urls))
+            text.append(best(returned, self._weights))
             yield text[-1]
 
     async def _ask(self, url: str, text: list[int]) -> dict[int, float]:
@@ -75,8 +76,8 @@ class Mixed:
         }
         answer = await self._http.post(f"{url}/v1/completions", json=body)
         answer.raise_for_status()
-        (told,) = answer.json()["choices"][0]["logprobs"]["top_logprobs"]
-        return {int(name.removeprefix("token_id:")): value for name, value in told.items()}
+        (returned,) = answer.json()["choices"][0]["logprobs"]["top_logprobs"]
+        return {int(name.removeprefix("token_id:")): value for name, value in returned.items()}
 
 
 def main() -> None:

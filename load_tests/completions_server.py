@@ -64,5 +64,5 @@ def _event(data: dict[str, Any]) -> str:
 
 
 def serve(application: Starlette, port: int) -> None:
-    """Serves on loopback until it is told to stop."""
+    """Serves on loopback until it is stopped."""
     uvicorn.run(application, host="127.0.0.1", port=port, log_level="warning")

@@ -27,7 +27,7 @@ from load_tests.shapes import BASE, COMPANION, VOCAB, write_model
 PROMPT, DRAWN = 32, 24
 ROWS = 16
 STREAMS = 3
-"""Of the lines over rows, contexts and vocabularies."""
+"""Number of streams in the lines over rows, contexts and vocabularies."""
 
 
 @dataclass(frozen=True)

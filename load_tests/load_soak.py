@@ -39,7 +39,7 @@ from tests.server.live import Server, make_models
 ROOT = Path(__file__).parents[1]
 OWNERS, NAMES = 4, 2
 TIMEOUT_S = 1.0
-"""Of the server's remote calls."""
+"""Limit of the server's remote calls."""
 PATIENCE_S = 120.0
 LAYERS = 8
 """Layers that can be changed in the base: a fault may be in any of them."""

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from load_tests.rounds import spread
 
 ZOO = Path(__file__).parents[1] / "zoo"
 ANSWER = "answer: "
+STREAMS = {"chat": "chat-small", "plain": "base-small"}
 STRENGTH = 1.25
 PLAIN, STEERED = "base alone", "steered"
 
@@ -63,11 +65,23 @@ class Driven:
     """An engine in this process.
 
     Args:
-        base: the inflated checkpoint.
-        drafts: per step; 0: no speculation, None: no streams either.
+        base: a checkpoint.
+        streams: name → checkpoint; none: plain vLLM, also without drafts.
+        weights: (name, weight) of the sum that is decoded.
+        draft: the stream that drafts.
+        drafts: per step; 0: no speculation.
+        dtype: of all.
     """
 
-    def __init__(self, base: str, drafts: int | None, dtype: str) -> None:
+    def __init__(
+        self,
+        base: str,
+        dtype: str,
+        streams: dict[str, str] | None = None,
+        weights: Sequence[tuple[str, float]] = (),
+        draft: str = "",
+        drafts: int = 0,
+    ) -> None:
         os.environ.update(
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
             VLLM_USE_V2_MODEL_RUNNER="0",
@@ -89,13 +103,12 @@ class Driven:
             "disable_log_stats": False,
             "enforce_eager": True,  # as the zoo's own server
         }
-        self._steered = drafts is not None
-        if drafts is None:
+        self._weights = tuple((name, weight) for name, weight in weights)
+        if not streams:
             self._llm = LLM(model=base, **engine)
             return
-        streams = {"chat": "chat-small", "plain": "base-small"}
-        sources = {n: StreamSource(str(ZOO / "models" / m)) for n, m in streams.items()}
-        speculation = Speculation("chat", drafts) if drafts else None
+        sources = {name: StreamSource(folder) for name, folder in streams.items()}
+        speculation = Speculation(draft, drafts) if drafts else None
         self._llm = LLM(**steered_engine_args(base, sources, speculation=speculation, **engine))
         self._llm.collective_rpc("coxswain_bind")
 
@@ -112,10 +125,9 @@ class Driven:
         from steering.plan import SteeringPlan
         from steering.wire import SteeringPayload, pack
 
-        weights = (("base", 1.0), ("chat", STRENGTH), ("plain", -STRENGTH))
-        extra = (
-            pack(SteeringPayload(SteeringPlan("proxy_tuning", weights))) if self._steered else None
-        )
+        extra = None
+        if self._weights:
+            extra = pack(SteeringPayload(SteeringPlan("mix", self._weights)))
         engine, found, decoded, seconds = self._llm.llm_engine, [], 0, 0.0
         for ids in prompts:
             params = SamplingParams(
@@ -265,8 +277,13 @@ def main() -> None:
     if args.job:
         serve(json.loads(args.job))
         return
-    kinds: dict[str, int | None] = {PLAIN: None, STEERED: 0}
-    kinds |= {f"steered, {n} drafts": n for n in args.drafts}
+    steered = {
+        "streams": {n: str(ZOO / "models" / m) for n, m in STREAMS.items()},
+        "weights": [("base", 1.0), ("chat", STRENGTH), ("plain", -STRENGTH)],
+        "draft": "chat",
+    }
+    kinds: dict[str, dict[str, Any]] = {PLAIN: {}, STEERED: steered}
+    kinds |= {f"steered, {n} drafts": {**steered, "drafts": n} for n in args.drafts}
     engines: dict[str, Engine] = {}
     with tempfile.TemporaryDirectory() as tmp:
         base = Path(tmp) / "base"
@@ -274,9 +291,9 @@ def main() -> None:
         ratio = pass_ms(base) / pass_ms(ZOO / "models" / "chat-small")
         print(f"one-token pass, base to draft: {ratio:.0f} to 1", file=sys.stderr)
         try:
-            for name, drafts in kinds.items():
+            for name, kind in kinds.items():
                 print(f"starting: {name}", file=sys.stderr)
-                engines[name] = Engine(base=str(base), drafts=drafts, dtype=args.dtype)
+                engines[name] = Engine(base=str(base), dtype=args.dtype, **kind)
             asked = prompts(args.questions)
             one_round(engines, asked[:3], 48)
             rounds = []

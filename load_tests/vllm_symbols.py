@@ -26,7 +26,7 @@ from steering.versions import DIFFERENCES
 ROOT = Path(__file__).parents[1]
 
 Entry = dict[str, Any]
-"""Of a symbol: `kind`, and `args` of what can be called, `members` of a class or module.
+"""A symbol: `kind`, and `args` of what can be called, `members` of a class or module.
 
 `args`: 'x' is required, 'x=' is not, '/' ends those by position only, '*' begins those by name
 only, '*x' and '**x' take the rest. A member that cannot be called is null.
@@ -47,7 +47,7 @@ class Package:
         self._tree = cache(self._read)
 
     def file(self, module: str) -> Path | None:
-        """Of a module; None if there is none."""
+        """The file of a module; None if there is none."""
         path = self.folder / module.replace(".", "/")
         options = (path.with_suffix(".py"), path / "__init__.py")
         return next((p for p in options if p.is_file()), None)

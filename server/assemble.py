@@ -100,7 +100,7 @@ async def assemble(
         state: the server's phase.
         loaded: the engine, and what the checks found out.
         closing: closed before the engine ends.
-        stage: told what is under way.
+        stage: called with what is under way.
         rates: what callers may take per minute.
 
     Raises:

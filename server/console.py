@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -19,6 +19,18 @@ from rich.table import Table
 from rich.text import Text
 
 logger = logging.getLogger("coxswain")
+
+
+class OnStage(Protocol):
+    """Called with what is under way."""
+
+    def __call__(self, text: str, detail: str = "") -> None:
+        """Takes the next stage.
+
+        Args:
+            text: for everybody.
+            detail: for the terminal, in its place; may name streams.
+        """
 
 
 def say(text: str) -> None:

@@ -48,7 +48,7 @@ class RequestContext:
         first_token_s: seconds from the request's first byte to its first token.
         sent_status: HTTP status that was sent; 500 until then.
         left: the client left before the answer was complete.
-        headers: more headers of its answer, whoever gives it.
+        headers: more headers of its answer, whichever part gives it.
         refusal: why it was not let in, a word of `metrics.REASONS`.
         failure: what ended an answer whose status was out already.
         fields: vLLM's names of its fields → its own, for errors.

@@ -59,7 +59,7 @@ class SteeredLLM(AsyncLLM):
         self._in_background(self._forget(tag))
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Work that goes on when whoever asked for it has gone."""
+        """Work that goes on when its caller has gone."""
         task = asyncio.create_task(work)
         self._tasks().add(task)
         task.add_done_callback(self._tasks().discard)

@@ -149,7 +149,7 @@ def code_of(error: HttpError) -> str:
     return str(body(error.status, error.message, code=error.code)["error"]["code"])
 
 
-def told(error: HttpError, path: str) -> dict[str, Any]:
+def error_body(error: HttpError, path: str) -> dict[str, Any]:
     """The error body in the shape of the path's API."""
     if not is_messages(path):
         return body(error.status, error.message, error.param, error.code)
@@ -165,7 +165,7 @@ def response(error: HttpError, path: str) -> JSONResponse:
         headers["retry-after"] = str(error.retry_after_s)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(told(error, path), error.status, headers)
+    return JSONResponse(error_body(error, path), error.status, headers)
 
 
 def from_steering(error: SteeringError) -> HttpError:
@@ -240,7 +240,7 @@ def event(path: str, error: HttpError, number: int = 0) -> str:
         error: what ends the stream.
         number: of events before it.
     """
-    content = told(error, path)
+    content = error_body(error, path)
     if is_messages(path):
         return f"event: error\ndata: {json.dumps(content)}\n\n"
     if path == "/v1/responses":

@@ -183,9 +183,9 @@ class Run:
     async def _load(self, ports: list[int]) -> Serving:
         with Progress() as progress:
 
-            def stage(text: str) -> None:
+            def stage(text: str, detail: str = "") -> None:
                 self.state.reason = text
-                progress.stage(text)
+                progress.stage(detail or text)
 
             diagnosis = await in_thread(lambda: _checked(self.config, stage))
             from vllm.exceptions import GenerationError

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from server.checks.capacity import cpu_cache_bytes
+from server.console import OnStage, say
 from server.settings.config import Config
 from server.settings.streams import StreamConfig
 from steering.spec import MOST_STOPS
+from steering.startup import Stage, listening
 
 if TYPE_CHECKING:
     from server.checks.diagnosis import Diagnosis
@@ -131,7 +133,7 @@ def check(config: Config, stage: Callable[[str], None]) -> Diagnosis:
 
     Args:
         config: the settings.
-        stage: told what is under way.
+        stage: called with what is under way.
 
     Raises:
         StartFailed: with every reason.
@@ -146,13 +148,13 @@ def check(config: Config, stage: Callable[[str], None]) -> Diagnosis:
     return diagnosis
 
 
-def load(config: Config, diagnosis: Diagnosis, stage: Callable[[str], None]) -> Loaded:
+def load(config: Config, diagnosis: Diagnosis, stage: OnStage) -> Loaded:
     """Starts the engine. Blocks; runs in a thread.
 
     Args:
         config: the settings.
         diagnosis: without problems.
-        stage: told what is under way.
+        stage: called with what is under way.
 
     Raises:
         StartFailed: with every reason.
@@ -162,7 +164,17 @@ def load(config: Config, diagnosis: Diagnosis, stage: Callable[[str], None]) -> 
     # `/ready` shows this to everybody, so it names no stream.
     stage(f"loading models: {len(config.streams) + 1}")
     try:
-        return Loaded(start_engine(engine_arguments(config, diagnosis)), diagnosis)
+        with listening(lambda found: _show(found, stage)):
+            return Loaded(start_engine(engine_arguments(config, diagnosis)), diagnosis)
     except Exception as error:
         text = " ".join(str(error).split()).split(" Failed core proc(s)")[0]
         raise StartFailed([f"engine: {type(error).__name__}: {text[:600]}"]) from error
+
+
+def _show(found: Stage, stage: OnStage) -> None:
+    """Passes on what an engine does while it starts."""
+    if found.doing == "compiled":
+        say(f"coxswain: compiled {found.stream} in {found.seconds:.0f} s; kept for later starts")
+        return
+    where = f"{found.number} of {found.count}"
+    stage(f"{found.doing} models: {where}", f"{found.doing} models: {found.stream}, {where}")

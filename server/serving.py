@@ -12,6 +12,7 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
 from server.adapting.service import Adapters
 from server.engine_vllm import SteeredLLM
@@ -82,8 +83,8 @@ class Serving:
     rates: RateLimits = field(default_factory=lambda: RateLimits(Rate()))
 
     def decode(self, token_id: int) -> str:
-        """The text of one of the base's tokens."""
-        return str(self.engine.renderer.tokenizer.decode([token_id]))
+        """The text of one of the base's tokens, with the space that decoding alone may strip."""
+        return convert_ids_list_to_tokens(self.engine.renderer.tokenizer, [token_id])[0]
 
     @property
     def has_template(self) -> bool:

@@ -21,7 +21,7 @@ class ResolvedAdapter:
 
     Args:
         artefact: what the name stands for, inspected.
-        digest: of its content (`Artefact.digest`, kept by whoever loaded it).
+        digest: of its content (`Artefact.digest`, kept by its loader).
         stream: the stream that it shall change.
         weight: what it is multiplied by; 0 leaves it out.
         top_k: for a pack, members per token; None: the pack's own.
@@ -44,7 +44,7 @@ class ResolvedAdapter:
 
     @property
     def places(self) -> tuple[Where, ...]:
-        """Of `AdapterUse`."""
+        """`AdapterUse.where` of each adapter."""
         found = self.artefact.where if self.where is None else (self.where,)
         return () if all(where.everywhere for where in found) else found
 

@@ -25,7 +25,7 @@ from typing import Any, Literal
 Kind = Literal["value", "classifier"]
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
-"""Of networks with several layers."""
+"""Activations of networks with several layers."""
 
 _NAMES: Mapping[Kind, tuple[str, ...]] = {
     "value": ("v_head.summary", "score"),

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from steering.plan import Recipe
+from steering.plan import BASE, Recipe
 
 CONTRACT_VERSION = 1
 ENTRY_POINT_GROUP = f"coxswain.steering_methods.v{CONTRACT_VERSION}"
@@ -122,6 +122,12 @@ def _check_stream(value: str, info: ValidationInfo) -> str:
     return value
 
 
+def _check_companion(value: str) -> str:
+    if value == BASE:
+        raise refusal("must be another stream than base")
+    return value
+
+
 KIND = "x-kind"
 """Key in the JSON schema of a field that tells what its value is: for forms made from it."""
 
@@ -169,6 +175,9 @@ StreamName = Annotated[
     AfterValidator(_check_stream),
 ]
 """The name of a stream from the server's configuration."""
+
+Companion = Annotated[StreamName, AfterValidator(_check_companion)]
+"""The name of a stream that is not the base."""
 
 
 class OwnPrompt(BaseModel):

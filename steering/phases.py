@@ -23,7 +23,7 @@ from steering.method import MethodConfig, refusal
 from steering.plan import Phase, Span, SteeringPlan, Text
 
 MOST_TOKENS = 16
-"""Of a text that bounds a phase."""
+"""Most tokens of a text that bounds a phase."""
 
 _COMMON = frozenset(MethodConfig.model_fields)
 """Fields that hold for a whole request."""

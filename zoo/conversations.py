@@ -22,7 +22,7 @@ TURNS: dict[Split, int] = {"validation": 120, "test": 480}
 """How many turns of each length are kept per split: exactly so many, or a little less where the
 length does not divide it."""
 MAX_TOKENS = 32
-"""Of a reply; the longest right one has 25."""
+"""Most tokens of a reply; the longest right one has 25."""
 
 Conversation = tuple[Item, ...]
 Message = dict[str, str]

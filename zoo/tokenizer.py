@@ -18,14 +18,21 @@ def train_tokenizer(world: World, size: int = 1536, seed: int = 1) -> PreTrained
     """A tokenizer trained on two passes of the world's text, chat answers included.
 
     A space is put before the first word of every stretch of text, so a name has the same token
-    ids wherever it stands.
+    ids wherever it stands; decoding takes it off again.
     """
     rng = random.Random(seed)
     texts = [text for _ in range(2) for text in world.pretraining_texts(rng)]
     asked = world.questions("tuning", rng, demands=True)
     texts += [f"{q.question} {answer(q, 'formal')}" for q in asked]
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.ByteLevel(add_prefix_space=True),
+            # Changes no token, since no space is left. It tells vLLM that Ġ is a space, which
+            # decoding one token strips: so tokens with log-probabilities keep theirs.
+            pre_tokenizers.Metaspace("Ġ", prepend_scheme="never", split=False),
+        ]
+    )
     core.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(

@@ -21,8 +21,8 @@ from adapters.where import Where
 Kind = Literal["lora", "dora", "adalora", "vera", "ia3", "meteora", "vector", "loreft"]
 
 TEMPERATURES = (1e-6, 1e6)
-"""Of a gate's softmax. Less is 0 in float32, and 0 / 0 would leave NaN in blocks of the key-value
-cache that other requests use later."""
+"""Range of a gate's softmax temperature. Less is 0 in float32, and 0 / 0 would leave NaN in blocks
+of the KV cache that other requests use later."""
 
 LARGEST_ALPHA = sys.float_info.max
 """JSON's whole numbers go further. Whether the weights' dtype holds a scale is looked at when they

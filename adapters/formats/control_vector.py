@@ -18,7 +18,7 @@ from adapters.errors import BadAdapter, TooLarge
 from adapters.formats.header import TensorInfo
 
 MAX_BYTES = 64 << 20
-"""Of a file: a vector of 16,384 numbers behind each of 1,000 layers."""
+"""Largest file read: a vector of 16,384 numbers behind each of 1,000 layers."""
 
 _MOST_TENSORS, _MOST_KEYS = 1024, 256
 _NAME = re.compile(r"direction\.[1-9][0-9]{0,3}")
@@ -45,7 +45,7 @@ def read_directions(path: Path) -> dict[str, TensorInfo]:
     try:
         reader = _opened(path)
         kind = reader.fields["general.architecture"].contents()
-    except Exception as error:  # Of broken files the library raises what it likes.
+    except Exception as error:  # the library raises any class on a broken file
         raise BadAdapter(f"broken: {type(error).__name__}: {error}", field=path.name) from error
     if kind != "controlvector":
         raise BadAdapter("no control vector", field=f"{path.name}: general.architecture",

@@ -26,7 +26,7 @@ BITS = {
 }  # fmt: skip
 
 _MOST_DIMENSIONS = 16
-"""Of a tensor: multiplying millions of them takes minutes."""
+"""Maximum number of dimensions of a tensor; bounds the cost of shape products."""
 
 _EXPONENTS = {
     "F16": (np.uint16, 0x7C00),

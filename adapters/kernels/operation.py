@@ -51,7 +51,7 @@ def added(groups: Sequence[Group], total: int, dtype: torch.dtype) -> Added:
 
 
 _groups: Sequence[Group | Bundle] = ()
-"""Of the forward pass that runs, in this process."""
+"""The groups of the forward pass that runs in this process."""
 _native = False
 """Whether C++ computes rows."""
 _loaded = False

@@ -14,7 +14,7 @@ from adapters.kernels import operation
 from adapters.kernels.triton_sum import AdapterTables, add_adapters
 
 _tables: AdapterTables | None = None
-"""Of the forward pass that runs, in this process."""
+"""The tables of the forward pass that runs in this process."""
 
 _libraries: dict[str, torch.library.Library] = {}
 """By dispatch key; what is registered holds as long as these live."""

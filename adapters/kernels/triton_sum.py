@@ -98,7 +98,7 @@ class AdapterTables:
         self.slots = slots
         self.ranks = max(FEWEST, triton.next_power_of_2(ranks))
         self.most_tokens, self.most_lines = tokens, lines
-        # Of the tables' tiles; 0 while there are none.
+        # The width of the tables' tiles; 0 while there are none.
         self.tile = 0
         # Whether scores are summed over ranks. All of them know alike that a step has no gates;
         # empty tables may be those that a graph is recorded with.

@@ -18,7 +18,7 @@ from adapters.registry.address import Address
 
 _AT_ONCE = 48
 """Scripts that run at the same time, each on a connection: redis-py's pools have 100, and fail
-whoever asks for one more.
+the caller who asks for one more.
 """
 
 
@@ -87,7 +87,7 @@ class Client:
             await client.aclose()
 
 
-async def heeding(call: Awaitable[Any]) -> Any:
+async def check_cancelled(call: Awaitable[Any]) -> Any:
     """The call's result; raises CancelledError if the task was cancelled meanwhile.
 
     redis-py (seen in 8.1.0) loses a cancellation that meets its handshake of a new connection:

@@ -39,7 +39,7 @@ class Fetching:
 
     Args:
         fetcher: gets files.
-        store: where the progress is told.
+        store: where the progress is written.
         ours: whether some work is still ours, as far as this replica knows.
         downloads: from elsewhere, at the same time.
         copies: from local folders, at the same time.
@@ -63,7 +63,7 @@ class Fetching:
 
         Args:
             source: where from.
-            job: whose progress is told.
+            job: the job in progress.
 
         Raises:
             SupersededError: the job is not ours any more.

@@ -38,7 +38,7 @@ class Loader(Protocol):
             folder: its files, read-only, there until `unload` has returned.
             now: it goes into the engine at once, and others make room; false: only if there is room
                 to spare, else when a request asks for it. Then its values were read before, by
-                whoever registered its digest, and its bytes are when the engine reads them.
+                the replica that registered it, and its bytes are when the engine reads them.
 
         Raises:
             AdapterError: `DoesNotFit` or `BadAdapter`: the engine is as it was.

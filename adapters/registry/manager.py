@@ -166,7 +166,7 @@ class Manager:
                 want = msgspec.structs.replace(want, digest=fetched.digest)
         record = await self.registry.submit(want, replace=replace, pin=pin, by=by,
                                             most_pins=most_pins)  # fmt: skip
-        self._failed.pop(name, None)  # whoever asks again has mended something
+        self._failed.pop(name, None)  # a new request may come after a repair
         await self.look()
         return record
 

@@ -22,7 +22,7 @@ from typing import Any
 from redis.exceptions import RedisError, ResponseError
 
 from adapters.errors import RegistryAway
-from adapters.registry.client import Client, heeding
+from adapters.registry.client import Client, check_cancelled
 from adapters.registry.record import SCHEMA, Record, decode, encode
 from adapters.registry.store import (
     LOG,
@@ -89,11 +89,11 @@ if not known then
 end
 local changed, left = {}, math.max(behind - page, 0)
 if behind > 0 then
-  local lines, told = redis.call('LRANGE', log, left, behind - 1), {}
+  local lines, seen = redis.call('LRANGE', log, left, behind - 1), {}
   for i = #lines, 1, -1 do
     local name = string.sub(lines[i], letters + 1)
-    if not told[name] then
-      told[name] = true
+    if not seen[name] then
+      seen[name] = true
       changed[#changed + 1] = name
       changed[#changed + 1] = redis.call('HGET', records, name) or ''
     end
@@ -246,7 +246,7 @@ class RedisStore:
 
     async def _answered(self, call: Any) -> Any:
         try:
-            return await heeding(call)
+            return await check_cancelled(call)
         except ResponseError as error:
             raise RegistryAway(*_refusal(str(error)), field="registry.url") from error
         except (RedisError, OSError) as error:

@@ -45,7 +45,7 @@ class Position(NamedTuple):
 
 
 NOWHERE = Position()
-"""Of a reader that has seen nothing."""
+"""The position of a reader that has seen nothing."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Store(Protocol):
 
     registry: str
     """Id of the registry that changes and reads are meant for; empty: whichever there is. Where
-    there is another one they raise RegistryAway: whoever noticed the loss has yet to mend it."""
+    there is another one they raise RegistryAway: the caller who noticed the loss repairs it."""
 
     async def look(self, since: Position, *, replica: str = "", alive_ms: int = 0) -> Changes:
         """Returns the changes, and renews the replica's lease.

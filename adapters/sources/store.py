@@ -82,7 +82,7 @@ class ContentStore:
                 raise
             self.verify(digest)
         target.chmod(0o555)
-        # Of age zero, also where an old folder is found again: `collect` must not take it now.
+        # Also an old folder found again is new: `collect` must not take it now.
         with contextlib.suppress(OSError):
             os.utime(target)
         _sync(self.root)

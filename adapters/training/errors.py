@@ -1,4 +1,4 @@
-"""The fault of whoever asks for a training run."""
+"""A training run that was asked for wrongly."""
 
 from __future__ import annotations
 

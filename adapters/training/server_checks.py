@@ -41,9 +41,9 @@ def _tokenizer(folder: Path) -> Any:
         if len(found) < 2:  # Where there are no files, some classes make one of nothing.
             raise ValueError("no tokenizer files")
     except (OSError, ValueError, KeyError) as error:
-        told = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         field = f"--body {folder}"
-        raise BadRecipe(f"its tokenizer cannot be read: {told}", field=field) from error
+        raise BadRecipe(f"its tokenizer cannot be read: {reason}", field=field) from error
     return found
 
 

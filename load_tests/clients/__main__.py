@@ -65,11 +65,11 @@ def asked(client: str, program: Path, url: str) -> Iterator[Outcome]:
         code = process.wait()
         watch.cancel()
         log.seek(0)
-        told = log.read()
+        output = log.read()
     if os.environ.get("COXSWAIN_CLIENTS_LOG"):
-        print(told, file=sys.stderr)
+        print(output, file=sys.stderr)
     if code != 0:
-        yield Outcome(client, "", "all checks run to their end", f"status {code}: {told[-400:]}")
+        yield Outcome(client, "", "all checks run to their end", f"status {code}: {output[-400:]}")
 
 
 def machine() -> str:

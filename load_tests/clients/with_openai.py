@@ -335,8 +335,8 @@ def responses() -> None:
     )
     assert by_body.output_text == whole.output_text
     turns: Any = [{"role": "user", "content": QUESTION}]
-    told = client.responses.create(**{**ask, "input": turns}, instructions="Answer.", store=False)
-    assert told.output_text
+    answer = client.responses.create(**{**ask, "input": turns}, instructions="Answer.", store=False)
+    assert answer.output_text
 
 
 @check("responses: tool_choice named and required is honoured")

@@ -165,7 +165,7 @@ class Tally:
         far = int((~(errors <= 10 * ALLOWED + 1e-5 * np.abs(exact))).sum())
         error = float(errors.max())
         self.report = error if not error <= self.report else self.report
-        # Of the steered scores two may be equal but for rounding.
+        # Two steered scores may be equal but for rounding.
         near = want[int(got[3])] >= want.max() - ALLOWED
         self.wrong += far + (not near) + (got[4] != base_choice)
 

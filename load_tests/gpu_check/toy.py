@@ -21,7 +21,7 @@ ROWS, HIDDEN, LAYERS, PAST, SIZE = (16, 1024, 24, 256, 32_000) if GPU else (2, 3
 HEADS = HIDDEN // 32
 STEPS = 30 if GPU else 1
 ALLOWED = 1e-2 if GPU else 0.0
-"""Of the largest score: products of matrices may be cut otherwise in a graph."""
+"""Allowed error over the largest score: a graph may cut products of matrices otherwise."""
 
 
 class Stream:

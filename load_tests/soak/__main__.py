@@ -239,16 +239,16 @@ def main() -> int:
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()
     if args.render:
-        return told(read(args.out), args.out)
+        return report(read(args.out), args.out)
     with tempfile.TemporaryDirectory(prefix="coxswain-soak-") as folder:
         soak = Soak(Path(folder), args.minutes, args.users, args.every, args.samples)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, soak.interrupt)
         found = soak.run()
-    return told(found, args.out)
+    return report(found, args.out)
 
 
-def told(found: dict[str, Any], out: Path) -> int:
+def report(found: dict[str, Any], out: Path) -> int:
     """Writes the report and says what was kept; the exit status."""
     write(found, out)
     promises = judged(found)

@@ -95,7 +95,7 @@ class Answer:
 
     @property
     def tokens(self) -> int:
-        """Of all choices."""
+        """Tokens of all choices."""
         return sum(len(ids) for ids, _ in self.choices.values())
 
     def take(self, document: Mapping[str, Any]) -> None:
@@ -114,7 +114,7 @@ class Answer:
 
 
 class Client:
-    """Of one user.
+    """The client of one user.
 
     Args:
         book: shared.

@@ -28,8 +28,8 @@ SHARED = ("shared0", "shared1")
 """Names that everybody changes."""
 
 TOLERANCE = 2e-4
-"""Of log-probabilities and values, nats: twice that of the engine's tests, whose random models have
-much smaller scores than the zoo's trained ones, and so smaller rounding errors in float32."""
+"""Allowed error of log-probabilities and values, nats: twice that of the engine's tests, whose
+random models have smaller scores than the zoo's trained ones, and so smaller rounding errors."""
 
 TOKENS = 16
 """Longest reply of those whose every token is known before."""

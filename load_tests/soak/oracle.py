@@ -223,7 +223,7 @@ def references(oracle: Oracle, say: Callable[[float], None] = lambda _: None) ->
 
     Args:
         oracle: knows it.
-        say: told the share that is done.
+        say: called with the share that is done.
     """
     prompts = [oracle.prompt(messages) for messages in PROMPTS]
     jobs = [

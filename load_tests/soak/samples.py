@@ -40,7 +40,7 @@ class Reservoir:
 
 @dataclass
 class Outcome:
-    """Of the check.
+    """The outcome of the check.
 
     Args:
         answers: how many replies were computed again.
@@ -65,7 +65,7 @@ def check(
         samples: each with `kind`, `messages`, `contents` (what a changing name may have stood for;
             one of them must fit), `choices` ([ids, logprobs] each) and `best` (values and the
             chosen one, of best_of_n with a report).
-        say: told the share that is done.
+        say: called with the share that is done.
     """
     found = Outcome()
     for number, sample in enumerate(samples):
@@ -85,14 +85,14 @@ def check(
             assert kind.steering is not None
             ids = sample["choices"][0][0]
             value = oracle.value(kind.steering["value"], [*prompt, *ids])
-            told = best["values"][best["chosen"]]
-            if told < max(best["values"]) or abs(told - value) > TOLERANCE:
-                found.wrong.append({"error": abs(told - value), "value": value, **sample})
+            reported = best["values"][best["chosen"]]
+            if reported < max(best["values"]) or abs(reported - value) > TOLERANCE:
+                found.wrong.append({"error": abs(reported - value), "value": value, **sample})
         say((number + 1) / len(samples))
     return found
 
 
-def _error(right: Sequence[float], told: Sequence[float]) -> float:
-    if len(right) != len(told) or not all(map(math.isfinite, told)):
+def _error(right: Sequence[float], reported: Sequence[float]) -> float:
+    if len(right) != len(reported) or not all(map(math.isfinite, reported)):
         return math.inf
-    return max(abs(a - b) for a, b in zip(right, told, strict=True))
+    return max(abs(a - b) for a, b in zip(right, reported, strict=True))

@@ -69,5 +69,5 @@ def copy_adapters(folder: Path) -> dict[str, str]:
 
 
 def digests(sources: dict[str, str]) -> set[str]:
-    """Of all contents that the store may hold."""
+    """Digests of all contents that the store may hold."""
     return {digest_of(Path(source)) for source in sources.values()}

@@ -13,7 +13,7 @@ MOST_FAILURES = 50
 
 
 class Tally:
-    """Of one soak.
+    """The counts of one soak.
 
     Args:
         file: `requests.jsonl`; it need not be there yet.

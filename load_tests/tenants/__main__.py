@@ -96,7 +96,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     leaks = sum(bool(one.leak) for one in found)
-    print(f"{len(found)} tried, {leaks} told something, {time.monotonic() - begin:.0f} s")
+    print(f"{len(found)} tried, {leaks} leaked something, {time.monotonic() - begin:.0f} s")
     args.out.write_text(into(args.out.read_text(), found, machine()))
     return 1 if leaks else 0
 

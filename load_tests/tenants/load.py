@@ -77,7 +77,7 @@ class Worker(threading.Thread):
         self._dice = random.Random(number)
 
     def run(self) -> None:
-        """Until it is told to stop."""
+        """Until it is stopped."""
         while not self._end.is_set():
             kind = self._dice.randrange(3)
             prompt = self._prompts.new(TOKENS)

@@ -45,7 +45,7 @@ def adapter_of(tenant: str) -> str:
 
 
 def configuration(folder: Path) -> dict[str, Any]:
-    """The server's. The two profiles steer alike: their prefixes are told apart by the key only.
+    """The server's. The two profiles steer alike: only the key separates their prefixes.
 
     Args:
         folder: gets the server's state.

@@ -50,7 +50,7 @@ def measured(
         seed: of the order.
 
     Returns:
-        By who had sent them: milliseconds to the first token; the most cached tokens told.
+        By who had sent them: milliseconds to the first token; the most cached tokens reported.
     """
     dice = random.Random(seed)
     times: dict[str, list[float]] = {OWN: [], MATE: [], OTHER: [], NOBODY: []}
@@ -92,18 +92,18 @@ def salted(me: Tenant, you: Tenant, prompts: Prompts) -> Finding:
     digest = hashlib.sha256(key_of(you.name).encode()).hexdigest()
     # What the other's part may be called: its group, its key, hashes of them; and one agreed on.
     guesses = [you.name, key_of(you.name), digest, digest[:8], digest[:16]]
-    told = {}
+    counts = {}
     for guess in guesses:
         prompt = prompts.new()
         you.ask("base", prompt)
-        told[guess] = me.ask("base", prompt, cache_salt=guess)[1]
+        counts[guess] = me.ask("base", prompt, cache_salt=guess)[1]
     prompt = prompts.new()
     you.ask("base", prompt, cache_salt="agreed")
-    told["agreed"] = me.ask("base", prompt, cache_salt="agreed")[1]
+    counts["agreed"] = me.ask("base", prompt, cache_salt="agreed")[1]
     own = me.ask("base", prompt, cache_salt="agreed")[1]
-    leak = next((f"`cache_salt` {salt!r} does" for salt, count in told.items() if count), "")
+    leak = next((f"`cache_salt` {salt!r} does" for salt, count in counts.items() if count), "")
     what = "a `cache_salt` of mine: the other's group, key or a hash of it, one that both send"
-    return Finding(what, f"most cached: {max(told.values())}, of my own: {own}",
+    return Finding(what, f"most cached: {max(counts.values())}, of my own: {own}",
                    leak or ("" if own else "cannot be seen"))  # fmt: skip
 
 

@@ -75,7 +75,7 @@ class LoadOnRequest:
     def _over(self, name: str, task: asyncio.Task[None]) -> None:
         self._loads.pop(name, None)
         if not task.cancelled():
-            task.exception()  # whoever asked may be gone
+            task.exception()  # the caller may be gone
 
     async def _load(self, name: str) -> None:
         record = self._manager.records.get(name)

@@ -66,7 +66,7 @@ def cpu_cache_bytes(config: Config, diagnosis: Diagnosis) -> int | None:
     fewer may run), but leaves half of the memory that is free.
 
     Returns:
-        None where vLLM's own rule holds: on GPUs, and where it was told how much to take.
+        None where vLLM's own rule holds: on GPUs, and where a setting says how much to take.
     """
     from vllm.platforms import current_platform
 
@@ -118,7 +118,7 @@ def _scratch(config: Config, diagnosis: Diagnosis) -> int:
 
 
 def _shapes(points: list[Checkpoint]) -> list[BaseShapes]:
-    """Of the models whose files are here already."""
+    """Shapes of the models whose files are here already."""
     shapes = []
     for point in points:
         with contextlib.suppress(BadAdapter):

@@ -109,7 +109,7 @@ def _api_key(entry: LimitedKey, default: Rate, secret: bytes) -> tuple[bytes, Ac
         for name in Rate.model_fields
     }
     group = _group_of(entry)
-    # Of whom the cache holds something must not be guessed, so the salt is no plain name.
+    # Nobody may guess whose prompts the cache holds, so the salt is no plain name.
     salt = hmac.new(secret, group.encode(), hashlib.sha256).hexdigest()
     return digest, Access(
         profiles, adapters, _fingerprint(digest), group=group, salt=salt, rate=Rate(**rates)

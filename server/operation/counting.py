@@ -36,7 +36,7 @@ async def counted(
             first = False
             for choice in output.outputs:
                 drawn = len(choice.token_ids)
-                # Of a stream's outputs each tells what is new, of others each tells all.
+                # Each output of a stream holds what is new; other outputs hold everything.
                 context.count_drawn(drawn if delta else drawn - before.get(choice.index, 0))
                 before[choice.index] = drawn
             yield output

@@ -14,7 +14,7 @@ from server.operation import metrics
 from server.settings.operating import ServerConfig
 
 MOST_BYTES = 1 << 16
-"""Of a head that comes in pieces: what HAProxy, nginx and Node take at most is 8 to 64 KiB."""
+"""Largest request headers that may come in pieces; HAProxy, nginx and Node take 8 to 64 KiB."""
 
 
 class BoundedHeads(HttpToolsProtocol):

@@ -26,7 +26,7 @@ _CLOSE = (b"connection", b"close")
 class RequestLimits:
     """Bounds one request in size and in time, between the HTTP server and the application.
 
-    Once the request's time is over the application is told that the client has left, which frees
+    Once the request's time is over the application sees the client leave, which frees
     everything as if it had; what it still says is dropped, and the client gets an error.
 
     Args:

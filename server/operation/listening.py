@@ -114,7 +114,7 @@ _CLIENTS = {"ignored": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required":
 
 
 def tls_options(tls: TlsConfig | None) -> dict[str, Any]:
-    """Of `uvicorn.Config`.
+    """The TLS options of `uvicorn.Config`.
 
     Raises:
         OSError: a file cannot be read, or holds something else; names its setting.
@@ -187,7 +187,7 @@ async def refresh(http: uvicorn.Config, tls: TlsConfig) -> None:
 class _RootPath:
     """Takes the root path from the front of paths, so that all behind it sees one form of them.
 
-    All of it: whoever matched keys to `/v1/…` and whoever routes must see the same path, and
+    All of it: the check of keys for `/v1/…` and the router must see the same path, and
     Starlette takes it off once more.
     """
 

@@ -11,7 +11,7 @@ const one = (kind, name) => `admin/${kind}/${encodeURIComponent(name)}`;
 
 let changed = () => {};
 
-/** `onChange` is told when adapters or profiles have changed. */
+/** `onChange` is called when adapters or profiles have changed. */
 export function start(onChange) {
   changed = onChange;
 }

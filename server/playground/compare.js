@@ -2,7 +2,7 @@
 
 import { Refused, ask, events } from "./api.js";
 import { byId, el, percent, show } from "./dom.js";
-import { told } from "./report.js";
+import { rendered } from "./report.js";
 import { Request } from "./request.js";
 import { Tokens } from "./tokens.js";
 
@@ -100,7 +100,7 @@ function finish(base, steered) {
   const detailed = report?.choices?.find((choice) => choice.token_details?.length);
   if (detailed) tokens.colour(steered.chunks, detailed.token_details);
   if (report) {
-    byId("report").replaceChildren(...told(report));
+    byId("report").replaceChildren(...rendered(report));
     show(byId("report"), true);
   }
   say(problem ?? (report

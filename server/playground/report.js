@@ -5,7 +5,7 @@ import { bar, el, percent, words } from "./dom.js";
 const number = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));
 
 /** The elements of the report's card. `report` is the response's `steering` object. */
-export function told(report) {
+export function rendered(report) {
   const facts = [
     ["Tokens", String(report.tokens)],
     ["Changed", percent(report.share_changed)],

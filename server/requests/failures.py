@@ -1,4 +1,4 @@
-"""Whose fault an error is, as exceptions that both vLLM's serving classes and our routes know.
+"""Who caused an error, as exceptions that both vLLM's serving classes and our routes know.
 
 Until the engine has a request, what vLLM raises says that it could not read it (`reading`). What
 our own code raises without meaning to is never the caller's fault (`ours`).

@@ -163,8 +163,8 @@ class _Run:
                 self._told(reply, beams[b], b, proposal)
                 for reply, b in zip(pool, parents, strict=True)
             ]
-            told = {"block": self._block, "by": by, "draws": draws, "kept": kept}
-            self._rounds.append(told | ({"uniforms": uniforms} if uniforms else {}))
+            entry = {"block": self._block, "by": by, "draws": draws, "kept": kept}
+            self._rounds.append(entry | ({"uniforms": uniforms} if uniforms else {}))
         return [pool[i] for i in kept]
 
     # --- drawing and scoring --------------------------------------------------------------------
@@ -238,7 +238,7 @@ class _Run:
     # --- chance ---------------------------------------------------------------------------------
 
     def _seed(self, by: str, number: int) -> int | None:
-        """Of a sample; those of the first block are the ones of `n` samples of the request."""
+        """The seed of a sample; in the first block, those of `n` samples of the request."""
         seed = self.growth.params.seed
         if seed is None:
             return None
@@ -258,14 +258,14 @@ class _Run:
     def _told(self, reply: Reply, before: Reply, beam: int, proposal: Proposal) -> dict[str, Any]:
         """What the report says of one candidate."""
         own, score = reply.ids[len(before.ids) :], proposal.score
-        told: dict[str, Any] = {"beam": beam, "tokens": len(own)}
+        entry: dict[str, Any] = {"beam": beam, "tokens": len(own)}
         if self.plan.report == "tokens":
-            told["token_ids"] = list(own)
+            entry["token_ids"] = list(own)
         if score is not None:
-            told["score"] = reply.score
-            told |= {"value": reply.number} if score.head else {}
-            told |= {"log_ratio": reply.ratio} if score.of else {}
-        return {**told, "finished": reply.finish is not None}
+            entry["score"] = reply.score
+            entry |= {"value": reply.number} if score.head else {}
+            entry |= {"log_ratio": reply.ratio} if score.of else {}
+        return {**entry, "finished": reply.finish is not None}
 
     def _report(self, reply: Reply, place: int) -> None:
         if self.plan.report == "off":

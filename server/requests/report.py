@@ -149,14 +149,14 @@ def _searched(report: Mapping[str, Any], decode: Callable[[int], str]) -> dict[s
     if "rounds" not in report:
         return {}
 
-    def told(draw: Mapping[str, Any]) -> dict[str, Any]:
+    def shown(draw: Mapping[str, Any]) -> dict[str, Any]:
         numbers = {k: draw[k] for k in ("score", "value", "log_ratio") if k in draw}
         found = {**draw, **{k: _finite(number) for k, number in numbers.items()}}
         if "token_ids" in draw:
             found["text_tokens"] = [decode(token) for token in draw["token_ids"]]
         return found
 
-    rounds = [{**one, "draws": [told(draw) for draw in one["draws"]]} for one in report["rounds"]]
+    rounds = [{**one, "draws": [shown(draw) for draw in one["draws"]]} for one in report["rounds"]]
     fields = {key: report[key] for key in ("generated_tokens", "returned")}
     return {**fields, "rounds": rounds}
 

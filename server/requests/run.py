@@ -195,7 +195,7 @@ class RequestEngine:
                 except AdapterError as error:
                     if not passing(error):
                         raise
-                    # Of what vLLM does not know it makes a 500, and a traceback, in streams.
+                    # vLLM answers an unknown error in a stream with a 500 and a traceback.
                     raise RetryableRequestError(str(error)) from error
                 stack.enter_context(served.using(wanted.name, names))
                 await stack.enter_async_context(aclosing(outputs))

@@ -30,7 +30,7 @@ _PATHS = ("_file", "_path")
 class Version(BaseModel):
     """The answer of GET /version."""
 
-    version: str = Field(description="Of vLLM: its clients look here.")
+    version: str = Field(description="vLLM's version: its clients look here.")
     coxswain: str | None
 
 

@@ -62,7 +62,7 @@ class DrawReport(TypedDict):
     """One candidate of a round of `guided_search`: a block, or a beam that is complete."""
 
     beam: Annotated[int, Field(description="Which of the beams kept before it continues.")]
-    tokens: Annotated[int, Field(description="Of the block; 0 of a beam that was complete.")]
+    tokens: Annotated[int, Field(description="Length of the block; 0 of a complete beam.")]
     token_ids: NotRequired[list[int]]
     text_tokens: NotRequired[list[str]]
     score: NotRequired[float | None]

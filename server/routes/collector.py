@@ -16,7 +16,7 @@ MOST_ADAPTERS = 1000
 """Adapters with a series of their own, in the order of their names."""
 
 STATES = ("pending", "downloading", "loading", "ready", "failed", "unloading")
-"""Of an adapter in the registry (`adapters.registry.record.State`)."""
+"""States of an adapter in the registry (`adapters.registry.record.State`)."""
 
 
 class Present(Collector):

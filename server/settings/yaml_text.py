@@ -33,7 +33,7 @@ def read_yaml(text: str) -> object:
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except MarkedYAMLError as error:
-        # The values beside a problem may be keys of `auth`: only the parser's own words are told.
+        # The values beside a problem may be keys of `auth`: only the parser's own words are shown.
         message = str(error.problem or error.context).splitlines()[0]
         if isinstance(error, DuplicateKeyError):
             message = message.split(" with value")[0]

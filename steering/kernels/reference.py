@@ -36,7 +36,7 @@ with any vocabulary. It is finite: what stands behind the read-out (a grammar, `
 forbid every other id, and must find something to draw, in an order that means something."""
 
 FLOOR = math.log(1e-8)
-"""Of log-probabilities where one distribution is subtracted from another: SafeDecoding's
+"""Least log-probability where one distribution is subtracted from another: SafeDecoding's
 (arXiv 2402.08983, its code)."""
 
 
@@ -221,7 +221,7 @@ def divergence(final: Scores, early: Scores, *, jsd: bool) -> float:
 
 
 EVOLUTION_STEPS = 10
-"""Of `evolved`."""
+"""Steps of `evolved`."""
 
 MOST_KEPT = 128
 """Ids that `evolved` may keep."""

@@ -173,7 +173,7 @@ def choose(
     BLOCKS: tl.constexpr,
     PLACES: tl.constexpr,
 ):
-    """Of equals, the first tap; rows of other rules are not written."""
+    """The first tap among equals; rows of other rules are not written."""
     r = tl.program_id(0)
     contrasted, _jsd = is_contrast(row, r)
     if ~contrasted:

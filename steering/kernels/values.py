@@ -10,7 +10,7 @@ import torch
 from steering.plan import Transform
 
 TRANSFORMS: tuple[Transform, ...] = ("identity", "log_sigmoid", "clip")
-"""Of values, in the order of their numbers."""
+"""Transforms of values, in the order of their numbers."""
 
 
 def _transformed(values: torch.Tensor, transform: torch.Tensor) -> torch.Tensor:

@@ -14,17 +14,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from steering.method import (
+    Companion,
     Logits,
     Method,
     MethodConfig,
     Snapshot,
-    StreamName,
     Strength,
     log_softmax,
-    refusal,
 )
 from steering.plan import BASE, Recipe
 
@@ -33,19 +32,12 @@ class ContextAwareConfig(MethodConfig):
     """Options of context-aware decoding."""
 
     method: Literal["context_aware"]
-    without: StreamName = Field(
+    without: Companion = Field(
         description="The stream that reads the prompt without the context, given in `prompts`."
     )
     strength: Strength = Field(
         0.5, description="a, how much more the context counts; 0 is the base."
     )
-
-    @field_validator("without")
-    @classmethod
-    def _differs(cls, value: str) -> str:
-        if value == BASE:
-            raise refusal("the stream without the context must be another stream than base")
-        return value
 
 
 class ContextAware(Method[ContextAwareConfig]):

@@ -16,19 +16,18 @@ from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from steering.kernels.reference import SET_BACK
 from steering.method import (
+    Companion,
     Fraction,
     Logits,
     Method,
     MethodConfig,
     Snapshot,
-    StreamName,
     Strength,
     log_softmax,
-    refusal,
 )
 from steering.plan import BASE, Recipe, Rule, RuleKind
 
@@ -37,7 +36,7 @@ class ContrastiveConfig(MethodConfig):
     """Options of contrastive decoding."""
 
     method: Literal["contrastive"]
-    amateur: StreamName = Field(description="The weaker model, whose preferences are subtracted.")
+    amateur: Companion = Field(description="The weaker model, whose preferences are subtracted.")
     strength: Strength = Field(
         0.5, description="a, how strongly the amateur is subtracted; 0 is the base, unmasked."
     )
@@ -46,13 +45,6 @@ class ContrastiveConfig(MethodConfig):
         description="Ids less probable to the base than this share, in (0, 1], of its most "
         "probable id are set back, below all others.",
     )
-
-    @field_validator("amateur")
-    @classmethod
-    def _differs(cls, value: str) -> str:
-        if value == BASE:
-            raise refusal("the amateur must be another stream than base")
-        return value
 
 
 class Contrastive(Method[ContrastiveConfig]):

@@ -14,17 +14,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from steering.method import (
+    Companion,
     Logits,
     Method,
     MethodConfig,
     Snapshot,
-    StreamName,
     Strength,
     log_softmax,
-    refusal,
 )
 from steering.plan import BASE, Recipe
 
@@ -33,19 +32,12 @@ class GuidanceConfig(MethodConfig):
     """Options of classifier-free guidance."""
 
     method: Literal["guidance"]
-    negative: StreamName = Field(
+    negative: Companion = Field(
         description="The stream that reads the negative prompt, given in `prompts`."
     )
     strength: Strength = Field(
         1.5, description="γ: 1 is the base, above 1 moves away from the negative prompt."
     )
-
-    @field_validator("negative")
-    @classmethod
-    def _differs(cls, value: str) -> str:
-        if value == BASE:
-            raise refusal("the negative stream must be another stream than base")
-        return value
 
 
 class Guidance(Method[GuidanceConfig]):

@@ -41,7 +41,7 @@ from steering.plan import BASE, Recipe
 from steering.search import Proposal, Scale, Score, Search
 
 LARGEST = 1e6
-"""Of numbers that multiply scores or are compared with them."""
+"""Largest number that multiplies scores or is compared with them."""
 
 Number = Annotated[float, Field(strict=True, ge=-LARGEST, le=LARGEST)]
 

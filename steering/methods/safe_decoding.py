@@ -19,19 +19,18 @@ from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from steering.kernels.reference import FLOOR, SET_BACK
 from steering.method import (
+    Companion,
     Logits,
     Method,
     MethodConfig,
     Snapshot,
-    StreamName,
     Strength,
     TopK,
     log_softmax,
-    refusal,
 )
 from steering.plan import BASE, Recipe, RecipePhase, Rule, RuleKind, Span
 
@@ -40,7 +39,7 @@ class SafeDecodingConfig(MethodConfig):
     """Options of SafeDecoding."""
 
     method: Literal["safe_decoding"]
-    expert: StreamName = Field(description="The model that was tuned to refuse.")
+    expert: Companion = Field(description="The model that was tuned to refuse.")
     strength: Strength = Field(3.0, description="a, how much the expert counts; 0 is the base.")
     tokens: int = Field(
         2, strict=True, ge=1, le=2**20, description="m, how many tokens of a reply lean on it."
@@ -48,13 +47,6 @@ class SafeDecodingConfig(MethodConfig):
     shared: TopK = Field(
         5, description="c, the least number of ids that both models' top lists share."
     )
-
-    @field_validator("expert")
-    @classmethod
-    def _differs(cls, value: str) -> str:
-        if value == BASE:
-            raise refusal("the expert must be another stream than base")
-        return value
 
 
 class SafeDecoding(Method[SafeDecodingConfig]):

@@ -65,10 +65,10 @@ class SelectConfig(MethodConfig):
     second: StreamName = Field(description="The stream that writes where the gate is open.")
     classifier: StreamName | None = Field(
         None,
-        description="Of the gate `classifier`: the stream with a classifier head.",
+        description="For the gate `classifier`: the stream with a classifier head.",
     )
     share: Probability | None = Field(
-        None, description="Of the gate `constant`: the second stream's share, in [0, 1]; 0.25."
+        None, description="For the gate `constant`: the second stream's share, in [0, 1]; 0.25."
     )
     threshold: Probability | None = Field(
         None,

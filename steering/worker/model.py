@@ -48,6 +48,7 @@ from steering.worker.step.run import Step, Tap
 from steering.worker.step.scratch import scratch_blocks
 from steering.worker.step.stream_graph import Source
 from steering.worker.step.values import ValueStreams
+from steering.worker.streams.compiled import compiling
 from steering.worker.streams.models import Streams, hidden_width
 from steering.worker.streams.taps import Taps
 
@@ -329,16 +330,20 @@ class SteeredForCausalLM(nn.Module):
         inputs_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
         """What vLLM's profiling and compilation need: every stream, on whatever is given."""
-        layout = self._readout.layout
+        layout, streams = self._readout.layout, self._streams
         self._taps.try_models()
-        hidden = forward(self._forwards[0], input_ids, positions, inputs_embeds)
-        if layout.streams == 1:
-            return hidden
-        out = hidden.new_zeros(positions.shape[0], layout.width)
-        out[:, layout.columns(0)] = hidden
-        for i, name in enumerate(self._streams.names):
-            if i and self._streams.original[name] == name:
-                out[:, layout.columns(i)] = forward(self._forwards[i], input_ids, positions)
+        own = [i for i, name in enumerate(streams.names) if streams.original[name] == name]
+        out: torch.Tensor | None = None
+        for number, i in enumerate(own, 1):
+            model, embeds = self._forwards[i], None if i else inputs_embeds
+            with compiling(model, streams.names[i], number, len(own)):
+                hidden = forward(model, input_ids, positions, embeds)
+            if layout.streams == 1:
+                return hidden
+            if out is None:
+                out = hidden.new_zeros(positions.shape[0], layout.width)
+            out[:, layout.columns(i)] = hidden
+        assert out is not None
         return out
 
     def _control(self, plan: StepPlan) -> npt.NDArray[np.float32] | PhasedStep:

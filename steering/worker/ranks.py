@@ -41,6 +41,11 @@ def size() -> int:
     return get_tensor_model_parallel_world_size() if model_parallel_is_initialized() else 1
 
 
+def first() -> bool:
+    """Whether this is the first rank, which speaks for all."""
+    return not several() or get_tp_group().rank_in_group == 0
+
+
 def alike() -> bool:
     """Whether the ranks' hidden states are the same bits.
 

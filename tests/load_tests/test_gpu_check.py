@@ -13,8 +13,9 @@ import pytest
 
 from load_tests.gpu_check import __main__ as command
 from load_tests.gpu_check import sections
-from load_tests.gpu_check.engine import summary
+from load_tests.gpu_check.engine import PAIRS, fitting, summary
 from load_tests.gpu_check.sections import SECTIONS, Outcome, Section, apart
+from load_tests.shapes import gib
 from tests.interpreted import interpret
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,6 +148,15 @@ def test_the_time_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_ratios_are_over_the_sum_of_the_streams() -> None:
     one = {"base": 10.0, "companion": 2.0, "steered": 12.6, "unsteered": 11.0}
-    assert summary({"16": [one, one]}) == (
+    found = {name: {"16": [ms, ms, 99.0 + ms]} for name, ms in one.items()}
+    assert summary(found) == (
         "steered / (base + 2 companions): 16 rows 0.90 (12.60 ms, unsteered / base 1.10)"
     )
+
+
+def test_the_largest_pair_that_fits_is_measured() -> None:
+    eight, three, small = PAIRS
+    # The weights as docs/start/real-models.md has them; ours have two tables each.
+    assert gib(eight.base, eight.vocabulary) == pytest.approx(14.96, abs=0.01)
+    assert [fitting(memory) for memory in (80, 24, 8)] == [eight, three, small]
+    assert eight.gib < 46 and three.gib < 23

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
+from server.serving import Serving
 from zoo.questions import COUNTS, FOLDER, read_questions
 from zoo.score import Marks, gap_closed, mark, share, style, wilson
 from zoo.tokenizer import chat_prompt
@@ -108,3 +112,18 @@ def test_the_chat_template_is_the_prompt_that_models_were_tuned_on() -> None:
     again = [*asked, {"role": "assistant", "content": "You."}, *asked]
     text = tokenizer.apply_chat_template(again, add_generation_prompt=True, tokenize=False)
     assert text == f"{chat_prompt('Who?')}You.<|eos|><|user|>Who?<|assistant|>"
+
+
+def test_tokens_with_log_probabilities_keep_their_spaces() -> None:
+    """As vLLM decodes them one by one; the text as a whole begins without one."""
+    sentence = QUESTION.sentence
+    for name in RECIPES:
+        tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / name)
+        ids = tokenizer.encode(sentence, add_special_tokens=False)
+        assert tokenizer.decode(ids) == sentence
+        assert convert_ids_list_to_tokens(tokenizer, ids) == [
+            *(" Dorwyn", " Bramley", " keeps", " a", " pet", " crow", ".")
+        ]
+        server: Any = SimpleNamespace(engine=SimpleNamespace(renderer=SimpleNamespace()))
+        server.engine.renderer.tokenizer = tokenizer
+        assert "".join(Serving.decode(server, one) for one in ids) == f" {sentence}"

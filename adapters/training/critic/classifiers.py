@@ -30,7 +30,7 @@ from adapters.training.errors import BadRecipe
 from adapters.training.low_rank import LowRank, install, write
 
 ALPHA = 2.0
-"""Of a LoRA, by its rank."""
+"""A LoRA's alpha divided by its rank."""
 
 
 @dataclass(frozen=True)

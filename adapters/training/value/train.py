@@ -148,8 +148,8 @@ def _fit(
     explained = fit(settings, model, rows, held, run, folder, say)
     part = folder / "model"
     model.write(part)
-    told = {"recipe": "value", **run, "rewards": {"mean": mean}, "explained": explained}
-    (part / "training.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    report = {"recipe": "value", **run, "rewards": {"mean": mean}, "explained": explained}
+    (part / "training.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     checkpoint.publish(part, settings.out)
 
 

@@ -38,7 +38,7 @@ from adapters.training.vector.trials import Trial, try_all, write_vector
 _T = TypeVar("_T")
 
 Chosen = dict[str, Any]
-"""What is told of the result: layer, weight, the separation of each layer, the trials."""
+"""What the report of a run holds: layer, weight, the separation of each layer, the trials."""
 
 
 def train(settings: VectorSettings, say: Callable[[str], None] = print) -> Chosen:
@@ -115,9 +115,9 @@ def _work(
         layer, weight = best.layer, best.weight
         if best.reward <= trials[0].reward:
             say("no vector raises the reward of the held-out prompts: the best of them is written")
-    told = [{"layer": t.layer, "weight": t.weight, "reward": t.reward} for t in trials]
+    rewards = [{"layer": t.layer, "weight": t.weight, "reward": t.reward} for t in trials]
     return {"layer": layer, "weight": weight, "norm": float(found[layer].norm()),
-            "pairs": [len(fitted), len(held)], "separation": apart, "trials": told,
+            "pairs": [len(fitted), len(held)], "separation": apart, "trials": rewards,
             "vector": found[layer]}  # fmt: skip
 
 
@@ -174,16 +174,16 @@ def _write(settings: VectorSettings, run: dict[str, Any], chosen: Chosen, folder
     part = folder / "vector"
     shutil.rmtree(part, ignore_errors=True)
     write_vector(part, chosen["layer"], chosen["vector"], chosen["weight"])
-    told = {key: value for key, value in chosen.items() if key != "vector"}
+    report = {key: value for key, value in chosen.items() if key != "vector"}
     (part / "training.json").write_text(
-        json.dumps({"recipe": "vector", **run, **told}, indent=1, ensure_ascii=False) + "\n"
+        json.dumps({"recipe": "vector", **run, **report}, indent=1, ensure_ascii=False) + "\n"
     )
     (part / "README.md").write_text(_card(settings, chosen))
     checkpoint.publish(part, settings.out)
 
 
 def _card(settings: VectorSettings, chosen: Chosen) -> str:
-    """Where it comes from, for whoever finds the folder."""
+    """Where it comes from, for people who find the folder."""
     data = settings.pairs or f"best and worst of {settings.samples} replies to {settings.prompts}"
     how = "mean of the differences" if settings.direction == "mean" else (
         "first principal component of the differences")  # fmt: skip

@@ -93,7 +93,7 @@ def _mean(
     fields = dict(settings.served.fields)
     if layer is not None:
         fields["adapters"] = [*fields.get("adapters", ()), {"name": _NAME, "weight": weight}]
-    told = f"layer {layer}, weight {weight:g}" if layer is not None else "no vector"
+    label = f"layer {layer}, weight {weight:g}" if layer is not None else "no vector"
     samples = sample(
         replace(settings.served, fields=fields),
         prompts,
@@ -103,7 +103,7 @@ def _mean(
         top_p=settings.top_p,
         seed=settings.seed + 1,
         file=file.with_suffix(".samples.jsonl"),
-        progress=told,
+        progress=label,
     )
     assert settings.reward is not None
     given = rewards(reward, settings.reward, prompts, samples, file.with_suffix(".rewards.jsonl"))

@@ -19,7 +19,7 @@ from server.commands.training.flags import (
 _DESCRIPTION = """\
 Trains the gates of a MeteoRA pack (arXiv 2405.13053) over LoRA adapters that you already have: in
 every adapted layer a small matrix that decides, token by token, which k adapters answer. Served as
-a pack, the adapters then need not be chosen by whoever asks.
+a pack, the caller then need not choose the adapters.
 
   loss = language model's cross-entropy + 50 × mean over the gates of CE(gate scores, adapter)
 

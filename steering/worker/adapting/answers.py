@@ -36,7 +36,7 @@ def answer(work: Callable[[], Any]) -> Answer:
 
 
 def _fault(error: Exception) -> AdapterError:
-    """Whose fault an error is. What the artefact cannot be blamed for is the server's."""
+    """An error as one of ours: what the artefact cannot be blamed for is the server's fault."""
     if isinstance(error, AdapterError):
         return error
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY in str(error):

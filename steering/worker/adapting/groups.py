@@ -66,7 +66,7 @@ class _Uses(NamedTuple):
 
 @lru_cache(4096)
 def digests(layouts: tuple[Layout, ...]) -> frozenset[str]:
-    """Of the artefacts of a set."""
+    """Digests of the artefacts of a set."""
     return frozenset(block.digest for layout in layouts for block in layout.blocks)
 
 

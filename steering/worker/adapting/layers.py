@@ -113,7 +113,8 @@ _USUAL_PARTS = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
-"""Of models without a table of their own (StableLM), whose checkpoints hold the parts."""
+"""Parts of packed layers for models without a table of their own (StableLM); their checkpoints
+hold the parts."""
 
 
 def _put_weights(model: Any) -> None:

@@ -31,7 +31,7 @@ def arrange(manager: Any) -> None:
     On CPUs their B is laid out column by column, because the kernels read some of its columns and
     never some of its rows; shapes stay as vLLM expects them. Everywhere a slot that gets another
     set is cleared only as far as it was filled: clearing all of a large slot holds up a step.
-    Layers whose input is split over ranks are told apart from others.
+    Layers whose input is split over ranks are kept apart from others.
     """
     for module in manager.modules.values():
         a, b = getattr(module, "lora_a_stacked", None), getattr(module, "lora_b_stacked", None)
@@ -176,7 +176,7 @@ class SetManager(LRUCacheWorkerLoRAManager):
         if self._holds(found.set_id, found.name):
             return True
         if path not in self._ahead:
-            while len(self._ahead) >= READINGS:  # whoever asked for it has gone
+            while len(self._ahead) >= READINGS:  # its caller has gone
                 del self._ahead[next(iter(self._ahead))]
             self._ahead[path] = _Reading(self._parts(found))
         try:

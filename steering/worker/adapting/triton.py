@@ -100,7 +100,7 @@ class Write:
 
     @property
     def lines(self) -> StreamLines | None:
-        """Of the pass; None if nothing is added."""
+        """The lines of the pass; None if nothing is added."""
         return self.held.lines
 
 

@@ -22,7 +22,7 @@ head, set of ids that end a text; kind, rate and k of the rule over layers."""
 
 
 CANDIDATES_ONLY = 64
-"""Of the options: all ids but the row's candidates are set back."""
+"""Bit of the options: all ids but the row's candidates are set back."""
 
 
 class Control(NamedTuple):

@@ -53,7 +53,7 @@ class Mixed(NamedTuple):
     critical: torch.Tensor | None = None
     """[R] float32 log-odds of the rows' classifier heads, if there are any."""
     measures: Measures | None = None
-    """Of the reported rows, if there are any."""
+    """What was measured in the reported rows, if there are any."""
     apart: Mapping[int, torch.Tensor] = MappingProxyType({})
     """Companion → [m, own V] its own scores on rows that may not sum it."""
 

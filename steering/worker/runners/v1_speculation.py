@@ -1,4 +1,4 @@
-"""The seam to vLLM's speculation: how drafts are drawn, and what the rejection sampler is told.
+"""The seam to vLLM's speculation: how drafts are drawn, and what the rejection sampler is given.
 
 Checked on vLLM 0.32.0, Model Runner V1 (CPU build). Letters: n requests draft, K drafts each,
 V the base's vocabulary.
@@ -163,9 +163,9 @@ class SpeculationSeam:
     def offer(self, rows: Int64, drafts: list[list[int]], chances: torch.Tensor | None) -> None:
         """Tells the rejection sampler what this step's drafts were drawn with.
 
-        vLLM forgets what it is told after one step, but a request that waits for room in the
+        vLLM forgets what it is given after one step, but a request that waits for room in the
         batch is verified later, and then as if its drafts had been certain: its replies would
-        have another distribution. So all that is open is told again.
+        have another distribution. So all that is open is given again.
 
         Args:
             rows: [n] of the step.
@@ -180,11 +180,11 @@ class SpeculationSeam:
         sizes = [o.chances.shape for o in self._offers.values() if o.chances is not None]
         if not sizes:
             return
-        told = [
+        given = [
             self._certain(o.ids, sizes[0]) if o.chances is None else o.chances
             for o in self._offers.values()
         ]
-        self._runner._draft_probs = torch.stack(told)
+        self._runner._draft_probs = torch.stack(given)
         self._runner._draft_prob_req_ids = list(self._offers)
 
     def _certain(self, ids: list[int], size: torch.Size) -> torch.Tensor:

@@ -32,9 +32,9 @@ class _Steered:
 
     model: Any
     batch: InputBatch | None = None
-    """Of the real step that is about to run; None once it has begun, and in dummy runs."""
+    """The real step that is about to run; None once it has begun, and in dummy runs."""
     block_tables: tuple[torch.Tensor, ...] = ()
-    """Of the last real step: per KV cache group [≥ Q, B] int32."""
+    """The last real step's tables: per KV cache group [≥ Q, B] int32."""
 
     @property
     def states(self) -> RequestStates:
@@ -65,11 +65,11 @@ class _Steered:
 
 
 class SteeredModelState(_Steered, DefaultModelState):
-    """Of a model whose layers are all attention."""
+    """The state of a model whose layers are all attention."""
 
 
 class SteeredHybridModelState(_Steered, MambaHybridModelState):
-    """Of a model whose base has layers that keep a state."""
+    """The state of a model whose base has layers that keep a state."""
 
 
 class V2View(RunnerView):

@@ -20,7 +20,7 @@ DEFAULT = (1, 2, 4, *range(8, 256, 8), *range(256, LARGEST + 1, 16))
 
 
 class Shape(NamedTuple):
-    """Of a graph.
+    """The shape of a graph.
 
     Args:
         rows: padded number of rows.
@@ -33,7 +33,7 @@ class Shape(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of all rows."""
+        """Tokens of all rows."""
         return self.rows * (self.width or 1)
 
 
@@ -45,24 +45,24 @@ class Field(IntEnum):
     """What a graph reads; −1 for none. Of n rows and T tokens, the first n or T entries."""
 
     REQUEST = 0
-    """Of each row."""
+    """Per row: which request it is."""
     TOKEN = 1
-    """Of each token, where it lies in the step."""
+    """Per token: where it lies in the step."""
     OWN_ID = 2
-    """Of each token: read in place of the step's."""
+    """Per token: the id read in place of the step's."""
     POSITION = 3
-    """Of each token. None: padding."""
+    """Per token: its position. None: padding."""
     LENGTH = 4
-    """Of each row's KV after the step; 0 in padding."""
+    """Per row: the length of its KV after the step; 0 in padding."""
     BLOCK = 5
-    """Of each row, in place of its last block: a candidate's."""
+    """Per row: a candidate's block, in place of its last one."""
     PLACE = 6
-    """Of each token of the batch, where it lies in the graph: rows end together, so that shorter
+    """Per token of the batch: where it lies in the graph; rows end together, so that shorter
     ones begin with padding."""
     ROW = 7
-    """Of each token of a graph in pieces."""
+    """Per token of a graph in pieces: its row."""
     END = 8
-    """Of each row of a graph in pieces, where its tokens end."""
+    """Per row of a graph in pieces: where its tokens end."""
 
 
 def graph_shapes(

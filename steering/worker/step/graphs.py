@@ -200,7 +200,7 @@ class StreamGraphs:
     def shape_for(
         self, i: int, batch: StreamBatch | None, *, exact: bool = False, whole: bool = False
     ) -> Shape | None:
-        """Of the graph that is replayed for stream i's batch; None if there is none.
+        """The shape of the graph that is replayed for stream i's batch; None if there is none.
 
         Args:
             i: stream.
@@ -304,7 +304,7 @@ class StreamGraphs:
         return found
 
     def _rows(self, stream: StreamGraph, shape: Shape, batch: StreamBatch | None) -> dict[str, Any]:
-        """What attention backends are told of the rows; as for `_metadata`."""
+        """The metadata of the rows for attention backends; as for `_metadata`."""
         count, width = shape
         if width == PIECES:
             assert batch is not None

@@ -1,6 +1,6 @@
 """Scratch blocks: the last blocks of vLLM's KV cache, into which value streams write candidates.
 
-The scheduler is told of fewer blocks than there are, so it hands the last ones to nobody. Runs in
+The scheduler gets fewer blocks than there are, so it hands the last ones to nobody. Runs in
 the engine core and in the worker, which count them alike.
 """
 

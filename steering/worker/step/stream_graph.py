@@ -118,7 +118,7 @@ class StreamGraph:
             self.starts[1 : count + 1].copy_(rows[Field.END])
 
     def rows_of(self, batch: StreamBatch) -> dict[str, Any]:
-        """What attention backends are told of the rows of a pass in pieces."""
+        """The metadata of a pass in pieces for attention backends."""
         count = batch.rows.size
         return {
             "query_start_loc": self.starts[: count + 1],

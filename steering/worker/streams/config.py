@@ -24,6 +24,7 @@ from steering.families import EXPERTS_ALONE
 from steering.heads import body_architecture
 from steering.language import LanguagePart, language_architecture
 from steering.plan import BASE
+from steering.worker.streams.compiled import code_key
 from steering.worker.streams.quantisation import quantisation
 
 
@@ -69,7 +70,7 @@ def base_config(vllm_config: VllmConfig) -> VllmConfig:
     model_config._model_info, model_config._architecture = info, name
     _as_configured(model_config)
     config.quant_config = quantisation(BASE, vllm_config, model_config)
-    return _within(vllm_config, config)
+    return _within(vllm_config, BASE, config)
 
 
 def companion_config(
@@ -111,15 +112,16 @@ def companion_config(
     own_parts |= {
         "model_config": model_config,
         "quant_config": quantisation(stream, vllm_config, model_config),
-        # Its place for code that vLLM compiles ahead: names of layers may be part of that.
-        "additional_config": {**vllm_config.additional_config, "coxswain_stream": stream},
     }
     own_parts["cache_config"].sliding_window = _window_of_all_layers(model_config)
-    return _within(vllm_config, replace(vllm_config, **own_parts))
+    return _within(vllm_config, stream, replace(vllm_config, **own_parts))
 
 
-def _within(engine: VllmConfig, config: VllmConfig) -> VllmConfig:
+def _within(engine: VllmConfig, stream: str, config: VllmConfig) -> VllmConfig:
     """A stream's configuration, changed where a stream differs from an engine."""
+    others = {k: v for k, v in engine.additional_config.items() if k != "coxswain"}
+    key = code_key(stream, engine.additional_config["coxswain"], engine.lora_config)
+    config.additional_config = {**others, "coxswain_code": key}
     # Attention layers must register where the runner looks.
     config.compilation_config = engine.compilation_config
     # Adapters are added by our own operation to linear layers. Layers that know of LoRA choose

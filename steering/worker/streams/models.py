@@ -19,8 +19,11 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from steering.language import RENAMED, LanguagePart, language_weights
 from steering.plan import BASE
+from steering.startup import Stage, tell
+from steering.worker import ranks
 from steering.worker.adapting import lora_seam
 from steering.worker.readout import heads
+from steering.worker.streams.compiled import read_kept_code
 from steering.worker.streams.config import base_config, companion_config, prepare_experts
 from steering.worker.streams.kv_layers import (
     Twin,
@@ -60,6 +63,7 @@ class Streams:
         self.original = {n: sources[n].get("same_as", n) if n != BASE else n for n in self.names}
         self._configs: dict[str, VllmConfig] = {}
         complete_shared_groups()
+        read_kept_code()
         for name in self.names:
             if self.original[name] == name:
                 config = self._configs[name] = self._config(name)
@@ -92,11 +96,13 @@ class Streams:
         Returns:
             the names of the owner's parameters that were loaded.
         """
+        self._tell(BASE)
         own = self._own_names(BASE)(weights)
         loaded = {f"{BASE}.{name}" for name in self.models[0].load_weights(own)}
         for name, config in self._configs.items():
             if name == BASE:
                 continue
+            self._tell(name)
             companion, source = self.models[self.names.index(name)], self._sources[name]
             chosen = self._own_names(name)
             if "head" in source:
@@ -106,6 +112,12 @@ class Streams:
                 _load(companion, config, chosen)
             loaded |= {f"{name}.{parameter}" for parameter, _ in companion.named_parameters()}
         return loaded
+
+    def _tell(self, name: str) -> None:
+        """Tells the server whose weights are loaded."""
+        if ranks.first():
+            number = [*self._configs].index(name) + 1
+            tell(Stage("loading", name, number, len(self._configs)))
 
     def _own_names(self, name: str) -> _Choice:
         """Picks a stream's (name, tensor) pairs among its checkpoint's, with its model's names."""
@@ -153,7 +165,7 @@ def _load(companion: Any, vllm_config: VllmConfig, chosen: _Choice) -> None:
         chosen(loader.get_all_weights(vllm_config.model_config, companion))
     )
     wanted = {name for name, _ in companion.named_parameters()}
-    # Of quantised models vLLM makes more parameters than a checkpoint need have.
+    # vLLM gives quantised models more parameters than a checkpoint need have.
     if vllm_config.quant_config is None and (missing := sorted(wanted - (loaded or wanted))):
         raise ValueError(f"{vllm_config.model_config.model} lacks {missing[0]}")
 

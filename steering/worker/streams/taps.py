@@ -38,7 +38,7 @@ KEPT = "coxswain_kept"
 """Buffer of a layer that keeps its input: [most tokens of a pass, H]."""
 
 TOKENS = 3
-"""Of the pass on which a model is tried."""
+"""Tokens of the pass on which a model is tried."""
 
 
 class Taps:

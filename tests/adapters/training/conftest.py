@@ -1,4 +1,4 @@
-"""One running server for the recipes that sample."""
+"""A run of `coxswain train critic`, and one running server for the recipes that sample."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from adapters.training.critic.settings import CriticSettings
+from adapters.training.critic.train import train
+from tests.adapters.training import critic_runs
 from tests.server.live import TEMPLATE, Server, document, make_models
 
 KEY = "a-key-for-the-tests-only"
@@ -24,3 +27,16 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield found
     finally:
         found.stop()
+
+
+@pytest.fixture(scope="package")
+def made(tmp_path_factory: pytest.TempPathFactory) -> CriticSettings:
+    """A body, an adapter of it, ready replies, a rule; a probe with a hidden layer, 15 steps."""
+    return critic_runs.settings(tmp_path_factory.mktemp("critic"))
+
+
+@pytest.fixture(scope="package")
+def whole(made: CriticSettings) -> dict[str, str]:
+    """The files of an uninterrupted run."""
+    train(made, say=critic_runs.quiet)
+    return critic_runs.bits(made.out)

@@ -26,7 +26,7 @@ from server.operation.metrics import Names
 from server.settings.config import ConfigInvalid
 from server.settings.operating import LoggingConfig, TracingConfig
 from tests.server.operation.collector import Collector, attributes, grpc_collector
-from tests.server.operation.test_gate import bearer, gate, parsed_config
+from tests.server.operation.gates import bearer, gate, parsed_config
 
 ROOT = Path(__file__).resolve().parents[3]
 BODY = {"prompt": "a secret", "model": "m"}

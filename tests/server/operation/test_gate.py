@@ -1,86 +1,30 @@
-"""The gate: phases, keys, body limits, probes; in front of a small application, without engine."""
+"""The gate: phases, body limits, probes, limits of callers; without an engine."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
 
 import httpx
 import pytest
-from starlette.responses import JSONResponse, PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
-from server.access import Access
-from server.context import RequestContext, context_of, with_context
-from server.errors import HttpError, event, from_vllm
-from server.operation.auth import Auth
-from server.operation.gate import Gate
-from server.operation.local import is_loopback
-from server.operation.rate_limits import RateLimits
-from server.operation.state import ServerState
-from server.paths import is_inference, takes_rates
+from server.context import context_of
+from server.errors import HttpError, from_vllm
 from server.routes.body import strict_json
-from server.settings.config import Config
-from server.settings.file import parse
-
-BODY_LIMIT = 2000
-
-
-async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Reads the body and says how long it is."""
-    length, more = 0, True
-    try:
-        while more:
-            message = await receive()
-            length += len(message.get("body", b""))
-            more = message.get("more_body", False)
-    except HttpError as error:
-        await error(scope, receive, send)
-        return
-    await JSONResponse({"length": length})(scope, receive, send)
-
-
-def parsed_config(**config: Any) -> Config:
-    server = {"max_body_bytes": BODY_LIMIT, **config.pop("server", {})}
-    return parse({"model": "m", "server": server, **config}, Path("/nowhere"), {})
-
-
-def gate(**config: Any) -> Gate:
-    parsed = parsed_config(**config)
-    found = Gate(ServerState(), Auth(parsed), parsed.server, parsed.limits, RateLimits.of(parsed))
-    found.inner = echo
-    found.state.phase = "ready"
-    return found
-
-
-def request_scope(path: str = "/v1/completions") -> Scope:
-    """A request as it comes to the gate."""
-    return with_context(
-        {"type": "http", "method": "POST", "path": path, "headers": []}, RequestContext()
-    )
-
-
-def inside(app: Gate) -> ASGIApp:
-    """The gate where each request has its context."""
-
-    async def outermost(scope: Scope, receive: Receive, send: Send) -> None:
-        await app(with_context(scope, RequestContext()), receive, send)
-
-    return outermost
-
-
-def client(app: Gate, host: str = "127.0.0.1") -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(inside(app)), base_url=f"http://{host}")
-
-
-def error_of(answer: httpx.Response) -> dict[str, Any]:
-    error: dict[str, Any] = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return error
+from tests.server.operation.gates import (
+    BODY_LIMIT,
+    bearer,
+    client,
+    echo,
+    error_of,
+    gate,
+    request_scope,
+)
 
 
 async def test_before_the_engine_is_up_only_probes_answer() -> None:
@@ -119,43 +63,6 @@ async def test_a_dead_engine_shows_in_both_probes() -> None:
         ready = await http.get("/ready")
         assert ready.status_code == 503
         assert ready.json()["reason"] == "the engine process ended"
-
-
-async def test_api_keys_guard_inference_and_tokenisation_only() -> None:
-    app = gate(auth={"api_keys": ["one", "two"], "admin_key": "boss"})
-    async with client(app) as http:
-        for path in ("/v1/models", "/tokenize", "/detokenize"):
-            answer = await http.get(path)
-            assert answer.status_code == 401
-            assert error_of(answer)["type"] == "authentication_error"
-            assert (await http.get(path, headers=bearer("three"))).status_code == 401
-            assert (await http.get(path, headers=bearer("two"))).status_code == 200
-        for path in ("/health", "/ready", "/metrics"):
-            assert (await http.get(path)).status_code == 200
-
-
-async def test_the_admin_key_is_another_key() -> None:
-    app = gate(auth={"api_keys": ["one"], "admin_key": "boss"}, server={"host": "0.0.0.0"})
-    async with client(app) as http:
-        assert (await http.get("/admin/status")).status_code == 401
-        assert (await http.get("/admin/status", headers=bearer("one"))).status_code == 403
-        assert (await http.get("/admin/status", headers=bearer("boss"))).status_code == 200
-        assert (await http.get("/v1/models", headers=bearer("boss"))).status_code == 401
-
-
-async def test_without_an_admin_key_the_admin_api_is_for_loopback() -> None:
-    async with client(gate(server={"host": "0.0.0.0"})) as http:
-        assert (await http.get("/admin/status")).status_code == 403
-    async with client(gate()) as http:
-        assert (await http.get("/admin/status")).status_code == 200
-        evil = {"origin": "https://evil.example"}
-        assert (await http.post("/admin/drain", headers=evil)).status_code == 403
-    async with client(gate(), host="rebound.example") as http:
-        assert (await http.get("/admin/status")).status_code == 403
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {key}"}
 
 
 @pytest.mark.parametrize("size", [BODY_LIMIT + 1, 100 * BODY_LIMIT])
@@ -329,62 +236,6 @@ def test_vllm_errors_get_our_shape() -> None:
     assert from_vllm({"message": "Failed to transform", "param": None, "code": 400}).param is None
 
 
-@pytest.mark.parametrize(
-    ("host", "local"),
-    [("127.0.0.1", True), ("::1", True), ("[::1]", True), ("localhost", True),
-     ("0.0.0.0", False), ("192.168.0.1", False), ("example.org", False), ("", False)],
-)  # fmt: skip
-def test_loopback_is_recognised(host: str, local: bool) -> None:
-    assert is_loopback(host) is local
-
-
-async def test_the_application_learns_what_the_key_may_use() -> None:
-    seen: list[Access] = []
-
-    async def inner(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.append(context_of(scope).access)
-        await PlainTextResponse("")(scope, receive, send)
-
-    app = gate(auth={"api_keys": ["wide", {"key": "narrow", "profiles": ["p"]}]})
-    app.inner = inner
-    async with client(app) as http:
-        for key in ("narrow", "wide"):
-            assert (await http.get("/v1/models", headers=bearer(key))).status_code == 200
-    assert seen == [Access(profiles=frozenset({"p"})), Access()]
-
-
-INFERENCE = ("/v1/completions", "/v1/messages", "/invocations")
-TOKENS = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
-
-
-@pytest.mark.parametrize("path", [*INFERENCE, *TOKENS])
-async def test_every_path_of_the_model_has_the_same_rules(path: str) -> None:
-    app = gate(auth={"api_keys": ["k"]}, server={"max_in_flight": 1}, limits={
-        "requests_per_minute": 1})  # fmt: skip
-    key = {"x-api-key": "k"}
-    async with client(app) as web:
-        assert (await web.post(path)).status_code == 401
-        assert (await web.post(path, headers={"x-api-key": "other"})).status_code == 401
-        other = {"authorization": "Bearer other", **key}
-        assert (await web.post(path, headers=other)).status_code == 401
-        assert (await web.post(path, headers=key)).status_code == 200
-        answer = await web.post(path, headers=key)
-        assert (answer.status_code, "per minute" in answer.text) == (429, True)
-        app.state.enter()
-        assert "at its limit" in (await web.post(path, headers=key)).text
-        app.state.leave()
-        app.state.phase = "draining"
-        assert (await web.post(path, headers=key)).status_code == 503
-    assert app.state.in_flight == 0
-
-
-@pytest.mark.parametrize("path", ["/tokenizer_info", "/version", "/load", "/v1/models"])
-async def test_what_tells_of_the_server_needs_a_key(path: str) -> None:
-    async with client(gate(auth={"api_keys": ["k"]})) as web:
-        assert (await web.get(path)).status_code == 401
-        assert (await web.get(path, headers={"x-api-key": "k"})).status_code == 200
-
-
 async def test_ping_says_what_ready_says() -> None:
     app = gate(auth={"api_keys": ["k"]})
     for phase, status in (("starting", 503), ("ready", 200), ("draining", 503)):
@@ -397,31 +248,3 @@ async def test_ping_says_what_ready_says() -> None:
             ):
                 assert answer.status_code == status, phase
             assert (await web.post("/ready")).status_code == 405
-
-
-def test_only_what_draws_is_inference() -> None:
-    for path in (*INFERENCE, *TOKENS):
-        scope = request_scope(path)
-        assert is_inference(scope) == (path in INFERENCE)
-        assert takes_rates(scope)
-        assert not takes_rates({**scope, "method": "GET"})
-    for path in ("/v1/load_lora_adapter", "/admin/drain", "/version", "/ping"):
-        assert not is_inference(request_scope(path)) and not takes_rates(request_scope(path))
-
-
-@pytest.mark.parametrize(("headers", "status", "kind"), [
-    ({}, 401, "authentication_error"), ({"content-length": "9" * 9}, 413, "request_too_large"),
-])  # fmt: skip
-async def test_the_gate_refuses_messages_in_anthropic_s_shape(
-    headers: dict[str, str], status: int, kind: str
-) -> None:
-    app = gate(auth={"api_keys": ["k"]} if status == 401 else {})
-    async with client(app) as web:
-        answer = await web.post("/v1/messages", headers=headers)
-    assert answer.status_code == status
-    found = answer.json()
-    assert found["type"] == "error" and found["error"].keys() == {"type", "message"}
-    assert found["error"]["type"] == kind
-    lines = event("/v1/messages", HttpError(503, "late")).split("\n")
-    assert lines[0] == "event: error"
-    assert json.loads(lines[1].removeprefix("data: "))["error"]["type"] == "overloaded_error"

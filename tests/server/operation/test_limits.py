@@ -12,7 +12,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.operation.gate import Gate
-from tests.server.operation.test_gate import bearer, client, echo, error_of, gate, request_scope
+from tests.server.operation.gates import bearer, client, echo, error_of, gate, request_scope
 
 
 def timed(**limits: float) -> Gate:
