@@ -22,11 +22,11 @@ from smollm.evidence import vader
 from smollm.evidence.sunny import Requests, plain
 from smollm.evidence.work import Work
 
-LAYERS = 4
+LAYERS = 3
 """Of the base's layers that the value model begins as; more of them learn little more."""
 TOKENS = 40
 """Of the longest reply."""
-SAMPLES, EPOCHS = 8, 2
+SAMPLES, EPOCHS = 6, 2
 """Replies for each training request; times that the value model reads them."""
 LEAST_APART = 0.3
 """A pair's rewards differ by this much."""
@@ -122,7 +122,7 @@ def _train_value(found: Made, url: str, work: Work, requests: Sequence[str]) -> 
     _coxswain(
         "train", "value", "--server", url, "--prompts", prompts, "--reward", REWARD,
         "--body", found.body, "--out", found.value, "--samples", SAMPLES, "--max-tokens", TOKENS,
-        "--epochs", EPOCHS, "--rate", 2e-4, "--seed", work.seed,
+        "--epochs", EPOCHS, "--batch", 16, "--rate", 3e-4, "--seed", work.seed,
     )  # fmt: skip
 
 
