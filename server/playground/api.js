@@ -38,8 +38,8 @@ async function send(method, path, body, kind, signal) {
 }
 
 /** One answer as JSON; `kind` says which key goes along. */
-export async function ask(method, path, { body, kind = "api" } = {}) {
-  const answer = await send(method, path, body, kind);
+export async function ask(method, path, { body, kind = "api", signal } = {}) {
+  const answer = await send(method, path, body, kind, signal);
   return answer.status === 204 ? null : answer.json();
 }
 

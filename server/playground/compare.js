@@ -5,6 +5,7 @@ import { byId, el, percent, show } from "./dom.js";
 import { rendered } from "./report.js";
 import { Request } from "./request.js";
 import { Tokens } from "./tokens.js";
+import { meanByVectors, readWithout } from "./vectors.js";
 
 let request = null;
 let running = null;
@@ -39,7 +40,7 @@ async function run() {
   if (!request) return;
   running?.abort();
   const mine = running = new AbortController();
-  const { path, base, steered } = request.read();
+  const { path, base, steered, bare } = request.read();
   clear(steered);
   byId("stop").disabled = false;
   say("Running.");
@@ -47,10 +48,25 @@ async function run() {
     answer(byId("base-text"), byId("base-facts"), path, base, mine.signal),
     answer(byId("steered-text"), byId("steered-facts"), path, steered, mine.signal),
   ]);
+  const { prompt, report } = answers[1];
+  const details = report?.choices?.find((choice) => choice.token_details?.length)?.token_details;
+  if (running !== mine) return;
+  const problem = bare && details && prompt ? await unread(prompt, details, bare, mine.signal) : null;
   if (running !== mine) return;
   byId("stop").disabled = true;
   running = null;
-  finish(...answers);
+  finish(...answers, details, problem);
+}
+
+/** Why the reply could not be read without the vectors; null: it has been. */
+async function unread(prompt, details, bare, signal) {
+  try {
+    await readWithout(prompt, details, bare, signal);
+    return null;
+  } catch (error) {
+    if (!(error instanceof Refused) && error.name !== "AbortError") console.error(error);
+    return `What the vectors changed is not known: ${error.message}`;
+  }
 }
 
 function clear(steered) {
@@ -63,15 +79,16 @@ function clear(steered) {
   byId("request").textContent = JSON.stringify(steered, null, 2);
 }
 
-/** Streams one answer into `box`. What came: {chunks, report, error}. */
+/** Streams one answer into `box`. What came: {chunks, prompt, report, error}. */
 async function answer(box, facts, path, body, signal) {
-  const outcome = { chunks: [], report: null, error: null };
+  const outcome = { chunks: [], prompt: null, report: null, error: null };
   box.classList.add("writing");
   const began = performance.now();
   let first = null;
   try {
     for await (const event of events(path, body, signal)) {
       if (event.steering) outcome.report = event.steering;
+      outcome.prompt ??= event.prompt_token_ids ?? event.choices[0]?.prompt_token_ids ?? null;
       for (const choice of event.choices) {
         const text = choice.delta?.content ?? choice.text ?? "";
         const ids = choice.token_ids ?? [];
@@ -94,16 +111,21 @@ async function answer(box, facts, path, body, signal) {
   return outcome;
 }
 
-function finish(base, steered) {
-  const problem = base.error || steered.error;
+function finish(base, steered, details, unknown) {
+  const problem = base.error || steered.error || unknown;
   const { report } = steered;
-  const detailed = report?.choices?.find((choice) => choice.token_details?.length);
-  if (detailed) tokens.colour(steered.chunks, detailed.token_details);
+  if (details) tokens.colour(steered.chunks, details);
   if (report) {
-    byId("report").replaceChildren(...rendered(report));
+    byId("report").replaceChildren(...rendered(report, meanByVectors(details ?? [])));
     show(byId("report"), true);
   }
   say(problem ?? (report
-    ? `Done: ${report.tokens} tokens, the base would have chosen another at ${percent(report.share_changed)} of them. The tokens can be walked through with the arrow keys.`
+    ? `Done: ${report.tokens} tokens, the base would have chosen another at ${percent(changed(report, details))} of them. The tokens can be walked through with the arrow keys.`
     : "Done."));
+}
+
+/** The share of the tokens where the base would have chosen another. */
+function changed(report, details) {
+  if (!details?.[0]?.without) return report.share_changed;
+  return details.filter((detail) => detail.changed).length / details.length;
 }

@@ -4,13 +4,15 @@ import { bar, el, percent, words } from "./dom.js";
 
 const number = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));
 
-/** The elements of the report's card. `report` is the response's `steering` object. */
-export function rendered(report) {
+/** The elements of the report's card. `report` is the response's `steering` object; `byVectors` the
+ *  mean of what vectors moved a token by, in nats, or null. */
+export function rendered(report, byVectors = null) {
   const facts = [
     ["Tokens", String(report.tokens)],
     ["Changed", percent(report.share_changed)],
     ["Mean KL", `${number(report.mean_kl)} nats`],
   ];
+  if (byVectors !== null) facts.push(["By vectors", `${byVectors < 0 ? "−" : "+"}${number(Math.abs(byVectors))} nats per token`]);
   if (report.share_critical !== undefined) facts.push(["Critical", percent(report.share_critical)]);
   if (report.guided_search) {
     const found = report.guided_search;
@@ -29,7 +31,7 @@ export function rendered(report) {
   return [
     el("h3", {}, report.method === "base" && adapted ? "Base with adapters" : words(report.method), report.profile ? el("span", { className: "soft" }, ` by profile ${report.profile}`) : null),
     el("dl", { className: "chips" }, ...facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
-    adapted ? el("p", { className: "hint" }, "Adapters change a stream itself: colours and numbers compare with the base as these adapters make it.") : null,
+    adapted ? el("p", { className: "hint" }, `Adapters change a stream itself: the numbers above compare with the base as these adapters make it${byVectors === null ? ", and so do the colours" : "; the colours with the base without the vectors"}.`) : null,
     streams(report),
     ...(report.adapters ?? []).map(adapter),
   ].filter(Boolean);

@@ -3,13 +3,18 @@
 import { byId, el, freshId, labelled, show } from "./dom.js";
 import { slider } from "./fields.js";
 import { Options } from "./options.js";
+import { VECTORS } from "./vectors.js";
 
 /** Streams that these options name need a prompt of their own. */
 const NEEDED = ["without", "negative"];
 
-/** Kinds that change the residual stream behind decoder layers. */
-const VECTORS = ["vector", "loreft"];
 const KINDS = { meteora: "MeteoRA pack", vector: "steering vector", loreft: "LoReFT" };
+
+/** An adapter as a request names it. */
+const used = ({ adapter, fields }) => ({
+  name: adapter.name,
+  ...Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.value()])),
+});
 
 export class Request {
   /** The form, for what the server offers. */
@@ -111,7 +116,8 @@ export class Request {
     byId("adapters-count").textContent = count ? `${count} chosen` : "";
   }
 
-  /** {path, base, steered}: where to send, and the two bodies. */
+  /** {path, base, steered, bare}: where to send, the two bodies, and what runs the base without the
+   *  vectors that are chosen for it; null where none is. */
   read() {
     const chat = byId("forms").querySelector("[value=chat]").checked;
     const prompt = byId("prompt").value;
@@ -123,12 +129,16 @@ export class Request {
     };
     const steered = { ...shared, return_token_ids: true, steering: { ...this.steering(), report: "tokens" } };
     if (this.options.kind === "profile") steered.model = this.options.entry.name;
-    const adapters = this.adapters.filter((control) => control.box.checked).map(({ adapter, fields }) => ({
-      name: adapter.name,
-      ...Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.value()])),
-    }));
-    if (adapters.length) steered.adapters = adapters;
-    return { path: chat ? "v1/chat/completions" : "v1/completions", base: shared, steered };
+    const chosen = this.adapters.filter((control) => control.box.checked);
+    if (chosen.length) steered.adapters = chosen.map(used);
+    return { path: chat ? "v1/chat/completions" : "v1/completions", base: shared, steered, bare: this.bare(chosen) };
+  }
+
+  bare(chosen) {
+    const ofBase = chosen.filter(({ adapter }) => adapter.stream === "base");
+    const others = ofBase.filter(({ adapter }) => !VECTORS.includes(adapter.kind));
+    if (others.length === ofBase.length) return null;
+    return { model: this.offers.base, ...(others.length ? { adapters: others.map(used) } : {}) };
   }
 
   steering() {

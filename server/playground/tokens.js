@@ -1,6 +1,7 @@
 // The steered answer as tokens: coloured by how far steering moved each, and looked into one by one.
 
-import { bar, byId, el, probability, show } from "./dom.js";
+import { bar, el, probability, show } from "./dom.js";
+import { movedByVectors } from "./vectors.js";
 
 /** A move of this many nats has the full colour. */
 const FULL_NATS = 3;
@@ -26,10 +27,13 @@ export function pieces(chunks, details) {
   return details.map((_, i) => texts[i] ?? "");
 }
 
+/** Of the drawn token by the base alone, without vectors where there are some. */
+const alone = (detail) => (detail.without ?? { logprob: detail.base_logprob }).logprob;
+
 /** How far steering moved a token, in nats; a token that the base rules out has moved all the way. */
 export function moved(detail) {
-  if (detail.steered_logprob === null) return detail.base_logprob === null ? 0 : -FULL_NATS;
-  return detail.base_logprob === null ? FULL_NATS : detail.steered_logprob - detail.base_logprob;
+  if (detail.steered_logprob === null) return alone(detail) === null ? 0 : -FULL_NATS;
+  return alone(detail) === null ? FULL_NATS : detail.steered_logprob - alone(detail);
 }
 
 /** What a token looks like where its text alone would not be seen. */
@@ -125,12 +129,12 @@ export class Tokens {
 }
 
 function sentence(detail) {
-  const [steered, base] = [probability(detail.steered_logprob), probability(detail.base_logprob)];
+  const [steered, base] = [probability(detail.steered_logprob), probability(alone(detail))];
   const nats = moved(detail);
   const factor = Math.exp(Math.abs(nats));
   const by = Math.abs(nats) < LEAST_NATS ? "as likely as before"
     : `${factor < 100 ? factor.toPrecision(2) : "over 100"} times ${nats > 0 ? "more" : "less"} likely`;
-  const instead = detail.changed ? ` The base would have chosen ${quoted(detail.base_choice)}.` : "";
+  const instead = detail.changed ? ` The base would have chosen ${quoted(detail.without?.choice.token ?? detail.base_choice)}.` : "";
   return `Steered ${steered}, base alone ${base}: ${by}.${instead}`;
 }
 
@@ -141,7 +145,9 @@ function choices(detail) {
   const byStream = detail.stream_choices ?? {
     base: { token: detail.base_choice, token_id: detail.base_choice_id, logprob: null },
   };
-  const rows = Object.entries(byStream).map(([stream, choice]) => {
+  const rows = Object.entries({
+    ...(detail.without ? { "without vectors": detail.without.choice } : {}), ...byStream,
+  }).map(([stream, choice]) => {
     const share = choice.logprob === null ? 0 : Math.exp(choice.logprob);
     const same = choice.token_id === detail.token_id;
     return el("tr", { className: same ? "same" : "" },
@@ -157,6 +163,10 @@ function choices(detail) {
 
 function more(detail) {
   const lines = [];
+  const byVectors = movedByVectors(detail);
+  if (byVectors !== null) {
+    lines.push(`In the base the vectors made it ${Math.exp(Math.abs(byVectors)).toPrecision(2)} times ${byVectors < 0 ? "less" : "more"} likely (${byVectors < 0 ? "−" : "+"}${Math.abs(byVectors).toFixed(3)} nats).`);
+  }
   if (detail.kl !== null) lines.push(`KL from the base here: ${detail.kl.toFixed(3)} nats.`);
   if (detail.critical_probability !== undefined) {
     lines.push(`Critical with probability ${detail.critical_probability.toFixed(2)}${detail.chosen_by ? `, chosen by ${detail.chosen_by}` : ""}.`);

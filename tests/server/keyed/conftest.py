@@ -33,7 +33,7 @@ def keyed(models: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempP
     team = [{"key": key, "group": "team"} for key in TEAM]
     limited = {"key": LIMITED, "profiles": ["own"], "adapters": ["a"]}
     config = document(
-        adapters={"roots": ["./keyed"], "max_loaded": 3, "max_rank": 24,
+        adapters={"roots": ["./keyed"], "max_loaded": 4, "max_rank": 24, "vectors": True,
                   "preload": [*({"name": n, "source": f"./keyed/{n}"} for n in ("a", "pack")),
                               {"name": "secret", "source": "./keyed/b", "visible_to": ["team"]}]},
         registry={"directory": str(tmp_path_factory.mktemp("state"))},
