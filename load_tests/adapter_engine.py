@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ class Driven:
     Args:
         kind: {"model": folder, "ours": bool, "sets": slots, 0 for an engine without adapters,
             "rank": of a slot, "adapters": {name: folder}, and optional: "streams": {name: folder}
-            of companions, None for a twin, "one_product": sets of them, "engine": vLLM's
-            arguments over ours}.
+            of companions, None for a twin, "taps": {name: layer} of the base, "steering": {name of
+            rows: their steering object}, "one_product": sets of streams, "engine": vLLM's arguments
+            over ours}.
     """
 
     def __init__(self, kind: dict[str, Any]) -> None:
@@ -70,6 +71,8 @@ class Driven:
                 name: StreamSource(path) if path else StreamSource(same_as="base")
                 for name, path in kind.get("streams", {}).items()
             }
+            taps = kind.get("taps", {})
+            streams |= {n: StreamSource(on="base", layer=k, norm=False) for n, k in taps.items()}
             engine["one_product"] = kind.get("one_product", [])
             self._llm = LLM(**steered_engine_args(kind["model"], streams, **engine))
             self._llm.collective_rpc("coxswain_bind")
@@ -79,6 +82,8 @@ class Driven:
         self._uses = {n: use(i, n, Path(f)) for i, (n, f) in enumerate(kind["adapters"].items())}
         if kind.get("streams"):
             self._uses[STEERED] = (None, self._mix(list(kind["streams"])))
+        for name, spec in kind.get("steering", {}).items():
+            self._uses[name] = (None, self._steering(spec, taps))
 
     def _mix(self, streams: list[str]) -> Any:
         from steering.plan import SteeringPlan
@@ -87,6 +92,18 @@ class Driven:
         signs = itertools.cycle((1.0, -1.0))
         weights = (("base", 1.0), *zip(streams, signs, strict=False))
         return pack(SteeringPayload(SteeringPlan("mix", weights)))
+
+    def _steering(self, spec: dict[str, Any], taps: Mapping[str, int]) -> Any:
+        from steering.method import Limits, Snapshot
+        from steering.plugins import discover
+        from steering.resolve import resolve
+        from steering.wire import SteeringPayload, pack
+
+        known = Snapshot(
+            {"base": "lm", **dict.fromkeys(taps, "lm")}, {}, dict.fromkeys(taps, "base")
+        )
+        found = resolve(spec, methods=discover(), snapshot=known, limits=Limits())
+        return pack(SteeringPayload(found.plan))
 
     def _set_request(self, _: int, __: str, folder: Path) -> tuple[Any, Any]:
         from vllm.lora.request import LoRARequest
@@ -206,6 +223,21 @@ class Driven:
                 return False
         assert self._llm.llm_engine.add_lora(lora)
         return True
+
+    def read_out(self, rows: int, times: int = 20) -> float:
+        """Median milliseconds of the base's own read-out of so many rows: its unembedding alone."""
+        import torch
+
+        worker: Any = self._llm.llm_engine.model_executor
+        base = worker.driver_worker.worker.model_runner.get_model().base
+        width = self._llm.llm_engine.model_config.get_hidden_size()
+        hidden = torch.randn(rows, width, dtype=torch.bfloat16)
+        found = []
+        for _ in range(times):
+            begin = time.perf_counter()
+            base.compute_logits(hidden)
+            found.append(time.perf_counter() - begin)
+        return 1e3 * statistics.median(found)
 
     def form(self, name: str | None) -> None:
         """Lets one of the authors' forms compute packs; None: our own kernels again."""

@@ -59,6 +59,19 @@ def write_lora(folder: Path, seed: int, base: Mapping[str, int] = BASE) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
+def write_vector(folder: Path, seed: int, base: Mapping[str, int] = BASE) -> Path:
+    """A constant behind every decoder layer of a base of that shape, bfloat16; the folder."""
+    folder.mkdir(parents=True)
+    random = torch.Generator().manual_seed(seed)
+    tensors = {
+        f"model.layers.{n}": _draw(random, base["hidden_size"], gain=0.05)
+        for n in range(base["num_hidden_layers"])
+    }
+    save_file(tensors, folder / "vectors.safetensors")
+    (folder / "vector_config.json").write_text(json.dumps({"kind": "vector"}))
+    return folder
+
+
 def write_pack(folder: Path, seed: int) -> None:
     """A MeteoRA pack as its authors release theirs: 28 adapters of rank 8 on all seven modules.
 

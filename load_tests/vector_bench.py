@@ -1,95 +1,114 @@
-"""What a vector behind every decoder layer costs on a CPU, in one run; and what hot-loading one
-does to requests that decode.
+"""What steering vectors cost: in a decode step, when they are loaded under load, and a thousand.
 
-    python -m load_tests.vector_bench [--rounds 5]
+    python -m load_tests.vector_bench [--rounds 5] [--vectors 1000] [--only cost|served] [--small]
 
-Engines are asked in turn: one without room for vectors, one with; rows have no adapter, or one
-vector on all layers. Random weights of `load_tests.shapes.BASE`, bfloat16, compiled.
+`cost`: engines are asked in turn: without adapters, with adapters, and with adapters and vectors
+(`adapters.vectors`); rows have none, or one on all layers. `served`: over HTTP, see
+`load_tests.vectors_served`; `--small` tries it with a tiny model. Random weights, bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
-from load_tests.rounds import Engine, rounds, running, table
+from load_tests import vectors_served
+from load_tests.adapter_files import write_vector
+from load_tests.rounds import Engine, Round, Work, dearer, rounds, running, table
 from load_tests.shapes import BASE, write_model
 
 ROWS, PROMPT, DRAWN, RANK, SLOTS = (1, 16), 32, 24, 8, 16
 
-
-def write_vector(folder: Path, seed: int) -> None:
-    """A constant behind every decoder layer of the base."""
-    folder.mkdir(parents=True)
-    random = torch.Generator().manual_seed(seed)
-    tensors = {
-        f"model.layers.{n}": 0.05 * torch.randn(BASE["hidden_size"], generator=random)
-        for n in range(BASE["num_hidden_layers"])
-    }
-    save_file(tensors, folder / "vectors.safetensors")
-    (folder / "vector_config.json").write_text(json.dumps({"kind": "vector"}))
+ALONE, LORA, FREE = "no adapters, ms", "adapters, no vectors", "vectors, none in use"
+ONE, MANY = "a vector on all layers", "another vector for each row"
 
 
-def _asking(engine: Engine, name: str | None, rows: int) -> Callable[[], float]:
+def _work(engine: Engine, rows: list[str | None]) -> Callable[[], float]:
     def measure() -> float:
-        found = engine.ask("serve", rows=[name] * rows, prompt=PROMPT, drawn=DRAWN)
+        found = engine.ask("serve", rows=rows, prompt=PROMPT, drawn=DRAWN)
         return float(found["decode"])
 
     return measure
 
 
-def run(folder: Path, count: int) -> str:
-    """The tables.
+def works(engines: dict[str, Engine], names: list[str]) -> dict[str, Work]:
+    """Workload → column → what measures a decode step, milliseconds.
+
+    Args:
+        engines: by the columns `ALONE`, `LORA` and `FREE`.
+        names: the vectors that the last one has loaded, as many as the most rows.
+    """
+    found: dict[str, Work] = {}
+    for n in ROWS:
+        work: Work = {name: _work(engine, [None] * n) for name, engine in engines.items()}
+        work[ONE] = _work(engines[FREE], [names[0]] * n)
+        if n > 1:
+            work[MANY] = _work(engines[FREE], [*names[:n]])
+        found[f"{n} {'row' if n == 1 else 'rows'}"] = work
+    return found
+
+
+def tables(found: list[Round]) -> str:
+    """Beside an engine without adapters; and beside the same engine's rows without a vector."""
+    own = [{label: {name: figure for name, figure in work.items() if name in (FREE, ONE, MANY)}
+            for label, work in one.items()} for one in found]  # fmt: skip
+    return "\n\n".join(
+        table("decode step", each, base, dearer) for each, base in ((found, ALONE), (own, FREE))
+    )
+
+
+def kinds(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """The engines, as `adapter_engine.Driven` takes them."""
+    adapters = {name: str(folder / name) for name in names}
+    common: dict[str, Any] = {"model": str(folder / "base"), "ours": True, "rank": RANK}
+    return {
+        ALONE: {**common, "sets": 0, "adapters": {}},
+        LORA: {**common, "sets": SLOTS, "adapters": {}},
+        FREE: {**common, "sets": SLOTS, "adapters": adapters, "engine": {"vectors": True}},
+    }
+
+
+def cost(folder: Path, count: int) -> str:
+    """The tables of a decode step.
 
     Args:
         folder: for the models.
         count: rounds.
     """
     write_model(folder / "base", BASE)
-    names = [f"vector{i}" for i in range(12)]
+    names = [f"vector{i}" for i in range(max(ROWS))]
     for i, name in enumerate(names):
         write_vector(folder / name, i)
-    common: dict[str, Any] = {"model": str(folder / "base"), "ours": True, "sets": SLOTS,
-                              "rank": RANK}  # fmt: skip
-    adapters = {name: str(folder / name) for name in names}
-    kinds = {
-        "without": {**common, "adapters": {}},
-        "with": {**common, "adapters": adapters, "engine": {"vectors": True}},
-    }
-    with running(kinds) as engines:
-        engines["with"].ask("load", names=names[:1])
-        works = {
-            f"{rows} rows": {
-                "no room for vectors, ms": _asking(engines["without"], None, rows),
-                "no vector": _asking(engines["with"], None, rows),
-                "a vector on all layers": _asking(engines["with"], names[0], rows),
-            }
-            for rows in ROWS
-        }
-        measured = table("decode step", rounds(count, works), "no room for vectors, ms",
-                         lambda figure, base: figure / base)  # fmt: skip
-        gaps = engines["with"].ask("stall", names=names[1:], rows=8, drawn=50, ahead=True)
-    room = 2 * RANK * BASE["hidden_size"] * 2 * BASE["num_hidden_layers"]
-    return (
-        f"{measured}\n\nhot-load: {gaps}, ms, of {len(names) - 1} vectors while 8 requests decode\n"
-        f"room: {room / 2**20:.2f} MiB for each slot of rank {RANK}"
-    )
+    with running(kinds(folder, names)) as engines:
+        engines[FREE].ask("load", names=names)
+        return tables(rounds(count, works(engines, names)))
 
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="how often to repeat (default 5)")
-    count = parser.parse_args().rounds
+    parser = argparse.ArgumentParser(
+        prog="python -m load_tests.vector_bench", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=5, help="of `cost` (default 5)")
+    parser.add_argument("--vectors", type=int, default=1000, help="of `served` (default 1000)")
+    parser.add_argument("--small", action="store_true", help="`served`: a tiny model")
+    parser.add_argument("--only", choices=("cost", "served"), help="one part of it")
+    given = parser.parse_args()
+    if not 1 <= given.vectors <= vectors_served.MOST:
+        parser.error(f"--vectors: 1 to {vectors_served.MOST}")
+    begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        print(run(Path(folder), count))
+        if given.only != "served":
+            print(cost(Path(folder) / "cost", given.rounds), flush=True)
+        if given.only != "cost":
+            print(vectors_served.run(Path(folder), given.vectors, small=given.small))
+    print(f"{time.monotonic() - begun:.0f} s in all", file=sys.stderr)
 
 
 if __name__ == "__main__":
