@@ -172,8 +172,11 @@ class _Rows(NamedTuple):
         return _Rows(logits, self.coef[rows], self.rules.take(rows))
 
     def chosen(self) -> torch.Tensor:
-        """[R, V]: each row's scores of the stream that its rule reads."""
+        """[R, V]: each row's scores of the stream that its rule reads; not to be changed."""
         present = next(s for s in self.logits if s is not None)
+        if present.device.type == "cpu" and len(which := self.rules.stream.unique()) == 1:
+            only = self.logits[int(which)]
+            return torch.zeros_like(present) if only is None else only
         chosen = torch.zeros_like(present)
         for i, s in enumerate(self.logits):
             if s is not None:
@@ -192,7 +195,9 @@ def _replaced(
     some = rows_where(which)
     if some is None:
         return torch.where(which[:, None], rule(z, rows), z)
-    if some.numel():
+    if len(some) == len(z):
+        return rule(z, rows)
+    if len(some):
         z[some] = rule(z[some], rows.take(some))
     return z
 
@@ -237,10 +242,12 @@ def weighted_sum(logits: Sequence[torch.Tensor | None], coef: torch.Tensor) -> t
         if s is None:
             continue
         c = coef[:, i : i + 1]
-        term = torch.where(c == 0, torch.zeros((), dtype=s.dtype, device=s.device), c * s)
-        total = term if total is None else total + term
+        term = c * s
+        if c.device.type != "cpu" or not c.all():  # elsewhere the host would have to wait
+            term.masked_fill_(c == 0, 0.0)
+        total = term if total is None else total.add_(term)
     assert total is not None, "no stream ran"
-    return torch.where(torch.isfinite(total), total, NEVER)
+    return total.nan_to_num_(nan=NEVER, posinf=NEVER, neginf=NEVER)
 
 
 def _plausible(z: torch.Tensor, rows: _Rows) -> torch.Tensor:
