@@ -27,7 +27,12 @@ def with_bans(bias: Mapping[int, float] | None, plan: SteeringPlan) -> dict[int,
     """
     if bias is None:
         return None
-    evolves = plan.layers is not None and plan.layers.kind is LayerKind.EVOLVE
-    masked = plan.values is not None and plan.values.mask
+    evolves = any(rule.kind is LayerKind.EVOLVE for rule in plan.layered)
+    masked = any(values.mask for values in plan.valued)
     sets_back = evolves or masked or any(rule.sets_back for rule in plan.rules)
-    return {i: BANNED if sets_back and b <= BAN else b for i, b in bias.items()}
+    return banned(bias) if sets_back else dict(bias)
+
+
+def banned(bias: Mapping[int, float]) -> dict[int, float]:
+    """A `logit_bias` whose bans are as far below all other scores as no bias reaches."""
+    return {i: BANNED if b <= BAN else b for i, b in bias.items()}

@@ -85,6 +85,30 @@ def read_phase(
     return found.span, None if found.off else own
 
 
+def both(one: Span, other: Span, field: str) -> Span:
+    """The tokens that are in two spans.
+
+    Args:
+        one: a span.
+        other: another.
+        field: where the first one stands, for errors.
+
+    Raises:
+        BadValue: a text bounds both of them from the same side.
+    """
+    stops = [stop for stop in (one.stop, other.stop) if stop is not None]
+    for side in ("after", "until"):
+        if getattr(one, side) is not None and getattr(other, side) is not None:
+            raise BadValue("the method's own phases are bounded by a text there",
+                           field=f"{field}.{side}")  # fmt: skip
+    return Span(
+        max(one.start, other.start),
+        min(stops, default=None),
+        one.after or other.after,
+        one.until or other.until,
+    )
+
+
 def opener_of(text: str) -> str | None:
     """`<think>` for `</think>`; None for a text that closes nothing."""
     found = _CLOSES.fullmatch(text)
@@ -92,14 +116,14 @@ def opener_of(text: str) -> str | None:
 
 
 def with_ids(
-    plan: SteeringPlan, encode: Callable[[str], Sequence[int]], field: str
+    plan: SteeringPlan, encode: Callable[[str], Sequence[int]], fields: Sequence[str]
 ) -> SteeringPlan:
     """The plan with the tokens of its phases' texts.
 
     Args:
         plan: as it was resolved.
         encode: a text → the base's tokens, without any that stand for a text's begin or end.
-        field: where the steering object stands, for errors.
+        fields: where each phase of the plan stands in the request, for errors.
 
     Raises:
         BadValue: a text of too many tokens.
@@ -115,8 +139,8 @@ def with_ids(
         return replace(text, ids=ids, opener=() if opener is None else tuple(encode(opener)))
 
     phases = []
-    for i, phase in enumerate(plan.phases):
-        where, span = f"{field}.phases.{i}", phase.span
+    for phase, where in zip(plan.phases, fields, strict=True):
+        span = phase.span
         after, until = known(span.after, f"{where}.after"), known(span.until, f"{where}.until")
         phases.append(replace(phase, span=replace(span, after=after, until=until)))
     return replace(plan, phases=tuple(phases))

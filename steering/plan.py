@@ -137,11 +137,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class RecipePhase:
-    """Other weights and another rule for some of a reply's tokens; as in `Recipe`."""
+    """What holds for some of a reply's tokens; as in `Recipe`."""
 
     span: Span
     weights: dict[str, float]
     rule: Rule = SUM
+    values: Values | None = None
+    layers: LayerRule | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,8 @@ class Phase:
     span: Span
     weights: tuple[tuple[str, float], ...]
     rule: Rule = SUM
+    values: Values | None = None
+    layers: LayerRule | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +228,8 @@ class SteeringPlan:
             temperature 1, over the ids that they share with the base; they run.
         layers: what happens to taps before the rule; None: they are streams like others.
         taps: the streams of the sum that run nothing: each reads out another stream's layer.
-        phases: what holds for some of the reply's tokens instead of `weights` and `rule`; of
-            several, the last. Prompts' tokens are of no phase.
+        phases: what holds for some of the reply's tokens instead of `weights`, `rule`, `values` and
+            `layers`; of several, the last. Prompts' tokens are of no phase.
     """
 
     method: str
@@ -250,10 +254,26 @@ class SteeringPlan:
         return (self.rule, *(phase.rule for phase in self.phases))
 
     @property
+    def valued(self) -> tuple[Values, ...]:
+        """What value streams add somewhere in the reply."""
+        found = (self.values, *(phase.values for phase in self.phases))
+        return tuple(values for values in found if values is not None)
+
+    @property
+    def layered(self) -> tuple[LayerRule, ...]:
+        """The rules over layers that hold somewhere in the reply."""
+        found = (self.layers, *(phase.layers for phase in self.phases))
+        return tuple(rule for rule in found if rule is not None)
+
+    @property
+    def terms(self) -> tuple[tuple[str, float], ...]:
+        """(stream, c_i) of every sum that holds somewhere in the reply."""
+        return (*self.weights, *(term for phase in self.phases for term in phase.weights))
+
+    @property
     def summed(self) -> tuple[str, ...]:
         """The streams of the sum in any phase, base first, then by name."""
-        terms = [*self.weights, *(term for phase in self.phases for term in phase.weights)]
-        return tuple(sorted({name for name, _ in terms}, key=lambda name: (name != BASE, name)))
+        return tuple(sorted({n for n, _ in self.terms}, key=lambda name: (name != BASE, name)))
 
     @property
     def streams(self) -> tuple[str, ...]:

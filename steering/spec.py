@@ -59,6 +59,9 @@ class Sampling(BaseModel):
     min_p: float | None = Field(
         None, ge=0, le=1, description="Least probability, as a share of the most likely token's."
     )
+    top_n_sigma: float | None = Field(
+        None, gt=0, le=100, description="Standard deviations below the largest score to keep."
+    )
     repetition_penalty: float | None = Field(
         None, gt=0, description="Above 1: tokens of prompt and reply become less likely."
     )

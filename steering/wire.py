@@ -11,6 +11,12 @@ from steering.plan import SteeringPlan
 KEY = "coxswain"
 """The key in `SamplingParams.extra_args`."""
 
+TOP_N_SIGMA = "coxswain_top_n_sigma"
+"""The key beside it: n > 0 of a request that is drawn by top-nσ (`steering.kernels.truncation`)."""
+
+FIELDS = {KEY: "steering", TOP_N_SIGMA: "top_n_sigma"}
+"""Key → the request's field that stands for it."""
+
 
 class SteeringPayload(msgspec.Struct, frozen=True):
     """The data that travels with one vLLM request.

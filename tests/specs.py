@@ -21,6 +21,7 @@ class Streams:
         models: language models, at least two.
         values: with a value head.
         classifiers: with a classifier head.
+        taps: on the base.
         most: largest `top_k` and `n`.
         strength: range of every strength.
         weight: range of every weight.
@@ -29,6 +30,7 @@ class Streams:
     models: Sequence[str]
     values: Sequence[str] = ()
     classifiers: Sequence[str] = ()
+    taps: Sequence[str] = ()
     most: int = 8
     strength: tuple[float, float] = (0.0, 10.0)
     weight: tuple[float, float] = (-10.0, 10.0)
@@ -66,8 +68,8 @@ def _sums(draw: st.DrawFn, streams: Streams) -> Spec:
         st.fixed_dictionaries({"tuned": st.just(one), "weight": streams.weights()}),
         min_size=1, max_size=3,
     )  # fmt: skip
-    kind = draw(st.sampled_from(("proxy", "scale", "rewards", "contrastive", "mix", "own")))
-    match kind:
+    kinds = ["proxy", "scale", "rewards", "contrastive", "mix", "own", "select", "safe"]
+    match draw(st.sampled_from(kinds + ["dola", "sled"] * bool(streams.taps))):
         case "proxy":
             return {"method": "proxy_tuning", "expert": one,
                     "anti_expert": draw(st.sampled_from([other, BASE])),
@@ -83,10 +85,43 @@ def _sums(draw: st.DrawFn, streams: Streams) -> Spec:
             return {"method": "contrastive", "amateur": one, "strength": strength,
                     "plausibility": draw(_fractions())}  # fmt: skip
         case "mix":
-            return {"method": "mix", "weights": draw(weights)}
+            masked = draw(st.sampled_from(({}, {}, {"top_k": 3}, {"plausibility": 0.2})))
+            return {"method": "mix", "weights": draw(weights), **masked}
+        case "select":
+            return draw(_selects(streams))
+        case "safe":
+            return {"method": "safe_decoding", "expert": one, "strength": strength,
+                    "tokens": draw(st.integers(1, 5)),
+                    "shared": draw(st.integers(1, streams.most))}  # fmt: skip
+        case "dola" | "sled" as method:
+            found = {"method": method, "layers": draw(_some(streams.taps))}
+            if method == "sled":
+                return found | {"rate": draw(st.floats(0.1, 9)), "top_k": draw(st.integers(1, 20))}
+            return found | {"jsd": draw(st.booleans()), "relative_top": draw(_fractions())}
     method, field = draw(st.sampled_from([("context_aware", "without"), ("guidance", "negative")]))
     return {"method": method, field: one, "strength": strength,
             "prompts": {one: draw(own_prompts())}}  # fmt: skip
+
+
+def _some(names: Sequence[str]) -> st.SearchStrategy[list[str]]:
+    return st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True)
+
+
+@st.composite
+def _selects(draw: st.DrawFn, streams: Streams) -> Spec:
+    first, second = draw(_two([BASE, *streams.models]))
+    found: Spec = {"method": "select", "first": first, "second": second}
+    gates = ["constant", "confidence", *["classifier"] * bool(streams.classifiers)]
+    found["gate"] = draw(st.sampled_from(gates))
+    if found["gate"] == "constant":
+        return found | {"share": draw(st.floats(0, 1) | st.sampled_from([0, 1, 5e-324]))}
+    if found["gate"] == "classifier":
+        found["classifier"] = draw(st.sampled_from(streams.classifiers))
+    found["threshold"] = draw(st.floats(0, 1) | st.sampled_from([0, 1]))
+    if draw(st.booleans()):
+        return found | {"mode": "soft", "ends": draw(st.sampled_from(("either", "first")))}
+    ends = draw(st.sampled_from(("either", "first", "second")))
+    return found | {"ends": ends, "greedy": draw(st.booleans())}
 
 
 @st.composite
@@ -114,7 +149,38 @@ def _headed(draw: st.DrawFn, streams: Streams) -> Spec:
         "values": [{"stream": name, "strength": draw(streams.strengths())} for name in names],
         "top_k": draw(few),
         "eos_value": draw(st.sampled_from(("prefix", "zero", "model"))),
-    }
+        **draw(st.sampled_from(({}, {}, {"mask": True}, {"centre": False},
+                                {"mask": True, "centre": False, "transform": "log_sigmoid"}))),
+    }  # fmt: skip
+
+
+WITHOUT_PHASES = ("best_of_n", "guided_search")
+
+
+@st.composite
+def _phases(draw: st.DrawFn, spec: Spec, streams: Streams) -> list[Spec]:
+    """Other values of a method's numbers for some tokens, or the base alone."""
+    small = st.integers(0, 9)
+    spans = st.one_of(
+        st.builds(lambda n: {"first": n + 1}, small),
+        st.builds(lambda n: {"from": n}, small),
+        st.builds(lambda n, m: {"from": n, "first": n + m + 1}, small, small),
+        st.sampled_from(({"after": " the"}, {"until": "."}, {"from": 1, "until": "</think>"})),
+    )
+    found = []
+    for span in draw(st.lists(spans, min_size=1, max_size=3)):
+        own: Spec = {}
+        if "strength" in spec:
+            own["strength"] = draw(streams.strengths())
+        if "values" in spec:
+            terms = draw(_some(streams.values))
+            own["values"] = [{"stream": n, "strength": draw(streams.strengths())} for n in terms]
+        if "layers" in spec:
+            own["layers"] = draw(_some(streams.taps))
+        if "weights" in spec:
+            own["weights"] = {BASE: 1.0, draw(st.sampled_from(streams.models)): 0.5}
+        found.append({**span, **(own if own and draw(st.booleans()) else {"off": True})})
+    return found
 
 
 @st.composite
@@ -155,5 +221,7 @@ def specs(draw: st.DrawFn, streams: Streams) -> Spec:
     """A steering object that the server must take."""
     headed = bool(streams.values and streams.classifiers)
     found = dict(draw(_sums(streams) | _headed(streams) if headed else _sums(streams)))
+    if found["method"] not in WITHOUT_PHASES and draw(st.integers(0, 2)) == 0:
+        found["phases"] = draw(_phases(found, streams))
     report = draw(st.sampled_from((None, None, True, False, "tokens")))
     return found if report is None else {**found, "report": report}

@@ -11,12 +11,12 @@ from typing import Any
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
-from steering.bans import with_bans
+from steering.bans import banned, with_bans
 from steering.errors import BadValue
 from steering.phases import begun
 from steering.plan import SteeringPlan
 from steering.prompts import align
-from steering.wire import SteeringPayload, pack
+from steering.wire import FIELDS, TOP_N_SIGMA, SteeringPayload, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,34 @@ def prepare(
     if key := plan.cache_key(pad):
         prompt["cache_salt"] = salted(prompt.get("cache_salt"), key)
     return replace(request, prompt=prompt, base_ids=base_ids, pad=pad, tag=tag)
+
+
+def refuse_keys(args: Any) -> None:
+    """Refuses arguments of the engine in which plans and what goes with them travel.
+
+    Args:
+        args: a request's `vllm_xargs`, or what became of them.
+
+    Raises:
+        BadValue: the place is taken.
+    """
+    for key, field in FIELDS.items() if isinstance(args, Mapping) else ():
+        if key in args:
+            raise BadValue(f"use the `{field}` field", field=f"vllm_xargs.{key}")
+
+
+def truncate(params: SamplingParams, n: float) -> None:
+    """Has a request drawn by top-nσ; `params` is changed in place.
+
+    A banned id is in no standard deviation.
+
+    Args:
+        params: of the request.
+        n: > 0.
+    """
+    params.extra_args = {**(params.extra_args or {}), TOP_N_SIGMA: n}
+    if params.logit_bias is not None:
+        params.logit_bias = banned(params.logit_bias)
 
 
 def end_at(params: SamplingParams, ids: Sequence[int]) -> None:

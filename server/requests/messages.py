@@ -51,6 +51,7 @@ class SteeredMessages(AnthropicServingMessages):
         steered = SteeredChatRequest.model_construct(chat.model_fields_set, **vars(chat))
         steered.steering, steered.adapters = request.steering, request.adapters
         steered.vectors = request.vectors
+        steered.top_n_sigma = request.top_n_sigma
         fields = (name for name in type(request).model_fields if request.given(name))
         steered._given = frozenset("stop" if name == "stop_sequences" else name for name in fields)
         return steered

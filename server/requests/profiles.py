@@ -83,9 +83,9 @@ class Profiles(Mapping[str, Profile]):
         profile = self[name]
         if profile.stop_token_ids is not None:
             return profile.stop_token_ids
-        weights = (plan or self._check(name, profile).plan).weights
+        terms = (plan or self._check(name, profile).plan).terms
         token_ids = {
-            end for stream, c in weights if c > 0 for end in self._end_tokens.get(stream, ())
+            end for stream, c in terms if c > 0 for end in self._end_tokens.get(stream, ())
         }
         return tuple(sorted(token_ids))
 

@@ -1,4 +1,4 @@
-"""vLLM's request models with two more fields: `steering` and `adapters`."""
+"""vLLM's request models with the fields that are ours."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ HARMLESS = frozenset(
 common clients send them."""
 
 
-OURS = frozenset({"steering", "adapters", "vectors"})
+OURS = frozenset({"steering", "adapters", "vectors", "top_n_sigma"})
 """The fields that are ours."""
 
 _LIKE = 0.75
@@ -96,6 +96,11 @@ class SteeringMixin(ReadableMixin):
         None,
         description="EasySteer's way to name vectors: each stands for an entry of `adapters`, with "
         "`scale` as its weight and `apply` as its `where`. What has no equal there is refused.",
+    )
+    top_n_sigma: Annotated[float, Field(gt=0, le=100, strict=True)] | None = Field(
+        None,
+        description="Top-nσ sampling: only tokens are drawn whose score is at least the largest "
+        "less n standard deviations of the scores. Of the steered scores, behind penalties.",
     )
 
 
@@ -179,7 +184,8 @@ def refuse_unknown(request: BaseModel, *, every: bool) -> None:
 def _ours(name: str) -> str | None:
     """Which field of ours a field that is unknown is written like."""
     name = name.lower()
-    for field, stem in (("steering", "steer"), ("adapters", "adapter")):
+    stems = {"steering": "steer", "adapters": "adapter", "top_n_sigma": "top_n"}
+    for field, stem in stems.items():
         if name.startswith(stem) or difflib.SequenceMatcher(None, name, field).ratio() >= _LIKE:
             return field
     return None

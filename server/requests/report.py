@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from server.requests.resolved import ResolvedRequest
-from steering.plan import AdapterUse, SteeringPlan
+from steering.plan import AdapterUse, Phase, SteeringPlan
 
 
 def summary(resolved: ResolvedRequest, decode: Callable[[int], str]) -> dict[str, Any]:
@@ -26,9 +26,9 @@ def summary(resolved: ResolvedRequest, decode: Callable[[int], str]) -> dict[str
     record: dict[str, Any] = {"method": plan.method}
     if resolved.profile is not None:
         record["profile"] = resolved.profile
-    record["strengths"] = dict(plan.weights)
-    if plan.values is not None:
-        record["values"] = {"strengths": dict(plan.values.strengths), "top_k": plan.values.top_k}
+    record |= _strengths(plan)
+    if plan.phases:
+        record["phases"] = [_strengths(phase) for phase in plan.phases]
     record["streams"] = list(plan.streams)
     reports = list(choices.values())
     if plan.adapters:
@@ -64,6 +64,14 @@ def summary(resolved: ResolvedRequest, decode: Callable[[int], str]) -> dict[str
             for index, report in choices.items()
         ]
     return record
+
+
+def _strengths(part: SteeringPlan | Phase) -> dict[str, Any]:
+    """What is added to what."""
+    found: dict[str, Any] = {"strengths": dict(part.weights)}
+    if part.values is not None:
+        found["values"] = {"strengths": dict(part.values.strengths), "top_k": part.values.top_k}
+    return found
 
 
 def _adapter(

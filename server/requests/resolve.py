@@ -122,7 +122,8 @@ class Resolver:
         steering = self._steering(parsed, model, context.access)
         request, resolved = steering or (SteeringRequest({}, self.limits), _bare())
         if resolved.plan.phases:
-            plan = with_ids(resolved.plan, self.own_prompts.text_ids, FIELD)
+            fields = resolved.phase_fields
+            plan = with_ids(resolved.plan, self.own_prompts.text_ids, fields)
             resolved = replace(resolved, plan=plan)
         context.method = resolved.plan.method
         context.profile = request.profile or context.profile
@@ -215,7 +216,7 @@ class Resolver:
         stops = self.profiles.stop_token_ids(request.profile, plan) if request.profile else ()
         result = ResolvedRequest(
             [plan], request.profile, template, stops, parsed.max_tokens, parsed.max_tokens_field,
-            parsed.n, adapter_set, adapters,
+            parsed.n, adapter_set, adapters, parsed.top_n_sigma,
         )  # fmt: skip
         return replace(resolved, plan=plan), result
 
@@ -259,10 +260,12 @@ def _check(parsed: ParsedRequest, resolved: Resolved) -> None:
     plan = resolved.plan
     if parsed.beam_search and (plan.steers or plan.adapters or plan.report != "off"):
         raise BadValue("not possible together with steering or adapters", field="use_beam_search")
+    if parsed.beam_search and parsed.top_n_sigma is not None:
+        raise BadValue("beam search draws nothing", field="top_n_sigma", value=parsed.top_n_sigma)
     if parsed.prompt_logprobs and resolved.prompts:
         raise BadValue("log-probabilities of the prompt are undefined where a stream reads a "
                        "prompt of its own", field=f"{FIELD}.prompts")  # fmt: skip
-    if parsed.prompt_logprobs and plan.values is not None:
+    if parsed.prompt_logprobs and plan.valued:
         raise BadValue("log-probabilities of the prompt go with no value stream: candidates "
                        "are evaluated where a token is drawn", field=FIELD)  # fmt: skip
     if plan.best is not None and parsed.n > 1:

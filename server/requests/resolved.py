@@ -36,6 +36,7 @@ class ParsedRequest:
         prompts: how many it has.
         beam_search: beam search, which has no place for a plan.
         prompt_logprobs: log-probabilities of the prompt are asked for.
+        top_n_sigma: n of top-nσ sampling, > 0; None: without.
     """
 
     model: str | None
@@ -49,6 +50,7 @@ class ParsedRequest:
     prompts: int = 1
     beam_search: bool = False
     prompt_logprobs: bool = False
+    top_n_sigma: float | None = None
 
 
 @dataclass
@@ -65,6 +67,7 @@ class ResolvedRequest:
         n: choices per prompt.
         adapter_set: the adapters of the plans as the engine wants them; None: there are none.
         adapters: those that the request names.
+        top_n_sigma: as in `ParsedRequest`.
         tag: names its reports.
         reports: prompt index → the worker's report, once the prompt is finished.
         measured: it is measured for the metrics alone: the response tells nothing of it.
@@ -79,6 +82,7 @@ class ResolvedRequest:
     n: int = 1
     adapter_set: AdapterSet | None = None
     adapters: Sequence[ResolvedAdapter] = ()
+    top_n_sigma: float | None = None
     tag: str = field(default_factory=lambda: secrets.token_hex(8))
     reports: dict[int, Report] = field(default_factory=dict)
     measured: bool = False

@@ -31,20 +31,22 @@ from server.requests.engine_request import (
     end_at,
     keep_apart,
     prepare,
+    refuse_keys,
     refuse_lag,
+    truncate,
 )
 from server.requests.failures import ours, ours_in
 from server.requests.resolved import Report, ResolvedRequest
 from server.settings.operating import LimitsConfig
 from steering.errors import BadValue
 from steering.plan import SteeringPlan
-from steering.wire import KEY
 
 
 class Engine(Protocol):
     """The part of `SteeredLLM` that is used here."""
 
     model_config: Any
+    vllm_config: Any
     renderer: Any
     residency: Residency | None
     served_names: ServedNames
@@ -106,8 +108,12 @@ class RequestEngine:
 
     def _start(self, request: EngineRequest, index: int) -> AsyncGenerator[RequestOutput, None]:
         """Checks prompt `index`, and runs it with the engine holding its adapters."""
-        if KEY in (request.params.extra_args or {}):
-            raise BadValue("use the `steering` field", field=f"vllm_xargs.{KEY}")
+        refuse_keys(request.params.extra_args)
+        if (n := self.resolved.top_n_sigma) is not None:
+            if self.engine.vllm_config.speculative_config is not None:
+                raise BadValue("not possible with speculation, as min_p", field="top_n_sigma",
+                               value=n)  # fmt: skip
+            truncate(request.params, n)
         if isinstance(request.prompt, dict) and "prompt_token_ids" in request.prompt:
             check_prompt(self._limits, len(request.prompt["prompt_token_ids"]))
         limit_reply(request.params, self._limits.max_output_tokens)

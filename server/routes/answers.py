@@ -130,6 +130,14 @@ class ValuesReport(TypedDict):
 
 
 @_CLOSED
+class PhaseReport(TypedDict):
+    """What holds in one phase in place of the rest."""
+
+    strengths: dict[str, float]
+    values: NotRequired[ValuesReport]
+
+
+@_CLOSED
 class BestReport(TypedDict):
     """The replies among which one was chosen."""
 
@@ -157,6 +165,9 @@ class SteeringReport(TypedDict):
     profile: NotRequired[str]
     strengths: Annotated[dict[str, float], Field(description="The coefficient of each stream.")]
     values: NotRequired[ValuesReport]
+    phases: NotRequired[
+        Annotated[list[PhaseReport], Field(description="The method's, then the request's.")]
+    ]
     streams: list[str]
     adapters: NotRequired[list[AdapterReport]]
     tokens: int

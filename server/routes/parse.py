@@ -11,6 +11,7 @@ from vllm.renderers.chat_utils import parse_chat_messages
 from server.adapting.easysteer import refs_of
 from server.errors import HttpError
 from server.operation.access_log import USABLE_ID
+from server.requests.engine_request import refuse_keys
 from server.requests.failures import reading
 from server.requests.own_prompts import Conversation
 from server.requests.protocol import (
@@ -23,7 +24,6 @@ from server.requests.resolved import ParsedRequest
 from server.serving import Serving
 from server.vllm_words import own_names
 from steering.errors import BadValue
-from steering.wire import KEY
 
 
 def _conversation(messages: Any, parts: Serving, options: Mapping[str, Any]) -> Conversation:
@@ -125,15 +125,15 @@ def _parsed(
         BadValue: the place in which plans travel is taken, or the id would break log lines.
     """
     body: Any = request
-    if isinstance(body.vllm_xargs, Mapping) and KEY in body.vllm_xargs:
-        raise BadValue("use the `steering` field", field=f"vllm_xargs.{KEY}")
+    refuse_keys(body.vllm_xargs)
     if "request_id" in body.model_fields_set and not USABLE_ID.fullmatch(body.request_id):
         raise BadValue("it cannot be written into logs", field="request_id",
                        value=body.request_id, allowed=USABLE_ID.pattern)  # fmt: skip
     adapters = (*(request.adapters or ()), *refs_of(request.vectors or ()))
     return ParsedRequest(
         body.model, request.steering, adapters, max_tokens_field=max_tokens_field,
-        fields=own_names(prompt, max_tokens_field, logprobs), **more,
+        fields=own_names(prompt, max_tokens_field, logprobs), top_n_sigma=request.top_n_sigma,
+        **more,
     )  # fmt: skip
 
 

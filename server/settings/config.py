@@ -206,8 +206,8 @@ class RegistryConfig(Section):
 
 class SpeculationConfig(Section):
     """A stream drafts tokens, which one step of all streams verifies. Replies stay the steered
-    model's own. Requests that do not use the stream go on without drafts; `min_p` and
-    `logit_bias` are refused.
+    model's own. Requests that do not use the stream go on without drafts; `min_p`, `logit_bias`
+    and `top_n_sigma` are refused.
     """
 
     draft: str = Field(

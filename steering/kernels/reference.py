@@ -83,11 +83,12 @@ def mix_reference(
     Raises:
         KeyError: `logits` lacks a stream that the recipe uses.
     """
-    if recipe.layers is not None:
-        return _layered(recipe, recipe.layers, logits)
     for phase in reversed(recipe.phases):
         if phase.span.start <= n and (phase.span.stop is None or n < phase.span.stop):
-            return mix_reference(Recipe(phase.weights, phase.rule), logits, ends)
+            there = Recipe(phase.weights, phase.rule, phase.values, layers=phase.layers)
+            return mix_reference(there, logits, ends)
+    if recipe.layers is not None:
+        return _layered(recipe, recipe.layers, logits)
     weights = {stream: c for stream, c in recipe.weights.items() if c != 0}
     rule = recipe.rule
     if recipe.values is not None:

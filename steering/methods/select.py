@@ -12,8 +12,10 @@ With p_1 the stream `first`, p_2 the stream `second`, and q in [0, 1] the gate's
 
 Memory Decoder (Cao et al., arXiv 2508.09874) is a constant share of 0.25; Co-LLM (Shen et al.,
 arXiv 2403.03870) a classifier, hard, or soft above a threshold; Nudging (Fei et al., arXiv
-2410.09300) confidence, hard, token by token: the paper's model speaks in whole words, which would
-take a state that is not a function of the text. `critical_tokens` is one with names of its own.
+2410.09300) confidence, hard, token by token. The paper's model speaks in whole words, which is
+refused: who writes inside a word depends on what p_1 was at an earlier token. That is no function
+of the text, and a step has neither those scores nor, behind a hit in the prefix cache, the states
+that they come from. `critical_tokens` is one with names of its own.
 
 `ends` says who may end the text, with E the ids that end it. `first`: p_2 counts as p_2(· | not E),
 and E keeps what p_1 gives it. `second` (hard): where one of E is the most likely id of p_1, p_2
@@ -23,10 +25,10 @@ decides, as if the gate were open.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from steering.kernels.reference import SET_BACK
 from steering.method import (
@@ -44,6 +46,13 @@ from steering.plan import BASE, Ender, Gate, Recipe, Rule, RuleKind
 GATES = {"constant": Gate.CONSTANT, "classifier": Gate.HEAD, "confidence": Gate.DOUBT}
 ENDERS = {"either": Ender.EITHER, "first": Ender.SUM, "second": Ender.STREAM}
 THRESHOLDS = {("classifier", "hard"): 0.5, ("confidence", "hard"): 0.3, ("confidence", "soft"): 1.0}
+
+
+def _token(value: Any) -> Any:
+    if value == "word":
+        raise refusal("a word's first token would decide for all of it, whose scores later steps "
+                      "do not have", "token")  # fmt: skip
+    return value
 
 
 class SelectConfig(MethodConfig):
@@ -80,6 +89,10 @@ class SelectConfig(MethodConfig):
     )
     ends: Literal["either", "first", "second"] = Field(
         "either", description="Which stream may end the text; second: hard only."
+    )
+
+    unit: Annotated[Literal["token"], BeforeValidator(_token)] = Field(
+        "token", description="What the gate is asked for. `word`, as Nudging's paper, is refused."
     )
 
     @field_validator("mode")

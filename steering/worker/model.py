@@ -181,6 +181,7 @@ class SteeredForCausalLM(nn.Module):
         if self._draft:
             self._begin_drafting(runner, view)
         view.observe(self._readout.watch, self.reporter.sampled)
+        view.truncate(self._readout.padded)
         if isinstance(self._readout, TritonReadout):
             self._readout.warm_up(runner.device)
 

@@ -134,9 +134,9 @@ def _drafts(payload: SteeringPayload | None, draft: str) -> bool:
     """Whether a request drafts: it runs the stream that does, and its values, which are evaluated
     at one position per step, are none.
     """
-    if payload is None or payload.plan.values is not None:
+    if payload is None or payload.plan.valued:
         return False
-    return draft in {*payload.plan.bodies, *(name for name, _ in payload.plan.weights)}
+    return draft in {*payload.plan.bodies, *payload.plan.summed}
 
 
 class SteeredAsyncScheduler(SteeredScheduler, AsyncScheduler):

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from steering.engine_args import Speculation
+from steering.kernels.truncation import kept_reference
+from steering.wire import TOP_N_SIGMA
 from tests.emulated.platform import scheduling
 from tests.engine.driver import STREAMS, Case, Engine, tokens
-from tests.engine.slow import assert_exact
+from tests.engine.slow import assert_exact, steered
 from tests.engine.test_exactness import prompt
-from tests.engine.test_phases import MASKED, PROXY, phased, text_in
+from tests.engine.test_phases import MASKED, PROXY, assert_thought, phased, text_in, thinking
 from tests.models import VOCAB_SIZE
 
 pytestmark = pytest.mark.engine
@@ -33,6 +35,7 @@ def engine(
             STREAMS,
             async_scheduling=asynchronous,
             num_gpu_blocks_override=28,
+            reasoning_config={"reasoning_start_str": "[", "reasoning_end_str": "</think>"},
             **more,
         )
         yield found
@@ -58,3 +61,29 @@ def test_preempted_requests_are_in_the_phase_that_they_were_in(engine: Engine) -
     assert engine.preemptions() > before
     assert_exact(engine, cases, outputs)
     assert all(len(tokens(o)) == 40 for o in outputs)
+
+
+def test_a_thinking_budget_ends_the_phase_of_thinking(engine: Engine) -> None:
+    rng = random.Random(10)
+    spec = {**PROXY, "phases": [{"after": "</think>", "off": True}]}
+    asked = [(thinking(rng, spec, budget), budget) for budget in (4, 1)]
+    for (case, budget), output in zip(asked, engine.run([c for c, _ in asked]), strict=True):
+        assert_thought(engine, case, output, budget)
+
+
+def test_top_n_sigma_is_of_the_steered_scores(engine: Engine) -> None:
+    """Rows of drafts too, though the server refuses it there, as min-p."""
+    rng = random.Random(11)
+    cases = [
+        Case(prompt(rng, 9, 40), spec, max_tokens=8, arrives=arrives,
+             params={"temperature": 1.0, "seed": 3, "extra_args": {TOP_N_SIGMA: n} if n else {}})
+        for spec, n, arrives in ((PROXY, 0.5, 0), (None, 1.0, 2), (PROXY, 0.0, 1), (MASKED, 1.5, 3))
+    ]  # fmt: skip
+    narrow = 0
+    for case, output in zip(cases, engine.run(cases), strict=True):
+        n = case.params["extra_args"].get(TOP_N_SIGMA, 0.0)
+        for at, token in enumerate(drawn := tokens(output)):
+            kept = kept_reference(steered(engine, case, drawn[:at]), n or 1e6)
+            assert kept[token], (case, at)
+            narrow += bool(n) and kept.sum() < 100
+    assert narrow > 10

@@ -211,7 +211,7 @@ class Engine:
         resolved = resolve(spec, methods=METHODS, snapshot=self.snapshot, limits=wide)
         plan = resolved.with_prompts({n: tuple(case.own[n]) for n in resolved.prompts})
         encode = partial(make_tokenizer().encode, add_special_tokens=False)
-        return begun(with_ids(plan, encode, "steering"), case.prompt)
+        return begun(with_ids(plan, encode, resolved.phase_fields), case.prompt)
 
     def adapted(self, case: Case) -> tuple[SteeringPlan | None, AdapterSet | None]:
         """The case's plan with its adapters, and their set."""

@@ -8,29 +8,37 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steering.kernels.reference import Scores, log_softmax, mix_reference
+from steering.kernels.reference import SET_BACK, Scores, log_softmax, mix_reference, value_offsets
 from steering.phases import holding
-from steering.plan import BASE, Recipe, Rule
+from steering.plan import BASE, Phase, Recipe, Span, SteeringPlan, Values
 from tests.engine.driver import ERRORS, Case, Engine, logprobs, tokens
 from tests.engine.test_exactness import TOLERANCE
 from tests.models import EOS
 from tests.reference import load, scores
 
+OFF = Phase(Span(), ((BASE, 1.0),))
 MARGIN = 1e-4
 """Nats by which the best id leads, where it is said which one that is."""
 
 
 def raw(engine: Engine, case: Case, stream: str, reply: Sequence[int], size: int) -> Scores:
-    """[size] a stream's scores behind a reply, over the base's ids."""
-    original = engine.same_as.get(stream, stream)
+    """[size] scores of a stream, or of a tap on it, behind a reply, over the base's ids."""
+    body = engine.taps[stream][0] if stream in engine.taps else stream
+    original = engine.same_as.get(body, body)
     table = engine.overlaps[original].read_as
-    ids = list(reply) if stream in case.own else [*case.prompt, *reply]
+    ids = list(reply) if body in case.own else [*case.prompt, *reply]
     ids = ids if table is None else [int(table[i]) for i in ids]
-    ids = [*case.own.get(stream, ()), *ids]
-    own = scores(load(engine.folders[original]), ids)[-1][:size]
+    ids = [*case.own.get(body, ()), *ids]
+    own = scores(engine.model(stream), ids)[-1][:size]
     found = np.concatenate([own, np.full(size - own.size, -np.inf)])
     found[~engine.overlaps[original].shared] = -np.inf
     return found
+
+
+def read(engine: Engine, case: Case, name: str, reply: Sequence[int]) -> float:
+    """A head's number behind a reply."""
+    head = engine.heads[name]
+    return head.read([*case.own.get(head.on or name, case.prompt), *reply])
 
 
 def steered(engine: Engine, case: Case, reply: Sequence[int], ends: Sequence[int] = (EOS,)) -> Any:
@@ -38,15 +46,47 @@ def steered(engine: Engine, case: Case, reply: Sequence[int], ends: Sequence[int
     plan, size = engine.plan(case), scores(load(engine.folders[BASE]), [1]).shape[-1]
     phase = None if plan is None else holding(plan, reply)
     part = phase or plan
-    if part is None or (part.weights, part.rule) == (((BASE, 1.0),), Rule()):
+    if part is None or _without_span(part) == OFF:
         return scores(load(engine.folders[BASE]), [*case.prompt, *reply])[-1]
-    weights, rule = part.weights, part.rule
-    rows = {n: raw(engine, case, n, reply, size) for n in {BASE, *dict(weights), rule.stream}}
+    weights, rule = dict(part.weights), part.rule
+    rows = {n: raw(engine, case, n, reply, size) for n in {BASE, *weights, rule.stream}}
     if rule.head:
-        head = engine.heads[rule.head]
-        own = case.own.get(head.on or rule.head, case.prompt)
-        rows[rule.head] = np.array([head.read([*own, *reply])])
-    return mix_reference(Recipe(dict(weights), rule), rows, ends)
+        rows[rule.head] = np.array([read(engine, case, rule.head, reply)])
+    z = mix_reference(Recipe(weights, rule, layers=part.layers), rows, ends)
+    if part.values is not None:
+        z = valued(engine, case, reply, z, rows[BASE], part.values, ends)
+    return z
+
+
+def _without_span(part: SteeringPlan | Phase) -> Phase:
+    return Phase(Span(), part.weights, part.rule, part.values, part.layers)
+
+
+def valued(
+    engine: Engine,
+    case: Case,
+    reply: Sequence[int],
+    z: Scores,
+    base: Scores,
+    values: Values,
+    ends: Sequence[int],
+) -> Scores:
+    """The scores with what value streams add: a full forward for each candidate."""
+    order = np.argsort(-base, kind="stable")
+    best = order[: values.top_k]
+    # Else rounding may decide who is a candidate, and the test says nothing.
+    assert base[best[-1]] - base[order[best.size]] > 1e-5, "a tie: take another seed"
+    for name, beta in values.strengths:
+        after = np.array([read(engine, case, name, [*reply, int(i)]) for i in best])
+        prefix = read(engine, case, name, reply)
+        ending = np.isin(best, ends)
+        z[best] += beta * value_offsets(
+            after, prefix, ending, values.ends, values.transform, values.centre
+        )
+    if values.mask:
+        known = z[np.isfinite(z)]
+        z[~np.isin(np.arange(z.size), best)] -= SET_BACK + known.max() - known.min()
+    return z
 
 
 def assert_exact(engine: Engine, cases: Sequence[Case], outputs: Sequence[Any]) -> int:

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import gc
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from steering.kernels.reference import log_softmax
-from tests.engine.driver import BLOCK, Case, Engine, logprobs, tokens
-from tests.engine.slow import assert_exact, steered
+from steering.phases import holding
+from tests.engine.driver import BLOCK, STREAMS, Case, Engine, logprobs, tokens
+from tests.engine.slow import MARGIN, assert_exact, steered
 from tests.engine.test_exactness import prompt
-from tests.models import make_tokenizer
+from tests.models import VOCAB_SIZE, make_tokenizer
 
 pytestmark = pytest.mark.engine
 
 PROXY: dict[str, Any] = {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain"}
 MASKED = {"method": "contrastive", "amateur": "plain"}
 SAFE = {"method": "safe_decoding", "expert": "third", "strength": 1.5, "tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """That of the other tests, with a budget for thinking."""
+    found = Engine(
+        tmp_path_factory.mktemp("models"),
+        ("llama", VOCAB_SIZE),
+        STREAMS,
+        reasoning_config={"reasoning_start_str": "[", "reasoning_end_str": "</think>"},
+    )
+    yield found
+    del found
+    gc.collect()
 
 
 def text_in(engine: Engine, case: Case, at: int, length: int = 1) -> str:
@@ -147,3 +164,44 @@ def test_reports_of_phases(engine: Engine) -> None:
     detail = engine.report(engine.tags[0], output)["0"]["detail"]
     assert [d["kl"] > 1e-6 for d in detail] == [True, True, False, False, False]
     assert all(list(d["choices"]) == ["base"] for d in detail)
+
+
+def assert_thought(engine: Engine, case: Case, output: Any, budget: int) -> None:
+    """So many tokens of the first phase, the forced end, then those of the second; each has the
+    log-probability that its phase gives it.
+    """
+    plan, drawn = engine.plan(case), tokens(output)
+    end = make_tokenizer().encode("</think>", add_special_tokens=False)
+    assert plan is not None and len(end) > 1
+    assert drawn[budget : budget + len(end)] == end
+    assert drawn.index(end[0]) == budget
+    phases, behind = [holding(plan, drawn[:n]) for n in range(len(drawn))], budget + len(end)
+    assert phases == [None] * behind + [plan.phases[0]] * (len(drawn) - behind)
+    for n, (token, found) in enumerate(zip(drawn, logprobs(output), strict=True)):
+        z = steered(engine, case, drawn[:n])
+        assert found == pytest.approx(log_softmax(z)[token], abs=1e-4), n
+        forced = budget <= n < budget + len(end)
+        assert forced or z[token] >= z.max() - MARGIN, n
+
+
+def thinking(rng: random.Random, spec: dict[str, Any], budget: int) -> Case:
+    """One whose prompt has begun to think. V1 counts a begin of several tokens wrongly."""
+    begin = make_tokenizer().encode("[", add_special_tokens=False)
+    assert len(begin) == 1
+    ids = [i for i in prompt(rng, 9, 30) if i != begin[0]]
+    params = {"thinking_token_budget": budget}
+    return Case([*ids, *begin], spec, max_tokens=14, params=params)
+
+
+def test_a_thinking_budget_ends_the_phase_of_thinking(engine: Engine) -> None:
+    """The tokens that vLLM forces are the text that a phase waits for."""
+    rng = random.Random(10)
+    off = [{"after": "</think>", "off": True}]
+    weak = [{"after": "</think>", "strength": 0.2}]
+    asked = [(thinking(rng, {**PROXY, "phases": phases}, budget), budget)
+             for phases, budget in ((off, 4), (weak, 1), (off, 6))]  # fmt: skip
+    beside = [Case(prompt(rng, 9, 30), PROXY, max_tokens=9), Case(prompt(rng, 9, 30), None)]
+    outputs = engine.run([*(case for case, _ in asked), *beside])
+    for (case, budget), output in zip(asked, outputs, strict=False):
+        assert_thought(engine, case, output, budget)
+    assert_exact(engine, beside, outputs[len(asked) :])

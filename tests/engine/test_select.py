@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from steering.kernels.reference import log_softmax
+from steering.kernels.truncation import kept_reference
+from steering.wire import TOP_N_SIGMA
 from tests.engine.driver import BLOCK, Case, Engine, logprobs, tokens
 from tests.engine.heads import Headed, classifier, deferring, probe
 from tests.engine.slow import assert_exact, raw, steered
@@ -136,13 +139,69 @@ def test_preemption_and_prefix_hits(selecting: Engine) -> None:
     assert_exact(selecting, [*cases, *cases], [*cold, *warm])
 
 
-def test_min_p_is_of_the_steered_distribution(selecting: Engine) -> None:
-    rng = random.Random(6)
-    for spec in (SELECTS[0], MASKS[0], OTHERS[1]):
-        params = {"min_p": 0.3, "temperature": 1.0, "n": 24, "seed": 4}
-        case = Case(prompt(rng, 9, 20), spec, max_tokens=1, params=params)
-        (output,) = selecting.run([case])
-        p = np.exp(log_softmax(steered(selecting, case, [])))
-        kept = set(np.flatnonzero(p >= 0.3 * p.max()).tolist())
-        drawn = {t for i in range(24) for t in tokens(output, i)}
-        assert drawn <= kept
+TRUNCATIONS: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
+    "min_p": ({"min_p": 0.05}, lambda z: np.exp(z - z.max()) >= 0.05),
+    "top_n_sigma": ({"extra_args": {TOP_N_SIGMA: 1.5}}, lambda z: kept_reference(z, 1.5)),
+}
+
+
+@pytest.mark.parametrize("name", TRUNCATIONS)
+def test_truncation_is_of_the_steered_distribution(selecting: Engine, name: str) -> None:
+    """As many draws as show each kept id, and how often; beside requests that ask for nothing.
+
+    The base's own rows of padding are no token, for a plain request neither.
+    """
+    rng, draws = random.Random(6), 400
+    params, kept_of = TRUNCATIONS[name]
+    params = {**params, "temperature": 1.0, "n": draws, "seed": 4, "logprobs": None}
+    ids = prompt(rng, 9, 20)
+    specs = (SELECTS[0], MASKS[0], SELECTS[4], OTHERS[1], OTHERS[2], None)
+    cases = [Case(ids, spec, max_tokens=1, params=params) for spec in specs]
+    beside = Case(ids, OTHERS[1], max_tokens=3)
+    *outputs, other = selecting.run([*cases, beside])
+    assert_exact(selecting, [beside], [other])
+    for case, output in zip(cases, outputs, strict=True):
+        z = steered(selecting, case, [])
+        if case.spec is None and name == "top_n_sigma":
+            z = z.copy()
+            z[VOCAB_SIZE:] = -np.inf
+        kept = np.flatnonzero(kept_of(z))
+        p = np.exp(log_softmax(z))[kept] / np.exp(log_softmax(z))[kept].sum()
+        drawn = [tokens(output, i)[0] for i in range(draws)]
+        counts = np.array([drawn.count(int(i)) for i in kept])
+        assert counts.sum() == draws, (case.spec, "an id that is not kept was drawn")
+        common = p * draws >= 5
+        assert common.any()
+        seen, want = [*counts[common]], [*(p[common] * draws)]
+        if (rest := draws - sum(want)) > 5:
+            seen, want = [*seen, draws - sum(seen)], [*want, rest]
+        else:
+            want = [w * sum(seen) / sum(want) for w in want]
+        assert len(seen) == 1 or stats.chisquare(seen, want).pvalue > 1e-4, case.spec
+
+
+def test_top_n_sigma_takes_what_constraints_leave(selecting: Engine) -> None:
+    """Bans are in no standard deviation; joins and leaves move rows about."""
+    rng = random.Random(7)
+    cases = []
+    for n in (0.4, 1.0, 0.0, 2.0, 0.7):
+        args = {"extra_args": {TOP_N_SIGMA: n}} if n else {}
+        params: dict[str, Any] = {"temperature": 1.0, "seed": 5, **args}
+        spec = rng.choice([OTHERS[1], OTHERS[2], SELECTS[0], None])
+        params["logit_bias"] = dict.fromkeys(range(5, 60), -1e6)
+        length, arrives = rng.randint(3, 9), rng.randrange(5)
+        case = Case(prompt(rng, 9, 60), spec, max_tokens=length, params=params, arrives=arrives)
+        cases.append(case)
+    outputs = selecting.run(cases)
+    narrow = 0
+    for case, output in zip(cases, outputs, strict=True):
+        for at, token in enumerate(drawn := tokens(output)):
+            z = steered(selecting, case, drawn[:at]).copy()
+            z[VOCAB_SIZE:] = -np.inf
+            for i, bias in case.params["logit_bias"].items():
+                z[i] += bias
+            n = case.params.get("extra_args", {}).get(TOP_N_SIGMA, 0.0)
+            kept = kept_reference(z, n) if n else np.isfinite(z)
+            assert kept[token], (case, at)
+            narrow += bool(n) and kept.sum() < 100
+    assert narrow > 10

@@ -14,8 +14,10 @@ from scipy import stats
 
 from steering.engine_args import Speculation, StreamSource
 from steering.method import Logits
+from tests.engine import slow
 from tests.engine.driver import BLOCK, ON_V2, Case, Engine, logprobs, tokens
 from tests.engine.test_exactness import SPECS, TOLERANCE, assert_exact, mixed_cases, prompt
+from tests.engine.test_phases import assert_thought, phased, text_in, thinking
 from tests.models import VOCAB_SIZE, make_tokenizer
 
 pytestmark = pytest.mark.engine
@@ -53,6 +55,7 @@ def drafting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
             "chat-early": StreamSource(on="chat", layer=2, norm=True),
         },
         num_gpu_blocks_override=BLOCKS,
+        reasoning_config={"reasoning_start_str": "[", "reasoning_end_str": "</think>"},
     )
     yield found
     del found
@@ -175,6 +178,38 @@ def test_replies_up_to_the_end_of_the_context(drafting: Engine) -> None:
     before = accepted(drafting)
     assert_exact(drafting, cases, drafting.run(cases))
     assert accepted(drafting)[1] - before[1] > 12
+
+
+def test_phases(drafting: Engine) -> None:
+    """A phase may begin and end among the drafts of a step; a stream of one phase only drafts."""
+    rng = random.Random(61)
+    late = {"method": "mix", "weights": {"base": 1.0},
+            "phases": [{"from": 2, "first": 9, "weights": CLOSE["weights"]}]}  # fmt: skip
+    ends = {**SAME, "phases": [{"from": 4, "off": True}, {"first": 1, "weights": {"plain": 1.0}}]}
+    ids = prompt(rng, 20, 20)
+    texted = {**CLOSE, "phases": [{"after": text_in(drafting, Case(ids, CLOSE, max_tokens=12), 3),
+                                   "off": True}]}  # fmt: skip
+    cases = [Case(ids, texted, max_tokens=12, report="summary")]
+    cases += [Case(prompt(rng, 5, 60), spec, max_tokens=15, report="summary", arrives=2)
+              for spec in (late, ends, {"method": "safe_decoding", "expert": "chat"})]  # fmt: skip
+    cases += phased(drafting, 62)
+    before = drafting.preemptions()
+    outputs = drafting.run(cases)
+    assert slow.assert_exact(drafting, cases, outputs) > 15
+    assert drafting.preemptions() > before
+    reports = [drafting.report(t, o)["0"] for t, o in zip(drafting.tags[:4], outputs, strict=False)]
+    assert all(report["drafted"] > 0 for report in reports)
+    assert reports[2]["accepted"] > 0
+
+
+def test_a_thinking_budget_ends_a_phase_among_drafts(drafting: Engine) -> None:
+    rng = random.Random(63)
+    spec = {**CLOSE, "phases": [{"after": "</think>", "weights": SAME["weights"]}]}
+    asked = [(thinking(rng, spec, budget), budget) for budget in (1, 4, 6)]
+    before = accepted(drafting)[0]
+    for (case, budget), output in zip(asked, drafting.run([c for c, _ in asked]), strict=True):
+        assert_thought(drafting, case, output, budget)
+    assert accepted(drafting)[0] > before
 
 
 Transform = Callable[[Logits, Sequence[int]], Logits]

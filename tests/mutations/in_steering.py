@@ -109,8 +109,8 @@ FAULTS = (
     ),
     Fault(
         "steering/bans.py",
-        "sets_back and b <= BAN",
-        "sets_back and b < BAN",
+        "BANNED if b <= BAN",
+        "BANNED if b < BAN",
         "tests/engine/test_constraints.py tests/steering",
         "a banned id is drawn under `contrastive`",
     ),
@@ -122,14 +122,14 @@ FAULTS = (
         "prefix caches share blocks that a shorter prompt wrote",
     ),
     Fault(
-        "steering/resolve.py",
+        "steering/checked.py",
         "if not any(asked.values()):",
         "if False:",
         RESOLVE,
         "all weights 0 gives random text",
     ),
     Fault(
-        "steering/resolve.py",
+        "steering/checked.py",
         "if not 1 <= values.top_k <= limits.top_k:",
         "if not 1 <= values.top_k:",
         RESOLVE,

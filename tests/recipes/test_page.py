@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from adapters.errors import BadAdapter
 from adapters.formats.vectors import read_vectors
@@ -75,3 +76,12 @@ def test_conditional_vectors_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "kind", {"1": torch.ones(4)}, kind="cast")
     with pytest.raises(BadAdapter, match="kind"):
         read_vectors(folder)
+
+
+def test_nudging_by_words_is_refused() -> None:
+    """Token by token in its place would be another method."""
+    (row,) = (json.loads(row.request) for row in SERVED if row.name == "Nudging")
+    config = METHODS["select"].config
+    assert config.model_validate({**row, "unit": "token"}) == config.model_validate(row)
+    with pytest.raises(ValidationError, match="a word's first token would decide for all of it"):
+        config.model_validate({**row, "unit": "word"})

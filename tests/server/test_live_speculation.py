@@ -79,6 +79,13 @@ def test_the_base_has_no_drafts(drafting: Server) -> None:
     assert counted(drafting, "draft") == before
 
 
+def test_top_n_sigma_is_refused_with_the_others(drafting: Server) -> None:
+    answer = drafting.post("/v1/completions", {**BODY, "top_n_sigma": 1.0})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "top_n_sigma"
+    assert "not possible with speculation" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("more", [{"temperature": 1, "min_p": 0.1}, {"logit_bias": {"9": 5}}])
 def test_what_cannot_be_speculated_is_refused(drafting: Server, more: dict[str, Any]) -> None:
     answer = drafting.post("/v1/completions", {**BODY, **more})

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from steering.errors import BadValue, SteeringError
 from steering.method import Limits, Snapshot
+from steering.phases import with_ids
 from steering.plan import SteeringPlan
 from steering.plugins import discover
 from steering.resolve import Resolved, parse, resolve
@@ -22,9 +23,11 @@ from tests.tiers import examples
 
 METHODS = discover()
 HEADS = {"base": "lm", "chat": "lm", "plain": "lm", "twin": "lm", "value": "value",
-         "kind": "value", "critic": "classifier", "probe": "classifier", "q": "q"}  # fmt: skip
-SNAPSHOT = Snapshot(HEADS, {"probe": "base"})
-STREAMS = Streams(("chat", "plain", "twin"), ("value", "kind"), ("critic", "probe"))
+         "kind": "value", "critic": "classifier", "probe": "classifier", "q": "q",
+         "early": "lm", "late": "lm"}  # fmt: skip
+TAPS = ("early", "late")
+SNAPSHOT = Snapshot(HEADS, {"probe": "base"}, dict.fromkeys(TAPS, "base"))
+STREAMS = Streams(("chat", "plain", "twin"), ("value", "kind"), ("critic", "probe"), TAPS)
 LIMITS = Limits(top_k=8, best_of=8)
 PROFILES = {
     "calm": Profile.model_validate(
@@ -59,14 +62,19 @@ def check_error(error: SteeringError) -> None:
 def check_plan(plan: SteeringPlan) -> None:
     """What the worker relies on."""
     hash(plan)
-    names = [name for name, _ in plan.weights]
-    assert len(set(names)) == len(names) and all(HEADS[name] in ("lm", "q") for name in names)
-    assert all(type(weight) is float and math.isfinite(weight) for _, weight in plan.weights)
-    assert any(weight for _, weight in plan.weights)
-    assert 0 <= plan.rule.param <= 1
-    if plan.values is not None:
-        assert 1 <= plan.values.top_k <= LIMITS.top_k
-        assert all(0 < beta <= LIMITS.strength[1] for _, beta in plan.values.strengths)
+    for part in (plan, *plan.phases):
+        names = [name for name, _ in part.weights]
+        assert len(set(names)) == len(names) and all(HEADS[name] in ("lm", "q") for name in names)
+        assert all(type(weight) is float and math.isfinite(weight) for _, weight in part.weights)
+        assert any(weight for _, weight in part.weights)
+        assert 0 <= part.rule.param <= 1 or part.rule.count
+    for added in plan.valued:
+        assert 1 <= added.top_k <= LIMITS.top_k
+        assert all(0 < beta <= LIMITS.strength[1] for _, beta in added.strengths)
+    if plan.phases:
+        assert plan.search is None and plan.best is None
+        texts = with_ids(plan, lambda text: [*text.encode()], ["phases"] * len(plan.phases))
+        pack(SteeringPayload(texts, 3, "tag", 1))
     if plan.best is not None:
         assert 1 <= plan.best.n <= LIMITS.best_of
     if plan.search is not None:

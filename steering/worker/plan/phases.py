@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from steering.worker.plan.batches import Int32, Int64, Schedule
+from steering.worker.plan.batches import Bool, Int32, Int64, Schedule
 
 FAR = 2**30
 """A token that no reply has."""
@@ -53,6 +53,7 @@ class PhaseTables:
     Args:
         lines: [N, S + EXTRA] float32.
         first: [Q] int32 where a request's phases begin in `lines`.
+        rows: [N] the request of each line.
         bounds: [4, Q, P] int32: start, stop; index of the text that bounds it from below, and from
             above, −1 for none. A phase that is not there starts at `FAR`.
         prompts: [Q] int32 tokens in front of each reply.
@@ -62,6 +63,7 @@ class PhaseTables:
 
     lines: npt.NDArray[np.float32]
     first: Int32
+    rows: Int64
     bounds: Int32
     prompts: Int32
     texts: tuple[Ids, ...]
@@ -87,6 +89,7 @@ class PhaseTables:
         if not most:
             return None
         lines, first, texts = [*control], [], dict[Ids, int]()
+        rows = [*range(len(phases))]
         bounds = np.full((4, len(phases), most), -1, np.int32)
         bounds[:2] = FAR
         for q, own in enumerate(phases):
@@ -95,24 +98,37 @@ class PhaseTables:
                 line = phase.control.copy()
                 line[ends] = control[q, ends]
                 lines.append(line)
+                rows.append(q)
                 bounds[:2, q, j] = phase.start, phase.stop
                 for side, text in ((2, phase.after), (3, phase.until)):
                     if text:
                         bounds[side, q, j] = texts.setdefault(text, len(texts))
         watched = np.flatnonzero((bounds[2:] >= 0).any((0, 2)))
-        firsts = np.array(first, np.int32), np.array(prompts, np.int32)
-        return cls(np.stack(lines), firsts[0], bounds, firsts[1], tuple(texts), watched)
+        return cls(
+            np.stack(lines),
+            np.array(first, np.int32),
+            np.array(rows, np.int64),
+            bounds,
+            np.array(prompts, np.int32),
+            tuple(texts),
+            watched,
+        )
 
-    def possible(self, schedule: Schedule) -> npt.NDArray[np.float32]:
-        """The lines that may hold for a token that the step draws, or more."""
-        newest = schedule.computed + schedule.lengths - self.prompts
-        oldest = schedule.computed + 1 - self.prompts if schedule.exact else newest * 0
-        start, stop = self.bounds[:2]
+    def may_hold(self, schedule: Schedule) -> Bool:
+        """[N] lines: all that hold for a token of the step, or more."""
+        newest = (schedule.computed + schedule.lengths - self.prompts)[:, None]
+        begins = (schedule.computed + 1 - self.prompts)[:, None]
+        oldest = begins if schedule.exact else np.minimum(begins, 0)
+        start, stop, after, until = self.bounds
+        inside = (start <= newest) & (stop > oldest)
+        # What holds for all tokens of the step leaves nothing to what stands before it.
+        whole = (start <= oldest) & (stop > newest) & (after < 0) & (until < 0)
         kept = np.ones(len(self.lines), np.bool_)
-        inside = (start <= newest[:, None]) & (stop > oldest[:, None])
         for q, j in np.argwhere((start < FAR) & ~inside):
             kept[self.first[q] + j] = False
-        return self.lines[kept]
+        for q, j in np.argwhere(whole):
+            kept[[q, *range(self.first[q], self.first[q] + j)]] = False
+        return kept
 
 
 @dataclass(frozen=True)
@@ -144,7 +160,7 @@ class PhasedStep:
     replies: Sequence[Int32] | Replies | None
 
     def arrays(self) -> list[npt.NDArray[Any]]:
-        """What `control` reads on the device."""
+        """The lines of control, and what `line` reads on the device."""
         tables, schedule = self.tables, self.schedule
         rows = np.repeat(np.arange(len(schedule.lengths)), schedule.lengths)
         found = [tables.lines, rows, tables.first, tables.bounds, tables.prompts]
@@ -158,17 +174,17 @@ class PhasedStep:
             seen[row] = [int(behind(tokens, prompt, text)) for text in tables.texts]
         return [*found, seen]
 
-    def control(
+    def line(
         self, there: Sequence[torch.Tensor], input_ids: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """[T, S + EXTRA] float32 on the device.
+        """[T] int64 on the device: which line of control each token has.
 
         Args:
             there: `arrays`.
             input_ids: [≥ T] of the step.
             positions: [≥ T] of its tokens in their requests.
         """
-        lines, rows, first, bounds, prompts, *rest = there
+        _, rows, first, bounds, prompts, *rest = there
         if isinstance(self.replies, Replies):
             seen = self._search(rest, input_ids, positions, prompts)
         else:
@@ -179,7 +195,7 @@ class PhasedStep:
         for j in range(bounds.shape[2]):
             inside = (n >= start[rows, j]) & (n < stop[rows, j])
             line = torch.where(inside, first[rows] + j, line)
-        return lines[line]
+        return line
 
     def _search(
         self,

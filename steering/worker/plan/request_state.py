@@ -17,9 +17,9 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from steering.plan import BASE, AdapterUse, Gate, Phase, Rule, RuleKind, Text, Values
+from steering.plan import BASE, AdapterUse, Gate, Phase, RuleKind, SteeringPlan, Text, Values
 from steering.wire import SteeringPayload
-from steering.worker.plan.batches import Bool, Int32, Int64, OwnPrompts
+from steering.worker.plan.batches import Bool, Int32, Int64, OwnPrompts, Schedule
 from steering.worker.plan.ends import Own
 from steering.worker.plan.layout import (
     CANDIDATES_ONLY,
@@ -50,7 +50,8 @@ class RequestState:
         tag: the report this request belongs to, '' for none.
         tokens: whether the report wants every token.
         adapters: the request's adapters.
-        values: what value streams add, or None.
+        values: what value streams add: where no phase holds, then in each phase; () for nothing in
+            any of them.
         heads: heads whose numbers the report has.
         ends: ids that end its text beside the base's, if its rule or values ask.
         prompt: tokens of its prompt, padding included, without an earlier reply.
@@ -65,7 +66,7 @@ class RequestState:
     tag: str = ""
     tokens: bool = False
     adapters: tuple[AdapterUse, ...] = ()
-    values: Values | None = None
+    values: tuple[Values | None, ...] = ()
     heads: tuple[str, ...] = ()
     ends: Own = ()
     prompt: int = 0
@@ -131,9 +132,7 @@ def request_state(
     for name in plan.summed:
         # What a tap reads must run, and what it kept must be taken.
         uses[index[name]] = uses[index[taps.get(name, name)]] = True
-    _write(control, plan.weights, plan.rule, index, heads)
-    if plan.values is not None and plan.values.mask:
-        control[size + RULE_OPTIONS] += CANDIDATES_ONLY
+    _write(control, plan, index, heads)
     offsets = np.full(size, payload.pad, np.int32)
     for name, token_ids in plan.prompts:
         if name != BASE:
@@ -141,12 +140,8 @@ def request_state(
             offsets[index[name]] = prompt_len - len(token_ids)
     for name in plan.taps:
         offsets[index[name]] = offsets[index[taps[name]]]
-    if plan.layers is not None:
-        control[size + LAYERS] = float(plan.layers.kind)
-        control[size + LAYERS_RATE] = plan.layers.rate
-        control[size + LAYERS_TOP_K] = plan.layers.top_k
     tokens = plan.report == "tokens"
-    asks = any(r.kind is RuleKind.SELECT for r in plan.rules) or plan.values is not None
+    asks = any(r.kind is RuleKind.SELECT for r in plan.rules) or bool(plan.valued)
     return RequestState(
         control,
         uses,
@@ -155,7 +150,7 @@ def request_state(
         payload.tag,
         tokens,
         plan.adapters,
-        plan.values,
+        (plan.values, *(phase.values for phase in plan.phases)) if plan.valued else (),
         plan.heads,
         ends if asks else (),
         prompt_len,
@@ -166,7 +161,7 @@ def request_state(
 
 def _phase(phase: Phase, index: Mapping[str, int], heads: Sequence[str]) -> PhaseLine:
     control, span = np.zeros(len(index) + EXTRA, np.float32), phase.span
-    _write(control, phase.weights, phase.rule, index, heads)
+    _write(control, phase, index, heads)
     stop = FAR if span.stop is None else span.stop
     return PhaseLine(control, span.start, stop, _ids(span.after), _ids(span.until))
 
@@ -179,21 +174,24 @@ def _ids(text: Text | None) -> tuple[int, ...]:
 
 def _write(
     control: npt.NDArray[np.float32],
-    weights: Sequence[tuple[str, float]],
-    rule: Rule,
+    part: SteeringPlan | Phase,
     index: Mapping[str, int],
     heads: Sequence[str],
 ) -> None:
-    """Writes coefficients and a rule into a line of control, [S + EXTRA]."""
-    for name, weight in weights:
+    """Writes coefficients and rules into a line of control, [S + EXTRA]."""
+    for name, weight in part.weights:
         control[index[name]] = weight
-    extra = control[len(index) :]
+    extra, rule = control[len(index) :], part.rule
     extra[RULE_KIND] = float(rule.kind)
     extra[RULE_STREAM] = index[rule.stream] if rule.kind else 0
     extra[RULE_PARAM], extra[RULE_COUNT] = rule.param, rule.count
-    extra[RULE_OPTIONS] = rule.options
+    masked = part.values is not None and part.values.mask
+    extra[RULE_OPTIONS] = rule.options + masked * CANDIDATES_ONLY
     if rule.reads_head:
         extra[RULE_HEAD] = heads.index(rule.head)
+    if part.layers is not None:
+        extra[LAYERS], extra[LAYERS_RATE] = float(part.layers.kind), part.layers.rate
+        extra[LAYERS_TOP_K] = part.layers.top_k
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +206,9 @@ class BatchTables:
         adapters: [Q] the requests' adapters.
         lengths: [Q] tokens of their prompts, padding included.
         reported: (row, state) of requests that report.
-        valued: (row, values) of requests that value streams add to.
+        values: what value streams add, for each line of control: of each request where no phase
+            holds, then of the phases, as in `PhaseTables.lines`; () if nothing to any.
+        valued: [n] requests that they add to in any phase.
         ends: the sets of ids that end a text, beside the base's; the first is empty.
         steered: whether any row leaves the base's path or reports.
         has_rules: whether any row has a rule other than the plain sum, or values.
@@ -226,7 +226,8 @@ class BatchTables:
     adapters: tuple[tuple[AdapterUse, ...], ...]
     lengths: Int64
     reported: tuple[tuple[int, RequestState], ...]
-    valued: tuple[tuple[int, Values], ...]
+    values: tuple[Values | None, ...]
+    valued: Int64
     ends: tuple[Own, ...]
     steered: bool
     has_rules: bool
@@ -251,17 +252,19 @@ class BatchTables:
         offsets = np.stack([s.offsets for s in states])
         streams = uses.shape[1]
         reported = tuple((row, s) for row, s in enumerate(states) if s.tag)
-        valued = tuple((row, s.values) for row, s in enumerate(states) if s.values is not None)
+        values = [s.values or (None,) * (1 + len(s.phases)) for s in states]
+        first, more = [own[0] for own in values], [one for own in values for one in own[1:]]
+        valued = np.flatnonzero([bool(s.values) for s in states])
         plain = np.zeros(streams + EXTRA, np.float32)
         plain[0] = 1.0
-        steered = bool((control != plain).any() or offsets.any() or reported or valued)
+        steered = bool((control != plain).any() or offsets.any() or reported or valued.size)
         sets: dict[Own, int] = {(): 0}
         control[:, streams + ENDS] = [sets.setdefault(s.ends, len(sets)) for s in states]
         phases = PhaseTables.of(
             control, [s.phases for s in states], [s.prompt for s in states], streams + ENDS
         )
         lines = control if phases is None else phases.lines
-        has_rules = bool(lines[:, [streams + RULE_KIND, streams + LAYERS]].any() or valued)
+        has_rules = bool(lines[:, [streams + RULE_KIND, streams + LAYERS]].any() or valued.size)
         prompts = tuple(OwnPrompts.of([s.prompts[i] for s in states]) for i in range(streams))
         own = np.array([p is not None for p in prompts])
         lags: Bool = np.any(offsets, axis=0)
@@ -278,6 +281,7 @@ class BatchTables:
             adapters=tuple(s.adapters for s in states),
             lengths=np.array([s.prompt for s in states], np.int64),
             reported=reported,
+            values=(*first, *more) if valued.size else (),
             valued=valued,
             ends=tuple(sets),
             steered=steered or phases is not None,
@@ -287,6 +291,12 @@ class BatchTables:
             shares_batch_with=_sharing(uses, offsets, own),
             phases=phases,
         )
+
+    def may_hold(self, schedule: Schedule) -> Bool:
+        """[N] which lines of control may hold for a token that a step draws."""
+        if self.phases is None:
+            return np.ones(len(self.control), np.bool_)
+        return self.phases.may_hold(schedule)
 
     def ends_of(self, rows: Sequence[int]) -> npt.NDArray[np.float32]:
         """[n] which of `ends` some rows have."""

@@ -6,8 +6,10 @@ step, reads it out and reports reads the plan, so nothing of that has to ask the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from itertools import compress
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -70,9 +72,12 @@ class Classes:
         """
         if not tables.has_rules:
             return cls(active, uniform_sum=tables.uniform_sum)
-        lines = tables.control
+        lines, values = tables.control, tables.values
         if tables.phases is not None:
-            lines = tables.phases.possible(schedule) if schedule else tables.phases.lines
+            lines = tables.phases.lines
+        if schedule is not None:
+            kept = tables.may_hold(schedule)
+            lines, values = lines[kept], tuple(compress(values, kept))
         extra = lines[:, len(active) :]
         kinds, counts = extra[:, RULE_KIND].astype(np.int64), extra[:, RULE_COUNT]
         select, plausible = kinds == RuleKind.SELECT, kinds == RuleKind.PLAUSIBLE
@@ -82,18 +87,27 @@ class Classes:
             active,
             frozenset(map(RuleKind, np.unique(kinds))) - {RuleKind.SUM},
             tuple(np.unique(extra[reads, RULE_HEAD]).astype(np.int64).tolist()),
-            bool(tables.valued),
+            any(values),
             layers=frozenset(map(LayerKind, np.unique(extra[:, LAYERS]).astype(np.int64).tolist()))
             - {LayerKind.NONE},
             searched=bool(((kinds == RuleKind.NUCLEUS) | several).any()),
             shared=bool((select & (counts > 0)).any()),
-            masked=any(values.mask for _, values in tables.valued),
+            masked=any(one.mask for one in values if one),
         )
 
     @property
     def has_rules(self) -> bool:
         """Whether any row has a rule other than the plain sum, or values."""
         return bool(self.rules or self.layers) or self.valued
+
+
+class Valued(NamedTuple):
+    """A request that draws in a step, and that value streams may add to there."""
+
+    row: int
+    """Which request of the step."""
+    lines: tuple[tuple[int, Values], ...]
+    """(line of control, what is added to a token that has it); nothing to one with another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +120,25 @@ class StepPlan:
         batches: [S] what each stream runs; None where it runs nothing, or all that was scheduled.
             Streams that share a batch have the same object.
         classes: what occurs among its rows.
-        valued: (row, values) of requests that draw in this step and that value streams add to.
+        valued: requests that draw in this step and that value streams may add to.
     """
 
     schedule: Schedule
     tables: BatchTables
     batches: tuple[StreamBatch | None, ...]
     classes: Classes
-    valued: tuple[tuple[int, Values], ...]
+    valued: tuple[Valued, ...]
+
+    def ran(self, request: int, names: Sequence[str]) -> tuple[str, ...]:
+        """The streams that it runs for one of its requests, once for each pass.
+
+        Args:
+            request: its number in the step.
+            names: of the streams that run anything, base first.
+        """
+        used = [n for n, uses in zip(names, self.tables.uses[request], strict=False) if uses]
+        lines = next((one.lines for one in self.valued if one.row == request), ())
+        return (*used, *sorted({name for _, values in lines for name, _ in values.strengths}))
 
 
 def plan_step(schedule: Schedule, tables: BatchTables) -> StepPlan:
@@ -127,8 +152,8 @@ def plan_step(schedule: Schedule, tables: BatchTables) -> StepPlan:
         RuntimeError: a request that value streams add to verifies drafts: only its last token's
             candidates would be valued.
     """
-    valued = tuple((row, values) for row, values in tables.valued if schedule.draws[row])
-    if drafted := [schedule.request_ids[row] for row, _ in valued if schedule.drafts[row]]:
+    valued = _valued(schedule, tables)
+    if drafted := [schedule.request_ids[one.row] for one in valued if schedule.drafts[one.row]]:
         raise RuntimeError(f"requests with values verify drafts: {drafted}")
     streams = tables.uses.shape[1]
     batches: list[StreamBatch | None] = []
@@ -150,3 +175,14 @@ def plan_step(schedule: Schedule, tables: BatchTables) -> StepPlan:
         Classes.of(active, tables, schedule),
         valued,
     )
+
+
+def _valued(schedule: Schedule, tables: BatchTables) -> tuple[Valued, ...]:
+    if not tables.values:
+        return ()
+    kept, found = tables.may_hold(schedule), dict[int, list[tuple[int, Values]]]()
+    for line, values in enumerate(tables.values):
+        row = line if tables.phases is None else int(tables.phases.rows[line])
+        if values is not None and kept[line] and schedule.draws[row]:
+            found.setdefault(row, []).append((line, values))
+    return tuple(Valued(row, tuple(found[row])) for row in sorted(found))

@@ -44,6 +44,7 @@ class StepReport:
 
     Args:
         states: of the requests that report and draw.
+        ran: of each, the streams that ran for it, once for each pass.
         ids: of these requests, as vLLM has them.
         counts: how many rows of scores each has.
         rows: [n] these rows.
@@ -58,6 +59,7 @@ class StepReport:
     """
 
     states: tuple[RequestState, ...]
+    ran: tuple[tuple[str, ...], ...]
     ids: tuple[str, ...]
     counts: Int64
     rows: Int64
@@ -71,13 +73,16 @@ class StepReport:
     apart: tuple[int, ...]
 
     @classmethod
-    def of(cls, plan: StepPlan, drawing: DrawRows, scored: Sequence[bool]) -> StepReport | None:
+    def of(
+        cls, plan: StepPlan, drawing: DrawRows, scored: Sequence[bool], names: Sequence[str]
+    ) -> StepReport | None:
         """The reports of a step; None if it has none.
 
         Args:
             plan: of the step.
             drawing: its rows.
             scored: [S] which streams have scores.
+            names: of the streams that run, base first.
         """
         pairs = [(q, state) for q, state in plan.tables.reported if plan.schedule.draws[q]]
         if not pairs:
@@ -90,7 +95,7 @@ class StepReport:
         def where(of_request: Iterable[bool]) -> Int64:
             return np.flatnonzero(np.repeat(np.fromiter(of_request, np.bool_), counts))
 
-        names = sorted({name for state in states for name in state.heads})
+        heads = sorted({name for state in states for name in state.heads})
         detail = where(state.tokens for state in states)
         streams = [i for i, has in enumerate(scored) if i and has and plan.classes.active[i]]
         used = {i: where(s.alone(i) for s in states) for i in streams}
@@ -100,6 +105,7 @@ class StepReport:
         )
         return cls(
             states,
+            tuple(plan.ran(q, names) for q, _ in pairs),
             tuple(plan.schedule.request_ids[q] for q in own),
             counts,
             rows,
@@ -107,7 +113,7 @@ class StepReport:
             rows - drawing.starts[requests],
             detail,
             where(state.gated is not None for state in states),
-            {name: where(name in state.heads for state in states) for name in names},
+            {name: where(name in state.heads for state in states) for name in heads},
             {i: which for i, which in used.items() if which.size},
             {i: where(i in state.likelihoods for state in states) for i in read},
             tuple(apart),
@@ -225,6 +231,11 @@ class Reporter:
     _measured: _Measured | None = None
     _sent: deque[_Sent | _SentRoutes] = field(default_factory=deque)
 
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The streams that run, base first."""
+        return self.names[: len(self.names) - self.taps]
+
     def routes(self, ids: Sequence[str], tables: BatchTables, routed: Sequence[Routed]) -> None:
         """Sends where the tokens of a step were routed to the host.
 
@@ -321,10 +332,10 @@ class Reporter:
             found = _log_probability(s, s.logsumexp(-1), drawn[report.which[i]].clamp(0))
             columns["likelihoods", self.names[i]] = host.likelihoods[i], found
         records = []
-        for state, request_id, count in zip(host.states, host.ids, host.counts, strict=True):
-            tally = self.book.tally(state.tag, choice_of(request_id))
+        for i, (state, count) in enumerate(zip(host.states, host.counts, strict=True)):
+            tally = self.book.tally(state.tag, choice_of(host.ids[i]))
             tally.detailed = state.tokens
-            records.append(tally.begin(self._ran(state), int(count) - 1))
+            records.append(tally.begin(host.ran[i], int(count) - 1))
         every = torch.cat([numbers.double() for _, numbers in columns.values()])
         paths = [(path, which) for path, (which, _) in columns.items()]
         self._sent.append(_Sent(host, records, paths, HostCopy(every)))
@@ -339,12 +350,6 @@ class Reporter:
         """See `ReportBook.take`."""
         self.take_in(wait=True)
         return self.book.take(tag, tokens)
-
-    def _ran(self, state: RequestState) -> list[str]:
-        values = state.values.strengths if state.values else ()
-        run = len(self.names) - self.taps
-        used = [n for n, uses in zip(self.names[:run], state.uses[:run], strict=True) if uses]
-        return [*used, *(name for name, _ in values)]
 
 
 _LOGPROBS: tuple[Path, Path] = ("steered_logprob",), ("base_logprob",)
@@ -366,8 +371,8 @@ def _fill(sent: _Sent) -> None:
             inner[path[-1]] = number
         start += which.size
     rows = iter(measured)
-    parts = zip(sent.report.states, sent.records, sent.report.counts, strict=True)
-    for state, record, count in parts:
+    host = sent.report
+    for state, record, count in zip(host.states, sent.records, host.counts, strict=True):
         drawn = takewhile(lambda row: row["token_id"] >= 0, list(islice(rows, count)))
         record.entries = [_entry(state, row) for row in drawn]
 
@@ -389,8 +394,6 @@ def _entry(state: RequestState, row: dict[str, Any]) -> dict[str, Any]:
         row["choices"][BASE]["id"] = row["base_choice"]
         # The base first, as people read it.
         names = [BASE, *(name for name in row["choices"] if name != BASE)]
-        entry["choices"] = {
-            name: (int(row["choices"][name]["id"]), row["choices"][name]["logprob"])
-            for name in names
-        }
+        best = {name: row["choices"][name] for name in names}
+        entry["choices"] = {name: (int(one["id"]), one["logprob"]) for name, one in best.items()}
     return entry

@@ -50,7 +50,8 @@ class Scoring:
         if not self._drawing.single:
             staging.add([self._drawing.table()], self._put_table)
         scored = [unembed is not None for unembed in self.readout.unembed]
-        if report := StepReport.of(plan, self._drawing, scored):
+        names = self.reporter.running
+        if report := StepReport.of(plan, self._drawing, scored, names):
             staging.add(report.arrays(), partial(self._put_report, report))
 
     def _put_table(self, there: Sequence[torch.Tensor]) -> None:

@@ -19,6 +19,7 @@ from steering.wire import unpack
 from steering.worker.plan.batches import Int32, Int64, Schedule
 from steering.worker.plan.request_state import RequestStates
 from steering.worker.readout.watch import Watch
+from steering.worker.runners.truncation import V1Truncation
 from steering.worker.runners.view import RunnerView, Sampled
 
 
@@ -112,6 +113,10 @@ class V1View(RunnerView):
             elif row is not None and draws[row]:
                 self._held.remove(request_id)
                 batch.generators[row] = self.runner.requests[request_id].generator
+
+    def truncate(self, padded: torch.Tensor | None) -> None:
+        """See `RunnerView`."""
+        self.runner.input_batch.logitsprocs.argmax_invariant.append(V1Truncation(padded))
 
     def observe(self, watch: Watch, sampled: Sampled) -> None:
         """See `RunnerView`.

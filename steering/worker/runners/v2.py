@@ -23,6 +23,7 @@ from steering.worker.plan.batches import Int64, Schedule
 from steering.worker.plan.phases import Replies
 from steering.worker.plan.request_state import RequestStates
 from steering.worker.readout.watch import Watch
+from steering.worker.runners.truncation import V2Truncation
 from steering.worker.runners.v2_speculator import StreamSpeculator
 from steering.worker.runners.view import RunnerView, Sampled
 
@@ -141,6 +142,11 @@ class V2View(RunnerView):
     def draft_with(self, draft: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         """Drafts after each step; see `StreamSpeculator.draft`."""
         self.runner.speculator.draft = draft
+
+    def truncate(self, padded: torch.Tensor | None) -> None:
+        """See `RunnerView`."""
+        found = V2Truncation(padded, self.runner.max_num_reqs)
+        self.runner.sampler.logits_processors.append(found)
 
     def observe(self, watch: Watch, sampled: Sampled) -> None:
         """See `RunnerView`. The sampler is made to show what constraints left of each row."""

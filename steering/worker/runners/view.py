@@ -63,6 +63,14 @@ class RunnerView(ABC):
         """
 
     @abstractmethod
+    def truncate(self, padded: torch.Tensor | None) -> None:
+        """Makes the sampler know top-nσ.
+
+        Args:
+            padded: [P] int64 ids of the base's table that are no token, or None.
+        """
+
+    @abstractmethod
     def observe(self, watch: Watch, sampled: Sampled) -> None:
         """Sends the flags of each step's requests to the scheduler, beside the drawn tokens.
 

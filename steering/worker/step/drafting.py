@@ -142,5 +142,4 @@ def _asks(
     drafts. Not those whose values are evaluated at one position per step.
     """
     asks: Bool = tables.uses[rows, stream] & (newest + tokens < context)
-    valued = [row for row, _ in tables.valued]
-    return asks & ~np.isin(rows, valued)
+    return asks & ~np.isin(rows, tables.valued)

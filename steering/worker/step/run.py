@@ -97,12 +97,15 @@ class Step(Passes):
         layout, device = self.readout.layout, positions.device
         out = torch.zeros(positions.shape[0], layout.width, dtype=layout.dtype, device=device)
         active = plan.classes.active
+        lines: list[torch.Tensor] = []
         if isinstance(control, PhasedStep):
-            phased = control.control
-            staging.add(
-                control.arrays(),
-                lambda there: layout.write_control(out, phased(there, input_ids, positions)),
-            )
+            phased = control
+
+            def put(there: Sequence[torch.Tensor]) -> None:
+                lines.append(phased.line(there, input_ids, positions))
+                layout.write_control(out, there[0][lines[0]])
+
+            staging.add(control.arrays(), put)
         else:
             staging.add([control], lambda there: layout.write_control(out, there[0]))
         batches = [(i, plan.batches[i]) for i, _ in enumerate(self.names) if active[i]]
@@ -119,7 +122,7 @@ class Step(Passes):
                 out[self._tokens(run), columns] = hidden
             self._tap(run, plan, out, hidden.shape[0])
         if valued is not None:
-            self._add_values(valued, input_ids.dtype, out)
+            self._add_values(valued, input_ids.dtype, out, *lines)
         return out
 
     def _tap(self, run: Run, plan: StepPlan, out: torch.Tensor, count: int) -> None:
@@ -145,22 +148,30 @@ class Step(Passes):
 
     def _plan_values(self, plan: StepPlan, staging: Staging) -> _Valued:
         """What value streams will run behind the step's passes; what that reads goes along."""
-        rows = [row for row, _ in plan.valued]
+        rows = [one.row for one in plan.valued]
         at = (plan.schedule.starts[1:][rows] - 1).astype(np.int64)
-        values = self.values.plan(plan.valued, plan.schedule, plan.tables.offsets)
+        count, offsets = len(plan.tables.values), plan.tables.offsets
+        values = self.values.plan(plan.valued, plan.schedule, offsets, count)
         passes = {id(b): self._again(stream, b) for stream, b in values.batches}
         found = _Valued(values, passes)
         staging.add([at, plan.tables.ends_of(rows)], found.rows.extend)
         staging.add(values.arrays, found.arrays.extend)
         return found
 
-    def _add_values(self, valued: _Valued, dtype: torch.dtype, out: torch.Tensor) -> None:
+    def _add_values(
+        self,
+        valued: _Valued,
+        dtype: torch.dtype,
+        out: torch.Tensor,
+        lines: torch.Tensor | None = None,
+    ) -> None:
         """Writes what value streams add to the rows that draw a token into `out`.
 
         Args:
             valued: of the step; its arrays are there.
             dtype: of token ids.
             out: [T, width], changed in place.
+            lines: [T] the line of control of each token; None: no request has phases.
         """
         layout, (last, which) = self.readout.layout, valued.rows
 
@@ -172,7 +183,8 @@ class Step(Passes):
 
         scores = candidates_of(self.models[0].compute_logits(hidden(0)), self.readout.padded)
         ends, note = self.readout.ends.of(which), self.readout.watch.requests
-        add = self.values.add(valued.plan, valued.arrays, scores, hidden, run, ends, note)
+        line = None if lines is None else lines[last]
+        add = self.values.add(valued.plan, valued.arrays, line, scores, hidden, run, ends, note)
         layout.write_additions(out, last, add.ids, add.added)
 
     def _candidates(self, one: Again, ids: torch.Tensor) -> torch.Tensor:

@@ -21,9 +21,7 @@ from steering.kernels.mix import NEVER, Ends
 from steering.kernels.values import TRANSFORMS, value_offsets
 from steering.plan import Values
 from steering.worker.plan.batches import Bool, Candidates, Int32, Int64, Schedule
-
-Asked = tuple[int, Values]
-"""(row of the step, what its plan asks for)."""
+from steering.worker.plan.step_plan import Valued
 
 Run = Callable[[int, torch.Tensor, Candidates], torch.Tensor]
 """(stream, [m] token ids, where they run) → [m, H] hidden states."""
@@ -35,8 +33,11 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 """[m, H] hidden states → [m] float32."""
 
 
-OF_ROWS = 6
-"""Arrays of a `ValuePlan` that are of its rows; each of its parts has four."""
+OF_ALL = 7
+"""Arrays of a `ValuePlan` that are of all streams; each of its parts has four more."""
+
+NOTHING = Values((), 0)
+"""What is added to a token whose line of control asks for nothing."""
 
 
 @dataclass(frozen=True)
@@ -70,26 +71,30 @@ class ValueStreams:
     chunk: int
     size: int
 
-    def plan(self, asked: Sequence[Asked], schedule: Schedule, offsets: Int32) -> ValuePlan:
+    def plan(
+        self, asked: Sequence[Valued], schedule: Schedule, offsets: Int32, lines: int
+    ) -> ValuePlan:
         """What the step's candidates need, but for the ids.
 
         Args:
             asked: n rows.
             schedule: what vLLM scheduled.
             offsets: [Q, S] by how many tokens streams' prompts are shorter.
+            lines: N, how many lines of control there are.
         """
-        counts = np.array([min(values.top_k, self.size) for _, values in asked])
-        valid = np.arange(counts.max()) < counts[:, None]
+        counts = [max(min(v.top_k, self.size) for _, v in one.lines) for one in asked]
+        valid = np.arange(max(counts)) < np.array(counts)[:, None]
         parts = [
             _Part.of(asked, self.index, stream, schedule, offsets, valid, self.chunk)
             for stream in self.heads
         ]
-        return ValuePlan(asked, valid, tuple(part for part in parts if part.chosen.size))
+        return ValuePlan(asked, lines, valid, tuple(part for part in parts if part.chosen.size))
 
     def add(
         self,
         plan: ValuePlan,
         staged: Sequence[torch.Tensor],
+        line: torch.Tensor | None,
         scores: torch.Tensor,
         hidden: Callable[[int], torch.Tensor],
         run: Run,
@@ -101,25 +106,29 @@ class ValueStreams:
         Args:
             plan: of the step, n rows.
             staged: its arrays, on the device.
+            line: [n] int64 the lines of control of the rows' last tokens; None: no request has
+                phases, so the choices are the rows'.
             scores: [n, V] the base's raw scores there; −∞ where an id is no token.
             hidden: stream index → [n, H] its hidden states at the rows' last tokens.
             run: runs candidates through a stream.
             ends: of the n rows, the ids that end a text; None for none.
             note: gets each stream's values, to look for numbers that are none.
         """
-        counted, from_prefix, left_out, transform, centre, masked = staged[:OF_ROWS]
+        of_line, *tables = staged[:OF_ALL]
+        which = slice(-1) if line is None else of_line[line]
+        counted, from_prefix, left_out, transform, centre, masked = (t[which] for t in tables)
         ids = scores.topk(plan.valid.shape[1]).indices
         ending = torch.zeros_like(counted)
         if ends is not None:
             ending = ends.of(slice(None), scores.shape[-1]).gather(1, ids)
         added = torch.zeros(ids.shape, dtype=torch.float32, device=scores.device)
         for n, part in enumerate(plan.parts):
-            chosen, step_rows, beta, at = staged[OF_ROWS + 4 * n : OF_ROWS + 4 + 4 * n]
+            chosen, step_rows, beta, at = staged[OF_ALL + 4 * n : OF_ALL + 4 + 4 * n]
             head = self.heads[part.stream]
             after = self._after(part, head, ids[chosen], at, run)
             prefix = head(hidden(part.stream)[chosen])
             note(part.stream, after.sum(-1) + prefix, step_rows)
-            added[chosen] += beta[:, None] * value_offsets(
+            added[chosen] += beta[which][chosen, None] * value_offsets(
                 after,
                 prefix,
                 counted[chosen],
@@ -165,7 +174,7 @@ class _Part:
     Args:
         stream: which.
         chosen: [n] which of the step's valued rows.
-        beta: [n] float32 its strength there.
+        beta: [A + 1] float32 its strength, by what may be added (`ValuePlan.choices`).
         at: [m] the candidates' places among n rows of K.
         batches: the m candidates, as many as run at once in each.
     """
@@ -179,7 +188,7 @@ class _Part:
     @classmethod
     def of(
         cls,
-        asked: Sequence[Asked],
+        asked: Sequence[Valued],
         index: dict[str, int],
         stream: int,
         schedule: Schedule,
@@ -198,33 +207,44 @@ class _Part:
             valid: [n, K] which candidates there are.
             chunk: how many run at once.
         """
-        strength = [
-            next((b for name, b in values.strengths if index[name] == stream), 0.0)
-            for _, values in asked
-        ]
-        beta = np.array(strength, np.float32)
-        chosen = np.flatnonzero(beta)
+
+        def strength(values: Values) -> float:
+            return next((b for name, b in values.strengths if index[name] == stream), 0.0)
+
+        beta = [[strength(values) for _, values in one.lines] for one in asked]
+        chosen = np.flatnonzero([any(own) for own in beta])
         at = np.flatnonzero(valid[chosen])
-        rows = np.array([row for row, _ in asked])[chosen][at // valid.shape[1]]
+        rows = np.array([one.row for one in asked])[chosen][at // valid.shape[1]]
         lengths = (schedule.computed + schedule.lengths - offsets[:, stream])[rows]
         parts = [slice(start, start + chunk) for start in range(0, at.size, chunk)]
         batches = tuple(Candidates.of(rows[part], lengths[part]) for part in parts)
-        return cls(stream, chosen, beta[chosen], at, batches)
+        flat = np.array([*(b for own in beta for b in own), 0.0], np.float32)
+        return cls(stream, chosen, flat, at, batches)
 
 
 @dataclass(frozen=True)
 class ValuePlan:
     """The candidates of a step, known on the host before it but for their ids.
 
+    In which phase a request is may be known on the device only: there each row finds what is added
+    to it by its line of control.
+
     Args:
         asked: n rows.
+        lines: N.
         valid: [n, K] which candidates there are.
         parts: of the value streams that any row asks.
     """
 
-    asked: Sequence[Asked]
+    asked: Sequence[Valued]
+    lines: int
     valid: Bool
     parts: tuple[_Part, ...]
+
+    @property
+    def choices(self) -> list[tuple[int, Values]]:
+        """(line of control, what it adds), A of them, in the order of the rows."""
+        return [choice for one in self.asked for choice in one.lines]
 
     @property
     def batches(self) -> list[tuple[int, Candidates]]:
@@ -233,14 +253,24 @@ class ValuePlan:
 
     @property
     def arrays(self) -> list[npt.NDArray[Any]]:
-        """What `ValueStreams.add` reads on the device."""
-        rows, rules = (
-            np.array(of) for of in zip(*((r, v.ends) for r, v in self.asked), strict=True)
-        )
-        found: list[npt.NDArray[Any]] = [self.valid, rules == "prefix", rules == "zero"]
-        found.append(np.array([TRANSFORMS.index(v.transform) for _, v in self.asked]))
-        found += [np.array([v.centre for _, v in self.asked])]
-        found += [np.array([v.mask for _, v in self.asked])]
+        """What `ValueStreams.add` reads on the device: which of A + 1 choices each line of control
+        is, tables of these, and what is each stream's.
+        """
+        choices, rows = self.choices, np.array([one.row for one in self.asked])
+        of_line = np.full(self.lines, len(choices))
+        of_line[[line for line, _ in choices]] = np.arange(len(choices))
+        every = [*(values for _, values in choices), NOTHING]
+        rules = np.array([v.ends for v in every])
+        counts = np.array([v.top_k for v in every])
+        found: list[npt.NDArray[Any]] = [
+            of_line,
+            np.arange(self.valid.shape[1]) < counts[:, None],
+            rules == "prefix",
+            rules == "zero",
+            np.array([TRANSFORMS.index(v.transform) for v in every]),
+            np.array([v.centre for v in every]),
+            np.array([v.mask for v in every]),
+        ]
         for part in self.parts:
             found += [part.chosen, rows[part.chosen], part.beta, part.at]
         return found

@@ -49,6 +49,7 @@ def fuzzed(
             "value": {"model": "./fuzzed-heads/value", "head": "value"},
             "critic": {"model": "./fuzzed-heads/critic", "head": "classifier"},
             "probe": {"on": "base", "head": "classifier", "path": "./fuzzed-heads/probe"},
+            "early": {"on": "base", "layer": 1},
         },
         profiles={
             "big-chat": {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain"},

@@ -21,7 +21,7 @@ FUZZED = ("fuzzed-0", "fuzzed-1")
 
 PROFILES = ("fuzzed-profile-0", "fuzzed-profile-1")
 MODELS = ("big", "big-chat", "kinder", REFERENCE["a"], REFERENCE["pack"])
-STREAMS = Streams(("chat", "plain", "twin"), ("value",), ("critic", "probe"), most=MOST)
+STREAMS = Streams(("chat", "plain", "twin"), ("value",), ("critic", "probe"), ("early",), most=MOST)
 WORDS = ("Water boils at", "12 apples", "é", " ", "the old mill beside the bridge " * 3)
 
 Body = dict[str, Any]
@@ -67,6 +67,7 @@ def _more() -> dict[str, st.SearchStrategy[Any]]:
         "seed": st.integers(-(2**63), 2**63 - 1),
         "stop": st.sampled_from([["a"], "the", []]),
         "min_p": st.sampled_from([0, 0.3]),
+        "top_n_sigma": st.sampled_from([0.5, 2]),
         "presence_penalty": st.sampled_from([-2, 1.5]),
         "repetition_penalty": st.sampled_from([0.5, 1.2]),
         "logit_bias": st.sampled_from([{"17": -100}, {"499": 5.5}]),

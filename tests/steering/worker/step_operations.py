@@ -237,9 +237,10 @@ def run(scoring: Scoring, recorder: Recorder, plan: StepPlan) -> None:
         control = np.repeat(plan.tables.control, plan.schedule.lengths, axis=0)
         staging.add([control], lambda there: layout.write_control(hidden, there[0]))
     if plan.valued:
-        of = [row for row, _ in plan.valued]
+        of = [one.row for one in plan.valued]
         last = plan.schedule.starts[1:][of].astype(np.int64)
-        values = STREAMS.plan(plan.valued, plan.schedule, plan.tables.offsets)
+        count = len(plan.tables.values)
+        values = STREAMS.plan(plan.valued, plan.schedule, plan.tables.offsets, count)
         staging.add([last, plan.tables.ends_of(of), *values.arrays], valued.extend)
     staging.send(hidden.device)
     if plan.valued:
@@ -278,6 +279,7 @@ def _add_values(
     add = STREAMS.add(
         plan,
         staged,
+        None,
         scores,
         lambda stream: hidden[last, layout.columns(stream)],
         after,

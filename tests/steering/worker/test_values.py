@@ -13,7 +13,7 @@ from steering.kernels.reference import value_offsets
 from steering.plan import Values
 from steering.worker.plan.batches import Candidates
 from steering.worker.plan.layout import EXTRA, Layout
-from steering.worker.plan.step_plan import Classes
+from steering.worker.plan.step_plan import Classes, Valued
 from steering.worker.readout.parts import Vocabulary
 from steering.worker.readout.readout import Readout
 from steering.worker.step.values import ValueStreams, broadcast, candidates_of, gather
@@ -49,8 +49,10 @@ class World:
         return torch.arange(4.0)[:, None] / 10 + stream
 
 
+@pytest.mark.parametrize("phased", [False, True])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_each_row_gets_its_own_candidates_values_and_rules(chunk: int) -> None:
+def test_each_row_gets_its_own_candidates_values_and_rules(chunk: int, phased: bool) -> None:
+    """With phases, what its line of control adds: which one it has is known on the device only."""
     world = World(chunk)
     asked = [
         (0, Values((("good", 2.0),), 5)),
@@ -58,6 +60,15 @@ def test_each_row_gets_its_own_candidates_values_and_rules(chunk: int) -> None:
         (3, Values((("kind", 1.5),), 1, "model")),
         (4, Values((("kind", 1.0),), 99, "model")),
     ]
+    valued = [Valued(row, ((row, values),)) for row, values in asked]
+    line = None
+    if phased:
+        # Row 0 is in a phase with other values, row 2 in its own, row 3 in one without any.
+        other = Values((("good", -0.7),), 2, "model")
+        valued[0] = Valued(0, ((0, asked[0][1]), (5, other)))
+        valued[1] = Valued(2, ((2, asked[1][1]), (6, Values((("kind", 3.0),), 1))))
+        line, asked[0] = torch.tensor([5, 2, 7, 4]), (0, other)
+        asked[2] = (3, Values((), 0))
     scores = torch.randn(4, SIZE, generator=torch.Generator().manual_seed(1))
     scores[0, END] = scores[1, END] = 99.0
     scores[1, OWN] = scores[0, OWN] = 98.0
@@ -73,9 +84,9 @@ def test_each_row_gets_its_own_candidates_values_and_rules(chunk: int) -> None:
         assert numbers.isfinite().all() and len(numbers) == len(rows)
         noted.append((stream, rows.tolist()))
 
-    plan = world.streams.plan(asked, step, offsets)
+    plan = world.streams.plan(valued, step, offsets, 8)
     staged = [torch.from_numpy(array) for array in plan.arrays]
-    found = world.streams.add(plan, staged, scores, world.hidden, world.run, ends, note)
+    found = world.streams.add(plan, staged, line, scores, world.hidden, world.run, ends, note)
     assert noted == [(1, [0, 2]), (2, [2, 3, 4])]
     for j, (row, values) in enumerate(asked):
         best = scores[j].argsort(descending=True)[: values.top_k]

@@ -1,0 +1,130 @@
+"""Batches of whatever methods a request may name, as `tests/specs.py` makes them, in one engine.
+
+Requests join at different steps, prompts come in chunks and from the prefix cache, and few blocks
+preempt; every token is held against the slow definition.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from steering.engine_args import StreamSource
+from steering.plan import SteeringPlan
+from tests.engine.driver import BLOCK, METHODS, Case, Engine
+from tests.engine.heads import Headed, classifier, probe, valued
+from tests.engine.slow import assert_exact
+from tests.engine.test_exactness import prompt
+from tests.models import VOCAB_SIZE
+from tests.specs import WITHOUT_PHASES, Spec, Streams, specs
+from tests.tiers import nightly
+
+pytestmark = pytest.mark.engine
+
+STREAMS = Streams(
+    ("chat", "plain", "short", "twin"),
+    ("value", "kind"),
+    ("critic", "probe"),
+    ("early", "raw"),
+    strength=(0.0, 2.0),
+    weight=(-1.5, 1.5),
+)
+DRAWN = 700
+"""Specs that batches are chosen from: enough for each method, with phases and without."""
+
+BATCHES = 5 if nightly() else 1
+
+
+class AnyEngine(Engine):
+    """Gets what the front end makes of methods that draw several replies, or blocks of one."""
+
+    def plan(self, case: Case) -> SteeringPlan | None:
+        """Of one reply, or of one block."""
+        found = super().plan(case)
+        if found is None or found.search is None:
+            return found if found is None else found.drawing
+        return found.proposing(found.search.draw)
+
+
+def make_heads(folder: Path, bodies: Mapping[str, Path]) -> dict[str, Headed]:
+    return {
+        "critic": classifier(folder / "critic", "llama", 11, tokens=True, labels=2),
+        "probe": probe(folder / "probe", bodies["base"], "base", 15),
+        "value": valued(folder / "value", "qwen2", 21),
+        "kind": valued(folder / "kind", "llama", 22, port=True),
+    }
+
+
+@pytest.fixture(scope="module")
+def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Everything that a method may ask for; the base has rows that are no token."""
+    found = AnyEngine(
+        tmp_path_factory.mktemp("models"),
+        ("llama", VOCAB_SIZE + 12),
+        {
+            "chat": ("qwen2", VOCAB_SIZE),
+            "plain": ("gpt2", VOCAB_SIZE),
+            "short": ("llama", VOCAB_SIZE - 10),
+            "twin": "base",
+        },
+        make_heads,
+        taps={
+            "early": StreamSource(on="base", layer=1, norm=True),
+            "raw": StreamSource(on="base", layer=1, norm=False),
+        },
+        num_gpu_blocks_override=2 * 26,  # half of them are for candidates
+    )
+    yield found
+    del found
+    gc.collect()
+
+
+def case_of(spec: Spec, rng: random.Random, shared: list[int]) -> Case:
+    spec = {name: value for name, value in spec.items() if name not in ("prompts", "report")}
+    named = [name for name in ("chat", "twin", "value") if f"'{name}'" in str(spec)]
+    if rng.random() < 0.3:
+        ids, own = [*shared, *prompt(rng, 0, 9)], {}
+    else:
+        ids = prompt(rng, 1, 3 * BLOCK)
+        own = {name: prompt(rng, 1, 100) for name in named if rng.random() < 0.4}
+    length = rng.randint(3, 8) if "value" in str(spec) else rng.randint(3, 14)
+    return Case(ids, spec, own, length, rng.randrange(12))
+
+
+def pool() -> dict[tuple[str, bool], list[Spec]]:
+    """Specs by (method, whether it has phases)."""
+    found: dict[tuple[str, bool], list[Spec]] = {}
+
+    @settings(max_examples=DRAWN, derandomize=True, deadline=None, database=None,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(specs(STREAMS))
+    def collect(spec: Spec) -> None:
+        found.setdefault((spec["method"], "phases" in spec), []).append(spec)
+
+    collect()
+    assert {method for method, phased in found if phased} == {*METHODS} - {*WITHOUT_PHASES}
+    assert {method for method, phased in found if not phased} == {*METHODS}
+    return found
+
+
+def test_any_batch_is_exact(tight: Engine) -> None:
+    """One request of each method without phases, and one with them, each time."""
+    specs_by_kind, rng = pool(), random.Random(1)
+    for number in range(BATCHES):
+        shared = prompt(rng, 2 * BLOCK + 5, 2 * BLOCK + 5)
+        asked = [rng.choice(specs_by_kind[kind]) for kind in sorted(specs_by_kind)]
+        cases = [case_of(spec, rng, shared) for spec in asked]
+        cases += [Case(shared, max_tokens=20), Case(prompt(rng, 90, 120), max_tokens=60)]
+        before = tight.preemptions()
+        outputs = tight.run(cases, salt=str(number))
+        assert tight.preemptions() > before
+        assert_exact(tight, cases, outputs)
+        again = [case for case in cases if case.prompt[: len(shared)] == shared]
+        warm = tight.run(again, salt=str(number))
+        assert_exact(tight, again, warm)
+        assert any(output.num_cached_tokens >= BLOCK for output in warm)
