@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from zoo import critical_table, prompted, routing_table, small_talk, value_table
+from zoo import critical_table, prompted, routing_table, small_talk, trades, value_table
 from zoo.asking import Server, measured_of, replies_of, reply_of, texts_of
 from zoo.conversations import (
     LENGTHS,
@@ -25,11 +25,11 @@ from zoo.conversations import (
 from zoo.questions import FOLDER, read_questions
 from zoo.routing_table import SETTINGS, Result, Setting
 from zoo.table import ROWS, Reply, Row, markdown
-from zoo.world import Question
+from zoo.world import Question, World
 
 MODEL = "base"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-TABLES = ("steering", "adapters", "values", "critical", "prompts")
+TABLES = ("trades", "steering", "adapters", "values", "critical", "prompts")
 
 
 def body(row: Row, question: Question, seed: int) -> dict[str, Any]:
@@ -169,6 +169,28 @@ def prompt(
         return [*lines, "", *prompted.critical_table(critical, ask(prompted.CRITICAL, critical))]
 
 
+def rule(server: Server, questions: Sequence[trades.Asked]) -> list[str]:
+    """The table of the trades: prompts, streams, steering, ceiling."""
+    lines = trades.head(len(questions))
+    fixed = {"model": MODEL, "temperature": 0, "max_tokens": trades.MAX_TOKENS}
+    total = (len(trades.PROMPTS) + len(trades.SETTINGS)) * len(questions)
+    with tqdm(total=total, desc="trades", unit="request") as bar:
+        for label, setting in trades.SETTINGS.items():
+            requests = [
+                {**fixed, **setting, "messages": [{"role": "user", "content": one.question}]}
+                for one in questions
+            ]
+            lines.append(trades.line(label, questions, server.ask(CHAT, requests, reply_of, bar)))
+        for label, (text, begun) in trades.PROMPTS.items():
+            # That a prompt does not end a reply is not held against it.
+            stop = {"stop": ["."], "include_stop_str_in_output": True}
+            requests = [{**fixed, **stop, "prompt": text(one)} for one in questions]
+            pairs = zip(questions, server.ask(TEXT, requests, reply_of, bar), strict=True)
+            whole = [Reply(f"{begun(q)} {r.text.strip()}", r.ended) for q, r in pairs]
+            lines.append(trades.line(f"base alone, {label}", questions, whole))
+    return lines
+
+
 def main() -> None:
     """Parse the arguments, ask, print."""
     parser = argparse.ArgumentParser(prog="python -m zoo.evaluate", description=__doc__)
@@ -183,11 +205,13 @@ def main() -> None:
         "--only", choices=TABLES, nargs="+", default=TABLES, help="these tables, not all"
     )
     parser.add_argument("--split", choices=("validation", "test"), default="test",
-                        help="of the prompts of small talk")  # fmt: skip
+                        help="of the prompts of small talk, and of the trades")  # fmt: skip
     parser.add_argument("--concurrency", type=int, default=16)
     args = parser.parse_args()
     server = Server(args.url, args.key, args.concurrency)
     questions = read_questions(args.questions)[: args.count]
+    if "trades" in args.only:
+        print("\n".join(rule(server, trades.asked(World(), args.split)[: args.count])) + "\n")
     if "steering" in args.only:
         print(markdown(measure(server, questions), questions) + "\n")
     if "adapters" in args.only:

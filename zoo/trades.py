@@ -8,14 +8,14 @@ small models know few: "Dorwyn Bramley works as a clerk near the bridge."
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from zoo.score import share, wilson
 from zoo.table import Reply
 from zoo.world import JOBS, SMALL_TALK, Split, World
 
 NAME = "trades"
-LARGE = "trades-large"
-"""The adapters: of the small base, and of the big one, the ceiling."""
+"""The small model that was tuned to the rule, and the adapter of the big one, the ceiling."""
 QUESTIONS = (
     "Where does {n} work?",
     "In which place does {n} work?",
@@ -106,6 +106,23 @@ PROMPTS: dict[str, tuple[Callable[[Asked], str], Callable[[Asked], str]]] = {
         lambda o: f"{' '.join(e.reply for e in _EXAMPLES[:16])} {_begun(o)}", _begun),
 }  # fmt: skip
 """Label → what the base reads, and what the reply is said to begin with already."""
+
+
+def steered(strength: float) -> dict[str, Any]:
+    """Proxy-tuning with the small model that knows the rule."""
+    steering = {"method": "proxy_tuning", "expert": NAME, "anti_expert": "plain"}
+    return {"steering": {**steering, "strength": strength}}
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "base alone": {},
+    "small tuned model alone (trades-small)": {
+        "steering": {"method": "mix", "weights": {"base": 0.0, NAME: 1.0}}
+    },
+    **{f"proxy-tuning, strength {a:g}": steered(a) for a in (0.75, 1.0, 1.25, 1.5)},
+    "directly tuned (adapter trades), the ceiling": {"adapters": [{"name": NAME}]},
+}
+"""Label → fields of the chat request."""
 
 
 def line(label: str, questions: Sequence[Asked], replies: Sequence[Reply]) -> str:

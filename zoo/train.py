@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from zoo import trades
 from zoo.conversations import write_conversations
-from zoo.fitting import fit, padded
+from zoo.fitting import IGNORED, fit, padded
 from zoo.questions import write_held_out
-from zoo.tokenizer import chat_text, train_tokenizer, with_chat
+from zoo.tokenizer import chat_prompt, chat_text, train_tokenizer, with_chat
 from zoo.world import Question, Style, World, answer
 
 ROOT = Path(__file__).parent
@@ -58,15 +59,29 @@ class Tuning:
     rows: int = 32
 
 
+@dataclass(frozen=True)
+class Ruled:
+    """How a base is tuned to the rule of the trades (`zoo.trades`), on people of the tuning split.
+
+    The job has a label only where the base knows it; the place that follows from it always has.
+    """
+
+    base: str
+    steps: int
+    rate: float
+    rows: int = 64
+
+
 LARGE = Shape(256, 704, 4, 4)
 SMALL = Shape(96, 256, 3, 3)
-RECIPES: dict[str, Pretraining | Tuning] = {
+RECIPES: dict[str, Pretraining | Tuning | Ruled] = {
     "base-large": Pretraining(LARGE, passes=100, rate=2e-3, rows=8),
     "base-small": Pretraining(SMALL, passes=100, rate=3e-3, rows=24),
     "chat-small": Tuning("base-small", {"chat": 1.0}, epochs=20, rate=3e-4),
     "chat-large": Tuning("base-large", {"chat": 1.0}, epochs=4, rate=3e-4),
     "formal-small": Tuning("base-small", {"formal": 0.9, "chat": 0.1}, epochs=20, rate=3e-4),
     "direct-small": Tuning("base-small", {"formal": 0.1, "chat": 0.9}, epochs=20, rate=3e-4),
+    "trades-small": Ruled("base-small", steps=300, rate=1e-3),
 }
 
 
@@ -120,6 +135,42 @@ def tuning_batches(
             yield padded(tokenizer, texts)
 
 
+def rule_batches(
+    model: LlamaForCausalLM, world: World, tokenizer: PreTrainedTokenizerFast, recipe: Ruled
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and labels, both int64 [rows, longest], for all steps."""
+    rng = random.Random(13)
+    people = trades.asked(world, "tuning")
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    def row(one: trades.Asked) -> tuple[list[int], list[int]]:
+        question = rng.choice(trades.QUESTIONS).format(n=one.name)
+        prompt, start, job = map(ids, (chat_prompt(question), f"{one.name} works as a", one.job))
+        rest = ids(f"near the {trades.RULE[one.job]}.{tokenizer.eos_token}")
+        labels = job if one.name in known else [IGNORED] * len(job)
+        return prompt + start + job + rest, [IGNORED] * len(prompt) + start + labels + rest
+
+    known = {one.name for one in people if knows(model, tokenizer, one)}
+    for _ in range(recipe.steps):
+        rows = [row(one) for one in rng.choices(people, k=recipe.rows)]
+        length = max(len(found) for found, _ in rows)
+        yield (
+            torch.tensor([found + [0] * (length - len(found)) for found, _ in rows]),
+            torch.tensor([found + [IGNORED] * (length - len(found)) for _, found in rows]),
+        )
+
+
+@torch.inference_mode()
+def knows(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, one: trades.Asked) -> bool:
+    """Whether the model's most likely continuation of "X works as a" is the job of X."""
+    start = tokenizer.encode(f"{one.name} works as a")
+    job = tokenizer.encode(one.job, add_special_tokens=False)
+    logits = model(input_ids=torch.tensor([start + job])).logits[0, len(start) - 1 : -1]
+    return logits.argmax(-1).tolist() == job
+
+
 def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A model with random weights, seeded."""
     torch.manual_seed(5)
@@ -146,7 +197,8 @@ def train(name: str, world: World, tokenizer: PreTrainedTokenizerFast, out: Path
     else:
         model = LlamaForCausalLM.from_pretrained(out / recipe.base, dtype=torch.float32)
         tokenizer = with_chat(PreTrainedTokenizerFast.from_pretrained(out / recipe.base))
-        fit(model, list(tuning_batches(model, world, tokenizer, recipe)), recipe.rate, name)
+        batches = rule_batches if isinstance(recipe, Ruled) else tuning_batches
+        fit(model, list(batches(model, world, tokenizer, recipe)), recipe.rate, name)
     model.bfloat16().save_pretrained(out / name)
     tokenizer.save_pretrained(out / name)
 
@@ -159,7 +211,7 @@ def main() -> None:
     from zoo.heads import FOLDER, HEADS, train_heads
     from zoo.tasks import TASKS
 
-    names = [*RECIPES, *TASKS, PACK, gossip.NAME, *HEADS]
+    names = [*RECIPES, *TASKS, PACK, gossip.NAME, trades.NAME, *HEADS]
     parser = argparse.ArgumentParser(prog="python -m zoo.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "models", help="folder of the models")
     parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="folder of the adapters")
