@@ -36,7 +36,7 @@ class Size:
     layers: tuple[int, ...]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def directions(base: LlamaForCausalLM, texts: Sequence[Tensor], size: Size) -> Tensor:
     """The residual stream's principal directions, float32 [hidden, width], orthonormal.
 
@@ -62,7 +62,7 @@ def directions(base: LlamaForCausalLM, texts: Sequence[Tensor], size: Size) -> T
     return torch.linalg.eigh(both).eigenvectors.flip(1)[:, : size.width].contiguous()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sliced(base: LlamaForCausalLM, turn: Tensor, size: Size) -> LlamaForCausalLM:
     """Some layers of a model on a narrower residual stream, with tied embeddings.
 

@@ -61,7 +61,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
     return list(tokenizer.encode(str(text), add_special_tokens=False))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def write(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],

@@ -88,7 +88,7 @@ def lessons(
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def expected(model: LlamaForCausalLM, texts: Sequence[Lesson]) -> list[Written]:
     """What a model expects at each token of the replies."""
     found = []
