@@ -85,7 +85,8 @@ def _sums(draw: st.DrawFn, streams: Streams) -> Spec:
             return {"method": "contrastive", "amateur": one, "strength": strength,
                     "plausibility": draw(_fractions())}  # fmt: skip
         case "mix":
-            masked = draw(st.sampled_from(({}, {}, {"top_k": 3}, {"plausibility": 0.2})))
+            masks: list[Spec] = [{}, {}, {"top_k": 3}, {"plausibility": 0.2}]
+            masked = draw(st.sampled_from(masks))
             return {"method": "mix", "weights": draw(weights), **masked}
         case "select":
             return draw(_selects(streams))
@@ -93,9 +94,9 @@ def _sums(draw: st.DrawFn, streams: Streams) -> Spec:
             return {"method": "safe_decoding", "expert": one, "strength": strength,
                     "tokens": draw(st.integers(1, 5)),
                     "shared": draw(st.integers(1, streams.most))}  # fmt: skip
-        case "dola" | "sled" as method:
-            found = {"method": method, "layers": draw(_some(streams.taps))}
-            if method == "sled":
+        case "dola" | "sled" as layered:
+            found: Spec = {"method": layered, "layers": draw(_some(streams.taps))}
+            if layered == "sled":
                 return found | {"rate": draw(st.floats(0.1, 9)), "top_k": draw(st.integers(1, 20))}
             return found | {"jsd": draw(st.booleans()), "relative_top": draw(_fractions())}
     method, field = draw(st.sampled_from([("context_aware", "without"), ("guidance", "negative")]))
@@ -144,14 +145,15 @@ def _headed(draw: st.DrawFn, streams: Streams) -> Spec:
             "mode": draw(st.sampled_from(("hard", "soft"))),
         }
     names = draw(st.lists(st.sampled_from(streams.values), min_size=1, unique=True))
+    changes: list[Spec] = [{}, {}, {"mask": True}, {"centre": False}]
+    changes.append({"mask": True, "centre": False, "transform": "log_sigmoid"})
     return {
         "method": method,
         "values": [{"stream": name, "strength": draw(streams.strengths())} for name in names],
         "top_k": draw(few),
         "eos_value": draw(st.sampled_from(("prefix", "zero", "model"))),
-        **draw(st.sampled_from(({}, {}, {"mask": True}, {"centre": False},
-                                {"mask": True, "centre": False, "transform": "log_sigmoid"}))),
-    }  # fmt: skip
+        **draw(st.sampled_from(changes)),
+    }
 
 
 WITHOUT_PHASES = ("best_of_n", "guided_search")
@@ -160,15 +162,15 @@ WITHOUT_PHASES = ("best_of_n", "guided_search")
 @st.composite
 def _phases(draw: st.DrawFn, spec: Spec, streams: Streams) -> list[Spec]:
     """Other values of a method's numbers for some tokens, or the base alone."""
-    small = st.integers(0, 9)
-    spans = st.one_of(
-        st.builds(lambda n: {"first": n + 1}, small),
-        st.builds(lambda n: {"from": n}, small),
-        st.builds(lambda n, m: {"from": n, "first": n + m + 1}, small, small),
-        st.sampled_from(({"after": " the"}, {"until": "."}, {"from": 1, "until": "</think>"})),
-    )
-    found = []
-    for span in draw(st.lists(spans, min_size=1, max_size=3)):
+    begin, length = st.integers(0, 9), st.integers(1, 10)
+    texts: list[Spec] = [{"after": " the"}, {"until": "."}, {"from": 1, "until": "</think>"}]
+    found: list[Spec] = []
+    for kind in draw(st.lists(st.integers(0, 3), min_size=1, max_size=3)):
+        span = draw(st.sampled_from(texts))
+        if kind:
+            start, stop = draw(begin), draw(length)
+            both: Spec = {"from": start, "first": start + stop}
+            span = both if kind == 3 else {"first": stop} if kind == 1 else {"from": start}
         own: Spec = {}
         if "strength" in spec:
             own["strength"] = draw(streams.strengths())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from steering.errors import BadValue, SteeringError
 from steering.method import Limits, Snapshot
 from steering.phases import with_ids
-from steering.plan import SteeringPlan
+from steering.plan import Phase, SteeringPlan
 from steering.plugins import discover
 from steering.resolve import Resolved, parse, resolve
 from steering.spec import Profile, read_steering
@@ -62,7 +62,8 @@ def check_error(error: SteeringError) -> None:
 def check_plan(plan: SteeringPlan) -> None:
     """What the worker relies on."""
     hash(plan)
-    for part in (plan, *plan.phases):
+    parts: list[SteeringPlan | Phase] = [plan, *plan.phases]
+    for part in parts:
         names = [name for name, _ in part.weights]
         assert len(set(names)) == len(names) and all(HEADS[name] in ("lm", "q") for name in names)
         assert all(type(weight) is float and math.isfinite(weight) for _, weight in part.weights)
