@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 
@@ -12,8 +13,16 @@ def told(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
         doc: with `answer`, the text's, and `memory`.
         results: the reply.
     """
-    reply = (results[0] or "").lower()
-    places = {name: reply.find(doc[name].lower()) for name in ("answer", "memory")}
-    named = {name: at for name, at in places.items() if at >= 0}
-    first = min(named, key=lambda name: named[name], default="")
-    return {"follows": float(first == "answer"), "remembers": float(first == "memory")}
+    named = {name: _place(doc[name], results[0] or "") for name in ("answer", "memory")}
+    first = min(named, key=lambda name: named[name])
+    found = first if named[first] < _NOWHERE else ""
+    return {"follows": float(found == "answer"), "remembers": float(found == "memory")}
+
+
+_NOWHERE = 1 << 30
+
+
+def _place(words: str, text: str) -> int:
+    """Where whole words begin in a text, in whatever case; `German` is not in `Germany`."""
+    found = re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE)
+    return found.start() if found else _NOWHERE
