@@ -16,8 +16,8 @@ from smollm.evidence.purposes import PURPOSES, Item, Prompt, Purpose, Split
 from smollm.evidence.trained import PACK, made, train_pack
 from smollm.evidence.work import Work
 
-VALIDATION, TEST, EXACT = 24, 56, 2
-PACK_STEPS = 40
+VALIDATION, TEST, EXACT = 16, 32, 2
+PACK_STEPS = 30
 MIX = {"telegram": 0.7, "letter": 0.5}
 """Weights of a mix, whose exactness is measured."""
 

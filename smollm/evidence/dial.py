@@ -33,9 +33,11 @@ from smollm.evidence.trained import made
 from smollm.evidence.work import Work
 
 STRENGTHS = (0.5, 1.0, 1.5, 2.0)
-MIXES = ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1.0, 0.5), (1.0, 1.0), (1.5, 1.0), (1.5, 1.5))
+MIXES = ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1.0, 1.0), (1.5, 1.5))
 """Weights of telegram and letter."""
-VALIDATION, TEST, TEST_MIX = 24, 64, 48
+VALIDATION, TEST, TEST_MIX = 16, 40, 24
+FLUENT = 16
+"""Replies whose perplexity is measured."""
 EXPERT, SECOND = "expert", "second"
 """Twins of the base, one with each adapter."""
 
@@ -236,9 +238,11 @@ class _Dial:
                 [{"role": "user", "content": item.question}],
                 add_generation_prompt=True, return_dict=False,
             )
-            for item in self.test
+            for item in self.test[:FLUENT]
         ]  # fmt: skip
-        ids = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        ids = [
+            self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts[:FLUENT]
+        ]
         surprise = [-sum(one) / len(one) for one in log_probs(self.url, asked, ids) if one]
         repeated = [1 - distinct([text], 2) for text in texts if len(text.split()) > 1]
         return (

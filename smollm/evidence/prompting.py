@@ -10,7 +10,7 @@ from smollm.evidence.asking import CHAT, Reply, replies
 from smollm.evidence.claim import Share, Table
 from smollm.evidence.purposes import PROMPTS, Item, Prompt, Purpose
 
-LONGEST = 64
+LONGEST = 56
 """Tokens of a reply; one that has not ended by then is hardly ever right."""
 
 

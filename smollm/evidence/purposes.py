@@ -272,9 +272,7 @@ class Prompt:
 PLAIN = Prompt("the question alone", None, False, 0)
 PROMPTS = (
     Prompt("instruction before the question", 0, False, 0),
-    Prompt("instruction before the question, other words", 1, False, 0),
-    Prompt("instruction as the system's", 0, True, 0),
+    Prompt("instruction as the system's, other words", 1, True, 0),
     Prompt("4 examples", None, False, 4),
-    Prompt("instruction as the system's, 4 examples", 0, True, 4),
-    Prompt("instruction as the system's, other words, 8 examples", 1, True, 8),
+    Prompt("instruction as the system's, 6 examples", 0, True, 6),
 )

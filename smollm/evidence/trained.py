@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,17 +20,18 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from adapters.training import checkpoint
 from adapters.training.data import IGNORED, Encoder, Example, Tokens
 from adapters.training.descent import Descent
 from smollm.evidence.purposes import PLAINLY, Item, Purpose, Split, first_sentences, splits
 from smollm.evidence.work import Work
 
 RANK, ALPHA = 8, 16
-FIRST_LAYER = 8
+FIRST_LAYER = 15
 """Layers below stay as they are. So the gates of a pack read what has attended to the prompt."""
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj")
 LONGEST = 512
-BATCH, RATE, EPOCHS = 8, 2e-3, 2.0
+BATCH, RATE, EPOCHS = 4, 3e-3, 1.0
 ADAPTERS, PACK = "adapters", "pack"
 """The claims' common folder, and the pack's in it."""
 
@@ -123,13 +125,14 @@ def train_lora(
             value = float(loss.detach())
             yield value, f"loss {value:.3f}"
 
-    work = out.with_name(out.name + ".training")
-    work.mkdir(parents=True, exist_ok=True)
-    Descent(out.name, parameters, [(list(parameters.values()), RATE)], steps, 0.1, 0.0, steps).run(
-        {}, work, print, losses
-    )
-    tuned.save_pretrained(str(work / "adapter"))
-    (work / "adapter").rename(out)
+    work = checkpoint.work_folder(out)
+    with checkpoint.locked(work):
+        Descent(
+            out.name, parameters, [(list(parameters.values()), RATE)], steps, 0.1, 0.0, steps
+        ).run({}, work, print, losses)
+        tuned.save_pretrained(str(work / "adapter"))
+        (work / "adapter").rename(out)
+        shutil.rmtree(work)
 
 
 def encoded(model: Path, lines: Sequence[dict[str, Any]]) -> list[Tokens]:
@@ -176,7 +179,7 @@ def train_pack(model: Path, purposes: Sequence[Purpose], folder: Path, steps: in
         for purpose in purposes:
             command += ["--adapter", f"{purpose.name}={folder / purpose.name}"]
             command += ["--data", f"{purpose.name}={_lines(folder, purpose)}"]
-        options = {"top-k": 1, "gate-std": 0.02, "rate": 1e-2, "gate-factor": 1, "batch": 6,
+        options = {"top-k": 1, "gate-std": 0.02, "rate": 1e-2, "gate-factor": 1, "batch": 4,
                    "steps": steps, "save-every": steps, "warm-up": 0.1}  # fmt: skip
         for name, value in options.items():
             command += [f"--{name}", str(value)]

@@ -140,7 +140,7 @@ def test_a_lora_learns_and_is_kept(tmp_path: Path) -> None:
     items = [Item("Who rows?", f"We row boat number {i} now.") for i in range(4)]
     lines = trained.example_lines(TELEGRAM, items)
     out = tmp_path / "telegram"
-    trained.train_lora(base, lines, out, epochs=6, first_layer=1)
+    trained.train_lora(base, lines, out, epochs=10, first_layer=1)
     weights = (out / "adapter_model.safetensors").read_bytes()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     rows = trained.encoded(base, lines)
