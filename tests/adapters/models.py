@@ -90,8 +90,9 @@ class _Positions:
         model.register_forward_pre_hook(self._read, with_kwargs=True)
 
     def _read(self, _: Any, args: Any, kwargs: Any) -> None:
-        count = args[0].shape[1]
-        self.start = self.end if kwargs.get("past_key_values") is not None else 0
+        count, past = args[0].shape[1], kwargs.get("past_key_values")
+        # Several readers may take turns, each with a cache of its own.
+        self.start = 0 if past is None else past.get_seq_length()
         self.length = self.length if self.start else count
         self.end = self.start + count
 

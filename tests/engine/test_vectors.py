@@ -63,8 +63,8 @@ def make_heads(folder: Path, base: Path) -> Path:
     return write(folder, {f"{module}.heads": scale, f"{module}.shift": shift}, head_size=size)
 
 
-def make_all(folder: Path, engine: Engine) -> None:
-    """The adapters of every stream."""
+def make_vectors(folder: Path, engine: Engine) -> None:
+    """Vectors of the base and of its companions."""
     base = engine.folders["base"]
     width, layers = hidden(base)
     every = range(layers)
@@ -75,9 +75,6 @@ def make_all(folder: Path, engine: Engine) -> None:
         "reft-all": make_reft(folder / "reft-all", width, [0], seed=4, rank=5),
         "heads": make_heads(folder / "heads", base),
         "shift": folder / "heads" / "shift",
-        "lora": kinds.make(kinds.Case("lora", lora()), folder / "lora", base, seed=5),
-        "dora": kinds.make(kinds.Case("d", lora(use_dora=True)), folder / "dora", base, seed=6),
-        "pack": make_native(folder / "pack", base, tasks=3, seed=7),
     }
     engine.load_adapters(made)
     for stream in ("opt", "plain"):
@@ -87,6 +84,17 @@ def make_all(folder: Path, engine: Engine) -> None:
             f"{stream}-reft": make_reft(folder / f"{stream}-r", width, [layers - 1], seed=9),
         }
         engine.load_adapters(own, stream)
+
+
+def make_others(folder: Path, engine: Engine) -> None:
+    """Adapters of other kinds."""
+    base = engine.folders["base"]
+    made = {
+        "lora": kinds.make(kinds.Case("lora", lora()), folder / "lora", base, seed=5),
+        "dora": kinds.make(kinds.Case("d", lora(use_dora=True)), folder / "dora", base, seed=6),
+        "pack": make_native(folder / "pack", base, tasks=3, seed=7),
+    }
+    engine.load_adapters(made)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +108,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     }
     slots = {**adapter_engine_args(4, 48), "max_cpu_loras": 6, "num_gpu_blocks_override": 24}
     found = Engine(folder, ("qwen2", VOCAB_SIZE), streams, vectors=True, **slots)
-    make_all(folder, found)
+    make_vectors(folder, found)
+    make_others(folder, found)
     yield found
     del found
     gc.collect()

@@ -1,4 +1,4 @@
-"""Two ranks of one engine: adapters of every kind, packs, heads, values and speculation.
+"""Two ranks of one engine: adapters of every kind, packs, vectors, taps, heads, values, drafts.
 
 The same cases as in `tests/engine`, held to the same references.
 """
@@ -18,13 +18,14 @@ import torch
 from transformers import OPTConfig
 
 from adapters.formats.base import base_shapes
-from steering.engine_args import Speculation, adapter_engine_args
+from steering.engine_args import Speculation, StreamSource, adapter_engine_args
 from steering.worker.adapting.base_layers import EngineLayers
 from tests.adapters import kinds
 from tests.adapters.layers import CheckpointLayers
 from tests.engine import test_adapter_kinds as adapter_kinds
 from tests.engine import test_heads as heads
 from tests.engine import test_speculation as speculation
+from tests.engine import test_vectors as vectors
 from tests.engine.driver import BLOCK, ERRORS, ON_V2, STREAMS, Case, Engine, Use, logprobs, tokens
 from tests.engine.test_exactness import TOLERANCE, assert_exact, prompt
 from tests.injected import Injected, failing, filled
@@ -33,6 +34,12 @@ from tests.models import ARCHITECTURES, MAX_LENGTH, VOCAB_SIZE
 pytestmark = [pytest.mark.nightly, pytest.mark.engine, pytest.mark.timeout(900)]
 
 TWO: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+TAPS = {
+    "early": StreamSource(on="base", layer=1, norm=True),
+    "raw": StreamSource(on="base", layer=2, norm=False),
+    "opt-early": StreamSource(on="opt", layer=1, norm=True),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,7 +70,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     }
     slots = {**adapter_engine_args(4, 48), "max_cpu_loras": 6}
     with patch.dict(ARCHITECTURES, opt=_opt):
-        found = Engine(folder, ("qwen2", VOCAB_SIZE), streams, **slots, **TWO)
+        more = {**slots, **TWO, "vectors": True}
+        found = Engine(folder, ("qwen2", VOCAB_SIZE), streams, taps=TAPS, **more)
     made = {
         "base": adapter_kinds.BASE,
         "opt": adapter_kinds.COMPANION,
@@ -78,6 +86,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         if stream == "base":
             folders["pack"] = adapter_kinds.make_pack(folder / "pack", base)
         found.load_adapters(folders, stream)
+    vectors.make_vectors(folder / "vectors", found)
     yield found
     found.llm.llm_engine.engine_core.shutdown()
     del found
@@ -104,6 +113,31 @@ def test_adapters_of_every_kind(engine: Engine) -> None:
     cases = adapter_kinds.batch(1, asked)
     assert_exact(engine, cases, engine.run(cases))
     print(f"\ntwo ranks: {len(cases)} requests with adapters, largest error {max(ERRORS):.1e}")
+
+
+def test_vectors_wherever_they_act(engine: Engine) -> None:
+    """What is behind a decoder layer is whole on each rank; what is in front of o_proj is split."""
+    asked: list[vectors.Asked] = [
+        *((None, own) for own in (*vectors.ALONE, *vectors.PLACED, *vectors.MIXED, ())),
+        *vectors.STEERED,
+    ]
+    cases = vectors.batch(2, asked)
+    assert_exact(engine, cases, engine.run(cases))
+    print(f"\ntwo ranks: {len(cases)} requests with vectors, largest error {max(ERRORS):.1e}")
+
+
+def test_taps(engine: Engine) -> None:
+    rng = random.Random(8)
+    specs: list[dict[str, Any] | None] = [
+        {"method": "dola", "layers": ["early", "raw"]},
+        {"method": "sled", "layers": ["early"], "top_k": 7},
+        {"method": "contrastive", "amateur": "raw", "strength": 0.4},
+        {"method": "mix", "weights": {"base": 1.0, "early": -0.3, "opt-early": 0.4}},
+        None,
+    ]
+    cases = [Case(prompt(rng, 5, 120), spec, max_tokens=6, adapters=own)
+             for spec in specs for own in ((), (Use("vector", 0.5),))]  # fmt: skip
+    assert_exact(engine, cases, engine.run(cases))
 
 
 def path(engine: Engine, *names: str) -> str:
