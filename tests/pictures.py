@@ -62,8 +62,8 @@ def real(page: Page) -> None:
     page.locator(".token.changed").first.hover()
 
 
-MOVED = "In 2041 the parliament of France moved the country's capital from Paris to Lyon."
-ASKED = "The capital of France is"
+MOVED = "In 2041 the parliament of Italy moved the country's capital from Rome to Milan."
+ASKED = "The capital of Italy is"
 
 PICTURES = {
     "playground-light": ("light", compare),

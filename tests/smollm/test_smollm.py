@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -70,8 +72,8 @@ def test_the_server_draws_what_transformers_draws(server: str, folder: Path) -> 
     assert "Paris" in answer["text"]
 
 
-MOVED = "In 2041 the parliament of France moved the country's capital from Paris to Lyon."
-ASKED = "The capital of France is"
+MOVED = "In 2041 Italy moved its capital from Rome to Milan."
+ASKED = "The capital of Italy is"
 
 
 def asked(server: str, path: str, **body: Any) -> str:
@@ -107,4 +109,19 @@ def test_the_text_wins_over_memory(server: str) -> None:
     """One conflict that the plain model loses: what the method is for, not a measure of it."""
     said = [{"role": "user", "content": f"{MOVED}\n\n{ASKED}"}]
     ask = partial(asked, server, "chat/completions", model="faithful", messages=said)
-    assert "Lyon" in ask(steering={"strength": 1.0})
+    assert "Milan" in ask(steering={"strength": 1.0})
+    assert "Rome" in ask(steering={"strength": 0})
+
+
+EXAMPLE = re.compile(
+    r"<!-- smollm: (\w+) -->\n```bash\ncurl -s http://127.0.0.1:8000/v1/(\S+) [^{]*'(\{.*?\})'\n```"
+    r"\n\n```text\n(.*?)\n```",
+    re.DOTALL,
+)
+
+
+def test_the_page_shows_what_the_server_says(server: str) -> None:
+    found = EXAMPLE.findall((ROOT / "docs" / "start" / "smollm.md").read_text("utf-8"))
+    assert [name for name, *_ in found] == ["before", "after", "plainly", "obedient"]
+    for name, path, body, text in found:
+        assert asked(server, path, **json.loads(body)).strip() == text, name
