@@ -86,8 +86,9 @@ def _sums(draw: st.DrawFn, streams: Streams) -> Spec:
                     "plausibility": draw(_fractions())}  # fmt: skip
         case "mix":
             masks: list[Spec] = [{}, {}, {"top_k": 3}, {"plausibility": 0.2}]
-            masked = draw(st.sampled_from(masks))
-            return {"method": "mix", "weights": draw(weights), **masked}
+            summed = draw(weights)
+            masked = draw(st.sampled_from(masks)) if summed.get(BASE) else {}
+            return {"method": "mix", "weights": summed, **masked}
         case "select":
             return draw(_selects(streams))
         case "safe":
@@ -181,7 +182,8 @@ def _phases(draw: st.DrawFn, spec: Spec, streams: Streams) -> list[Spec]:
             own["layers"] = draw(_some(streams.taps))
         if "weights" in spec:
             own["weights"] = {BASE: 1.0, draw(st.sampled_from(streams.models)): 0.5}
-        found.append({**span, **(own if own and draw(st.booleans()) else {"off": True})})
+        on: bool = draw(st.booleans())
+        found.append({**span, **(own if own and on else {"off": True})})
     return found
 
 

@@ -329,7 +329,8 @@ def request(
     for stream, weight in weights.items():
         control[stream], uses[stream] = weight, True
     offsets[2] = own
-    return RequestState(control, uses, offsets, (None,) * len(NAMES), values=values)
+    prompts, added = (None,) * len(NAMES), () if values is None else (values,)
+    return RequestState(control, uses, offsets, prompts, values=added)
 
 
 ALL = {0: 1.0, 1: 0.5, 2: -0.5}

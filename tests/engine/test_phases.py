@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -112,31 +113,37 @@ def test_off_gives_the_bases_bits(engine: Engine) -> None:
     assert logprobs(found) == logprobs(want)
 
 
+@contextmanager
+def preempting(engine: Engine, *at: int) -> Iterator[None]:
+    """In some steps the request that came last is preempted."""
+    core: Any = engine.llm.llm_engine.engine_core.engine_core
+    scheduler, step, steps = core.scheduler, core.scheduler.schedule, [0]
+
+    def schedule(*args: Any, **options: Any) -> Any:
+        steps[0] += 1
+        if steps[0] in at and scheduler.running:
+            scheduler._preempt_request(scheduler.running.pop(), 0.0)
+        return step(*args, **options)
+
+    before = engine.preemptions()
+    scheduler.schedule = schedule
+    try:
+        yield
+    finally:
+        del scheduler.schedule
+    assert engine.preemptions() > before
+
+
 def test_preempted_requests_are_in_the_phase_that_they_were_in(engine: Engine) -> None:
     rng = random.Random(7)
-    core: Any = engine.llm.llm_engine.engine_core.engine_core
     cases = []
     for _ in range(2):
         ids = prompt(rng, 40, 60)
         text = text_in(engine, Case(ids, PROXY, max_tokens=12), 4)
         for phases in ([{"after": text, "off": True}], [{"first": 6, "strength": 0.1}]):
             cases.append(Case(ids, {**PROXY, "phases": phases}, max_tokens=12))
-    scheduler, step, steps = core.scheduler, core.scheduler.schedule, [0]
-
-    def preempting(*args: Any, **options: Any) -> Any:
-        steps[0] += 1
-        if steps[0] in (5, 9) and scheduler.running:
-            request = scheduler.running.pop()
-            scheduler._preempt_request(request, 0.0)
-        return step(*args, **options)
-
-    before = engine.preemptions()
-    scheduler.schedule = preempting
-    try:
+    with preempting(engine, 5, 9):
         outputs = engine.run(cases)
-    finally:
-        del scheduler.schedule
-    assert engine.preemptions() > before
     assert_exact(engine, cases, outputs)
 
 

@@ -151,7 +151,7 @@ def test_truncation_is_of_the_steered_distribution(selecting: Engine, name: str)
 
     The base's own rows of padding are no token, for a plain request neither.
     """
-    rng, draws = random.Random(6), 400
+    rng, draws = random.Random(6), 150
     params, kept_of = TRUNCATIONS[name]
     params = {**params, "temperature": 1.0, "n": draws, "seed": 4, "logprobs": None}
     ids = prompt(rng, 9, 20)

@@ -17,7 +17,7 @@ from steering.method import Logits
 from tests.engine import slow
 from tests.engine.driver import BLOCK, ON_V2, Case, Engine, logprobs, tokens
 from tests.engine.test_exactness import SPECS, TOLERANCE, assert_exact, mixed_cases, prompt
-from tests.engine.test_phases import assert_thought, phased, text_in, thinking
+from tests.engine.test_phases import assert_thought, phased, preempting, text_in, thinking
 from tests.models import VOCAB_SIZE, make_tokenizer
 
 pytestmark = pytest.mark.engine
@@ -193,10 +193,9 @@ def test_phases(drafting: Engine) -> None:
     cases += [Case(prompt(rng, 5, 60), spec, max_tokens=15, report="summary", arrives=2)
               for spec in (late, ends, {"method": "safe_decoding", "expert": "chat"})]  # fmt: skip
     cases += phased(drafting, 62)
-    before = drafting.preemptions()
-    outputs = drafting.run(cases)
+    with preempting(drafting, 4, 8, 12):
+        outputs = drafting.run(cases)
     assert slow.assert_exact(drafting, cases, outputs) > 15
-    assert drafting.preemptions() > before
     reports = [drafting.report(t, o)["0"] for t, o in zip(drafting.tags[:4], outputs, strict=False)]
     assert all(report["drafted"] > 0 for report in reports)
     assert reports[2]["accepted"] > 0

@@ -165,7 +165,7 @@ def test_a_method_with_phases_of_its_own_has_them_inside_the_requests() -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_has_phases_or_says_that_it_has_none(method: str) -> None:
     """A phase with a strength must not be lost."""
-    on = {
+    on: dict[str, dict[str, Any]] = {
         "proxy_tuning": PROXY,
         "emulated_fine_tuning": {"tuned": "chat", "reference": "plain"},
         "contrastive": {"amateur": "chat"},
@@ -180,10 +180,9 @@ def test_every_method_has_phases_or_says_that_it_has_none(method: str) -> None:
         "sled": {"layers": ["early"]},
         "select": {"second": "chat", "gate": "constant"},
         "safe_decoding": {"expert": "chat"},
-    }[method]
+    }
     snapshot = Snapshot({**SNAPSHOT.streams, "critic": "classifier"}, taps=SNAPSHOT.taps)
-    fields = {k: v for k, v in on.items() if k not in ("method",)}
-    spec = {"method": method, **fields, "phases": [{"from": 2, "off": True}]}
+    spec = {**on[method], "method": method, "phases": [{"from": 2, "off": True}]}
 
     def found() -> SteeringPlan:
         return resolve(spec, methods=METHODS, snapshot=snapshot, limits=Limits()).plan
