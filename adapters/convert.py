@@ -5,6 +5,7 @@
     ….svec                                            IBM activation-steering (JSON): acts at the
                                                       input of n, so at our n − 1
     a folder with config.json and intkey_….bin        pyreft's LoReFT (arXiv 2404.03592)
+    heads of ITI and LoFiT                            see `convert_heads`
 
 Pickles are read with `torch.load(weights_only=True)`, which runs nothing of them.
 """
@@ -15,13 +16,14 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from adapters.convert_heads import HeadFiles, from_heads, is_of_heads
 from adapters.errors import BadAdapter, BadSource
 from adapters.formats.config import read_object
 from adapters.formats.vectors import CONFIG, TENSORS, read_vectors
@@ -50,6 +52,7 @@ class Request:
         layers: numbers as the source counts them; None: all.
         positions: of pyreft, e.g. `f7+l7`: its folders do not say them.
         scale: what the numbers are multiplied by when they are served.
+        beside: more files, for ITI and LoFiT.
     """
 
     source: Path
@@ -57,6 +60,7 @@ class Request:
     layers: Collection[int] | None = None
     positions: str | None = None
     scale: float = 1.0
+    beside: HeadFiles = field(default_factory=HeadFiles)
 
 
 def convert(request: Request) -> list[Path]:
@@ -75,6 +79,11 @@ def convert(request: Request) -> list[Path]:
     if not math.isfinite(request.scale):
         raise BadSource("not a finite number", field="--scale", value=request.scale)
     source = request.source
+    if is_of_heads(source):
+        return _from_heads(request)
+    for name, given in vars(request.beside).items():
+        if given is not None:
+            raise BadSource("only for heads of ITI and LoFiT", field=f"--{name}", value=given)
     if (source / "config.json").is_file():
         return _from_pyreft(request)
     if request.positions is not None:
@@ -190,6 +199,15 @@ def _vector(value: Any, name: str) -> torch.Tensor:
     if not value.isfinite().all():
         raise BadAdapter("has NaN or infinite values", field=name)
     return value.float().contiguous()
+
+
+def _from_heads(request: Request) -> list[Path]:
+    for name, given in (("--layers", request.layers), ("--positions", request.positions)):
+        if given is not None:
+            raise BadSource("heads are chosen by --heads; where they act is known", field=name)
+    tensors, config = from_heads(request.source, request.beside)
+    _write(request.out, tensors, kind="vector", scale=request.scale, **config)
+    return [request.out]
 
 
 # --- pyreft -------------------------------------------------------------------------------------

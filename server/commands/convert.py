@@ -1,4 +1,4 @@
-"""`coxswain convert-vectors`: steering vectors that other projects keep in pickles, as our own."""
+"""`coxswain convert-vectors`: steering vectors as other projects keep them, as our own."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ A server never opens a pickle; this command reads them with torch.load(weights_o
   FILE.svec                                 IBM activation-steering: what acts at the input of its
                                             layer n acts here behind layer n − 1
   a folder of pyreft's                      LoReFT, with --positions as it was trained
+  FILE_head_wise.npy                        ITI: activations [n, L, H D], with --labels and --heads
+  directions.safetensors, or .npy           ITI: directions [L, H, D] and sigma [L, H]
+  a checkpoint with attn_A and attn_v       LoFiT
 """
 
 _EPILOG = """\
@@ -23,6 +26,9 @@ examples:
   coxswain convert-vectors vec_layer_13_Llama-2-7b-chat-hf.pt vectors/sycophancy
   coxswain convert-vectors refusal.svec vectors/refusal --layers 15-23 --scale 1.5
   coxswain convert-vectors ./reft_to_share vectors/reft --positions f7+l7
+  coxswain convert-vectors llama_tqa_head_wise.npy vectors/honest --labels llama_tqa_labels.npy \\
+      --heads 14:1,14:18,12:5 --model models/llama --scale 15
+  coxswain convert-vectors ./llama2_7B_base_lofit_truthfulqa vectors/truthful
   coxswain adapters load sycophancy ./vectors/sycophancy
 
 GGUF control vectors and safetensors need no conversion. More: docs/guide/vectors.md
@@ -45,6 +51,15 @@ def add(commands: Any) -> None:
                         help="of pyreft's folders: the prompt's positions they change")  # fmt: skip
     parser.add_argument("--scale", type=float, default=1.0, metavar="X",
                         help="what weight 1 of a request stands for (default: 1)")  # fmt: skip
+    heads = parser.add_argument_group("heads of ITI and LoFiT")
+    heads.add_argument("--heads", metavar="L:H,…",
+                       help="to change, layer:head from 0, or a .npy file [K, 2]")  # fmt: skip
+    heads.add_argument("--labels", metavar="FILE.npy", type=Path,
+                       help="ITI: 1 or 0 for each row of the activations in SOURCE")  # fmt: skip
+    heads.add_argument("--activations", metavar="FILE.npy", type=Path,
+                       help="ITI: to find sigma along the directions in SOURCE")  # fmt: skip
+    heads.add_argument("--model", metavar="FOLDER", type=Path,
+                       help="the checkpoint that they are for")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,11 +69,13 @@ def run(args: argparse.Namespace) -> int:
         The exit status: 1 where something cannot be converted; the reason is on standard error.
     """
     from adapters.convert import Request, convert, read_layers
+    from adapters.convert_heads import HeadFiles
     from adapters.errors import AdapterError
 
     try:
         layers = None if args.layers is None else read_layers(args.layers)
-        made = convert(Request(args.source, args.out, layers, args.positions, args.scale))
+        beside = HeadFiles(args.labels, args.activations, args.heads, args.model)
+        made = convert(Request(args.source, args.out, layers, args.positions, args.scale, beside))
     except (AdapterError, OSError) as error:
         print(f"coxswain: {error}", file=sys.stderr)
         return 1

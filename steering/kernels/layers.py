@@ -44,12 +44,14 @@ def contrast(
     most = torch.full((rows,), NEVER, device=base.device)
     chosen = torch.zeros(rows, dtype=torch.int64, device=base.device)
     shift = torch.zeros(rows, device=base.device)
+    # On a CPU the host sees whether there is a choice; elsewhere it would have to wait.
+    choice = coef.device.type != "cpu" or bool(((coef < 0).sum(-1) > 1).any())
     for i, tap in enumerate(taps):
         if i == 0 or tap is None:
             continue
         s = torch.where(base == NEVER, NEVER, tap())
         own = s.logsumexp(-1, keepdim=True)
-        found = divergence(final, s - own, jsd)
+        found = divergence(final, s - own, jsd) if choice else torch.zeros_like(most)
         better = (coef[:, i] < 0) & (found > most)
         most = torch.where(better, found, most)
         chosen = torch.where(better, i, chosen)
@@ -63,9 +65,11 @@ def divergence(p: torch.Tensor, q: torch.Tensor, jsd: torch.Tensor) -> torch.Ten
     """[n] nats between [n, V] log-probabilities, which are −∞ on the same ids."""
     known = p > NEVER
     mean = torch.logaddexp(p, q) - math.log(2)
-    published = mean.exp() * (2 * mean - p - q)
-    textbook = p.exp() * (p - mean) + q.exp() * (q - mean)
-    return torch.where(known, torch.where(jsd[:, None], textbook, published), 0.0).sum(-1) / 2
+    found = mean.exp() * (2 * mean - p - q)
+    if jsd.device.type != "cpu" or jsd.any():  # elsewhere the host would have to wait
+        textbook = p.exp() * (p - mean) + q.exp() * (q - mean)
+        found = torch.where(jsd[:, None], textbook, found)
+    return torch.where(known, found, 0.0).sum(-1) / 2
 
 
 def evolved(

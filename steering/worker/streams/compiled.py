@@ -47,12 +47,16 @@ def code_key(stream: str, settings: dict[str, Any], lora: Any) -> dict[str, Any]
         lora: vLLM's `LoRAConfig`, or None. The stream's own configuration has none, but its
             layers are wrapped if there is one.
     """
-    sources = settings["streams"].values()
+    streams: dict[str, dict[str, Any]] = settings["streams"]
+    # A tap of a twin reads the layers of the twin's original.
+    owner = {name: source.get("same_as", name) for name, source in streams.items()}
+    taps = {source["layer"] for source in streams.values()
+            if "layer" in source and owner.get(source["on"], source["on"]) == stream}  # fmt: skip
     return {
         "stream": stream,
         "lora": None if lora is None else lora.compute_hash(),
         "vectors": settings["vectors"],
-        "taps": sorted(s["layer"] for s in sources if s.get("on") == stream and "layer" in s),
+        "taps": sorted(taps),
         # torch chooses by it how wide the vectors of its code are.
         "processor": torch.backends.cpu.get_cpu_capability(),
     }

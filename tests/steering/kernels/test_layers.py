@@ -31,8 +31,9 @@ def given(scores: list[torch.Tensor]) -> list[Tap | None]:
 
 
 @pytest.mark.parametrize(("rows", "streams", "size"), [(6, 2, 63), (9, 5, 501), (8, 4, 1)])
-def test_contrast(rows: int, streams: int, size: int) -> None:
-    drawn = LayerRows.draw(rows, streams, size, CONTRASTS)
+@pytest.mark.parametrize("kinds", [CONTRASTS, CONTRASTS[:1]])
+def test_contrast(kinds: tuple[LayerKind, ...], rows: int, streams: int, size: int) -> None:
+    drawn = LayerRows.draw(rows, streams, size, kinds)
     base = drawn.base()
     others = [torch.tensor(s).float() for s in drawn.scores[1:]]
     jsd = torch.tensor([kind is LayerKind.CONTRAST_JSD for kind in drawn.kind])

@@ -36,6 +36,12 @@ def test_the_key_changes_with_what_wraps_the_layers() -> None:
         assert other not in [key, *others[:i]]
 
 
+def test_a_tap_of_a_twin_is_in_its_originals_layers() -> None:
+    tapped = {"twin": {"same_as": "base"}, "late": {"on": "twin", "layer": 2}}
+    streams = SETTINGS["streams"] | tapped
+    assert code_key("base", {**SETTINGS, "streams": streams}, None)["taps"] == [1, 2]
+
+
 def test_other_streams_do_not_change_the_key() -> None:
     more = {**SETTINGS["streams"], "large": {"model": "large"}, "twin": {"same_as": "base"}}
     changed = {**SETTINGS, "streams": more, "ends": [2, 3]}
