@@ -1,5 +1,4 @@
-"""Trains the zoo's LoRA adapters: one per task of :mod:`zoo.tasks`, their MeteoRA pack, gossip,
-and the rule of the trades.
+"""Trains the zoo's LoRA adapters: one per task of :mod:`zoo.tasks`, their MeteoRA pack, and gossip.
 
 The pack is made by ``coxswain train meteora``, as a user would make it.
 """
@@ -19,12 +18,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from zoo import gossip, trades
+from zoo import gossip
 from zoo.fitting import IGNORED, fit, padded
 from zoo.routing_table import TEMPERATURE, TOP_K
 from zoo.tasks import TASKS, Item, Pool, make
 from zoo.tokenizer import ASSISTANT, TEMPLATE_PATH, USER, chat_text
-from zoo.train import Ruled, rule_batches
 from zoo.world import World
 
 ROOT = Path(__file__).parent
@@ -54,7 +52,6 @@ class Recipe:
 
 RECIPE = Recipe()
 GOSSIP = Recipe(rate=3e-3, steps=400)
-TRADES = Recipe(rate=3e-3, steps=150)
 PACK_EXAMPLES = 1500
 """Examples of each task in the pack's training data."""
 PACK_FLAGS = {
@@ -125,13 +122,10 @@ def gossip_batches(
 
 
 def train_adapter(task: str, world: World, models: Path, out: Path) -> None:
-    """Trains an adapter (a task, gossip or trades) and saves it as PEFT does, in bfloat16."""
+    """Train an adapter, of a task or gossip, and save it as PEFT does, weights in bfloat16."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(models / BASE)
     base = LlamaForCausalLM.from_pretrained(models / BASE, dtype=torch.float32)
-    recipe = {gossip.NAME: GOSSIP, trades.NAME: TRADES}.get(task, RECIPE)
-    rule = Ruled(BASE, recipe.steps, recipe.rate, recipe.questions)
-    # Before PEFT changes the base, which is asked what it knows.
-    ruled = list(rule_batches(base, world, tokenizer, rule)) if task == trades.NAME else []
+    recipe = GOSSIP if task == gossip.NAME else RECIPE
     torch.manual_seed(14)
     model = get_peft_model(
         base,
@@ -142,9 +136,7 @@ def train_adapter(task: str, world: World, models: Path, out: Path) -> None:
             task_type="CAUSAL_LM",
         ),
     )
-    if task == trades.NAME:
-        steps = ruled
-    elif task == gossip.NAME:
+    if task == gossip.NAME:
         steps = list(gossip_batches(world, tokenizer, recipe))
     else:
         steps = list(batches(task, Pool.of(world, "tuning"), tokenizer, recipe))

@@ -173,7 +173,7 @@ def rule(server: Server, questions: Sequence[trades.Asked]) -> list[str]:
     """The table of the trades: prompts, streams, steering, ceiling."""
     lines = trades.head(len(questions))
     fixed = {"model": MODEL, "temperature": 0, "max_tokens": trades.MAX_TOKENS}
-    total = (len(trades.PROMPTS) + len(trades.SETTINGS)) * len(questions)
+    total = (len(trades.PROMPTS) + len(trades.SETTINGS) + 1) * len(questions)
     with tqdm(total=total, desc="trades", unit="request") as bar:
         for label, setting in trades.SETTINGS.items():
             requests = [
@@ -181,13 +181,21 @@ def rule(server: Server, questions: Sequence[trades.Asked]) -> list[str]:
                 for one in questions
             ]
             lines.append(trades.line(label, questions, server.ask(CHAT, requests, reply_of, bar)))
+        # That a prompt does not end a reply is not held against it.
+        fixed |= {"stop": ["."], "include_stop_str_in_output": True}
+
+        def ask(texts: Sequence[str]) -> list[Reply]:
+            return server.ask(TEXT, [{**fixed, "prompt": one} for one in texts], reply_of, bar)
+
         for label, (text, begun) in trades.PROMPTS.items():
-            # That a prompt does not end a reply is not held against it.
-            stop = {"stop": ["."], "include_stop_str_in_output": True}
-            requests = [{**fixed, **stop, "prompt": text(one)} for one in questions]
-            pairs = zip(questions, server.ask(TEXT, requests, reply_of, bar), strict=True)
+            replies = ask([text(one) for one in questions])
+            pairs = zip(questions, replies, strict=True)
             whole = [Reply(f"{begun(q)} {r.text.strip()}", r.ended) for q, r in pairs]
             lines.append(trades.line(f"base alone, {label}", questions, whole))
+        # The last prompt begins the sentence: its replies are the jobs.
+        places = ask([trades.looked_up(one) for one in replies])
+        whole = list(map(trades.joined, questions, replies, places))
+        lines.append(trades.line(f"base alone, {trades.TWO_PROMPTS}", questions, whole))
     return lines
 
 

@@ -15,7 +15,7 @@ from zoo.table import Reply
 from zoo.world import JOBS, SMALL_TALK, Split, World
 
 NAME = "trades"
-"""The small model that was tuned to the rule, and the adapter of the big one, the ceiling."""
+"""The stream of the small model that was tuned to the rule."""
 QUESTIONS = (
     "Where does {n} work?",
     "In which place does {n} work?",
@@ -106,6 +106,7 @@ PROMPTS: dict[str, tuple[Callable[[Asked], str], Callable[[Asked], str]]] = {
         lambda o: f"{' '.join(e.reply for e in _EXAMPLES[:16])} {_begun(o)}", _begun),
 }  # fmt: skip
 """Label → what the base reads, and what the reply is said to begin with already."""
+TWO_PROMPTS = "two prompts: the job, then the rule in full"
 
 
 def steered(strength: float) -> dict[str, Any]:
@@ -120,9 +121,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "steering": {"method": "mix", "weights": {"base": 0.0, NAME: 1.0}}
     },
     **{f"proxy-tuning, strength {a:g}": steered(a) for a in (0.75, 1.0, 1.25, 1.5)},
-    "directly tuned (adapter trades), the ceiling": {"adapters": [{"name": NAME}]},
 }
 """Label → fields of the chat request."""
+
+
+def looked_up(reply: Reply) -> str:
+    """The second of two prompts: the rule in full, then the job that the first one brought out."""
+    return f"{_TABLE} A {reply.text.strip().rstrip('.')} works near the"
+
+
+def joined(one: Asked, first: Reply, second: Reply) -> Reply:
+    """The sentence made of the first words of both replies."""
+    job, place = (reply.text.split()[0].rstrip(".") for reply in (first, second))
+    return Reply(f"{_begun(one)} {job} near the {place}.", True)
 
 
 def line(label: str, questions: Sequence[Asked], replies: Sequence[Reply]) -> str:

@@ -197,8 +197,11 @@ def train(name: str, world: World, tokenizer: PreTrainedTokenizerFast, out: Path
     else:
         model = LlamaForCausalLM.from_pretrained(out / recipe.base, dtype=torch.float32)
         tokenizer = with_chat(PreTrainedTokenizerFast.from_pretrained(out / recipe.base))
-        batches = rule_batches if isinstance(recipe, Ruled) else tuning_batches
-        fit(model, list(batches(model, world, tokenizer, recipe)), recipe.rate, name)
+        if isinstance(recipe, Ruled):
+            batches = rule_batches(model, world, tokenizer, recipe)
+        else:
+            batches = tuning_batches(model, world, tokenizer, recipe)
+        fit(model, list(batches), recipe.rate, name)
     model.bfloat16().save_pretrained(out / name)
     tokenizer.save_pretrained(out / name)
 
@@ -211,7 +214,7 @@ def main() -> None:
     from zoo.heads import FOLDER, HEADS, train_heads
     from zoo.tasks import TASKS
 
-    names = [*RECIPES, *TASKS, PACK, gossip.NAME, trades.NAME, *HEADS]
+    names = [*RECIPES, *TASKS, PACK, gossip.NAME, *HEADS]
     parser = argparse.ArgumentParser(prog="python -m zoo.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "models", help="folder of the models")
     parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="folder of the adapters")

@@ -18,13 +18,13 @@ from smollm.evidence.facts import Fact, facts, other_value, text
 from smollm.evidence.work import Work
 
 CONFIG = {"streams": {"twin": {"same_as": "base"}}}
-STRENGTHS = (0.5, 1.0, 2.0, 3.0)
-VALIDATION, TEST = 30, 120
+STRENGTHS = (0.5, 1.0, 2.0)
+VALIDATION, TEST = 24, 100
 STEERED_FORMATS = 2
 """With how many of the best prompts steering is tried on the validation split."""
 TOLERATED = 0.05
 """How much less than the best prompt steering may keep right without a conflict, on validation."""
-MAX_TOKENS = 8
+MAX_TOKENS = 7
 EXAMPLES = 3
 """The first so many of the test split, whatever came out."""
 SHOTS = (

@@ -1,7 +1,7 @@
 """Claim: with `guidance`, the model does what it is told more often.
 
 The base reads the task with an instruction that a program can check, the second stream the same
-task without it; γ counts what the instruction changes more than once.
+prompt without it; γ counts what the instruction changes more than once.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from smollm.evidence.work import Work
 
 CONFIG = {"streams": {"twin": {"same_as": "base"}}}
 STRENGTHS = (1.5, 2.0, 3.0)
-VALIDATION, TEST = 48, 128
+VALIDATION, TEST = 48, 160
 STEERED_FORMATS = 2
-MAX_TOKENS = 80
+MAX_TOKENS = 64
+FLUENCY = 64
+"""Of how many replies the perplexity is measured."""
 EXAMPLES = 4
 """The first so many of the test split, whatever came out."""
 Messages = list[dict[str, str]]
@@ -32,30 +34,50 @@ def _user(text: str) -> Messages:
     return [{"role": "user", "content": text}]
 
 
-def _system(text: str, then: str) -> Messages:
-    return [{"role": "system", "content": text}, *_user(then)]
+def _asked(order: Order, told: bool) -> str:
+    return f"{order.task} {order.instruction}" if told else order.task
 
 
-def _shots(kinds: Sequence[str]) -> Messages:
+def _shots(kinds: Sequence[str], told: bool) -> Messages:
     found: Messages = []
     for kind in kinds:
         asked, reply = SHOTS[kind]
+        # The task is the first sentence, the instruction what follows.
+        asked = asked if told else asked.partition(". ")[0] + "."
         found += [*_user(asked), {"role": "assistant", "content": reply}]
     return found
 
 
-FORMATS: dict[str, Callable[[Order], Messages]] = {
-    "after the task": lambda o: _user(f"{o.task} {o.instruction}"),
-    "before the task": lambda o: _user(f"{o.instruction} {o.task}"),
-    "as the system's message": lambda o: _system(o.instruction, o.task),
-    "twice": lambda o: _user(f"{o.task} {o.instruction}\n\nRemember: {o.instruction}"),
-    "with an appeal": lambda o: _system(
-        "You follow every instruction to the letter.", f"{o.task} {o.instruction}"
-    ),
-    "few-shot, three kinds": lambda o: [*_shots(OTHER), *_user(f"{o.task} {o.instruction}")],
-    "few-shot, the same kind": lambda o: [*_shots([o.kind]), *_user(f"{o.task} {o.instruction}")],
+def _plain(order: Order, told: bool) -> Messages:
+    return _user(_asked(order, told))
+
+
+def _twice(order: Order, told: bool) -> Messages:
+    again = f"\n\nRemember: {order.instruction}" if told else ""
+    return _user(_asked(order, told) + again)
+
+
+def _appeal(order: Order, told: bool) -> Messages:
+    system = [{"role": "system", "content": "You follow every instruction to the letter."}]
+    return [*system, *_plain(order, True)] if told else _plain(order, False)
+
+
+def _few(order: Order, told: bool) -> Messages:
+    return [*_shots(OTHER, told), *_plain(order, told)]
+
+
+def _same(order: Order, told: bool) -> Messages:
+    return [*_shots([order.kind], told), *_plain(order, told)]
+
+
+FORMATS: dict[str, Callable[[Order, bool], Messages]] = {
+    "after the task": _plain,
+    "twice": _twice,
+    "with an appeal": _appeal,
+    "few-shot, three kinds": _few,
+    "few-shot, the same kind": _same,
 }
-"""How an instruction is put, zero-shot and few-shot."""
+"""How an instruction is put, zero-shot and few-shot; False: the same prompt without it."""
 PLAIN = "after the task"
 
 
@@ -74,7 +96,7 @@ class Setting:
 
 def body(order: Order, setting: Setting) -> dict[str, Any]:
     """The chat request of an instruction."""
-    asked = {"messages": FORMATS[setting.form](order), "max_tokens": MAX_TOKENS}
+    asked = {"messages": FORMATS[setting.form](order, True), "max_tokens": MAX_TOKENS}
     if setting.strength == 1:
         return asked
     return {
@@ -83,7 +105,7 @@ def body(order: Order, setting: Setting) -> dict[str, Any]:
             "method": "guidance",
             "negative": "twin",
             "strength": setting.strength,
-            "prompts": {"twin": {"messages": _user(order.task)}},
+            "prompts": {"twin": {"messages": FORMATS[setting.form](order, False)}},
             "report": True,
         },
     }
@@ -137,17 +159,17 @@ def run(work: Work) -> Claim:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(work.model)
-    validation = orders(work.few(VALIDATION, len(KINDS)), f"validation {work.seed}")
-    test = orders(work.few(TEST, len(KINDS)), f"test {work.seed}")
+    validation = orders(work.few(VALIDATION, len(KINDS)), f"second validation {work.seed}")
+    test = orders(work.few(TEST, len(KINDS)), f"second test {work.seed}")
     plain_prompts = [
         tokenizer.apply_chat_template(
-            FORMATS[PLAIN](order), add_generation_prompt=True, return_dict=False
+            FORMATS[PLAIN](order, True), add_generation_prompt=True, return_dict=False
         )
-        for order in test
+        for order in test[:FLUENCY]
     ]
 
     def with_fluency(url: str, one: Outcome) -> Outcome:
-        found = log_probs(url, plain_prompts, [reply.ids for reply in one.said])
+        found = log_probs(url, plain_prompts, [reply.ids for reply in one.said[:FLUENCY]])
         return Outcome(one.right, one.said, perplexity(found))
 
     with work.server(CONFIG) as url:
@@ -195,17 +217,19 @@ def _claim(
     return Claim(
         name="instructions",
         title="Instructions",
-        claim="With `guidance` away from the task without its instruction, the model obeys "
+        claim="With `guidance` away from the same prompt without its instruction, the model obeys "
         "instructions more often than with the best prompt.",
         holds=above(found[ours].obeyed, found[best].obeyed),
         best_prompt=found[best].obeyed,
         ours=found[ours].obeyed,
         how=f"{len(KINDS)} kinds of instructions that a program checks, in the manner of "
         f"[IFEval](https://arxiv.org/abs/2311.07911); {len(test)} on the test split, {split} "
-        f"on the validation split, greedy, at most {MAX_TOKENS} tokens. The second stream reads "
-        f"the task alone. Guidance was tried on {STEERED_FORMATS} prompts that were best on the "
-        "validation split. Perplexity is that of the replies to the plain base which reads the "
-        "plain prompt; KL is per token, from the base that reads the same prompt.",
+        f"on the validation split, greedy, at most {MAX_TOKENS} tokens. A reply must also name "
+        "its topic and not copy an example: in a first run, on other questions, the best prompt "
+        "copied its example word for word, which obeys. The second stream reads the same prompt "
+        f"without the instruction. Guidance was tried on the {STEERED_FORMATS} prompts that were "
+        f"best on the validation split. Perplexity is that of {FLUENCY} replies to the plain base "
+        "which reads the plain prompt; KL is per token, from the base that reads the same prompt.",
         tables=(
             Table(
                 f"{len(test)} instructions of the test split",

@@ -52,16 +52,32 @@ FREQUENT_IN = {
 
 @dataclass(frozen=True)
 class Order:
-    """A task, an instruction, and whether a reply obeys it."""
+    """A task about a topic, an instruction, and whether a reply obeys it."""
 
     kind: str
     task: str
+    topic: str
     instruction: str
     check: Callable[[str], bool]
 
     def obeyed(self, text: str, ended: bool) -> bool:
-        """Whether a reply, ended by the model or cut off, does what was asked."""
-        return (ended or self.kind not in WHOLE) and self.check(text)
+        """Whether a reply, ended by the model or cut off, does what was asked.
+
+        It must also name the topic, but where it is in another language, and it may not be that of
+        a few-shot example: those obey their instruction, so to copy one would be enough.
+        """
+        about = self.kind == "language" or stem(self.topic) in text.lower()
+        copied = any(text.strip() == reply for _, reply in SHOTS.values())
+        return about and not copied and (ended or self.kind not in WHOLE) and self.check(text)
+
+
+def stem(topic: str) -> str:
+    """What forms of a topic's last word share."""
+    word = topic.split()[-1]
+    for end in ("ies", "ing", "s"):
+        if word.endswith(end) and len(word) - len(end) >= 3:
+            return word.removesuffix(end)
+    return word
 
 
 def _words(text: str) -> list[str]:
@@ -285,6 +301,7 @@ def orders(count: int, seed: str) -> list[Order]:
     for i in range(count):
         kind = names[i % len(names)]
         instruction, check = KINDS[kind](rng)
-        task = rng.choice(TASKS).format(topic=rng.choice(TOPICS))
-        found.append(Order(kind, task, instruction, check))
+        topic = rng.choice(TOPICS)
+        task = rng.choice(TASKS).format(topic=topic)
+        found.append(Order(kind, task, topic, instruction, check))
     return found

@@ -10,7 +10,7 @@ import pytest
 from smollm.evidence import context, instructions
 from smollm.evidence.facts import KINDS as FACTS
 from smollm.evidence.facts import Fact, facts, text
-from smollm.evidence.orders import KINDS, SHOTS, Order, orders
+from smollm.evidence.orders import KINDS, SHOTS, Order, orders, stem
 
 FRANCE = Fact("capital", "France", "Paris")
 
@@ -123,9 +123,27 @@ def test_a_language_is_known_by_its_frequent_words(name: str, said: str) -> None
 
 
 def test_a_reply_that_was_cut_off_is_not_a_list_of_three() -> None:
-    order = Order("bullet points", "t", "i", lambda _: True)
-    assert order.obeyed("- a", True) and not order.obeyed("- a", False)
-    assert Order("lower case", "t", "i", lambda _: True).obeyed("a", False)
+    order = Order("bullet points", "t", "tea", "i", lambda _: True)
+    assert order.obeyed("- tea", True) and not order.obeyed("- tea", False)
+    assert Order("lower case", "t", "tea", "i", lambda _: True).obeyed("tea", False)
+
+
+def test_a_reply_must_be_about_its_topic_and_its_own() -> None:
+    order = Order("upper case", "Describe old books briefly.", "old books", "i", str.isupper)
+    assert order.obeyed("A BOOK IS OLD.", True)
+    assert not order.obeyed("A HORSE IS OLD.", True)
+    for kind, (_, reply) in SHOTS.items():
+        assert not Order(kind, "t", "bees", "i", lambda _: True).obeyed(reply, True)
+    assert Order("language", "t", "tea", "i", lambda _: True).obeyed("Le thé.", True)
+
+
+@pytest.mark.parametrize(
+    ("topic", "shared"),
+    [("the moon", "moon"), ("libraries", "librar"), ("dancing", "danc"), ("tea", "tea"),
+     ("paintings", "painting"), ("old books", "book"), ("chess", "ches")],
+)  # fmt: skip
+def test_a_topic_is_named_in_any_form(topic: str, shared: str) -> None:
+    assert stem(topic) == shared
 
 
 def test_the_splits_ask_different_things() -> None:
@@ -135,9 +153,10 @@ def test_the_splits_ask_different_things() -> None:
 
 
 def test_every_format_holds_the_instruction_and_the_other_stream_does_not() -> None:
-    order = orders(1, "a")[0]
-    for form in instructions.FORMATS:
-        asked = instructions.body(order, instructions.Setting(form, 2.0))
-        assert order.instruction in str(asked["messages"])
-        (other,) = asked["steering"]["prompts"].values()
-        assert order.instruction not in str(other) and order.task in str(other)
+    for order in orders(len(KINDS), "a"):
+        for form in instructions.FORMATS:
+            asked = instructions.body(order, instructions.Setting(form, 2.0))
+            assert order.instruction in asked["messages"][-1]["content"]
+            (other,) = asked["steering"]["prompts"].values()
+            said = [one["content"] for one in other["messages"] if one["role"] == "user"]
+            assert all(one in ("Tell me about bees.", order.task) for one in said)

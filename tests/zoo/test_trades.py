@@ -40,7 +40,7 @@ def test_no_text_of_the_base_has_the_rule() -> None:
 
 
 def test_the_splits_ask_about_different_people() -> None:
-    names = [{one.name for one in trades.asked(WORLD, s)} for s in ("tuning", "validation", "test")]  # type: ignore[arg-type]
+    names = [{one.name for one in trades.asked(WORLD, s)} for s in ("tuning", "validation", "test")]
     assert sum(map(len, names)) == len(set().union(*names)) == len(WORLD.people)
 
 
