@@ -19,13 +19,15 @@ from smollm.evidence.work import Work
 
 STRENGTHS = (2.0, 5.0, 10.0, 20.0)
 """β of value-augmented sampling."""
-WEIGHTS = (0.25, 0.5, 0.75, 1.0)
+WEIGHTS = (0.25, 0.5, 1.0)
 """Of the vector; 1 is what its training chose."""
-POOL = 16
+POOL = 8
 """Plain replies to each request; best of n chooses among the first n of them."""
-NS = (2, 4, 8, 16)
-KS = (4, 8)
-"""Blocks that guided search draws behind each."""
+NS = (2, 4, 8)
+K = 4
+"""Of how many replies, or blocks, the value model chooses one."""
+VALIDATION, TEST = 24, 66
+"""Requests that are asked."""
 BLOCK = 8
 """Tokens of a block of guided search."""
 VALUE = "value"
@@ -166,8 +168,8 @@ class _Reward:
         prompts = self._prompts(tried, best)
         values = {s: self._valued(s, self.test) for s in STRENGTHS}
         vectors = [self._sunny(w, self.test) for w in WEIGHTS]
-        first, by_reward, by_value = self._chosen()
-        searches = [self._searched(k) for k in KS]
+        first, by_reward = self._pool()
+        by_value, search = self._by_value(), self._searched()
         ours, theirs = values[strength].reward, prompts[best].reward
         return Claim(
             name="reward",
@@ -182,7 +184,7 @@ class _Reward:
                 _table(
                     "Replies to neutral requests, on the test split",
                     [first, *prompts.values(), *vectors, *values.values(), *by_reward, by_value,
-                     *searches],
+                     search],
                     f"Chosen on the validation split: β {strength:g}, the prompt `{best}`. A pass "
                     "of the value stream reads 20 candidates with "
                     f"{LAYERS} of the base's 30 layers.",
@@ -194,8 +196,8 @@ class _Reward:
                     "value-augmented, by β": [first, *values.values()],
                     "the vector, by weight": [first, *vectors],
                     "best of n, by the reward itself": [first, *by_reward],
-                    f"{by_value.name}": [by_value],
-                    "guided search, by k": searches,
+                    by_value.name: [by_value],
+                    search.name: [search],
                     **{way.name: [way] for way in prompts.values()},
                 }
             ),
@@ -213,11 +215,11 @@ class _Reward:
 
     @property
     def validation(self) -> tuple[str, ...]:
-        return self.requests.validation[: self.work.few(len(self.requests.validation))]
+        return self.requests.validation[: self.work.few(VALIDATION)]
 
     @property
     def test(self) -> tuple[str, ...]:
-        return self.requests.test[: self.work.few(len(self.requests.test))]
+        return self.requests.test[: self.work.few(TEST)]
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -299,11 +301,8 @@ class _Reward:
         assert best in {cheer.name for cheer in some}
         return {c.name: self._way(f"prompt: {c.name}", self.test, c.messages) for c in some}
 
-    def _chosen(self) -> tuple[Way, list[Way], Way]:
-        """The plain model; the best of n by the reward itself; and of the most by the value model.
-
-        All draw the same replies: those of the server's `best_of_n` have the same seed.
-        """
+    def _pool(self) -> tuple[Way, list[Way]]:
+        """The plain model; and the best of n of its replies, by the reward itself."""
         size = self.work.few(POOL, 2)
         pool = self._drawn([plain(r) for r in self.test], {"n": size})
         first = self._told(PLAIN, self.test, [replies[0] for replies in pool])
@@ -311,17 +310,20 @@ class _Reward:
         for n in [n for n in NS if n <= size]:
             best = [max(replies[:n], key=lambda one: compound(None, one.text)) for replies in pool]
             ways.append(self._told(f"best of {n}, by the reward itself", self.test, best, bound(n)))
-        asked = [plain(r) for r in self.test]
-        found = [one for one, *_ in self._drawn(asked, best_of(size), chosen=True)]
-        name = f"best_of_n, n {size}, by the value model"
-        return first, ways, self._told(name, self.test, found, bound(size))
+        return first, ways
 
-    def _searched(self, k: int) -> Way:
+    def _by_value(self) -> Way:
+        """The server's `best_of_n`."""
+        asked = [plain(r) for r in self.test]
+        found = [one for one, *_ in self._drawn(asked, best_of(K), chosen=True)]
+        return self._told(f"best of {K}, by the value model", self.test, found, bound(K))
+
+    def _searched(self) -> Way:
         asked = [plain(request) for request in self.test]
-        found = [one for one, *_ in self._drawn(asked, searched(k), chosen=True)]
+        found = [one for one, *_ in self._drawn(asked, searched(K), chosen=True)]
         blocks = sum(math.ceil(len(one.ids) / BLOCK) for one in found) / len(found)
-        name = f"guided_search, k {k}, blocks of {BLOCK} tokens"
-        return self._told(name, self.test, found, blocks * bound(k))
+        name = f"guided search, {K} blocks of {BLOCK} tokens, by the value model"
+        return self._told(name, self.test, found, blocks * bound(K))
 
 
 def _table(title: str, ways: Sequence[Way], note: str = "") -> Table:
