@@ -55,9 +55,21 @@ def _fractions() -> st.SearchStrategy[float]:
     return st.floats(0, 1, exclude_min=True) | st.sampled_from([1, 5e-324])
 
 
+SUMS = ("proxy", "scale", "rewards", "contrastive", "mix", "without", "negative", "select", "safe")
+LAYERED = ("dola", "sled")
+HEADED = ("value_augmented", "critical_tokens", "best_of_n", "guided_search")
+WITHOUT_PHASES = ("best_of_n", "guided_search")
+
+
+def kinds(streams: Streams) -> tuple[str, ...]:
+    """What a request may name: methods, and forms of them."""
+    headed = HEADED if streams.values and streams.classifiers else ()
+    return (*SUMS, *(LAYERED if streams.taps else ()), *headed)
+
+
 @st.composite
-def _sums(draw: st.DrawFn, streams: Streams) -> Spec:
-    """Methods that need language models only."""
+def _sums(draw: st.DrawFn, streams: Streams, kind: str) -> Spec:
+    """Methods that need language models only, or layers of the base."""
     models = list(streams.models)
     one, other = draw(_two(models))
     strength = draw(streams.strengths())
@@ -68,8 +80,7 @@ def _sums(draw: st.DrawFn, streams: Streams) -> Spec:
         st.fixed_dictionaries({"tuned": st.just(one), "weight": streams.weights()}),
         min_size=1, max_size=3,
     )  # fmt: skip
-    kinds = ["proxy", "scale", "rewards", "contrastive", "mix", "own", "select", "safe"]
-    match draw(st.sampled_from(kinds + ["dola", "sled"] * bool(streams.taps))):
+    match kind:
         case "proxy":
             return {"method": "proxy_tuning", "expert": one,
                     "anti_expert": draw(st.sampled_from([other, BASE])),
@@ -100,8 +111,8 @@ def _sums(draw: st.DrawFn, streams: Streams) -> Spec:
             if layered == "sled":
                 return found | {"rate": draw(st.floats(0.1, 9)), "top_k": draw(st.integers(1, 20))}
             return found | {"jsd": draw(st.booleans()), "relative_top": draw(_fractions())}
-    method, field = draw(st.sampled_from([("context_aware", "without"), ("guidance", "negative")]))
-    return {"method": method, field: one, "strength": strength,
+    method = {"without": "context_aware", "negative": "guidance"}[kind]
+    return {"method": method, kind: one, "strength": strength,
             "prompts": {one: draw(own_prompts())}}  # fmt: skip
 
 
@@ -127,11 +138,8 @@ def _selects(draw: st.DrawFn, streams: Streams) -> Spec:
 
 
 @st.composite
-def _headed(draw: st.DrawFn, streams: Streams) -> Spec:
+def _headed(draw: st.DrawFn, streams: Streams, method: str) -> Spec:
     """Methods that need a head."""
-    method = draw(
-        st.sampled_from(("value_augmented", "critical_tokens", "best_of_n", "guided_search"))
-    )
     few = st.integers(1, streams.most)
     if method == "guided_search":
         return draw(_searches(streams))
@@ -155,9 +163,6 @@ def _headed(draw: st.DrawFn, streams: Streams) -> Spec:
         "eos_value": draw(st.sampled_from(("prefix", "zero", "model"))),
         **draw(st.sampled_from(changes)),
     }
-
-
-WITHOUT_PHASES = ("best_of_n", "guided_search")
 
 
 @st.composite
@@ -221,11 +226,21 @@ def own_prompts() -> st.SearchStrategy[Spec]:
 
 
 @st.composite
-def specs(draw: st.DrawFn, streams: Streams) -> Spec:
-    """A steering object that the server must take."""
-    headed = bool(streams.values and streams.classifiers)
-    found = dict(draw(_sums(streams) | _headed(streams) if headed else _sums(streams)))
-    if found["method"] not in WITHOUT_PHASES and draw(st.integers(0, 2)) == 0:
+def specs(
+    draw: st.DrawFn, streams: Streams, kind: str | None = None, phased: bool | None = None
+) -> Spec:
+    """A steering object that the server must take.
+
+    Args:
+        draw: hypothesis's.
+        streams: the server's.
+        kind: one of `kinds`; None: any.
+        phased: whether it has phases; None: some have.
+    """
+    kind = kind or draw(st.sampled_from(kinds(streams)))
+    found = dict(draw(_headed(streams, kind) if kind in HEADED else _sums(streams, kind)))
+    some = draw(st.integers(0, 2)) == 0 if phased is None else phased
+    if some and kind not in WITHOUT_PHASES:
         found["phases"] = draw(_phases(found, streams))
     report = draw(st.sampled_from((None, None, True, False, "tokens")))
     return found if report is None else {**found, "report": report}

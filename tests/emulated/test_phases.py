@@ -14,6 +14,7 @@ from steering.kernels.truncation import kept_reference
 from steering.wire import TOP_N_SIGMA
 from tests.emulated.platform import scheduling
 from tests.engine.driver import STREAMS, Case, Engine, tokens
+from tests.engine.heads import valued
 from tests.engine.slow import assert_exact, steered
 from tests.engine.test_exactness import prompt
 from tests.engine.test_phases import MASKED, PROXY, assert_thought, phased, text_in, thinking
@@ -33,8 +34,9 @@ def engine(
             tmp_path_factory.mktemp("models"),
             ("llama", VOCAB_SIZE),
             STREAMS,
+            lambda folder, _: {"value": valued(folder / "value", "qwen2", 21)},
             async_scheduling=asynchronous,
-            num_gpu_blocks_override=28,
+            num_gpu_blocks_override=2 * 28,  # half of them are for candidates
             reasoning_config={"reasoning_start_str": "[", "reasoning_end_str": "</think>"},
             **more,
         )
@@ -61,6 +63,27 @@ def test_preempted_requests_are_in_the_phase_that_they_were_in(engine: Engine) -
     assert engine.preemptions() > before
     assert_exact(engine, cases, outputs)
     assert all(len(tokens(o)) == 40 for o in outputs)
+
+
+def test_values_follow_phases_that_only_the_device_knows(engine: Engine) -> None:
+    """Candidates are evaluated wherever a phase may hold; what is added is found there."""
+    rng = random.Random(12)
+    spec: dict[str, Any] = {"method": "value_augmented", "top_k": 5,
+                            "values": [{"stream": "value", "strength": 2.0}]}  # fmt: skip
+    other = {"values": [{"stream": "value", "strength": 0.7}], "top_k": 2}
+    ids = prompt(rng, 20, 40)
+    text = text_in(engine, Case(ids, spec, max_tokens=10), 2)
+    cases = [Case(ids, {**spec, "phases": phases}, max_tokens=8, report="summary") for phases in (
+        [{"after": text, "off": True}],
+        [{"after": text, **other}, {"first": 1, "off": True}],
+        [{"until": text, "off": True}],
+        [{"from": 3, "off": True}],
+    )]  # fmt: skip
+    cases += [Case(prompt(rng, 9, 60), s, max_tokens=8, arrives=2) for s in (PROXY, spec, None)]
+    outputs = engine.run(cases)
+    assert assert_exact(engine, cases, outputs) > 4
+    passes = engine.report(engine.tags[3], outputs[3])["0"]["passes"]
+    assert passes == {"base": 8, "value": 8 + 3}
 
 
 def test_a_thinking_budget_ends_the_phase_of_thinking(engine: Engine) -> None:

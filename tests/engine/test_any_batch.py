@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from steering.engine_args import StreamSource
 from steering.plan import SteeringPlan
@@ -22,7 +23,7 @@ from tests.engine.slow import assert_exact
 from tests.engine.test_exactness import prompt
 from tests.engine.test_phases import preempting
 from tests.models import VOCAB_SIZE
-from tests.specs import WITHOUT_PHASES, Spec, Streams, specs
+from tests.specs import WITHOUT_PHASES, Spec, Streams, kinds, specs
 from tests.tiers import nightly
 
 pytestmark = pytest.mark.engine
@@ -35,9 +36,6 @@ STREAMS = Streams(
     strength=(0.0, 2.0),
     weight=(-1.5, 1.5),
 )
-DRAWN = 700
-"""Specs that batches are chosen from: enough for each method, with phases and without."""
-
 BATCHES = 5 if nightly() else 1
 
 
@@ -97,28 +95,28 @@ def case_of(spec: Spec, rng: random.Random, shared: list[int]) -> Case:
     return Case(ids, spec, own, length, rng.randrange(12))
 
 
-def pool() -> dict[tuple[str, bool], list[Spec]]:
-    """Specs by (method, whether it has phases)."""
-    found: dict[tuple[str, bool], list[Spec]] = {}
+def batches() -> list[tuple[Spec, ...]]:
+    """Each with every kind of spec, without phases and with them."""
+    phased = [kind for kind in kinds(STREAMS) if kind not in WITHOUT_PHASES]
+    every = [*((kind, False) for kind in kinds(STREAMS)), *((kind, True) for kind in phased)]
+    found: list[tuple[Spec, ...]] = []
 
-    @settings(max_examples=DRAWN, derandomize=True, deadline=None, database=None,
+    @settings(max_examples=BATCHES + 1, derandomize=True, deadline=None, database=None,
               suppress_health_check=list(HealthCheck))  # fmt: skip
-    @given(specs(STREAMS))
-    def collect(spec: Spec) -> None:
-        found.setdefault((spec["method"], "phases" in spec), []).append(spec)
+    @given(st.tuples(*(specs(STREAMS, kind, phases) for kind, phases in every)))
+    def collect(asked: tuple[Spec, ...]) -> None:
+        found.append(asked)
 
     collect()
-    assert {method for method, phased in found if phased} == {*METHODS} - {*WITHOUT_PHASES}
-    assert {method for method, phased in found if not phased} == {*METHODS}
-    return found
+    assert all({spec["method"] for spec in asked} == {*METHODS} for asked in found)
+    return found[1:]  # the first one is the simplest: strengths of 0
 
 
 def test_any_batch_is_exact(everything: Engine) -> None:
-    """One request of each method without phases, and one with them, each time."""
-    specs_by_kind, rng = pool(), random.Random(1)
-    for number in range(BATCHES):
+    """One request of each kind without phases, and one with them, each time."""
+    rng = random.Random(1)
+    for number, asked in enumerate(batches()):
         shared = prompt(rng, 2 * BLOCK + 5, 2 * BLOCK + 5)
-        asked = [rng.choice(specs_by_kind[kind]) for kind in sorted(specs_by_kind)]
         cases = [case_of(spec, rng, shared) for spec in asked]
         cases += [Case(shared, max_tokens=20), Case(prompt(rng, 90, 120), max_tokens=60)]
         with preempting(everything, 4, 9, 15):
