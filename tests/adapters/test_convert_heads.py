@@ -205,8 +205,8 @@ def test_what_cannot_be_converted(
         save_file({"directions": torch.full(shape, value), "sigma": torch.ones(shape[:2])},
                   tmp_path / f"{name}.safetensors")  # fmt: skip
     save_file({"sigma": torch.ones(2, 2)}, tmp_path / "sigma.safetensors")
-    own: dict[str, Any] = {"base": base, beside.get("heads"): beside.get("heads")}
-    files: dict[str, Any] = {key: own.get(v, tmp_path / v) for key, v in beside.items()}
+    files: dict[str, Any] = {key: tmp_path / value for key, value in beside.items()}
+    files |= {"heads": beside.get("heads")} | ({"model": base} if "model" in beside else {})
     with pytest.raises(AdapterError, match=says):
         convert(Request(tmp_path / source, tmp_path / "v", beside=HeadFiles(**files)))
     assert not (tmp_path / "v").exists()
