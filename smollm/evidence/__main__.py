@@ -12,7 +12,7 @@ from pathlib import Path
 
 from smollm.convert import MODEL, convert_package
 from smollm.evidence.claim import Claim
-from smollm.evidence.page import FOLDER, NAMES, PAGE, claims, publish, whole
+from smollm.evidence.page import FOLDER, NAMES, PAGE, QUOTING, claims, publish, quoting, whole
 from smollm.evidence.work import Work
 
 
@@ -54,6 +54,9 @@ def main() -> int:
             verdict = "holds" if found.holds else "does not hold"
             print(f"{name} {verdict}, {found.seconds:.0f} s", flush=True)
     page.write_text(whole(PAGE.read_text("utf-8"), claims(out)), "utf-8")
+    for other in () if args.quick else QUOTING:
+        text = other.read_text("utf-8")
+        other.write_text(quoting(text, other, claims(out)), "utf-8")
     return 1 if failed else 0
 
 

@@ -1,7 +1,12 @@
-"""The part of docs/reports/evidence.md on the real model, made from the claims' JSON alone."""
+"""The part of docs/reports/evidence.md on the real model, made from the claims' JSON alone.
+
+Other pages quote a claim, or how many hold, between `<!-- evidence NAME -->` (or without a name)
+and `<!-- end -->`.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +29,10 @@ NAMES = (
 """The claims in the order of the page; each is the module of this package that measures it."""
 BEGIN = "<!-- made by `python -m smollm.evidence` from docs/reports/evidence/*.json -->"
 END = "<!-- end -->"
+
+QUOTE = re.compile(r"<!-- evidence(?: (\w+))? -->.*?<!-- end -->", re.DOTALL)
+QUOTING = (ROOT / "README.md", *sorted((ROOT / "docs" / "guide" / "methods").glob("*.md")))
+"""The pages that may quote."""
 
 
 def claims(folder: Path = FOLDER) -> list[Claim]:
@@ -81,6 +90,40 @@ def whole(text: str, found: Sequence[Claim]) -> str:
     if count != 1:
         raise ValueError(f"the page has {count} parts between {BEGIN} and {END}, not 1")
     return made
+
+
+def quoting(text: str, page: Path, found: Sequence[Claim]) -> str:
+    """Another page with its quotes made again.
+
+    Args:
+        text: the page's text.
+        page: where it lies, which links are relative to.
+        found: the claims that were measured.
+
+    Raises:
+        ValueError: it quotes what is no claim.
+    """
+    measured = {claim.name: claim for claim in found}
+
+    def made(match: re.Match[str]) -> str:
+        begin, name = match[0].partition("-->")[0] + "-->", match[1]
+        if name is None:
+            return f"{begin}{sum(one.holds for one in found)} of {len(found)}{END}"
+        if name not in NAMES:
+            raise ValueError(f"{page.name} quotes {name!r}, which is none of {', '.join(NAMES)}")
+        said = (
+            _said(measured[name], page) if name in measured else "Not measured on a real model yet."
+        )
+        return f"{begin}\n{said}\n{END}"
+
+    return QUOTE.sub(made, text)
+
+
+def _said(claim: Claim, page: Path) -> str:
+    link = Path(os.path.relpath(PAGE, page.parent)).as_posix()
+    best = f", with the best prompt {shown(claim.best_prompt)}" if claim.best_prompt else ""
+    source = f"[evidence]({link}#{anchor(claim.title)}), `make evidence`, {claim.date}"
+    return f"On a real model ({source}): {shown(claim.ours)}{best}. {_verdict(claim)}"
 
 
 def _summary(found: Sequence[Claim]) -> list[str]:

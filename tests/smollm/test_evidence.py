@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,33 @@ def test_a_plot_is_small(tmp_path: Path) -> None:
 def test_the_page_is_made_from_its_figures() -> None:
     text = page.PAGE.read_text("utf-8")
     assert page.whole(text, page.claims()) == text, "run `python -m smollm.evidence --page`"
+
+
+@pytest.mark.parametrize("other", page.QUOTING, ids=lambda path: path.stem)
+def test_other_pages_quote_the_figures(other: Path) -> None:
+    text = other.read_text("utf-8")
+    assert page.quoting(text, other, page.claims()) == text, (
+        "run `python -m smollm.evidence --page`"
+    )
+
+
+def test_a_quote_is_made_from_the_claim() -> None:
+    text = (
+        "A <!-- evidence -->0 of 0<!-- end --> b.\n<!-- evidence context -->\nlast\n<!-- end -->\n"
+    )
+    other = page.ROOT / "docs" / "guide" / "methods" / "guidance.md"
+    made = page.quoting(text, other, [replace(CLAIM, name="context")])
+    assert "<!-- evidence -->1 of 1<!-- end -->" in made and "last" not in made
+    assert "](../../reports/evidence.md#made--up-in-a-test)" in made and "75.0 %" in made
+    assert "Not measured" in page.quoting(text, other, [])
+    with pytest.raises(ValueError, match="'nothing', which is none of context, "):
+        page.quoting(text.replace("context", "nothing"), other, [])
+
+
+def test_the_pages_quote() -> None:
+    texts = "".join(other.read_text("utf-8") for other in page.QUOTING)
+    quoted = {found[1] for found in page.QUOTE.finditer(texts)}
+    assert {None, "context", "instructions"} <= quoted
 
 
 @pytest.mark.parametrize("claim", page.claims(), ids=lambda one: one.name)
