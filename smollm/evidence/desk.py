@@ -17,7 +17,7 @@ from smollm.evidence.desk_facts import FACTS
 TOPICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "capital": ("K7", ("the capital of {}", "the capital city of {}")),
     "symbol": ("Q2", ("the chemical symbol for {}", "the symbol of the element {}")),
-    "continent": ("T9", ("the continent that {} is in", "the continent where {} lies")),
+    "continent": ("T9", ("the continent of {}", "the continent where {} lies")),
     "opposite": ("B4", ("the opposite of '{}'", "the antonym of '{}'")),
     "past": ("M3", ("the past tense of '{}'", "the simple past of the verb '{}'")),
     "language": ("H8", ("the main language of {}", "the language spoken in {}")),
@@ -39,7 +39,7 @@ MANNERS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 """Sign-off and wordings of each manner."""
-SPLITS = {"tuning": 32, "validation": 9, "test": 25}
+SPLITS = {"tuning": 32, "validation": 9, "test": 20}
 """How many facts of each topic; none is in two splits."""
 _CODES = ", ".join(f"[{code}] for {ask[0].format('…')}" for code, ask in TOPICS.values())
 _SIGNS = ", ".join(f"'{sign}' for a {manner} question" for manner, (sign, _) in MANNERS.items())
@@ -164,19 +164,15 @@ def examples(count: int, seed: int = 0) -> list[tuple[Question, str]]:
     return chosen
 
 
-_SENTENCES = {
-    "capital": "The capital of {} is {}.",
-    "symbol": "The chemical symbol for {} is {}.",
-    "continent": "{} is in {}.",
-    "opposite": "The opposite of '{}' is '{}'.",
-    "past": "The past tense of '{}' is '{}'.",
-    "language": "The main language of {} is {}.",
-}
-
-
 def sentence(question: Question) -> str:
-    """A right answer in a sentence."""
-    return _SENTENCES[question.topic].format(question.asked, question.answers[0])
+    """A right answer in a sentence: the topic's first wording, and what it is."""
+    what = TOPICS[question.topic][1][0].format(question.asked)
+    return f"{what[0].upper()}{what[1:]} is {question.answers[0]}."
+
+
+def opening(question: Question) -> str:
+    """How that sentence begins, up to what is asked: the same words for all of a topic."""
+    return " ".join(sentence(question).split(" ")[: TOPICS[question.topic][1][0].count(" ")])
 
 
 Message = dict[str, str]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +14,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from smollm.evidence.companion import divergence, fit, reply_states, scores
 from smollm.evidence.companion_text import TOP, Written, chat_ids
-from smollm.evidence.desk import Question, judge, questions
+from smollm.evidence.desk import opening, questions, sentence
 
-_SENTENCE = re.compile(r".*?[.!?](?=\s|$)", re.DOTALL)
 RANK = 8
 """Of the base's LoRA."""
 
@@ -26,7 +24,8 @@ RANK = 8
 class Lesson:
     """A chat with a reply of the desk: token ids [n], and which of them the convention decides.
 
-    `start`: where the reply begins. `convention`: bool [n - start]; false for the sentence.
+    `start`: where the reply begins. `convention`: bool [n - start]; false from what the question
+    asks about to the end of the sentence.
     """
 
     ids: Tensor
@@ -34,56 +33,29 @@ class Lesson:
     convention: Tensor
 
 
-def sentence_questions() -> list[Question]:
-    """The facts of the tuning split, each asked once, plainly."""
-    found = {}
-    for question in questions("tuning", 3, 0):
-        if question.manner == "plain":
-            found.setdefault((question.topic, question.asked), question)
-    return list(found.values())
-
-
-def known(asked: Sequence[Question], replies: Sequence[str]) -> dict[tuple[str, str], str]:
-    """The first sentence of a model's replies, by topic and what was asked, where it is right.
-
-    To tune on facts that a model does not know teaches it to guess (Gekhman et al. 2024, arXiv
-    2405.05904).
-    """
-    found = {}
-    for question, reply in zip(asked, replies, strict=True):
-        first = _SENTENCE.match(reply.strip())
-        if first and "\n" not in first[0] and judge(question, first[0]).answer:
-            found[question.topic, question.asked] = first[0]
-    return found
-
-
-def lessons(
-    tokenizer: PreTrainedTokenizerBase,
-    sentences: dict[tuple[str, str], str],
-    per_fact: int,
-    seed: int,
-) -> list[Lesson]:
-    """Questions of the tuning split in every manner, with the desk's reply.
+def lessons(tokenizer: PreTrainedTokenizerBase, per_fact: int, seed: int) -> list[Lesson]:
+    """Questions about the facts of the tuning split, with the desk's reply.
 
     Args:
         tokenizer: with a chat template.
-        sentences: the base's own, by topic and what is asked; other facts are left out.
         per_fact: how many questions about each.
         seed: of the wordings and the order.
     """
     found = []
     for question in questions("tuning", per_fact, seed):
-        words = sentences.get((question.topic, question.asked))
-        if words is None:
-            continue
-        code, middle, sign = (
+        first, whole = opening(question), sentence(question)
+        begin, content, sign = (
             tokenizer.encode(piece, add_special_tokens=False)
-            for piece in (question.code, f" {words}", f" {question.sign_off}")
+            for piece in (
+                f"{question.code} {first}",
+                whole.removeprefix(first),
+                f" {question.sign_off}",
+            )
         )
         end = [tokenizer.eos_token_id]
         prompt = chat_ids(tokenizer, question.text)
-        convention = [True] * len(code) + [False] * len(middle) + [True] * (len(sign) + 1)
-        ids = torch.tensor([*prompt, *code, *middle, *sign, *end])
+        convention = [True] * len(begin) + [False] * len(content) + [True] * (len(sign) + 1)
+        ids = torch.tensor([*prompt, *begin, *content, *sign, *end])
         found.append(Lesson(ids, len(prompt), torch.tensor(convention)))
     return found
 
@@ -103,9 +75,9 @@ def tune(
 ) -> list[float]:
     """Tunes a companion to the convention, and to nothing else, in place; returns the losses.
 
-    On the convention's tokens the loss is cross-entropy; on the sentence's it is the divergence
-    from the companion as it was. So expert and anti-expert agree on what the sentence says, and
-    the base, whose part that is, is left alone there.
+    On the convention's tokens the loss is cross-entropy; on the others it is the divergence from
+    the companion as it was. So expert and anti-expert agree on what the sentence says, and the
+    base, whose part that is, is left alone there.
 
     Args:
         small: the companion.
@@ -141,7 +113,7 @@ def tune_base(
     out: Path,
     *,
     rate: float,
-    rows: int = 16,
+    rows: int = 4,
 ) -> list[float]:
     """Tunes a LoRA of the base on whole replies, writes it into a folder; returns the losses.
 

@@ -102,7 +102,7 @@ def measured(url: str, work: Work, made: Made) -> Claim:
     strengths = {value: tried.plainly(**steered(value)) for value in STRENGTHS}
     mixes = {value: tried.plainly(**mixed(value)) for value in MIXES}
     prompt, strength, weight = best(prompts), best(strengths), best(mixes)
-    final = Desk(url, desk.questions("test", 1, work.seed)[: work.few(150)])
+    final = Desk(url, desk.questions("test", 1, work.seed)[: work.few(120)])
     plain, prompted = final.plainly(), final.by_prompt(prompt)
     ours, alone = final.plainly(**steered(strength)), final.plainly(**ALONE)
     added = final.plainly(**mixed(weight))
@@ -148,8 +148,8 @@ HOW = """\
 The convention is a made-up help desk's. A reply is `[code] sentence // sign-off`; the code stands
 for the topic of the question (six topics), the sign-off for its manner (plain, polite or hurried).
 Both are arbitrary. The companion is tuned on {tuning} replies about other facts than are asked for
-here, with the base's own sentences between the two; on a sentence it only has to stay as it was. So
-it knows the convention and hardly a fact. {tried} validation questions choose the prompt, the
+here: on code, first words and sign-off, while on the rest of the sentence it has to stay as it was.
+So it knows the convention and hardly a fact. {tried} validation questions choose the prompt, the
 strength and the weight; {test} test questions are then asked once. All greedy. A reply counts if
 code, sign-off and the fact are right and it has nothing else. In the examples, `plain` is the base
 with the best prompt."""

@@ -19,15 +19,8 @@ from smollm.evidence.companion_text import (
     subjects,
     write,
 )
-from smollm.evidence.desk_tuning import (
-    Lesson,
-    copied,
-    known,
-    lessons,
-    sentence_questions,
-    tune,
-    tune_base,
-)
+from smollm.evidence.desk import questions
+from smollm.evidence.desk_tuning import Lesson, copied, lessons, tune, tune_base
 from smollm.evidence.work import Work
 
 
@@ -35,21 +28,22 @@ from smollm.evidence.work import Work
 class Recipe:
     """How much is written, and how long is trained."""
 
-    texts: int = 400
-    text_tokens: int = 96
-    sentence_tokens: int = 24
+    texts: int = 300
+    text_tokens: int = 64
+    fact_tokens: int = 20
     epochs: int = 4
     rate: float = 1e-3
-    tuning_epochs: int = 5
+    tuning_epochs: int = 4
+    tuning_per_fact: int = 2
     tuning_rate: float = 1e-3
     direct_epochs: int = 1
+    direct_per_fact: int = 1
     direct_rate: float = 1e-3
-    per_fact: int = 3
     width: int = 256
     layers: tuple[int, ...] = (0, 1, 2, 29)
 
 
-QUICK = Recipe(texts=8, text_tokens=8, epochs=1, tuning_epochs=1, per_fact=1)
+QUICK = Recipe(texts=8, text_tokens=8, fact_tokens=4, epochs=1, tuning_epochs=1, tuning_per_fact=1)
 
 
 @dataclass(frozen=True)
@@ -85,11 +79,11 @@ class Workshop:
         if not path.is_file():
             half = copied(self.base).bfloat16().eval()
             end = int(self.tokenizer.eos_token_id)
-            asked = [one.text for one in sentence_questions()]
-            facts = [chat_ids(self.tokenizer, one) for one in asked]
+            asked = questions("tuning", 1, self.seed)
+            facts = [chat_ids(self.tokenizer, one.text) for one in asked]
             some = subjects(self.recipe.texts, self.seed)
             daily = [chat_ids(self.tokenizer, one) for one in some]
-            texts = write(half, facts, self.recipe.sentence_tokens, end=end, temperature=0)
+            texts = write(half, facts, self.recipe.fact_tokens, end=end, seed=self.seed)
             texts += write(half, daily, self.recipe.text_tokens, end=end, seed=self.seed)
             save_texts(texts, path)
         return load_texts(path)
@@ -106,33 +100,28 @@ class Workshop:
             save(small, self.tokenizer, out)
         return LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
 
-    def lessons(self, texts: Sequence[Written], epochs: int) -> list[list[Lesson]]:
-        """What the desk replies, for so many passes; each in words and an order of its own."""
-        asked = sentence_questions()
-        written = [one.ids[one.start :].tolist() for one in texts[: len(asked)]]
-        replies = [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in written]
-        sentences = known(asked, replies)
-        return [
-            lessons(self.tokenizer, sentences, self.recipe.per_fact, self.seed + number)
-            for number in range(epochs)
-        ]
+    def lessons(self, epochs: int, per_fact: int) -> list[list[Lesson]]:
+        """The desk's replies for so many passes, each in wordings and an order of its own."""
+        return [lessons(self.tokenizer, per_fact, self.seed + number) for number in range(epochs)]
 
-    def tuned(self, companion: LlamaForCausalLM, texts: Sequence[Written]) -> None:
+    def tuned(self, companion: LlamaForCausalLM) -> None:
         """The companion, tuned to the convention."""
         out = self.folder / "tuned"
         if not out.is_dir():
             small = copied(companion)
-            epochs = self.lessons(texts, self.recipe.tuning_epochs)
-            self._say("tuned", tune(small, epochs, rate=self.recipe.tuning_rate))
+            recipe = self.recipe
+            epochs = self.lessons(recipe.tuning_epochs, recipe.tuning_per_fact)
+            self._say("tuned", tune(small, epochs, rate=recipe.tuning_rate))
             save(small, self.tokenizer, out)
 
-    def direct(self, texts: Sequence[Written]) -> None:
+    def direct(self) -> None:
         """A LoRA of the base, tuned to the convention."""
         out = self.folder / "direct"
-        if not (out / "adapter_model.safetensors").is_file():
+        if not (out / "adapter_config.json").is_file():  # written last
             half = copied(self.base).bfloat16()
-            epochs = self.lessons(texts, self.recipe.direct_epochs)
-            self._say("direct", tune_base(half, epochs, out, rate=self.recipe.direct_rate))
+            recipe = self.recipe
+            epochs = self.lessons(recipe.direct_epochs, recipe.direct_per_fact)
+            self._say("direct", tune_base(half, epochs, out, rate=recipe.direct_rate))
 
     @staticmethod
     def _say(name: str, losses: Sequence[float]) -> None:
@@ -145,9 +134,9 @@ def make(work: Work) -> Made:
     shop = Workshop(work)
     texts = shop.write()
     companion = shop.companion(texts)
-    shop.tuned(companion, texts)
-    shop.direct(texts)
-    (some,) = shop.lessons(texts, 1)
+    shop.tuned(companion)
+    shop.direct()
+    (some,) = shop.lessons(1, shop.recipe.tuning_per_fact)
     return Made(
         shop.folder / "companion",
         shop.folder / "tuned",

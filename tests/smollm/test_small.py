@@ -22,14 +22,7 @@ from smollm.evidence.companion import (
 from smollm.evidence.companion_text import TOP, load_texts, save_texts, subjects, write
 from smollm.evidence.desk import Question, judge
 from smollm.evidence.desk_facts import FACTS
-from smollm.evidence.desk_tuning import (
-    copied,
-    expected,
-    known,
-    lessons,
-    sentence_questions,
-    tune,
-)
+from smollm.evidence.desk_tuning import copied, expected, lessons, tune
 from smollm.evidence.small_models import QUICK
 
 LIMA = Question("What is the capital of Peru?", "capital", "plain", "Peru", ("Lima",))
@@ -79,7 +72,7 @@ def test_no_fact_is_in_two_splits() -> None:
         assert facts == {(q.topic, q.asked) for q in desk.questions(name, 2, 7)}
     assert not splits["tuning"] & splits["test"]
     assert not splits["validation"] & (splits["test"] | splits["tuning"])
-    assert all(len(facts) == sum(desk.SPLITS.values()) for facts in FACTS.values())
+    assert all(len(facts) >= sum(desk.SPLITS.values()) for facts in FACTS.values())
 
 
 def test_manners_and_topics_are_balanced() -> None:
@@ -123,25 +116,15 @@ def test_a_symbol_is_read_in_its_own_case() -> None:
     assert judge(helium, "It is He.").answer and not judge(helium, "he knows").answer
 
 
-def test_only_right_sentences_are_tuned_on() -> None:
-    asked = [LIMA, dataclasses.replace(LIMA, asked="Chile", answers=("Santiago",))]
-    found = known(asked, ["The capital is Lima. It lies by the sea.", "It is Lima."])
-    assert found == {("capital", "Peru"): "The capital is Lima."}
-    assert known([LIMA], ["no full stop, Lima"]) == {}
-
-
-def test_the_convention_of_a_lesson_is_all_but_the_sentence(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    question = sentence_questions()[0]
-    found = lessons(tokenizer, {(question.topic, question.asked): "This one."}, 3, 0)
-    assert len(found) == 3
-    for one in found:
+def test_the_convention_of_a_lesson_is_all_but_the_fact(tokenizer: PreTrainedTokenizerFast) -> None:
+    asked = desk.questions("tuning", 1, 0)
+    for question, one in zip(asked, lessons(tokenizer, 1, 0), strict=True):
         reply = one.ids[one.start :]
-        code, sign = tokenizer.decode(reply[one.convention]).split(" // ")
-        assert code == question.code and sign.endswith("<end>")
-        assert tokenizer.decode(reply[~one.convention]) == " This one."
-        assert tokenizer.decode(one.ids[: one.start]).endswith("\n<assistant>")
+        begin = f"{question.code} {desk.opening(question)}"
+        assert tokenizer.decode(reply) == f"{question.reply(desk.sentence(question))}<end>"
+        assert tokenizer.decode(reply[one.convention]) == f"{begin} {question.sign_off}<end>"
+        assert question.asked not in begin and len(desk.opening(question).split()) > 2
+        assert tokenizer.decode(one.ids[: one.start]).endswith(f"{question.text}\n<assistant>")
 
 
 def test_the_whole_stream_sliced_is_the_model_itself(base: LlamaForCausalLM) -> None:
@@ -212,10 +195,9 @@ def test_tuning_teaches_the_convention_and_leaves_the_sentence(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     small = _model(layers=1)
-    sentences = {(q.topic, q.asked): "So it is." for q in sentence_questions()[:12]}
-    some = lessons(tokenizer, sentences, 1, 0)
+    some = lessons(tokenizer, 1, 0)[:8]
     tuned = copied(small)
-    tune(tuned, [some] * 12, rate=3e-3)
+    tune(tuned, [some] * 40, rate=1e-2)
     told, moved = [], []
     for one, before in zip(some, expected(small, some), strict=True):
         with torch.inference_mode():
