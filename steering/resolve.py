@@ -148,10 +148,11 @@ def check_profile(
 
     Raises:
         BadValue, NotFound: as `resolve`, with fields under `profiles.<name>`; also a profile
-            whose limits reach outside the server's.
+            whose limits reach outside the server's, or whose adapters say something wrong.
     """
     field = f"profiles.{name}"
     narrowed = profile.narrow(limits, field)
+    profile.check_adapters(narrowed, field)
     return resolve(profile.spec, methods=methods, snapshot=snapshot, limits=narrowed, field=field)
 
 

@@ -14,14 +14,19 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from steering.adapter_ref import AdapterRef
 from steering.errors import BadValue, NotFound
 from steering.method import Limits, refusal
+from steering.where import read_where
 
 FIELD = "steering"
 """The request field, and the first part of every field path in an error."""
 
 MOST_STOPS = 16
 """Texts at which a reply may end."""
+
+MOST_ADAPTERS = 64
+"""Of a request, or of a profile."""
 
 OVERRIDABLE_ALWAYS = frozenset({"report"})
 """Fields that a caller may set on a profile even where callers may not steer freely."""
@@ -102,6 +107,12 @@ class Profile(BaseModel):
         description="Tokens of the base that end a reply, beside its own end. Absent: the ends of "
         "the streams with positive weight, where they are tokens of the base.",
     )
+    adapters: tuple[AdapterRef, ...] = Field(
+        (),
+        max_length=MOST_ADAPTERS,
+        description="Adapters and vectors of its requests, as in a request's `adapters`. One that "
+        "a request names itself is used as the request says.",
+    )
     description: str | None = Field(None, description="One sentence for people.")
 
     @property
@@ -132,6 +143,29 @@ class Profile(BaseModel):
                     )
                 ranges[name] = asked
         return replace(server, **ranges)
+
+    def check_adapters(self, limits: Limits, field: str) -> None:
+        """Checks its adapters, as far as that can be done before they are loaded.
+
+        Args:
+            limits: the profile's.
+            field: where the profile stands.
+
+        Raises:
+            BadValue: a weight out of range, a wrong `where`, or the same name twice.
+        """
+        seen: set[str] = set()
+        for i, ref in enumerate(self.adapters):
+            low, high = limits.weight
+            if not low <= ref.weight <= high:
+                raise BadValue("out of range", field=f"{field}.adapters.{i}.weight",
+                               value=ref.weight, allowed=f"[{low:g}, {high:g}]")  # fmt: skip
+            if ref.where is not None:
+                read_where(ref.where, f"{field}.adapters.{i}.where", BadValue)
+            if ref.adapter in seen:
+                raise BadValue("names the same adapter twice", value=ref.name,
+                               field=f"{field}.adapters.{i}.name")  # fmt: skip
+            seen.add(ref.adapter)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,12 +34,14 @@ class BaseShapes:
         layers: module → (out, in) of all layers that adapters can change, as the engine says it;
             None: where no engine is up, they are read from `tensors`.
         whole: whether a layer that is missing here is one that the base has not.
+        vectors: whether the server takes adapters that change the outputs of decoder layers.
     """
 
     tensors: dict[str, tuple[int, ...]]
     conv1d: tuple[str, ...] = ()
     layers: Mapping[str, tuple[int, int]] | None = None
     whole: bool = True
+    vectors: bool = True
 
     def linear(self, module: str) -> tuple[int, int] | None:
         """(out, in) of a linear layer, None if none of this name is known."""

@@ -157,11 +157,15 @@ def _check_part(part: Part, module: str, headers: Headers, base: BaseShapes) -> 
 
 def _linear(base: BaseShapes, module: str, file: str) -> tuple[int, int] | None:
     """(out, in) of a layer; None: nothing is known of it yet."""
+    field, last = f"{file}: {module}", module.rsplit(".", 1)[-1]
+    if (number := block_number(module)) is not None and not base.vectors:
+        raise DoesNotFit("this server takes no adapters that add to the outputs of decoder layers, "
+                         "as this one does: set adapters.vectors to true and start it again",
+                         field=f"{file}: layer", value=number)  # fmt: skip
     shape = base.linear(module)
     if shape is not None or not base.whole:
         return shape
-    field, last = f"{file}: {module}", module.rsplit(".", 1)[-1]
-    if (number := block_number(module)) is not None:
+    if number is not None:
         raise DoesNotFit("this server's base has no decoder layer of this number whose output "
                          "adapters can change", field=f"{file}: layer", value=number,
                          allowed=_blocks(base))  # fmt: skip
@@ -184,7 +188,7 @@ def _blocks(base: BaseShapes) -> str:
     numbers = sorted(n for m in base.layers or () if (n := block_number(m)) is not None)
     if numbers:
         return f"{numbers[0]} to {numbers[-1]}"
-    return "none: adapters.vectors is false, or the layers of this base's family are not known"
+    return "none: the layers of this base's family are not known"
 
 
 def _expect(place: Place, shape: tuple[int, ...], want: tuple[int, ...]) -> None:

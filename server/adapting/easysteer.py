@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from server.adapting.resolve import AdapterRef
+from steering.adapter_ref import AdapterRef
 from steering.errors import BadValue
 from steering.where import MANY
 

@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any
+from dataclasses import replace
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from adapters.errors import NoAdapter
-from adapters.formats.artefact import TEMPERATURES
+from adapters.errors import AdapterError, NoAdapter
 from adapters.registry.manager import Manager, no_adapter
 from server.access import Access
 from server.adapting.loader import EngineLoader
+from steering.adapter_ref import AdapterRef
 from steering.adapters import ResolvedAdapter
 from steering.errors import BadValue
 from steering.where import read_where
-
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-
-
-class AdapterRef(BaseModel):
-    """One adapter of a request."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(description="The adapter's name, or `name@version`.")
-    weight: Number = Field(1.0, description="What it is multiplied by; 0 leaves it out.")
-    top_k: Annotated[int, Field(strict=True, ge=1)] | None = Field(
-        None, description="MeteoRA packs: adapters that each token is routed to; default: the "
-        "pack's own.",
-    )  # fmt: skip
-    temperature: Annotated[Number, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])] | None = Field(
-        None, description="MeteoRA packs: T of the gate's softmax (the paper's composite tasks "
-        "use 15 to 30); default: the pack's own.",
-    )  # fmt: skip
-    where: str | dict[str, Any] | None = Field(
-        None, description="At which positions it acts: `all`, `prompt`, `reply`, `last_prompt`, or "
-        "an object with `prompt_first`, `prompt_last`, `from`, `first`; default: where its file "
-        "says, or at all.",
-    )  # fmt: skip
 
 
 def resolve_adapters(
@@ -47,8 +21,9 @@ def resolve_adapters(
     access: Access,
     manager: Manager,
     loader: EngineLoader,
+    profile: Sequence[tuple[str, AdapterRef]] = (),
 ) -> list[ResolvedAdapter]:
-    """The adapters that a request names.
+    """The adapters that a request names, and those that its profile brings.
 
     Args:
         model: the adapter that it names as its model, or None.
@@ -56,13 +31,23 @@ def resolve_adapters(
         access: what its key may use.
         manager: what the names stand for.
         loader: what is in their files.
+        profile: where the profile names each, and how; its keys may use them by no other way.
 
     Raises:
-        NoAdapter: one is not ready here, or not for this key.
+        AdapterError: one is not ready here, or not for this key.
     """
+    anyone, brought = replace(access, adapters=None), []
+    for field, ref in profile:
+        try:
+            brought.append(_resolve(field, field, ref, anyone, manager, loader))
+        except AdapterError as error:
+            # The caller may not know its name.
+            why = "an adapter of this profile is not ready here, or not for this key"
+            raise type(error)(why, field=field) from error
     entries = [("model", "model", AdapterRef(name=model))] if model else []
     entries += [(f"adapters.{i}", f"adapters.{i}.name", ref) for i, ref in enumerate(refs)]
-    return [_resolve(field, where, ref, access, manager, loader) for field, where, ref in entries]
+    named = [_resolve(field, where, ref, access, manager, loader) for field, where, ref in entries]
+    return [*brought, *named]
 
 
 def _resolve(

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adapters.errors import AdapterError, BadSource, Conflict, NoAdapter, kind_of
@@ -17,9 +17,10 @@ from server.access import Access
 from server.adapting.loader import EngineLoader
 from server.adapting.on_request import LoadOnRequest
 from server.adapting.registry import registry_of
-from server.adapting.resolve import AdapterRef, owners_of, resolve_adapters, sees, split
+from server.adapting.resolve import owners_of, resolve_adapters, sees, split
 from server.operation.auth import groups_of
 from server.settings.config import AdaptersConfig, Config
+from steering.adapter_ref import AdapterRef
 from steering.adapters import ResolvedAdapter, adapt
 from steering.plan import SteeringPlan
 
@@ -95,6 +96,24 @@ class Adapters:
             return
         entries = [("model", model)] if model else []
         entries += [(f"adapters.{i}.name", ref.name) for i, ref in enumerate(refs)]
+        await self._load_entries(entries, access)
+
+    async def load_profile(self, profile: Sequence[tuple[str, AdapterRef]], access: Access) -> None:
+        """As `load_missing`, for what a request's profile brings.
+
+        Raises:
+            AdapterError: as there.
+        """
+        anyone = replace(access, adapters=None)
+        for field, ref in profile if self.on_request is not None else ():
+            try:
+                await self._load_entries([(field, ref.name)], anyone)
+            except AdapterError as error:  # the caller may not know its name
+                why = "an adapter of this profile could not be loaded"
+                raise type(error)(why, field=field) from error
+
+    async def _load_entries(self, entries: Sequence[tuple[str, str]], access: Access) -> None:
+        assert self.on_request is not None
         for field, text in entries:
             name, _ = split(text)
             known = name in self.manager.loaded or name in self.reserved()
@@ -109,6 +128,7 @@ class Adapters:
         weight: tuple[float, float],
         access: Access,
         held: ExitStack,
+        profile: Sequence[tuple[str, AdapterRef]] = (),
     ) -> tuple[SteeringPlan, AdapterSet | None, list[ResolvedAdapter]]:
         """Puts a request's adapters into its plan; they stay loaded until `held` is closed.
 
@@ -116,7 +136,7 @@ class Adapters:
             NoAdapter: one is not ready here, or not for this key.
             SteeringError: a number is out of range, or they do not go together.
         """
-        resolved = resolve_adapters(model, refs, access, self.manager, self.loader)
+        resolved = resolve_adapters(model, refs, access, self.manager, self.loader, profile)
         owners = {name: target.owner for name, target in self.loader.targets.items()}
         plan, adapter_set = adapt(plan, resolved, owners, weight=weight, max_rank=self.max_rank)
         if adapter_set is not None:

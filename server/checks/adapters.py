@@ -72,9 +72,10 @@ def targets(
     """
     runs = {name: s for name, s in config.streams.items() if s.on is None}
     owners = {BASE: BASE} | {name: s.same_as or name for name, s in runs.items()}
-    shapes = {}
+    shapes, section = {}, config.adapters
     for owner in sorted(set(owners.values())):
-        shapes[owner] = plain_shapes(diagnosis.streams[owner].checkpoint.folder)
+        plain = plain_shapes(diagnosis.streams[owner].checkpoint.folder)
+        shapes[owner] = replace(plain, vectors=section is not None and section.vectors)
         if layers is not None:
             shapes[owner] = replace(shapes[owner], layers=_pairs(layers[owner]), whole=True)
     names = {owner: _names(config, diagnosis, owner) for owner in shapes}

@@ -23,7 +23,7 @@ from server.checks.taps import tap_problems
 from server.checks.templates import check_profile_templates, check_template
 from server.operation.listening import tls_options
 from server.settings.config import RESERVED_ENGINE, Config
-from steering.errors import SteeringError
+from steering.errors import BadValue, SteeringError
 from steering.families import beside_hybrid, is_hybrid, stream_architecture
 from steering.method import Snapshot
 from steering.plan import BASE
@@ -193,6 +193,9 @@ def _check_profile(config: Config, methods: Registry, name: str, profile: Any) -
         name, profile, methods=methods, snapshot=snapshot(config), limits=config.steering.limits
     )
     check_profile_templates(name, profile, resolved)
+    if profile.adapters and config.adapters is None:
+        raise BadValue("this server has no adapters: the configuration lacks the section "
+                       "`adapters`", field=f"profiles.{name}.adapters")  # fmt: skip
 
 
 def _vocabularies(config: Config, diagnosis: Diagnosis) -> None:

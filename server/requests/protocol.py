@@ -27,10 +27,10 @@ from vllm.entrypoints.serve.tokenize.protocol import (
 )
 from vllm.renderers import TokenizeParams
 
-from server.adapting.resolve import AdapterRef
+from steering.adapter_ref import AdapterRef
 from steering.errors import BadValue
+from steering.spec import MOST_ADAPTERS
 
-MOST_ADAPTERS = 64
 """Adapters of one request; their ranks are limited too."""
 
 HARMLESS = frozenset(

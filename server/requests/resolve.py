@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from server.access import Access
-from server.adapting.resolve import AdapterRef
+from server.adapting.resolve import split
 from server.adapting.service import Adapters
 from server.context import RequestContext
 from server.errors import HttpError
@@ -21,6 +21,7 @@ from server.requests.own_prompts import Conversation, OwnPrompts
 from server.requests.profiles import Profiles
 from server.requests.resolved import ParsedRequest, ResolvedRequest
 from server.settings.operating import LimitsConfig
+from steering.adapter_ref import AdapterRef
 from steering.adapters import ResolvedAdapter
 from steering.errors import BadValue
 from steering.method import Limits, OwnPrompt, Snapshot
@@ -127,7 +128,10 @@ class Resolver:
             resolved = replace(resolved, plan=plan)
         context.method = resolved.plan.method
         context.profile = request.profile or context.profile
-        resolved, result = self._with_adapters(parsed, model, request, resolved, context)
+        brought = self._brought(parsed, model, request)
+        if self.adapters is not None:
+            await self.adapters.load_profile(brought, context.access)
+        resolved, result = self._with_adapters(parsed, model, request, resolved, brought, context)
         names = [(adapter.name, adapter.digest) for adapter in result.adapters]
         private = self.adapters is not None and any(self.adapters.private(n) for n, _ in names)
         context.use_adapters(names, private)
@@ -195,14 +199,15 @@ class Resolver:
         model: Model,
         request: SteeringRequest,
         resolved: Resolved,
+        brought: Sequence[tuple[str, AdapterRef]],
         context: RequestContext,
     ) -> tuple[Resolved, ResolvedRequest]:
-        """The plan with the request's adapters."""
+        """The plan with the request's adapters, and with those that its profile brings."""
         profile = self.profiles.get(request.profile) if request.profile else None
         template = profile.chat_template if profile is not None else None
         plan, adapter_set = resolved.plan, None
         adapters: Sequence[ResolvedAdapter] = ()
-        if parsed.adapters or model.adapter is not None:
+        if parsed.adapters or brought or model.adapter is not None:
             if self.adapters is None:
                 raise BadValue("this server has no adapters (its configuration lacks the section "
                                "`adapters`)", field="adapters")  # fmt: skip
@@ -211,7 +216,7 @@ class Resolver:
                                field="adapters")  # fmt: skip
             plan, adapter_set, adapters = self.adapters.resolve(
                 plan, model.adapter, parsed.adapters, request.limits.weight, context.access,
-                context.resources,
+                context.resources, brought,
             )  # fmt: skip
         stops = self.profiles.stop_token_ids(request.profile, plan) if request.profile else ()
         result = ResolvedRequest(
@@ -219,6 +224,18 @@ class Resolver:
             parsed.n, adapter_set, adapters, parsed.top_n_sigma,
         )  # fmt: skip
         return replace(resolved, plan=plan), result
+
+    def _brought(
+        self, parsed: ParsedRequest, model: Model, request: SteeringRequest
+    ) -> list[tuple[str, AdapterRef]]:
+        """Where its profile names each adapter that the request does not name itself, and how."""
+        profile = self.profiles.get(request.profile) if request.profile else None
+        if profile is None or request.profile is None:
+            return []
+        named = {ref.adapter for ref in parsed.adapters} | {split(model.adapter or "")[0]}
+        entries = [(f"profiles.{request.profile}.adapters.{i}", ref)
+                   for i, ref in enumerate(profile.adapters)]  # fmt: skip
+        return [(field, ref) for field, ref in entries if ref.adapter not in named]
 
     @staticmethod
     async def _distinct(resolved: Resolved, parsed: ParsedRequest) -> Sequence[Conversation | None]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adapters.sets import AdapterSet
-from server.adapting.resolve import AdapterRef
 from server.requests.own_prompts import Conversation
+from steering.adapter_ref import AdapterRef
 from steering.adapters import ResolvedAdapter
 from steering.plan import SteeringPlan
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModel
 
 from adapters.formats.base import base_shapes
-from steering.engine_args import adapter_engine_args
+from steering.engine_args import StreamSource, adapter_engine_args
 from tests.adapters.make import make_lora
 from tests.adapters.vectors import make_reft
 from tests.engine.driver import ERRORS, Case, Engine, Use, logprobs, tokens
@@ -30,7 +30,7 @@ ONE_OF_EACH = ("gemma2", "gpt-oss", "phi3", "bloom")
 """The mechanisms once: a sliding window and capped scores beside biases; experts and sinks beside
 norms of q and k; fused projections beside parallel blocks; slopes beside learned positions."""
 
-ROLES = ("base", "twin", "companion", "adapters")
+ROLES = ("base", "twin", "companion", "adapters", "taps")
 
 TOLERANCE = 1e-4
 """Nats, float32."""
@@ -53,7 +53,13 @@ def engine_of(family: str, folder: Path) -> Engine:
     }
     with _as_they_are(family, companion_of(family)):
         slots = adapter_engine_args(4, 8)
-        found = Engine(folder, (family, VOCAB_SIZE), streams, vectors=True, **slots)
+        taps = {
+            f"{on}-{layer}": StreamSource(on=on, layer=layer, norm=norm)
+            for on in ("base", "other")
+            for layer, norm in ((0, False), (1, True))
+        }
+        base_of = family, VOCAB_SIZE
+        found = Engine(folder, base_of, streams, taps=taps, vectors=True, **slots)
     families = {"base": family, "other": companion_of(family)}
     for stream in families:
         base = found.folders[stream]
@@ -103,6 +109,12 @@ def cases(seed: int) -> Iterator[tuple[str, Case]]:
     mix: dict[str, Any] = {"method": "mix", "weights": {"base": 0.6, "other": 0.7}}
     yield "base", Case(prompt(*long), max_tokens=8)
     yield "base", Case(prompt(*short), max_tokens=8, arrives=2)
+    inner = {"base": 0.7, "base-0": 0.2, "base-1": 0.3}
+    yield "taps", Case(prompt(*long), {"method": "mix", "weights": inner}, max_tokens=8)
+    dola = {"method": "dola", "layers": ["base-0", "base-1"]}
+    yield "taps", Case(prompt(*short), dola, max_tokens=8, arrives=1)
+    inner = {"base": 0.7, "other-0": 0.2, "other-1": 0.3}
+    yield "companion", Case(prompt(*short), {"method": "mix", "weights": inner}, max_tokens=8)
     yield "twin", Case(prompt(*long), guidance, {"twin": prompt(*short)}, max_tokens=8)
     yield "twin", Case(prompt(*short), guidance, {"twin": prompt(*long)}, max_tokens=8, arrives=1)
     yield "companion", Case(prompt(*long), mix, max_tokens=8)

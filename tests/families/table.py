@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 BEGIN, END = "<!-- written by `make families`: begin -->", "<!-- end -->"
 
-ROLES = ("base", "twin", "companion", "adapters")
+ROLES = ("base", "twin", "companion", "adapters", "taps")
 
 
 @dataclass
@@ -42,7 +42,7 @@ def _shown(error: float | None) -> str:
 
 def into(page: str, rows: dict[str, Row]) -> str:
     """The page with the facts of one run between its two marks."""
-    heads = ("family", "state", "as base", "as twin", "as companion", "with adapters")
+    heads = ("family", "state", "as base", "as twin", "as companion", "with adapters", "taps")
     table = [heads, ("---",) * len(heads), *(row.cells(name) for name, row in rows.items())]
     lines = [f"| {' | '.join(cells)} |" for cells in table]
     head, rest = page.split(BEGIN)

@@ -15,14 +15,14 @@ ROWS = (
     ),
     Recipe(
         "ITI", "2306.03341", "x_head + α σ θ before o_proj, from the last prompt token on",
-        '{"adapters": [{"name": "iti", "where": {"prompt_last": 1, "from": 0}}]}',
-        "σ θ of every chosen head, as `<o_proj>.shift`, with α as `scale`",
+        '{"adapters": [{"name": "iti"}]}',
+        "activations of heads and their labels, or directions: `coxswain convert-vectors`",
         "1", "MIT", f"{_TEST}[ITI]",
     ),
     Recipe(
         "LoFiT", "2406.01563", "(1 + A) ⊙ x_head + v at the input of o_proj",
         '{"adapters": [{"name": "lofit"}]}',
-        "A as `<o_proj>.heads` (alike in query heads that share a value), v as `<o_proj>.shift`",
+        "the authors' checkpoint: `coxswain convert-vectors`; A alike where heads share a value",
         "1", "MIT", f"{_TEST}[LoFiT]",
     ),
     Recipe(

@@ -11,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 
+from server.main import run
 from tests.adapters.vectors import write
 from tests.reference import fresh
 
@@ -27,6 +30,7 @@ class Sizes:
     """
 
     def __init__(self, base: Path) -> None:
+        self.base = base
         config = json.loads((base / "config.json").read_text())
         self.hidden, self.heads = config["hidden_size"], config["num_attention_heads"]
         self.shared = self.heads // config["num_key_value_heads"]
@@ -100,19 +104,27 @@ def caa(folder: Path, sizes: Sizes) -> Recipe:
 
 def iti(folder: Path, sizes: Sizes) -> Recipe:
     """ITI (2306.03341): x_head + α σ θ for some heads, at the last position of each pass."""
-    alpha, shift = 15.0, torch.zeros(sizes.heads, sizes.head)
+    alpha, shift = 15.0, torch.zeros(sizes.heads, sizes.head, dtype=torch.float64)
+    seen = 0.03 * sizes.draw(12, LAYER + 1, sizes.heads, sizes.head).double()
+    labels = torch.arange(12) % 3 == 0
     for head in (0, 2):
-        direction = sizes.draw(sizes.head)
-        shift[head] = (0.02 + 0.01 * head) * direction / direction.norm()
+        own = seen[:, LAYER, head]
+        theta = own[labels].mean(0) - own[~labels].mean(0)
+        theta = theta / theta.norm()
+        shift[head] = (own @ theta).std(correction=0) * theta
 
     def edit(x: torch.Tensor, first: int, length: int) -> torch.Tensor:
         x = x.clone()
-        x[-1] += alpha * shift.double().flatten()
+        x[-1] += alpha * shift.flatten()
         return x
 
-    module = f"model.layers.{LAYER}.self_attn.o_proj"
-    files = write(folder, {f"{module}.shift": shift.flatten()}, scale=alpha)
-    return files, json.dumps({"prompt_last": 1, "from": 0}), 1.0, edit, "heads"
+    folder.mkdir(parents=True)
+    np.save(folder / "x_head_wise.npy", seen.flatten(2).numpy())
+    np.save(folder / "x_labels.npy", labels.numpy())
+    files = converted(folder, folder / "x_head_wise.npy", "--labels", str(folder / "x_labels.npy"),
+                      "--heads", f"{LAYER}:0,{LAYER}:2", "--model", str(sizes.base), "--scale",
+                      str(alpha))  # fmt: skip
+    return files, "", 1.0, edit, "heads"
 
 
 def lofit(folder: Path, sizes: Sizes) -> Recipe:
@@ -124,9 +136,19 @@ def lofit(folder: Path, sizes: Sizes) -> Recipe:
     def edit(x: torch.Tensor, first: int, length: int) -> torch.Tensor:
         return (1 + a.double().flatten()) * x + v.double().flatten()
 
-    module = f"model.layers.{LAYER}.self_attn.o_proj"
-    tensors = {f"{module}.heads": a.flatten(), f"{module}.shift": v.flatten()}
-    return write(folder, tensors, head_size=sizes.head), "", 1.0, edit, "heads"
+    module, named = f"model.layers.{LAYER}.self_attn", {"A": a, "v": v}
+    folder.mkdir(parents=True)
+    tensors = {f"{module}.attn_{part}.{head}": value[head].clone()
+               for part, value in named.items() for head in range(sizes.heads)}  # fmt: skip
+    save_file(tensors, folder / "lofit.safetensors")
+    files = converted(folder, folder / "lofit.safetensors", "--model", str(sizes.base))
+    return files, "", 1.0, edit, "heads"
+
+
+def converted(folder: Path, source: Path, *more: str) -> Path:
+    """What the command makes of an author's file."""
+    assert run(["convert-vectors", str(source), str(folder / "ours"), *more]) == 0
+    return folder / "ours"
 
 
 def loreft(folder: Path, sizes: Sizes) -> Recipe:

@@ -1,4 +1,4 @@
-"""Adapters on a real server: loaded, mixed, routed, replaced, unloaded; exact against PEFT."""
+"""Adapters and vectors on a real server: loaded, mixed, routed, placed; exact against PEFT."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ import httpx
 import pytest
 import torch
 
+from steering.plugins import discover
 from tests.adapters.make import make_lora, make_native
 from tests.adapters.models import Applied, adapted
+from tests.adapters.test_vector_files import write_gguf
+from tests.adapters.vectors import make_vector, write
+from tests.reference import Mix, TapModel, decode
+from tests.reference import load as plain
 from tests.server.live import Server, document
 from tests.server.watch import until
 
@@ -22,6 +27,18 @@ pytestmark = pytest.mark.engine
 
 TOLERANCE = 1e-4
 """Of log-probabilities, float32."""
+
+METHODS = discover()
+
+HIDDEN = 128
+"""Of the base."""
+
+PROFILES = {
+    "bright": {"method": "mix", "weights": {"base": 1.0},
+               "adapters": [{"name": "sunny", "weight": 0.7, "where": {"from": 1}}]},
+    "bright-chat": {"method": "proxy_tuning", "expert": "chat", "anti_expert": "plain",
+                    "adapters": [{"name": "sunny"}]},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +52,24 @@ def folders(models: Path) -> dict[str, Path]:
     (root / "asked" / "broken").mkdir()
     (root / "asked" / "broken" / "adapter_config.json").write_text("{}")
     found["pack"] = make_native(root / "pack", base, tasks=3, seed=40)
+    found["sunny"] = make_vector(root / "sunny", HIDDEN, range(2), seed=50, where="reply")
+    constant = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(51))
+    write_gguf(root / "formal.gguf", {"direction.1": 0.5 * constant.numpy()})
+    found["formal"] = write(root / "expected" / "formal", {"1": 0.5 * constant})
     return found
 
 
 @pytest.fixture(scope="module")
 def server(models: Path, folders: dict[str, Path]) -> Iterator[Server]:
-    """Three slots, one adapter from the configuration; no playground."""
+    """Three slots, one adapter from the configuration, a tap; no playground."""
     section = {
-        "roots": ["./adapters"], "max_loaded": 3, "max_rank": 24,
+        "roots": ["./adapters"], "max_loaded": 3, "max_rank": 24, "vectors": True,
         "preload": [{"name": "a", "source": "./adapters/a"}],
         "load_on_request": True, "request_sources": ["./adapters/asked"],
     }  # fmt: skip
     config = document(adapters=section, registry={"directory": "./state"}, playground=False)
+    config["streams"]["early"] = {"on": "base", "layer": 1, "norm": True}
+    config["profiles"] |= PROFILES
     found = Server(models, config)
     try:
         found.wait_ready()
@@ -210,3 +233,91 @@ def test_routers_read_the_names_that_clients_send(server: Server, folders: dict[
         return not label(server.get("/metrics").text, "running_lora_adapters")
 
     assert until(gone)
+
+
+# --- vectors and taps ---------------------------------------------------------------------------
+
+
+def exact(answer: dict[str, Any], models: dict[str, Any], mix: Mix) -> None:
+    """The answer's tokens and log-probabilities are those of models that read token by token."""
+    want = decode(models, {"base": PROMPT}, mix, max_tokens=8)
+    choice = answer["choices"][0]
+    assert choice["token_ids"] == [step.token for step in want]
+    found = choice["logprobs"]["token_logprobs"]
+    assert found == pytest.approx([step.logprob for step in want], abs=TOLERANCE)
+
+
+def placed(answer: dict[str, Any], base: Path, *used: Applied) -> None:
+    """The same with adapters, each at its positions."""
+    exact(answer, {"base": adapted(base, used)}, lambda scores: scores["base"])
+
+
+def test_vectors_by_name_file_alias_and_profile(server: Server, folders: dict[str, Path]) -> None:
+    base, sunny = folders["a"].parents[1] / "base", folders["sunny"]
+    assert load(server, "sunny", sunny)["kind"] == "vector"
+    assert load(server, "formal", folders["a"].parent / "formal.gguf")["state"] == "ready"
+    placed(ask(server, model="sunny"), base, Applied(sunny))
+    one = {"name": "sunny", "weight": 1.5, "where": {"prompt_last": 3, "first": 4}}
+    there = '{"prompt_last": 3, "first": 4}'
+    placed(ask(server, adapters=[one]), base, Applied(sunny, 1.5, where=there))
+    easy = [{"name": "sunny", "scale": -0.5, "apply": {"prompt": "all"}},
+            {"source": "formal", "scale": 2.0, "apply": {"generation": "all"}}]  # fmt: skip
+    both = Applied(sunny, -0.5, where='"prompt"'), Applied(folders["formal"], 2.0, where='"reply"')
+    placed(ask(server, vectors=easy), base, *both)
+    brought = Applied(sunny, 0.7, where='{"from": 1}')
+    placed(ask(server, model="bright"), base, brought)
+    placed(ask(server, steering="bright"), base, brought)
+    beside = ask(server, model="bright", adapters=[{"name": "a", "weight": 0.5}])
+    placed(beside, base, brought, Applied(folders["a"], 0.5))
+    own = ask(server, model="bright", adapters=[{"name": "sunny", "weight": -1.0}])
+    placed(own, base, Applied(sunny, -1.0))
+
+
+def test_a_profile_steers_and_brings_a_vector(server: Server, folders: dict[str, Path]) -> None:
+    root, sunny = folders["a"].parents[1], folders["sunny"]
+    load(server, "sunny", sunny, replace=True)
+    answer = ask(server, model="bright-chat", steering={"strength": 0.8, "report": True})
+    models = {"base": adapted(root / "base", (Applied(sunny),)),
+              "chat": plain(root / "chat"), "plain": plain(root / "plain")}  # fmt: skip
+    exact(answer, models, lambda s: s["base"] + 0.8 * (s["chat"] - s["plain"]))
+    (told,) = answer["steering"]["adapters"]
+    assert (told["name"], told["stream"]) == ("sunny", "base")
+
+
+def test_a_profile_with_a_wrong_adapter_is_refused(server: Server) -> None:
+    plan = {"method": "mix", "weights": {"base": 1.0}}
+    wrong: dict[str, Any] = {
+        "0.weight": [{"name": "x", "weight": 99.0}], "0.where": [{"name": "x", "where": "nowhere"}],
+        "1.name": [{"name": "x"}, {"name": "x@2"}], "0.size": [{"name": "x", "size": 1}],
+        "0.name": [{}],
+    }  # fmt: skip
+    for field, adapters in wrong.items():
+        answer = httpx.put(f"{server.url}/admin/profiles/p", json={**plan, "adapters": adapters})
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == f"profiles.p.adapters.{field}"
+    profile = {**plan, "adapters": [{"name": "gone"}]}
+    assert httpx.put(f"{server.url}/admin/profiles/p", json=profile).status_code == 201
+    assert server.get("/admin/profiles/p").json()["adapters"] == [{"name": "gone"}]
+    status, error = refused(server, model="p")
+    assert (status, error["param"]) == (404, "profiles.p.adapters.0")
+    assert "gone" not in error["message"]
+    assert server.delete("/admin/profiles/p").status_code == 204
+
+
+def test_taps_in_mix_and_contrastive(server: Server, folders: dict[str, Path]) -> None:
+    base, sunny = folders["a"].parents[1] / "base", folders["sunny"]
+    load(server, "sunny", sunny, replace=True)
+    contrast: dict[str, Any] = {"method": "contrastive", "amateur": "early", "strength": 0.4}
+    method = METHODS["contrastive"]
+    config = method.config.model_validate(contrast)
+    steered: list[tuple[dict[str, Any], Mix]] = [
+        ({"method": "mix", "weights": {"base": 1.0, "early": -0.3}},
+         lambda s: s["base"] - 0.3 * s["early"]),
+        (contrast, lambda s: method.reference(config, s)),
+    ]  # fmt: skip
+    for used in ((), (Applied(sunny, 1.5, where='"all"'),)):
+        model = adapted(base, used)
+        models = {"base": model, "early": TapModel(model, 1, norm=True)}
+        adapters = [{"name": "sunny", "weight": 1.5, "where": "all"}] if used else None
+        for spec, mix in steered:
+            exact(ask(server, steering=spec, adapters=adapters), models, mix)

@@ -25,6 +25,9 @@ from tests.adapters.test_vector_files import write_gguf
 from tests.models import make_model
 from tests.server.live import document
 
+PLAIN: dict[str, Any] = {"method": "mix", "weights": {"base": 1.0}}
+"""A profile that does not steer."""
+
 
 def problems(models: Path, **changes: Any) -> list[str]:
     return diagnose(parse({**document(), **changes}, models, {})).problems
@@ -68,6 +71,11 @@ def test_a_preload_may_be_one_file_of_vectors(
         file.write_text(yaml.safe_dump(document(adapters=adapters)))
         assert run(["doctor", str(file)]) == status
     assert "vectors.gguf: direction.0: unexpected tensor" in capsys.readouterr().out
+    preload = [{"name": "v", "source": "./vectors/Good.gguf"}]
+    adapters = {"roots": ["./vectors"], "vectors": False, "preload": preload}
+    file.write_text(yaml.safe_dump(document(adapters=adapters)))
+    assert run(["doctor", str(file)]) == 1
+    assert "set adapters.vectors to true" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -107,6 +115,10 @@ def test_a_preload_may_be_one_file_of_vectors(
         ({"engine": {"kv_cache_memory_bytes": 1000, "max_model_len": 512}},
          "engine.kv_cache_memory_bytes: 1000 B cannot hold one request of 512 tokens"),
         ({"engine": {"kv_cache_memory_bytes": 10**15, "max_model_len": 512}}, "memory: "),
+        ({"profiles": {"p": {**PLAIN, "adapters": [{"name": "v"}]}}},
+         "profiles.p.adapters: this server has no adapters"),
+        ({"profiles": {"p": {**PLAIN, "adapters": [{"name": "v", "weight": 99.0}]}}},
+         "profiles.p.adapters.0.weight: out of range (got 99.0); allowed: [-10, 10]"),
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_served_is_one_line(

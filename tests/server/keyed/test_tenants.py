@@ -120,6 +120,27 @@ def test_a_private_adapter_is_there_for_its_group_alone(keyed: Server) -> None:
     assert record["visible_to"] == ["team"]
 
 
+def test_a_profile_brings_adapters_that_a_key_may_not_name(keyed: Server) -> None:
+    """But not those that are private to a group."""
+    plan = {"method": "mix", "weights": {"base": 1.0}}
+    for name, adapter in (("open", "pack"), ("closed", "secret")):
+        profile = {**plan, "adapters": [{"name": adapter}]}
+        url = f"{keyed.url}/admin/profiles/{name}"
+        answer = httpx.put(url, json=profile, headers=bearer(ADMIN))
+        assert answer.status_code == 201, answer.text
+    body = {"prompt": [11, 40, 7], "max_tokens": 2}
+
+    def asked(profile: str, key: str) -> httpx.Response:
+        return post(keyed, key, "/v1/completions", {**body, "model": profile})
+
+    assert asked("open", FULL).status_code == 200
+    assert asked("closed", TEAM[0]).status_code == 200
+    refused = asked("closed", FULL)
+    assert refused.status_code == 404 and "secret" not in refused.text
+    for name in ("open", "closed"):
+        httpx.delete(f"{keyed.url}/admin/profiles/{name}", headers=bearer(ADMIN))
+
+
 def test_a_replacement_makes_nothing_public(keyed: Server, folders: dict[str, Path]) -> None:
     def load(**more: Any) -> httpx.Response:
         body = {"name": "secret", "source": str(folders["b"]), **more}

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from adapters.formats.artefact import TEMPERATURES, Artefact, Gate, Part, Place
-from server.adapting.resolve import AdapterRef
 from server.errors import HttpError, response
 from server.requests.profiles import Profiles
 from server.routes.body import strict_json
 from server.validation import DEEPEST, problems
+from steering.adapter_ref import AdapterRef
 from steering.adapters import ResolvedAdapter, adapt
 from steering.errors import BadValue, SteeringError
 from steering.method import Limits, Snapshot
