@@ -29,7 +29,8 @@ SHAPE = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3,
          "num_key_value_heads": 3, "intermediate_size": 512}  # fmt: skip
 """Of the companion where there is none yet: 12 million parameters, most of them in its table."""
 
-ENGINE = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 16, "max_model_len": 512}
+ENGINE = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 16, "max_model_len": 512,
+          "kv_cache_memory_bytes": 1 << 28}  # fmt: skip
 """As smollm/server.yaml; plain vLLM too."""
 BASE, COMPANION, STEERED, TWIN = "base", "companion", "steered", "base and twin"
 ROWS = (1, 4, 16)
