@@ -13,11 +13,19 @@ from transformers import AutoTokenizer
 from smollm.evidence.asking import CHAT, ask, log_probs
 from smollm.evidence.claim import Cell, Claim, Mean, Plot, Point, Table, above
 from smollm.evidence.sunny import CHEERS, Message, Requests, plain
-from smollm.evidence.sunny_made import LAYERS, SAMPLES, TOKENS, Made, made
+from smollm.evidence.sunny_made import (
+    ENGINE,
+    LAYERS,
+    SAMPLES,
+    TOKENS,
+    Made,
+    with_value,
+    with_vector,
+)
 from smollm.evidence.vader import compound
 from smollm.evidence.work import Work
 
-STRENGTHS = (2.0, 5.0, 10.0, 20.0)
+STRENGTHS = (5.0, 15.0, 30.0, 60.0)
 """β of value-augmented sampling."""
 WEIGHTS = (0.25, 0.5, 1.0)
 """Of the vector; 1 is what its training chose."""
@@ -26,7 +34,7 @@ POOL = 8
 NS = (2, 4, 8)
 K = 4
 """Of how many replies, or blocks, the value model chooses one."""
-VALIDATION, TEST = 24, 66
+VALIDATION, TEST = 16, 48
 """Requests that are asked."""
 BLOCK = 8
 """Tokens of a block of guided search."""
@@ -45,13 +53,15 @@ class Drawn:
     Args:
         text: of it.
         ids: its tokens, with the one that ended it.
-        own: log-probability of each under what drew it, nats; empty where replies were chosen.
+        own: log-probability of each under what drew it, nats.
+        plain: the same under the plain model; empty: not known yet.
         passes: forward passes per token, by stream.
     """
 
     text: str
     ids: tuple[int, ...]
     own: tuple[float, ...]
+    plain: tuple[float, ...]
     passes: Mapping[str, float]
 
 
@@ -98,21 +108,19 @@ class Way:
 def run(work: Work) -> Claim:
     """Measures the claim."""
     requests = Requests.made(work.seed)
-    found = made(work, requests)
+    found = with_value(work, requests)
     with work.server(config(found)) as url:
+        with_vector(found, work, requests, url)
         return _Reward(work, url, requests).claim()
 
 
 def config(found: Made) -> dict[str, Any]:
-    """Of the server: the value model as a stream, the vector loaded."""
+    """Of the server: the value model as a stream, and room for vectors."""
     return {
         "streams": {VALUE: {"model": str(found.value), "head": "value"}},
-        "adapters": {
-            **found.adapters,
-            "preload": [{"name": "sunny", "source": str(found.sunny)}],
-        },
+        "adapters": found.adapters,
         "steering": {"strength": [0, max(STRENGTHS)]},
-        "engine": {"enforce_eager": True, "max_num_seqs": 64},
+        "engine": ENGINE,
     }
 
 
@@ -120,7 +128,7 @@ def valued(strength: float) -> dict[str, Any]:
     """The part of a request that draws by values."""
     values = [{"stream": VALUE, "strength": strength}]
     return {"steering": {"method": "value_augmented", "values": values, "eos_value": "model",
-                         "report": True}}  # fmt: skip
+                         "report": "tokens"}}  # fmt: skip
 
 
 def sunny(weight: float) -> dict[str, Any]:
@@ -240,19 +248,29 @@ class _Reward:
         )
 
     def _drawn(
-        self, asked: Sequence[Sequence[Message]], more: Mapping[str, Any], chosen: bool = False
+        self, asked: Sequence[Sequence[Message]], more: Mapping[str, Any], by_plain: bool = False
     ) -> list[list[Drawn]]:
-        """The replies to each conversation."""
+        """The replies to each conversation.
+
+        Args:
+            asked: conversations.
+            more: goes into every request.
+            by_plain: the plain model draws the tokens after a plain request.
+        """
         bodies = [
             {"messages": messages, "temperature": 1.0, "max_tokens": TOKENS, "seed": 1000 * i,
-             "return_token_ids": True, "logprobs": not chosen, "steering": {"report": True}, **more}
+             "return_token_ids": True, "logprobs": True, "steering": {"report": True}, **more}
             for i, messages in enumerate(asked)
         ]  # fmt: skip
         found = ask(self.url, CHAT, bodies, at_once=32)
-        return [[_drawn_of(answer, choice) for choice in answer["choices"]] for answer in found]
+        return [[_drawn_of(answer, c, by_plain) for c in answer["choices"]] for answer in found]
 
-    def _log_probs(self, requests: Sequence[str], found: Sequence[Drawn]) -> list[list[float]]:
-        """Under the plain model, after the plain requests."""
+    def _plainly(
+        self, requests: Sequence[str], found: Sequence[Drawn]
+    ) -> Sequence[Sequence[float]]:
+        """Log-probabilities under the plain model, after the plain requests."""
+        if all(one.plain for one in found):
+            return [one.plain for one in found]
         prompts = [
             self._tokenizer.apply_chat_template(
                 plain(request), add_generation_prompt=True, return_dict=False
@@ -272,7 +290,7 @@ class _Reward:
             found: the replies.
             kl: the bound, where replies were chosen.
         """
-        plainly = self._log_probs(requests, found)
+        plainly = self._plainly(requests, found)
         nats = [sum(one.own) - sum(base) for one, base in zip(found, plainly, strict=True)]
         return Way(
             name,
@@ -304,7 +322,7 @@ class _Reward:
     def _pool(self) -> tuple[Way, list[Way]]:
         """The plain model; and the best of n of its replies, by the reward itself."""
         size = self.work.few(POOL, 2)
-        pool = self._drawn([plain(r) for r in self.test], {"n": size})
+        pool = self._drawn([plain(r) for r in self.test], {"n": size}, by_plain=True)
         first = self._told(PLAIN, self.test, [replies[0] for replies in pool])
         ways = []
         for n in [n for n in NS if n <= size]:
@@ -315,12 +333,12 @@ class _Reward:
     def _by_value(self) -> Way:
         """The server's `best_of_n`."""
         asked = [plain(r) for r in self.test]
-        found = [one for one, *_ in self._drawn(asked, best_of(K), chosen=True)]
+        found = [one for one, *_ in self._drawn(asked, best_of(K), by_plain=True)]
         return self._told(f"best of {K}, by the value model", self.test, found, bound(K))
 
     def _searched(self) -> Way:
         asked = [plain(request) for request in self.test]
-        found = [one for one, *_ in self._drawn(asked, searched(K), chosen=True)]
+        found = [one for one, *_ in self._drawn(asked, searched(K), by_plain=True)]
         blocks = sum(math.ceil(len(one.ids) / BLOCK) for one in found) / len(found)
         name = f"guided search, {K} blocks of {BLOCK} tokens, by the value model"
         return self._told(name, self.test, found, blocks * bound(K))
@@ -350,18 +368,18 @@ def _plots(series: Mapping[str, Sequence[Way]]) -> tuple[Plot, Plot]:
     )
 
 
-def _drawn_of(answer: Any, choice: Any) -> Drawn:
+def _drawn_of(answer: Any, choice: Any, by_plain: bool) -> Drawn:
     """A choice of an answer, with what the report says of it."""
-    logprobs = (choice.get("logprobs") or {}).get("content") or []
     ids = tuple(choice["token_ids"])
-    if logprobs and len(logprobs) != len(ids):
-        raise ValueError(f"{len(logprobs)} log-probabilities of {len(ids)} tokens")
-    return Drawn(
-        choice["message"]["content"] or "",
-        ids,
-        tuple(float(one["logprob"]) for one in logprobs),
-        answer["steering"]["forward_passes_per_token"],
-    )
+    own = tuple(float(one["logprob"]) for one in choice["logprobs"]["content"])
+    if len(own) != len(ids):
+        raise ValueError(f"{len(own)} log-probabilities of {len(ids)} tokens")
+    report = answer["steering"]
+    by_choice = {one["index"]: one for one in report.get("choices", ())}
+    details = by_choice.get(choice["index"], {}).get("token_details", ())
+    plainly = own if by_plain else tuple(float(one["base_logprob"]) for one in details)
+    text = choice["message"]["content"] or ""
+    return Drawn(text, ids, own, plainly, report["forward_passes_per_token"])
 
 
 def _passes(found: Sequence[Drawn]) -> str:

@@ -28,10 +28,12 @@ TOKENS = 40
 """Of the longest reply."""
 SAMPLES, EPOCHS = 6, 2
 """Replies for each training request; times that the value model reads them."""
-LEAST_APART = 0.3
-"""A pair's rewards differ by this much."""
+PAIRS = 64
+"""Those whose rewards differ most."""
 TRIED_REQUESTS = 32
 """A quarter of them choose the vector's layer and weight."""
+ENGINE = {"enforce_eager": True, "max_num_seqs": 64}
+"""Of the servers: two cores gain little from compilation."""
 REWARD = f"{Path(vader.__file__).resolve()}:compound"
 
 
@@ -66,29 +68,41 @@ class Made:
         return {"roots": [str(self.folder)], "vectors": True, "max_loaded": 4, "max_rank": 8}
 
 
-def made(work: Work, requests: Requests) -> Made:
-    """The artefacts of a run, trained where they are missing.
+def with_value(work: Work, requests: Requests) -> Made:
+    """The folders of a run; the value model is trained if it is missing.
 
     Raises:
-        subprocess.CalledProcessError: a command failed; it has said why.
+        subprocess.CalledProcessError: the command failed; it has said why.
     """
     # What a quick run makes is of no use to another one.
     found = Made((work.folder / ("quick" if work.quick else "")).resolve())
-    if found.value.is_dir() and found.sunny.is_dir():
+    if found.value.is_dir():
         return found
     found.folder.mkdir(parents=True, exist_ok=True)
     if not found.body.is_dir():
         first_layers(work.model, found.body, LAYERS)
-    config = {
-        "adapters": found.adapters,
-        "engine": {"enforce_eager": True, "max_num_seqs": 64},
-    }
-    train = requests.train[: work.few(len(requests.train))]
-    with work.server(config) as url:
-        if not found.value.is_dir():
-            _train_value(found, url, work, train)
-        _train_vector(found, url, work, train)
+    prompts = _written(
+        found.folder / "prompts.jsonl", ({"messages": plain(r)} for r in _train(work, requests))
+    )
+    with work.server({"engine": ENGINE}) as url:
+        _coxswain(
+            "train", "value", "--server", url, "--prompts", prompts, "--reward", REWARD,
+            "--body", found.body, "--out", found.value, "--samples", SAMPLES,
+            "--max-tokens", TOKENS, "--epochs", EPOCHS, "--batch", 16, "--rate", 3e-4,
+            "--seed", work.seed,
+        )  # fmt: skip
     return found
+
+
+def with_vector(found: Made, work: Work, requests: Requests, url: str) -> None:
+    """Trains the vector if it is missing, and loads it into a server.
+
+    Raises:
+        subprocess.CalledProcessError: a command failed; it has said why.
+    """
+    if not found.sunny.is_dir():
+        _train_vector(found, url, work, _train(work, requests))
+    _coxswain("adapters", "load", "sunny", found.sunny, "--url", url)
 
 
 def first_layers(model: Path, out: Path, count: int) -> None:
@@ -117,13 +131,8 @@ def _layer(name: str) -> int:
     return int(parts[2]) if parts[:2] == ["model", "layers"] else -1
 
 
-def _train_value(found: Made, url: str, work: Work, requests: Sequence[str]) -> None:
-    prompts = _written(found.folder / "prompts.jsonl", ({"messages": plain(r)} for r in requests))
-    _coxswain(
-        "train", "value", "--server", url, "--prompts", prompts, "--reward", REWARD,
-        "--body", found.body, "--out", found.value, "--samples", SAMPLES, "--max-tokens", TOKENS,
-        "--epochs", EPOCHS, "--batch", 16, "--rate", 3e-4, "--seed", work.seed,
-    )  # fmt: skip
+def _train(work: Work, requests: Requests) -> Sequence[str]:
+    return requests.train[: work.few(len(requests.train))]
 
 
 def _train_vector(found: Made, url: str, work: Work, requests: Sequence[str]) -> None:
@@ -131,22 +140,27 @@ def _train_vector(found: Made, url: str, work: Work, requests: Sequence[str]) ->
     samples = found.value.with_name("value.training") / "samples.jsonl"
     lines = map(json.loads, samples.read_text("utf-8").splitlines())
     replies = {line["index"]: [reply["text"] for reply in line["replies"]] for line in lines}
-    pairs = _written(found.folder / "pairs.jsonl", _pairs(requests, replies))
+    pairs = _written(found.folder / "pairs.jsonl", _pairs(requests, replies)[:PAIRS])
     tried = [{"messages": plain(r)} for r in requests[: work.few(TRIED_REQUESTS)]]
     prompts = _written(found.folder / "tried.jsonl", tried)
     _coxswain(
         "train", "vector", "--server", url, "--body", work.model.resolve(), "--pairs", pairs,
         "--prompts", prompts, "--reward", REWARD, "--out", found.sunny,
-        "--samples", 4, "--max-tokens", TOKENS, "--states", "mean", "--weights", "1,2,4",
-        "--tried", 3, "--seed", work.seed,
+        "--samples", 3, "--max-tokens", TOKENS, "--states", "mean", "--weights", "1,2,4",
+        "--tried", 2, "--seed", work.seed,
     )  # fmt: skip
 
 
-def _pairs(requests: Sequence[str], replies: dict[int, list[str]]) -> Iterable[dict[str, Any]]:
+def _pairs(requests: Sequence[str], replies: dict[int, list[str]]) -> list[dict[str, Any]]:
+    """Of each request the best and the worst reply, those first that are furthest apart."""
+    found = []
     for index, request in enumerate(requests):
-        low, *_, high = sorted(replies[index], key=lambda text: vader.compound(None, text))
-        if vader.compound(None, high) - vader.compound(None, low) >= LEAST_APART and low:
-            yield {"messages": plain(request), "positive": high, "negative": low}
+        scored = sorted((vader.compound(None, text), text) for text in replies[index] if text)
+        (worst, low), (best, high) = scored[0], scored[-1]
+        if worst < best:
+            pair = {"messages": plain(request), "positive": high, "negative": low}
+            found.append((best - worst, index, pair))
+    return [pair for *_, pair in sorted(found, key=lambda one: one[:2], reverse=True)]
 
 
 def _written(file: Path, lines: Iterable[dict[str, Any]]) -> Path:

@@ -71,17 +71,24 @@ def test_the_best_of_n_moves_no_further_than_the_bound() -> None:
 
 
 def test_a_choice_whose_log_probabilities_are_not_its_tokens_is_refused() -> None:
-    choice = {"message": {"content": "x"}, "token_ids": [1, 2],
+    choice = {"message": {"content": "x"}, "token_ids": [1, 2], "index": 0,
               "logprobs": {"content": [{"logprob": -1.0}, {"logprob": -2.0}]}}  # fmt: skip
-    answer = {"steering": {"forward_passes_per_token": {"base": 1.0}}}
-    assert _drawn_of(answer, choice).own == (-1.0, -2.0)
+    details = [{"base_logprob": -3.0}, {"base_logprob": -4.0}]
+    answer = {"steering": {"forward_passes_per_token": {"base": 1.0},
+                           "choices": [{"index": 0, "token_details": details}]}}  # fmt: skip
+    found = _drawn_of(answer, choice, by_plain=False)
+    assert found.own == (-1.0, -2.0) and found.plain == (-3.0, -4.0)
+    assert _drawn_of(answer, choice, by_plain=True).plain == (-1.0, -2.0)
     choice["token_ids"] = [1]
     with pytest.raises(ValueError, match="2 log-probabilities of 1 tokens"):
-        _drawn_of(answer, choice)
+        _drawn_of(answer, choice, by_plain=True)
 
 
 def test_a_row_tells_bounds_as_bounds_and_passes_by_stream() -> None:
-    some = [Drawn("", (1,), (), {"base": 1.0, "value": 0.5}), Drawn("", (1,), (), {"base": 2.0})]
+    some = [
+        Drawn("", (1,), (), (), {"base": 1.0, "value": 0.5}),
+        Drawn("", (1,), (), (), {"base": 2.0}),
+    ]
     assert _passes(some) == "base 1.5, value 0.25"
     mean = Mean(0.0, -1.0, 1.0, 4)
     way = Way("x", mean, 1.5, mean, _passes(some))
