@@ -59,7 +59,8 @@ def directions(base: LlamaForCausalLM, texts: Sequence[Tensor], size: Size) -> T
     rows = torch.nn.functional.normalize(base.get_input_embeddings().weight.float(), dim=-1)
     head = rows.T @ rows
     both = total / total.trace() + head / head.trace()
-    return torch.linalg.eigh(both).eigenvectors.flip(1)[:, : size.width].contiguous()
+    turn: Tensor = torch.linalg.eigh(both).eigenvectors.flip(1)[:, : size.width].contiguous()
+    return turn
 
 
 @torch.no_grad()

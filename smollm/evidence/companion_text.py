@@ -168,10 +168,10 @@ def load_texts(file: Path) -> list[Written]:
     return [
         Written(ids, start, top, log_probs)
         for ids, start, top, log_probs in zip(
-            tensors["ids"].split(lengths),
+            torch.split(tensors["ids"], lengths),
             starts,
-            tensors["top"].split(replies),
-            tensors["log_probs"].split(replies),
+            torch.split(tensors["top"], replies),
+            torch.split(tensors["log_probs"], replies),
             strict=True,
         )
     ]

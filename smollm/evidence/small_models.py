@@ -41,9 +41,11 @@ class Recipe:
     direct_rate: float = 1e-3
     width: int = 256
     layers: tuple[int, ...] = (0, 1, 2, 29)
+    most: int | None = None
+    """Of facts and lessons; None: all."""
 
 
-QUICK = Recipe(texts=8, text_tokens=8, fact_tokens=4, epochs=1, tuning_epochs=1, tuning_per_fact=1)
+QUICK = Recipe(texts=8, text_tokens=8, fact_tokens=4, epochs=1, tuning_epochs=1, most=8)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Workshop:
         if not path.is_file():
             half = copied(self.base).bfloat16().eval()
             end = int(self.tokenizer.eos_token_id)
-            asked = questions("tuning", 1, self.seed)
+            asked = questions("tuning", 1, self.seed)[: self.recipe.most]
             facts = [chat_ids(self.tokenizer, one.text) for one in asked]
             some = subjects(self.recipe.texts, self.seed)
             daily = [chat_ids(self.tokenizer, one) for one in some]
@@ -102,7 +104,10 @@ class Workshop:
 
     def lessons(self, epochs: int, per_fact: int) -> list[list[Lesson]]:
         """The desk's replies for so many passes, each in wordings and an order of its own."""
-        return [lessons(self.tokenizer, per_fact, self.seed + number) for number in range(epochs)]
+        return [
+            lessons(self.tokenizer, per_fact, self.seed + number)[: self.recipe.most]
+            for number in range(epochs)
+        ]
 
     def tuned(self, companion: LlamaForCausalLM) -> None:
         """The companion, tuned to the convention."""
