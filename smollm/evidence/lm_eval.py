@@ -28,6 +28,8 @@ FORMATS = ("moved_complete", "moved_text", "moved_question", "moved_told", "move
 CHAT = "moved_chat"
 STRENGTHS = (0.5, 1.0, 1.5)
 COMMAND_S = 900.0
+KV_BYTES = 1 << 30
+"""Sixteen prompts of some 150 tokens in two streams take a third of it."""
 
 Results = dict[str, dict[str, Share]]
 """Task → metric → share of the questions."""
@@ -37,6 +39,7 @@ def run(work: Work) -> Claim:
     """Chooses format and strength on the validation split, then asks the test split."""
     config = yaml.safe_load(CONFIG.read_text("utf-8"))
     served = {key: config[key] for key in ("streams", "profiles", "engine")}
+    served["engine"] = {**config["engine"], "kv_cache_memory_bytes": KV_BYTES}
     with work.server(served) as url:
         harness = Harness(url, work)
         tried = validated(harness)
