@@ -174,8 +174,9 @@ class _Rows(NamedTuple):
     def chosen(self) -> torch.Tensor:
         """[R, V]: each row's scores of the stream that its rule reads; not to be changed."""
         present = next(s for s in self.logits if s is not None)
-        if present.device.type == "cpu" and len(which := self.rules.stream.unique()) == 1:
-            only = self.logits[int(which)]
+        which = self.rules.stream
+        if present.device.type == "cpu" and len(which) and bool((which == which[0]).all()):
+            only = self.logits[int(which[0])]
             return torch.zeros_like(present) if only is None else only
         chosen = torch.zeros_like(present)
         for i, s in enumerate(self.logits):
