@@ -94,8 +94,8 @@ def read_condition(config: dict[str, Any], tensors: set[str], at: str, file: str
     Raises:
         BadAdapter: a key is missing or out of range, or a vector is missing or without a threshold.
     """
-    gate, kind = config.get("gate"), config.get("similarity", "projected")
-    read = config.get("read", "mean")
+    gate: Any = config.get("gate")
+    kind, read = config.get("similarity", "projected"), config.get("read", "mean")
     for key, value, allowed in (
         ("gate", gate, GATES), ("read", read, READS), ("similarity", kind, SIMILARITIES),
     ):  # fmt: skip
