@@ -93,7 +93,7 @@ def adapt(
     kept = tuple(use for _, use in sorted(uses.items()) if use.weight)
     if not kept:
         return plan, None
-    places = {where for use in kept for where in use.where}
+    places: set[object] = {where for use in kept for where in use.where}
     places |= {use.invocation for use in kept if use.invocation}
     if len(places) > MOST_WHERES:
         raise BadValue("the request's adapters act at too many different sets of positions",
@@ -137,8 +137,9 @@ def _use(one: ResolvedAdapter, weight: tuple[float, float], owner: str) -> Adapt
             allowed="all",
         )
     condition = artefact.condition
-    for where in one.places or (EVERYWHERE,) if condition is not None else ():
-        condition.check(where, f"{one.field}.where", BadValue)
+    if condition is not None:
+        for where in one.places or (EVERYWHERE,):
+            condition.check(where, f"{one.field}.where", BadValue)
     if artefact.invocation:
         _check_invoked(one, owner)
     if not artefact.gates:
