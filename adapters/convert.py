@@ -4,6 +4,7 @@
     ….pt                                              a tensor [H], or {n: [H]}: at the output of n
     ….svec                                            IBM activation-steering (JSON): acts at the
                                                       input of n, so at our n − 1
+    two ….svec, one with a condition                  CAST (arXiv 2409.05907): kind `conditional`
     a folder with config.json and intkey_….bin        pyreft's LoReFT (arXiv 2404.03592)
     heads of ITI and LoFiT                            see `convert_heads`
 
@@ -42,6 +43,45 @@ _ORTHONORMAL = 1e-2
 
 
 @dataclass(frozen=True)
+class When:
+    """The condition under which vectors act.
+
+    Args:
+        source: file or folder of the condition's vectors, as of the vectors themselves.
+        layers: numbers as the source counts them, ≥ 1 of them; one that is met is enough.
+        above: met where the similarity is larger than this; None: see `below`.
+        below: met where it is smaller.
+        gate: `prompt` or `token`.
+        read: of a prompt, `mean` or `last`.
+        similarity: `projected` or `cosine`.
+    """
+
+    source: Path
+    layers: Collection[int]
+    above: float | None = None
+    below: float | None = None
+    gate: str = "prompt"
+    read: str = "mean"
+    similarity: str = "projected"
+
+    def config(self, layers: Collection[int]) -> dict[str, Any]:
+        """Its keys of our config, for our numbers of layers.
+
+        Raises:
+            BadSource: not exactly one threshold is given, or it is no similarity.
+        """
+        given = {"above": self.above, "below": self.below}
+        own = {side: value for side, value in given.items() if value is not None}
+        if len(own) != 1 or not all(-1 <= value <= 1 for value in own.values()):
+            raise BadSource("a condition has one threshold", field="--above, --below",
+                            value=own, allowed="one of them, −1 to 1")  # fmt: skip
+        found: dict[str, Any] = {"gate": self.gate, "similarity": self.similarity}
+        if self.gate == "prompt":
+            found["read"] = self.read
+        return found | {"conditions": {str(n): own for n in layers}}
+
+
+@dataclass(frozen=True)
 class Request:
     """What is to be converted.
 
@@ -53,6 +93,7 @@ class Request:
         positions: of pyreft, e.g. `f7+l7`: its folders do not say them.
         scale: what the numbers are multiplied by when they are served.
         beside: more files, for ITI and LoFiT.
+        when: the condition under which they act; None: always.
     """
 
     source: Path
@@ -61,6 +102,7 @@ class Request:
     positions: str | None = None
     scale: float = 1.0
     beside: HeadFiles = field(default_factory=HeadFiles)
+    when: When | None = None
 
 
 def convert(request: Request) -> list[Path]:
@@ -79,6 +121,9 @@ def convert(request: Request) -> list[Path]:
     if not math.isfinite(request.scale):
         raise BadSource("not a finite number", field="--scale", value=request.scale)
     source = request.source
+    if request.when is not None and (is_of_heads(source) or (source / "config.json").is_file()):
+        raise BadSource("only constants behind decoder layers can have a condition",
+                        field="--condition", value=str(request.when.source))  # fmt: skip
     if is_of_heads(source):
         return _from_heads(request)
     for name, given in vars(request.beside).items():
@@ -93,7 +138,21 @@ def convert(request: Request) -> list[Path]:
     if not found:
         raise BadAdapter("no vectors here", field=str(source), allowed="vec_layer_<n>.pt, a .pt "
                          "file, an .svec file, a folder of pyreft")  # fmt: skip
-    _write(request.out, {str(n): v for n, v in found.items()}, kind="vector", scale=request.scale)
+    tensors = {str(n): v for n, v in found.items()}
+    if (when := request.when) is None:
+        _write(request.out, tensors, kind="vector", scale=request.scale)
+        return [request.out]
+    conditions = dict(_directions(Request(when.source, request.out, when.layers)))
+    if not conditions:
+        raise BadAdapter("no condition's vectors here", field=str(when.source))
+    if early := sorted(n for n in found if n < max(conditions)):
+        raise BadSource(
+            "a vector acts before its condition is known, at the output of a layer",
+            field="--layers", value=early[0], allowed=f"from {max(conditions)} on",
+        )  # fmt: skip
+    config = when.config(conditions)
+    tensors |= {f"{n}.condition": vector for n, vector in conditions.items()}
+    _write(request.out, tensors, kind="conditional", scale=request.scale, **config)
     return [request.out]
 
 

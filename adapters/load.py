@@ -9,8 +9,10 @@ import torch
 
 from adapters.errors import AdapterError, BadAdapter, DoesNotFit, FilesLost
 from adapters.formats.artefact import Artefact, Place
+from adapters.formats.blocks import block_number
 from adapters.formats.inputs import moved
 from adapters.formats.inspect import read_artefact
+from adapters.kernels.judging import LoadedCondition, Threshold
 from adapters.parts import BaseLayers, Read, load_part
 from adapters.sets import AdapterSet, Block, Member
 from adapters.tensors import TensorFile
@@ -67,6 +69,47 @@ def normed(adapter_set: AdapterSet, owner: str) -> list[str]:
     members = [_read(m) for m in adapter_set.members if m.owner == owner and any(m.diagonals)]
     parts = (part for artefact in members for layers in artefact.parts for part in layers.items())
     return sorted({module for module, part in parts if part.magnitude is not None})
+
+
+def conditional(adapter_set: AdapterSet) -> bool:
+    """Whether any of its artefacts acts under a condition."""
+    return any(_read(member).condition is not None for member in adapter_set.members)
+
+
+def load_conditions(
+    adapter_set: AdapterSet, device: torch.device
+) -> dict[str, dict[str, LoadedCondition]]:
+    """Owner → digest → when that artefact acts, of those that have conditions.
+
+    Args:
+        adapter_set: its members are loaded from their folders.
+        device: of the vectors.
+
+    Raises:
+        BadAdapter: as `load_set`.
+    """
+    found: dict[str, dict[str, LoadedCondition]] = {}
+    for member in adapter_set.members:
+        artefact = _read(member)
+        if (condition := artefact.condition) is None:
+            continue
+        read = _Opened(artefact)
+        thresholds = tuple(
+            Threshold(
+                block_number(one.module) or 0,
+                read(Place(one.file, one.name)).float().to(device),
+                one.threshold,
+                one.above,
+            )
+            for one in condition.comparisons
+        )
+        found.setdefault(member.owner, {})[member.digest] = LoadedCondition(
+            condition.gate == "prompt",
+            condition.read == "mean",
+            condition.similarity == "projected",
+            thresholds,
+        )
+    return found
 
 
 class _Opened:

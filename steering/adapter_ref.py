@@ -28,8 +28,8 @@ class AdapterRef(BaseModel):
     )  # fmt: skip
     where: str | dict[str, Any] | None = Field(
         None, description="At which positions it acts: `all`, `prompt`, `reply`, `last_prompt`, or "
-        "an object with `prompt_first`, `prompt_last`, `from`, `first`; default: where its file "
-        "says, or at all.",
+        "an object with `prompt_first`, `prompt_last`, `from`, `first`, or with `after`, `until` "
+        "(texts of the reply), `from`, `first`; default: where its file says, or at all.",
     )  # fmt: skip
 
     @property

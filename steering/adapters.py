@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from adapters.formats.artefact import TEMPERATURES, Artefact
 from adapters.sets import AdapterSet, Member
-from adapters.where import Where
+from adapters.where import EVERYWHERE, Where
 from steering.errors import BadValue, NotFound
 from steering.plan import BASE, AdapterUse, SteeringPlan
 
@@ -85,7 +85,7 @@ def adapt(
                 value=one.stream,
                 allowed=", ".join(owners),
             )
-        use = _use(one, weight)
+        use = _use(one, weight, owners[one.stream])
         if (use.stream, use.digest) in uses:
             raise BadValue("names the same adapter twice for one stream", field=one.field)
         uses[use.stream, use.digest] = use
@@ -93,7 +93,9 @@ def adapt(
     kept = tuple(use for _, use in sorted(uses.items()) if use.weight)
     if not kept:
         return plan, None
-    if len(places := {where for use in kept for where in use.where}) > MOST_WHERES:
+    places: set[object] = {where for use in kept for where in use.where}
+    places |= {use.invocation for use in kept if use.invocation}
+    if len(places) > MOST_WHERES:
         raise BadValue("the request's adapters act at too many different sets of positions",
                        field=resolved[0].field.rsplit(".", 1)[0], value=len(places),
                        allowed=f"≤ {MOST_WHERES}")  # fmt: skip
@@ -108,7 +110,17 @@ def adapt(
     return replace(plan, adapters=kept), found
 
 
-def _use(one: ResolvedAdapter, weight: tuple[float, float]) -> AdapterUse:
+def _check_invoked(one: ResolvedAdapter, owner: str) -> None:
+    """Whether an aLoRA can act: its invocation tokens are looked for in the base's prompt."""
+    if owner != BASE:
+        raise BadValue("an aLoRA changes the base or a twin of it: its invocation tokens are the "
+                       "base's", field=f"{one.field}.stream", value=one.stream)  # fmt: skip
+    if one.where is not None:
+        raise BadValue("an aLoRA acts from its invocation tokens on", field=f"{one.field}.where",
+                       allowed="nothing")  # fmt: skip
+
+
+def _use(one: ResolvedAdapter, weight: tuple[float, float], owner: str) -> AdapterUse:
     low, high = weight
     if not low <= one.weight <= high:
         raise BadValue(
@@ -124,11 +136,19 @@ def _use(one: ResolvedAdapter, weight: tuple[float, float]) -> AdapterUse:
             field=f"{one.field}.where",
             allowed="all",
         )
+    condition = artefact.condition
+    if condition is not None:
+        for where in one.places or (EVERYWHERE,):
+            condition.check(where, f"{one.field}.where", BadValue)
+    if artefact.invocation:
+        _check_invoked(one, owner)
     if not artefact.gates:
         for name in ("top_k", "temperature"):
             if getattr(one, name) is not None:
                 raise BadValue("only a MeteoRA pack has this", field=f"{one.field}.{name}")
-        return AdapterUse(one.digest, one.stream, float(one.weight), where=one.places)
+        reads = condition is not None and condition.gate == "prompt"
+        return AdapterUse(one.digest, one.stream, float(one.weight), where=one.places,
+                          reads_prompt=reads, invocation=artefact.invocation)  # fmt: skip
     top_k = artefact.top_k if one.top_k is None else one.top_k
     temperature = artefact.temperature if one.temperature is None else one.temperature
     if not 1 <= top_k <= len(artefact.members):

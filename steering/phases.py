@@ -115,6 +115,28 @@ def opener_of(text: str) -> str | None:
     return found[1] + found[2] if found else None
 
 
+def encoded(
+    text: Text | None, encode: Callable[[str], Sequence[int]], field: str
+) -> Text | None:  # fmt: skip
+    """A text with its tokens.
+
+    Args:
+        text: None: none.
+        encode: as for `with_ids`.
+        field: where it stands, for errors.
+
+    Raises:
+        BadValue: it has too many tokens.
+    """
+    if text is None or text.ids:
+        return text
+    ids, opener = tuple(encode(text.text)), opener_of(text.text)
+    if not 1 <= len(ids) <= MOST_TOKENS:
+        raise BadValue("the text has too many tokens", field=field, value=text.text,
+                       allowed=f"1 to {MOST_TOKENS}")  # fmt: skip
+    return replace(text, ids=ids, opener=() if opener is None else tuple(encode(opener)))
+
+
 def with_ids(
     plan: SteeringPlan, encode: Callable[[str], Sequence[int]], fields: Sequence[str]
 ) -> SteeringPlan:
@@ -128,20 +150,11 @@ def with_ids(
     Raises:
         BadValue: a text of too many tokens.
     """
-
-    def known(text: Text | None, where: str) -> Text | None:
-        if text is None or text.ids:
-            return text
-        ids, opener = tuple(encode(text.text)), opener_of(text.text)
-        if not 1 <= len(ids) <= MOST_TOKENS:
-            raise BadValue("the text has too many tokens", field=where, value=text.text,
-                           allowed=f"1 to {MOST_TOKENS}")  # fmt: skip
-        return replace(text, ids=ids, opener=() if opener is None else tuple(encode(opener)))
-
     phases = []
     for phase, where in zip(plan.phases, fields, strict=True):
         span = phase.span
-        after, until = known(span.after, f"{where}.after"), known(span.until, f"{where}.until")
+        after = encoded(span.after, encode, f"{where}.after")
+        until = encoded(span.until, encode, f"{where}.until")
         phases.append(replace(phase, span=replace(span, after=after, until=until)))
     return replace(plan, phases=tuple(phases))
 
@@ -158,20 +171,21 @@ def begun(plan: SteeringPlan, prompt: Sequence[int]) -> SteeringPlan:
     phases: list[Phase] = []
     for phase in plan.phases:
         span = phase.span
-        if span.until is not None and _closed(span.until, prompt):
+        if span.until is not None and closed(span.until, prompt):
             continue
-        if span.after is not None and _closed(span.after, prompt):
+        if span.after is not None and closed(span.after, prompt):
             phase = replace(phase, span=replace(span, after=None))
         phases.append(phase)
     return replace(plan, phases=tuple(phases))
 
 
-def _closed(text: Text, prompt: Sequence[int]) -> bool:
-    opened = _last(prompt, text.opener) if text.opener else -1
-    return opened >= 0 and _last(prompt, text.ids) > opened
+def closed(text: Text, prompt: Sequence[int]) -> bool:
+    """Whether a prompt has closed with a text what it had opened."""
+    opened = last_of(prompt, text.opener) if text.opener else -1
+    return opened >= 0 and last_of(prompt, text.ids) > opened
 
 
-def _last(ids: Sequence[int], part: Sequence[int]) -> int:
+def last_of(ids: Sequence[int], part: Sequence[int]) -> int:
     """Where the last of `part` begins among `ids`; −1: nowhere."""
     places = range(len(ids) - len(part), -1, -1)
     return next((i for i in places if tuple(ids[i : i + len(part)]) == tuple(part)), -1)
@@ -195,4 +209,4 @@ def holding(plan: SteeringPlan, reply: Sequence[int]) -> Phase | None:
 
 
 def _there(ids: Sequence[int], part: Sequence[int]) -> bool:
-    return _last(ids, part) >= 0
+    return last_of(ids, part) >= 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Literal
 
-from adapters.where import Where
+from adapters.where import Text, Where
 from steering.rules import BASE as BASE
 from steering.rules import Ender as Ender
 from steering.rules import Gate as Gate
@@ -104,21 +104,6 @@ class Best:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """A text that a reply may contain.
-
-    Args:
-        text: as the request wrote it.
-        ids: its tokens, the base's; filled in by `steering.phases.with_ids`.
-        opener: the tokens of the text that opens what this one closes; () if it closes nothing.
-    """
-
-    text: str
-    ids: tuple[int, ...] = ()
-    opener: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Span:
     """Some of a reply's tokens: those to which all of this applies.
 
@@ -193,6 +178,9 @@ class AdapterUse:
         temperature: T > 0 of a pack's softmax; 1 for a LoRA.
         where: at which positions of the stream's text it acts: one for all of its members, or one
             for each; empty: at all.
+        reads_prompt: whether states of the prompt decide if it acts: cached blocks have none.
+        invocation: ids of the base from whose last occurrence in the prompt it acts (aLoRA); once
+            the prompt is known, `where` says where that is. Empty: it is none.
     """
 
     digest: str
@@ -201,6 +189,8 @@ class AdapterUse:
     top_k: int = 0
     temperature: float = 1.0
     where: tuple[Where, ...] = ()
+    reads_prompt: bool = False
+    invocation: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,12 +27,26 @@ class SteeringPayload(msgspec.Struct, frozen=True):
         tag: names the request in reports; '' when nothing is reported.
         reply: tokens at the end of the request's prompt that are an earlier reply: every stream
             reads them behind its own prompt.
+        salt: of the prefix cache, as it would be without the plan.
     """
 
     plan: SteeringPlan
     pad: int = 0
     tag: str = ""
     reply: int = 0
+    salt: str | None = None
+
+    def untouched_tokens(self, prompt_len: int) -> int:
+        """How many leading tokens have the base's own KV: those in front of an aLoRA's invocation.
+
+        Args:
+            prompt_len: as for `shared_tokens`.
+        """
+        plan = self.plan
+        alone = not plan.streams and not plan.prompts and not self.pad and plan.runs_base
+        if not alone or not plan.adapters or not all(use.invocation for use in plan.adapters):
+            return 0
+        return prompt_len - max(where.last for use in plan.adapters for where in use.where)
 
     def shared_tokens(self, prompt_len: int) -> int | None:
         """How many leading tokens' KV blocks the request may share; None for no limit.

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adapters.errors import BadAdapter
+from adapters.formats.conditions import Condition
 from adapters.where import Where
 
-Kind = Literal["lora", "dora", "adalora", "vera", "ia3", "meteora", "vector", "loreft"]
+Kind = Literal[
+    "lora", "dora", "adalora", "vera", "ia3", "meteora", "vector", "loreft", "conditional"
+]  # fmt: skip
 
 TEMPERATURES = (1e-6, 1e6)
 """Range of a gate's softmax temperature. Less is 0 in float32, and 0 / 0 would leave NaN in blocks
@@ -164,6 +167,8 @@ class Artefact:
         temperature: T of the gate's softmax unless the request says otherwise.
         where: per member, at which positions it acts unless the request says otherwise; empty:
             at all.
+        condition: when it acts there; None: always.
+        invocation: ids from whose last occurrence in a prompt it acts (aLoRA); empty: it is none.
     """
 
     folder: Path
@@ -175,6 +180,8 @@ class Artefact:
     top_k: int = 0
     temperature: float = 1.0
     where: tuple[Where, ...] = ()
+    condition: Condition | None = None
+    invocation: tuple[int, ...] = ()
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -207,6 +214,12 @@ class Artefact:
     def modules(self) -> tuple[str, ...]:
         """Names of all layers that some member changes, sorted."""
         return tuple(sorted({module for parts in self.parts for module in parts}))
+
+    @property
+    def compared(self) -> tuple[tuple[str, Place], ...]:
+        """(layer, vector) of each of its conditions."""
+        found = self.condition.comparisons if self.condition else ()
+        return tuple((one.module, Place(one.file, one.name)) for one in found)
 
     def digest(self) -> str:
         """SHA-256 over the defining files' names and bytes, 64 hex digits; reads them all."""

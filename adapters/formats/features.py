@@ -43,10 +43,6 @@ _UNNAMED = ("changes the model in a way that this server does not compute", _MER
 
 _OPTIONS = {
     "layer_replication": ("repeats layers of the base", _MERGE),
-    "alora_invocation_tokens": (
-        "acts from its invocation tokens on only (aLoRA)",
-        _MERGE,
-    ),
     "use_qalora": ("averages groups of inputs first (QALoRA)", _MERGE),
     "use_bdlora": ("has block-diagonal factors (BD-LoRA)", _CONVERT),
     "target_parameters": ("changes bare parameters, such as the experts of a mixture", _MERGE),

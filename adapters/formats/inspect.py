@@ -66,6 +66,9 @@ def inspect(folder: Path, base: BaseShapes, *, max_rank: int, values: bool = Tru
     for parts in settled.parts:
         for module, part in parts.items():
             _check_part(part, module, headers, base)
+    for module, place in artefact.compared:
+        if (size := _linear(base, module, place.file)) is not None:
+            _expect(place, headers[place.file][place.name].shape, (size[1],))
     for module, gate in artefact.gates.items():
         size = _linear(base, module, gate.file)
         if size is not None:
@@ -80,7 +83,8 @@ def inspect(folder: Path, base: BaseShapes, *, max_rank: int, values: bool = Tru
 def elements(artefact: Artefact) -> int:
     """Numbers that an engine holds of an artefact; reads headers."""
     headers = {name: read_header(artefact.folder / name) for name in _tensor_files(artefact)}
-    total = sum(prod(headers[gate.file][gate.name].shape) for gate in artefact.gates.values())
+    whole = [*artefact.gates.values(), *(place for _, place in artefact.compared)]
+    total = sum(prod(headers[place.file][place.name].shape) for place in whole)
     for part in (part for parts in artefact.parts for part in parts.values()):
         for place in part.places:
             shape = headers[place.file][place.name].shape
@@ -94,7 +98,7 @@ def elements(artefact: Artefact) -> int:
 def _tensors(artefact: Artefact) -> set[Place]:
     """Everything that is served."""
     places = {place for parts in artefact.parts for part in parts.values() for place in part.places}
-    return places | set(artefact.gates.values())
+    return places | set(artefact.gates.values()) | {place for _, place in artefact.compared}
 
 
 def _tensor_files(artefact: Artefact) -> set[str]:

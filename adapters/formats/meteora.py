@@ -150,6 +150,9 @@ def _native(folder: Path, tasks: tuple[str, ...]) -> Artefact:
     parts, files = [], [CONFIG, GATES]
     for task in tasks:
         adapter = read_peft(folder / task, task)
+        if adapter.invocation:
+            raise BadAdapter("an aLoRA cannot be a pack's member",
+                             field=f"{task}: alora_invocation_tokens")  # fmt: skip
         files += [f"{task}/{name}" for name in adapter.files]
         modules = adapter.parts[0]
         if moved := [m for m, part in modules.items() if part.inputs]:

@@ -6,13 +6,14 @@ LoRA (with rsLoRA, DoRA and biases), AdaLoRA, VeRA and IA3; tensors have the nam
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from adapters.errors import BadAdapter
 from adapters.formats.artefact import Artefact, Kind, Part, Place, inside
-from adapters.formats.config import CONFIG, read_object
+from adapters.formats.config import CONFIG, bad_key, read_object
 from adapters.formats.features import also_changes, check_kind, check_options
 from adapters.formats.kinds import KINDS, Found, Reader
 from adapters.formats.shards import INDEX, WEIGHTS, find_tensors, shards
@@ -28,6 +29,10 @@ _WRAPPED_BIAS, _BIAS = ".base_layer.bias", ".bias"
 _NAMES: dict[str, Kind] = {"LORA": "lora", "ADALORA": "adalora", "VERA": "vera", "IA3": "ia3"}
 
 LeftAlone = Callable[[str], bool]
+
+
+_MOST_INVOCATION = 256
+"""Ids of an aLoRA's invocation."""
 
 
 def _none(_: str) -> bool:
@@ -66,7 +71,30 @@ def read_peft(folder: Path, name: str = "adapter", left_alone: LeftAlone = _none
     if not parts:
         raise BadAdapter("changes no layer", field=files[0])
     named: Kind = "dora" if config.get("use_dora") else _NAMES[kind]
-    return Artefact(folder, named, (name,), (parts,), {}, tuple(sorted((CONFIG, *files))))
+    invocation = _invocation(config)
+    return Artefact(folder, named, (name,), (parts,), {}, tuple(sorted((CONFIG, *files))),
+                    invocation=invocation)  # fmt: skip
+
+
+def _invocation(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids from whose last occurrence an aLoRA acts (arXiv 2504.12397); () for other adapters.
+
+    Raises:
+        BadAdapter: they are no ids, or something of the adapter acts in front of them too.
+    """
+    if (given := config.get("alora_invocation_tokens")) is None:
+        return ()
+    right = isinstance(given, list) and all(type(i) is int and 0 <= i < 1 << 31 for i in given)
+    if not right or not 1 <= len(given) <= _MOST_INVOCATION:
+        raise bad_key("alora_invocation_tokens", "not token ids", given,
+                      f"1 to {_MOST_INVOCATION} ids")  # fmt: skip
+    for key in ("use_dora", "lora_bias", "bias"):
+        if config.get(key) not in (None, False, "none"):
+            raise bad_key(
+                key, "an aLoRA acts from its invocation tokens on, and in PEFT this would not; "
+                "train it without", config[key],
+            )  # fmt: skip
+    return tuple(given)
 
 
 def _belongs(tensor: str, plain: str, kind: str, place: Place) -> tuple[str, str]:

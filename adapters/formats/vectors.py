@@ -5,7 +5,9 @@
 The tensors of kind `vector` are constants, by the layer that they are added behind: `12` or
 `model.layers.12` [H] at the output of decoder layer 12; `<module>.shift` [in] and `<module>.heads`
 [in] at the input of a linear layer (`Part.shift`, `Part.heads`). Those of kind `loreft` are
-`12.rotate` [H, r], `12.weight` [r, H] and `12.bias` [r] (arXiv 2404.03592).
+`12.rotate` [H, r], `12.weight` [r, H] and `12.bias` [r] (arXiv 2404.03592). Those of kind
+`conditional` are constants behind decoder layers, and `6.condition` [H]
+(`adapters.formats.conditions`).
 
 Bare are `vectors.safetensors` with constants behind decoder layers and no config, and llama.cpp's
 control vectors, `vectors.gguf` (`adapters.formats.control_vector`).
@@ -20,17 +22,18 @@ from typing import Any
 
 from adapters.errors import BadAdapter
 from adapters.formats.artefact import LARGEST_ALPHA, Artefact, Kind, Part, Place, inside
-from adapters.formats.blocks import block_of
+from adapters.formats.blocks import block_number, block_of
+from adapters.formats.conditions import KEYS, SUFFIX, Condition, read_condition
 from adapters.formats.config import read_object
 from adapters.formats.header import TensorInfo, read_header
-from adapters.where import read_where
+from adapters.where import REPLY, Where, read_where
 
 CONFIG = "vector_config.json"
 TENSORS = "vectors.safetensors"
 GGUF = "vectors.gguf"
 
 _KEYS = ("kind", "scale", "where", "head_size", "base_model_name_or_path")
-_KINDS: tuple[Kind, ...] = ("vector", "loreft")
+_KINDS: tuple[Kind, ...] = ("vector", "loreft", "conditional")
 _REFT = {"rotate": "rotate", "weight": "source", "bias": "source_bias"}
 
 
@@ -52,9 +55,10 @@ def read_vectors(folder: Path, name: str = "vector") -> Artefact:
     if not (folder / CONFIG).is_file():
         return _bare(folder, name)
     config = read_object(inside(folder, CONFIG))
-    if unknown := sorted(config.keys() - set(_KEYS)):
-        raise _bad(unknown[0], config[unknown[0]], ", ".join(_KEYS))
     kind = config.get("kind")
+    known = (*_KEYS, *KEYS) if kind == "conditional" else _KEYS
+    if unknown := sorted(config.keys() - set(known)):
+        raise _bad(unknown[0], config[unknown[0]], ", ".join(known))
     if kind not in _KINDS:
         raise _bad("kind", kind, ", ".join(_KINDS))
     scale = config.get("scale", 1.0)
@@ -64,16 +68,42 @@ def read_vectors(folder: Path, name: str = "vector") -> Artefact:
     if type(size) is not int or size < 0:
         raise _bad("head_size", size, "numbers of one attention head's output")
     tensors = read_header(inside(folder, TENSORS))
+    condition = None
+    if kind == "conditional":
+        condition = read_condition(config, set(tensors), CONFIG, TENSORS)
+        tensors = {n: info for n, info in tensors.items() if not n.endswith(SUFFIX)}
     made = _reft(tensors) if kind == "loreft" else _constants(tensors, TENSORS)
     parts = {m: replace(p, scale=float(scale), head_size=size) for m, p in made.items()}
     if not parts:
         raise BadAdapter("has no vectors", field=TENSORS)
     said = [config["where"]] if "where" in config else []
     where = tuple(read_where(one, f"{CONFIG}: where") for one in said)
-    found = Artefact(folder, kind, (name,), (parts,), {}, (CONFIG, TENSORS), where=where)
+    if condition is not None:
+        where = where or ((REPLY,) if condition.gate == "prompt" else ())
+        _check_conditional(condition, parts, where)
+    found = Artefact(folder, kind, (name,), (parts,), {}, (CONFIG, TENSORS), where=where,
+                     condition=condition)  # fmt: skip
     if found.by_values and not all(one.everywhere for one in where):
         raise _bad("where", config["where"], "all, where attention heads are scaled")
     return found
+
+
+def _check_conditional(
+    condition: Condition, parts: dict[str, Part], where: tuple[Where, ...]
+) -> None:
+    """Raises if a vector acts before all conditions are known."""
+    for one in where:
+        condition.check(one, f"{CONFIG}: where")
+    for module in parts:
+        if (number := block_number(module)) is None:
+            raise BadAdapter("only constants behind decoder layers can have a condition",
+                             field=f"{TENSORS}: {module}")  # fmt: skip
+        if number < condition.last:
+            raise BadAdapter(
+                "acts before its condition is known",
+                field=f"{TENSORS}: {number}",
+                allowed=f"layers from the last condition's on: {condition.last}",
+            )
 
 
 def _bare(folder: Path, name: str) -> Artefact:

@@ -98,6 +98,7 @@ class Group:
         routes: the routed artefacts that some of the tokens use.
         constants: C of the set.
         diagonals: D of the set.
+        judged: whether conditions change `gate` while the pass runs.
     """
 
     slot: int
@@ -108,6 +109,7 @@ class Group:
     routes: tuple[Route, ...] = ()
     constants: int = 0
     diagonals: int = 0
+    judged: bool = False
 
     @property
     def sums(self) -> int:
@@ -265,7 +267,7 @@ def bundled(groups: Sequence[Group]) -> tuple[Group | Bundle, ...]:
 
 
 def _bundles(group: Group) -> bool:
-    plain = not group.routes and group.products == group.columns
+    plain = not group.routes and not group.judged and group.products == group.columns
     return plain and group.tokens is not None and len(group.tokens) <= SMALL
 
 

@@ -358,7 +358,7 @@ void adapter_sum(at::Tensor y, const at::Tensor& x, at::TensorList a, at::Tensor
 // As `adapter_sum`, for the output of a decoder layer, whose state is y, or y + residual. It is
 // formed only if some row multiplies it.
 void residual_sum(at::Tensor y, const std::optional<at::Tensor>& residual, at::TensorList a,
-                  at::TensorList b, const at::Tensor& filled) {
+                  at::TensorList b, const at::Tensor& filled, int64_t layer) {
   State& s = state();
   const int8_t* own = filled.const_data_ptr<int8_t>();
   int8_t most = NOTHING;
@@ -372,8 +372,9 @@ void residual_sum(at::Tensor y, const std::optional<at::Tensor>& residual, at::T
     static auto groups = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("coxswain::residual_groups", "")
                              .typed<void(at::Tensor, const std::optional<at::Tensor>&,
-                                         at::TensorList, at::TensorList, const at::Tensor&)>();
-    groups.call(y, residual, a, b, filled);
+                                         at::TensorList, at::TensorList, const at::Tensor&,
+                                         int64_t)>();
+    groups.call(y, residual, a, b, filled, layer);
   }
 }
 

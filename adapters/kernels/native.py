@@ -116,6 +116,8 @@ def suits(group: Group, total: int) -> bool:
         group: of a batch on the CPU.
         total: T, tokens of the batch.
     """
+    if group.judged:
+        return False  # its gates are known only while the pass runs
     narrow = group.columns <= NARROW or _size(group, total) * group.columns <= SMALL
     return bool(group.routes) or narrow
 

@@ -20,6 +20,7 @@ import torch
 
 from adapters.kernels import native
 from adapters.kernels.gated import Bundle, Group, add_adapters, add_to_states, bundled
+from adapters.kernels.judging import Judge, judge_all
 
 
 @dataclass(frozen=True)
@@ -29,29 +30,35 @@ class Added:
     Args:
         rows: what is computed row by row; None for nothing.
         groups: what is computed group by group.
+        judges: what decides gates of these.
     """
 
     rows: native.Rows | None
     groups: tuple[Group | Bundle, ...]
+    judges: tuple[Judge, ...] = ()
 
 
-def added(groups: Sequence[Group], total: int, dtype: torch.dtype) -> Added:
+def added(
+    groups: Sequence[Group], total: int, dtype: torch.dtype, judges: Sequence[Judge] = ()
+) -> Added:
     """How some groups are computed.
 
     Args:
         groups: of one batch.
         total: T, tokens of the batch.
         dtype: of its activations.
+        judges: of gates of the groups.
     """
     if not groups or not _native or dtype not in native.DTYPES:
-        return Added(None, bundled(groups))
+        return Added(None, bundled(groups), tuple(judges))
     small = [group for group in groups if native.suits(group, total)]
     large = [group for group in groups if not native.suits(group, total)]
-    return Added(native.rows(small, total) if small else None, bundled(large))
+    return Added(native.rows(small, total) if small else None, bundled(large), tuple(judges))
 
 
 _groups: Sequence[Group | Bundle] = ()
 """The groups of the forward pass that runs in this process."""
+_judges: Sequence[Judge] = ()
 _native = False
 """Whether C++ computes rows."""
 _loaded = False
@@ -62,14 +69,14 @@ _nothing = native.Rows.none()
 @contextmanager
 def adding(what: Added) -> Iterator[None]:
     """Makes the layers that run inside add something."""
-    global _groups
-    _groups = what.groups
+    global _groups, _judges
+    _groups, _judges = what.groups, what.judges
     if _loaded:
-        _set(what.rows or _nothing, bool(what.groups))
+        _set(what.rows or _nothing, bool(what.groups or what.judges))
     try:
         yield
     finally:
-        _groups = ()
+        _groups, _judges = (), ()
         if _loaded:
             _set(_nothing, False)
 
@@ -121,7 +128,10 @@ def _add_to_states(
     a: list[torch.Tensor],
     b: list[torch.Tensor],
     filled: torch.Tensor,
+    layer: int = -1,
 ) -> None:
+    if _judges:
+        judge_all(_judges, y, residual, layer)
     if _groups:
         add_to_states(y, residual, a, b, filled, _groups)
 
@@ -132,6 +142,7 @@ def _changes_states(
     a: list[torch.Tensor],
     b: list[torch.Tensor],
     filled: torch.Tensor,
+    layer: int = -1,
 ) -> None:
     """As `_changes_y`."""
 
@@ -167,7 +178,8 @@ for _name in ("adapter_sum", "adapter_groups"):
     torch.library.register_fake(f"coxswain::{_name}", _changes_y, lib=_library)
 for _name in ("residual_sum", "residual_groups"):
     _library.define(
-        f"{_name}(Tensor(a!) y, Tensor? residual, Tensor[] a, Tensor[] b, Tensor filled) -> ()"
+        f"{_name}(Tensor(a!) y, Tensor? residual, Tensor[] a, Tensor[] b, Tensor filled, "
+        "int layer=-1) -> ()"
     )
     _library.impl(_name, _add_to_states, "CompositeExplicitAutograd")
     torch.library.register_fake(f"coxswain::{_name}", _changes_states, lib=_library)

@@ -65,6 +65,19 @@ def adapter_sum(x: Float, weight: Float, terms: Sequence[Term], bias: Float | No
     return y
 
 
+def similarity(u: Float, vector: Float, *, projected: bool) -> float:
+    """How alike a state and a condition's vector are: their cosine, or that of the state and tanh
+    of its projection on the vector (CAST, arXiv 2409.05907).
+
+    Args:
+        u: [H].
+        vector: c, [H], not 0.
+        projected: whether it is compared with tanh((c cᵀ / c·c) u) in place of c.
+    """
+    other = np.tanh(np.outer(vector, vector) / (vector @ vector) @ u) if projected else vector
+    return float(u @ other / (np.linalg.norm(u) * np.linalg.norm(other)))
+
+
 def routing(scores: Float, top_k: int, temperature: float) -> Float:
     """MeteoRA's gate (arXiv 2405.13053): [T, M], the softmax of the k highest scores over T.
 

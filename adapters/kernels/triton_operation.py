@@ -62,8 +62,9 @@ def _add_to_states(
     a: list[torch.Tensor],
     b: list[torch.Tensor],
     filled: torch.Tensor,
+    layer: int = -1,
 ) -> None:
-    del filled  # recorded launches must not depend on it
+    del filled, layer  # recorded launches must not depend on them
     if _tables is not None:
         x = y if residual is None else y + residual
         add_adapters(y, x, a, b, [y.shape[1]], _tables, routed=False)

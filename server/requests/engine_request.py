@@ -14,6 +14,7 @@ from vllm.sampling_params import SamplingParams
 from steering.bans import banned, with_bans
 from steering.errors import BadValue
 from steering.phases import begun
+from steering.placing import placed
 from steering.plan import SteeringPlan
 from steering.prompts import align
 from steering.wire import FIELDS, TOP_N_SIGMA, SteeringPayload, pack
@@ -76,14 +77,15 @@ def prepare(
         BadValue: the prompt has no token ids.
     """
     base_ids, params = request.prompt_ids, request.params
-    plan = begun(plan, base_ids)
+    plan = placed(begun(plan, base_ids), base_ids)
     ids, pad = align(base_ids, plan)
-    payload = SteeringPayload(plan, pad, tag, len(reply))
+    salt = request.prompt.get("cache_salt")
+    payload = SteeringPayload(plan, pad, tag, len(reply), salt)
     params.extra_args = {**(params.extra_args or {}), **pack(payload)}
     params.logit_bias = with_bans(params.logit_bias, plan)
     prompt = {**request.prompt, "prompt_token_ids": [*ids, *reply]}
     if key := plan.cache_key(pad):
-        prompt["cache_salt"] = salted(prompt.get("cache_salt"), key)
+        prompt["cache_salt"] = salted(salt, key)
     return replace(request, prompt=prompt, base_ids=base_ids, pad=pad, tag=tag)
 
 

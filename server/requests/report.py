@@ -84,6 +84,8 @@ def _adapter(
         "name": adapter.name, "version": adapter.version, "digest": adapter.digest,
         "stream": adapter.stream, "weight": use.weight,
     }  # fmt: skip
+    if use.invocation:
+        entry["invoked"] = resolved.invoked[key]
     if adapter.artefact.gates:
         entry |= {"top_k": use.top_k, "temperature": use.temperature}
         counts = [0] * len(adapter.artefact.members)

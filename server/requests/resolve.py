@@ -26,6 +26,7 @@ from steering.adapters import ResolvedAdapter
 from steering.errors import BadValue
 from steering.method import Limits, OwnPrompt, Snapshot
 from steering.phases import with_ids
+from steering.placing import with_text_ids
 from steering.plan import BARE
 from steering.resolve import Methods, Resolved, resolve
 from steering.spec import FIELD, Profile, SteeringRequest, read_steering
@@ -218,6 +219,7 @@ class Resolver:
                 plan, model.adapter, parsed.adapters, request.limits.weight, context.access,
                 context.resources, brought,
             )  # fmt: skip
+            plan = with_text_ids(plan, self.own_prompts.text_ids)
         stops = self.profiles.stop_token_ids(request.profile, plan) if request.profile else ()
         result = ResolvedRequest(
             [plan], request.profile, template, stops, parsed.max_tokens, parsed.max_tokens_field,

@@ -5,6 +5,7 @@ is `server.requests.engine_request.EngineRequest`.
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -71,6 +72,7 @@ class ResolvedRequest:
         tag: names its reports.
         reports: prompt index → the worker's report, once the prompt is finished.
         measured: it is measured for the metrics alone: the response tells nothing of it.
+        invoked: (stream, digest) of an aLoRA → in how many prompts it acts.
     """
 
     plans: Sequence[SteeringPlan]
@@ -86,6 +88,7 @@ class ResolvedRequest:
     tag: str = field(default_factory=lambda: secrets.token_hex(8))
     reports: dict[int, Report] = field(default_factory=dict)
     measured: bool = False
+    invoked: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
     def plan(self) -> SteeringPlan:

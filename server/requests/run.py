@@ -39,6 +39,7 @@ from server.requests.failures import ours, ours_in
 from server.requests.resolved import Report, ResolvedRequest
 from server.settings.operating import LimitsConfig
 from steering.errors import BadValue
+from steering.placing import invoked
 from steering.plan import SteeringPlan
 
 
@@ -123,6 +124,9 @@ class RequestEngine:
             assert wanted is not None
             lora = LoRARequest(**wanted.lora_request())
             request = replace(request, options={**request.options, "lora_request": lora})
+            if any(use.invocation for use in plan.adapters):
+                acting = invoked(plan, request.prompt_ids)
+                self.resolved.invoked.update((use.stream, use.digest) for use in acting)
         if plan.best is not None:
             outputs = best_of_n.start(self, request, index)
         elif plan.search is not None:

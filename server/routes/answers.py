@@ -119,6 +119,10 @@ class AdapterReport(TypedDict):
     routed: NotRequired[
         Annotated[dict[str, _Share], Field(description="By member, its share of the tokens.")]
     ]
+    invoked: NotRequired[
+        Annotated[int, Field(description="Of an aLoRA: prompts that have its invocation tokens; in "
+                             "others it does not act.")]
+    ]  # fmt: skip
 
 
 @_CLOSED

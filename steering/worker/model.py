@@ -29,6 +29,7 @@ from steering.worker.plan.phases import PhasedStep
 from steering.worker.plan.request_state import RequestStates
 from steering.worker.plan.staging import Staging
 from steering.worker.plan.step_plan import StepPlan, plan_step
+from steering.worker.plan.texts import Told, counts_reply
 from steering.worker.readout import heads, overlaps
 from steering.worker.readout.one_product import OneProduct, one_product
 from steering.worker.readout.readout import Readout
@@ -177,6 +178,7 @@ class SteeredForCausalLM(nn.Module):
             graphs=captured(runner, view.fixed_block_tables, sizes, sources),
             values=self._build_values(scratch, runner.vllm_config.model_config.get_vocab_size()),
             taps=self._taps_by_stream(),
+            holds=view.holds,
         )
         if self._draft:
             self._begin_drafting(runner, view)
@@ -293,7 +295,8 @@ class SteeredForCausalLM(nn.Module):
         plan = self._plan = plan_step(schedule, tables)
         staging = Staging()
         self._scoring.begin(plan, staging)
-        self._step.begin(plan, self._view.adapter_sets(len(schedule.request_ids)))
+        sets = self._view.adapter_sets(len(schedule.request_ids))
+        self._step.begin(plan, sets, self._told(plan, input_ids, positions))
         if not tables.steered:
             return self._step.base(input_ids, positions, inputs_embeds, staging)
         assert input_ids is not None
@@ -346,6 +349,19 @@ class SteeredForCausalLM(nn.Module):
             out[:, layout.columns(i)] = hidden
         assert out is not None
         return out
+
+    def _told(
+        self, plan: StepPlan, input_ids: torch.Tensor | None, positions: torch.Tensor
+    ) -> Told:
+        """What the host has to know of a step's tokens to say where adapters act."""
+        texts, schedule, seen, exact = plan.tables.texts, plan.schedule, {}, None
+        if texts is not None:
+            assert self._view is not None and input_ids is not None
+            replies = self._view.replies(texts.rows, schedule)
+            seen = texts.seen(replies, schedule, plan.tables.lengths, input_ids, positions)
+        if not schedule.exact and counts_reply(plan.tables.adapters):
+            exact = positions[: schedule.tokens].cpu().numpy()
+        return Told(seen, exact)
 
     def _control(self, plan: StepPlan) -> npt.NDArray[np.float32] | PhasedStep:
         """[T, S + EXTRA] the control of this step's tokens."""

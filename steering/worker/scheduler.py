@@ -63,10 +63,16 @@ class SteeredScheduler(Scheduler):
         payload = unpack(parameters.extra_args) if parameters is not None else None
         if self._draft is not None and not _drafts(payload, self._draft):
             self._undrafted.add(request.request_id)
+        if payload is not None and any(use.reads_prompt for use in payload.plan.adapters):
+            # A cached block has keys and values, not the states that a condition reads.
+            request.skip_reading_prefix_cache = True
         if payload is not None and request._block_hasher is not None:
             shared = payload.shared_tokens(request.num_prompt_tokens - payload.reply)
             if shared is not None:
-                _make_private(request, shared // self.hash_block_size)
+                keep = shared // self.hash_block_size
+                tokens = payload.untouched_tokens(request.num_prompt_tokens - payload.reply)
+                base = _AsBase(request, payload.salt) if tokens else None
+                _make_private(request, keep, base)
         super().add_request(request)
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
@@ -165,15 +171,38 @@ def _refuse_empty(manager: Any) -> None:
     manager._create_grammar = created
 
 
-def _make_private(request: Any, keep: int) -> None:
-    """Lets only the first `keep` block hashes of a request match another's."""
+class _AsBase:
+    """A request as the base's own would be hashed.
+
+    Args:
+        request: vLLM's.
+        salt: of the base's own.
+    """
+
+    lora_request = None
+
+    def __init__(self, request: Any, salt: str | None) -> None:
+        self._request, self.cache_salt = request, salt
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
+
+
+def _make_private(request: Any, keep: int, base: _AsBase | None = None) -> None:
+    """Lets only the first `keep` block hashes of a request match another's.
+
+    Args:
+        request: vLLM's.
+        keep: how many.
+        base: how these blocks are hashed; None: as the request's own.
+    """
     original, secret = request._block_hasher, request.request_id.encode()
 
     def hasher(of: Any) -> list[bytes]:
         start = len(of.block_hashes)
         return [
             h if start + i < keep else hashlib.sha256(h + secret).digest()
-            for i, h in enumerate(original(of))
+            for i, h in enumerate(original(base or of))
         ]
 
     request._block_hasher = hasher

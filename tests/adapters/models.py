@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
-from tests.adapters.vectors import acts, changes_of_heads, changes_of_states
+from tests.adapters.vectors import acts, changes_of_heads, changes_of_states, conditions_of
 from tests.reference import fresh
 
 
@@ -55,8 +55,18 @@ class Applied:
         if self.where:
             return json.loads(self.where)
         if self.is_vector:
-            return json.loads((self.folder / "vector_config.json").read_text()).get("where")
+            by_prompt = self.condition.get("gate") == "prompt"
+            config = json.loads((self.folder / "vector_config.json").read_text())
+            return config.get("where", "reply" if by_prompt else None)
         return None
+
+    @property
+    def condition(self) -> Any:
+        """The config of a conditional vector; {} for others."""
+        if not self.is_vector:
+            return {}
+        config = json.loads((self.folder / "vector_config.json").read_text())
+        return config if config["kind"] == "conditional" else {}
 
 
 @functools.cache
@@ -87,6 +97,8 @@ class _Positions:
 
     def __init__(self, model: Any) -> None:
         self.start = self.end = self.length = 0
+        self.ids: list[int] = []
+        self._met: dict[Applied, torch.Tensor] = {}
         model.register_forward_pre_hook(self._read, with_kwargs=True)
 
     def _read(self, _: Any, args: Any, kwargs: Any) -> None:
@@ -95,12 +107,31 @@ class _Positions:
         self.start = 0 if past is None else past.get_seq_length()
         self.length = self.length if self.start else count
         self.end = self.start + count
+        self.ids = [*self.ids[: self.start], *args[0][0].tolist()]
 
     def gate(self, applied: Applied) -> torch.Tensor:
         """[T, 1] the weight of an adapter at each position."""
         here = range(self.start, self.end)
-        acting = [acts(applied.place, p, self.length) for p in here]
-        return applied.weight * torch.tensor(acting, dtype=torch.float32)[:, None]
+        acting = [acts(applied.place, p, self.length, self.ids) for p in here]
+        gate = applied.weight * torch.tensor(acting, dtype=torch.float32)[:, None]
+        return gate * self._met[applied].float() if applied.condition else gate
+
+    def judge(self, applied: Applied, met: Callable[[torch.Tensor], bool], first: bool) -> Any:
+        """A hook that reads the output of a layer which a condition compares."""
+        config = applied.condition
+
+        def hook(_: Any, inputs: Any, output: Any) -> None:
+            states = (output[0] if isinstance(output, tuple) else output)[0].double()
+            if config["gate"] == "token":
+                found = torch.tensor([met(state) for state in states])[:, None]
+            elif self.start:
+                return
+            else:
+                mean = config.get("read", "mean") == "mean"
+                found = torch.tensor([[met(states.mean(0) if mean else states[-1])]])
+            self._met[applied] = found if first else found | self._met[applied]
+
+        return hook
 
 
 def _by_positions(model: Any, base: Path, adapters: Sequence[Applied]) -> Any:
@@ -118,6 +149,11 @@ def _by_positions(model: Any, base: Path, adapters: Sequence[Applied]) -> Any:
         for name, part, vector in changes_of_heads(applied.folder):
             hook = _heads(positions, applied, part, vector)
             model.get_submodule(name).register_forward_pre_hook(hook)
+    for applied in adapters:
+        conditions = conditions_of(applied.folder) if applied.condition else {}
+        for number in sorted(conditions):
+            hook = positions.judge(applied, conditions[number], number == min(conditions))
+            decoder_layers(model)[number].register_forward_hook(hook)
     behind: dict[int, list[tuple[Applied, Change]]] = {}
     for applied in adapters:
         if applied.is_vector:

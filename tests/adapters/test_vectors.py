@@ -73,7 +73,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, tuple[int, ...]], str]] = [
     ({"scale": "2"}, {"1": (HIDDEN,)}, "scale"),
     ({"more": 1}, {"1": (HIDDEN,)}, "more"),
     ({"where": "now"}, {"1": (HIDDEN,)}, "says no positions"),
-    ({"where": {"after": "x"}}, {"1": (HIDDEN,)}, "phases"),
+    ({"where": {"after": ""}}, {"1": (HIDDEN,)}, "where"),
     ({}, {}, "no vectors"),
     ({}, {"1": (HIDDEN,), "model.layers.1": (HIDDEN,)}, "second vector"),
     ({}, {"model.layers": (HIDDEN,)}, "unexpected tensor"),

@@ -32,6 +32,7 @@ from steering.engine_args import Speculation, StreamSource, steered_engine_args
 from steering.kernels.reference import mix_reference
 from steering.method import Limits, Snapshot
 from steering.phases import begun, with_ids
+from steering.placing import placed, with_text_ids
 from steering.plan import BASE, Recipe, Report, SteeringPlan
 from steering.plugins import discover
 from steering.prompts import align
@@ -231,7 +232,9 @@ class Engine:
             for use in case.adapters
         ]
         owners = {name: self.same_as.get(name, name) for name in self.snapshot.streams}
-        return adapt(plan or SteeringPlan("base"), chosen, owners)
+        plan, found = adapt(plan or SteeringPlan("base"), chosen, owners)
+        encode = partial(make_tokenizer().encode, add_special_tokens=False)
+        return placed(with_text_ids(plan, encode), case.prompt), found
 
     def add(self, case: Case, *, salt: str = "") -> str:
         """Submits a case; returns its tag, which is also its request id."""
@@ -253,7 +256,7 @@ class Engine:
             ids, pad = align(case.prompt, plan)
             ids, key = [*ids, *case.reply], plan.cache_key(pad)
             payload = SteeringPayload(
-                plan, pad, tag if plan.report != "off" else "", len(case.reply)
+                plan, pad, tag if plan.report != "off" else "", len(case.reply), salt or None
             )
             params["extra_args"] = {**params.get("extra_args", {}), **pack(payload)}
             params["logit_bias"] = with_bans(params.get("logit_bias"), plan)

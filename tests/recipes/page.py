@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 from tests.docs.reference import sentence, table
-from tests.recipes import table_rules, table_search, table_taps, table_unserved, table_vectors
+from tests.recipes import table_rules, table_search, table_taps, table_vectors
 from tests.recipes.row import Recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "recipes.md"
@@ -18,7 +18,6 @@ _MADE = (
     *table_taps.ROWS,
     *table_vectors.ROWS,
     *table_search.ROWS,
-    *table_unserved.ROWS,
 )
 ORDER = (
     "GenARM", "UniR", "PAD", "MOD", "DeRa", "RAST", "ThinkLogit", "δ-unlearning", "ULD", "ROSE",
@@ -31,8 +30,7 @@ ORDER = (
 RECIPES: tuple[Recipe, ...] = tuple(
     row for name in ORDER for row in _MADE if row.name == name or row.name.startswith(f"{name}, ")
 )
-SERVED = tuple(row.name for row in RECIPES if row not in table_unserved.ROWS)
-"""Names of those that the server can do."""
+SERVED = tuple(row.name for row in RECIPES)
 
 HEAD = """\
 # Recipes
@@ -58,9 +56,7 @@ def anchor(name: str) -> str:
 
 
 def request_of(row: Recipe) -> str:
-    """The request in lines of a page's width, or the reason why there is none."""
-    if row in table_unserved.ROWS:
-        return f"**{row.request}**"
+    """The request in lines of a page's width."""
     asked = json.loads(row.request)
     body = asked if "adapters" in asked else {"steering": asked}
     text = json.dumps(body, ensure_ascii=False)

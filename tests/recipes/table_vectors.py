@@ -14,6 +14,16 @@ ROWS = (
         "1", "MIT", f"{_TEST}[CAA]",
     ),
     Recipe(
+        "CAST", "2409.05907",
+        "h_l + strength · v_l in the reply, if cos(u, tanh((c cᵀ / c·c) u)) > θ, u the mean of the "
+        "prompt's h_c",
+        '{"adapters": [{"name": "guard", "weight": 1.5}]}',
+        "behaviour vectors, a condition's vector c, its layer and threshold, in one file of kind "
+        "`conditional`; the prompt's own positions are not steered "
+        "(`apply_behavior_on_first_call=False`)",
+        "1", "Apache-2.0", f"{_TEST}[CAST]",
+    ),
+    Recipe(
         "ITI", "2306.03341", "x_head + α σ θ before o_proj, from the last prompt token on",
         '{"adapters": [{"name": "iti"}]}',
         "activations of heads and their labels, or directions: `coxswain convert-vectors`",

@@ -6,20 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from pydantic import ValidationError
 
-from adapters.errors import BadAdapter
-from adapters.formats.vectors import read_vectors
 from adapters.where import read_where
 from steering.plugins import discover
-from tests.adapters.vectors import write
-from tests.recipes import page, rules, table_rules, table_unserved, table_vectors, vectors
+from tests.recipes import page, rules, table_rules, table_vectors, vectors
 from tests.recipes.row import Recipe, ascii_of
 
 ROOT = Path(__file__).parents[2]
 METHODS = discover()
-SERVED = [row for row in page.RECIPES if row.name in page.SERVED]
 
 
 def test_the_page_is_what_the_tables_say() -> None:
@@ -42,11 +36,11 @@ def test_every_formula_has_its_row() -> None:
 @pytest.mark.parametrize("row", page.RECIPES, ids=lambda row: ascii_of(row.name))
 def test_its_fields_say_something(row: Recipe) -> None:
     for value in (row.formula, row.request, row.artefacts, row.passes, row.licence):
-        assert (value and not value.endswith(".")) or row in table_unserved.ROWS
+        assert value and not value.endswith(".")
     assert row.source.replace(".", "", 1).isdecimal()
 
 
-@pytest.mark.parametrize("row", SERVED, ids=lambda row: ascii_of(row.name))
+@pytest.mark.parametrize("row", page.RECIPES, ids=lambda row: ascii_of(row.name))
 def test_its_request_is_understood(row: Recipe) -> None:
     asked = json.loads(row.request)
     if "adapters" in asked:
@@ -66,22 +60,3 @@ def test_its_test_is_there(request: pytest.FixtureRequest) -> None:
         there |= {item.nodeid.partition("[")[0] for item in module.collect()}
     for row in page.RECIPES:
         assert row.test in there, row.test
-
-
-def test_conditional_vectors_are_refused(tmp_path: Path) -> None:
-    """A condition that is not looked at would steer every request."""
-    folder = write(tmp_path / "cast", {"1": torch.ones(4)}, kind="cast", threshold=0.05)
-    with pytest.raises(BadAdapter, match="threshold"):
-        read_vectors(folder)
-    folder = write(tmp_path / "kind", {"1": torch.ones(4)}, kind="cast")
-    with pytest.raises(BadAdapter, match="kind"):
-        read_vectors(folder)
-
-
-def test_nudging_by_words_is_refused() -> None:
-    """Token by token in its place would be another method."""
-    (row,) = (json.loads(row.request) for row in SERVED if row.name == "Nudging")
-    config = METHODS["select"].config
-    assert config.model_validate({**row, "unit": "token"}) == config.model_validate(row)
-    with pytest.raises(ValidationError, match="a word's first token would decide for all of it"):
-        config.model_validate({**row, "unit": "word"})

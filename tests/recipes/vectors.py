@@ -1,4 +1,4 @@
-"""CAA, ITI, LoFiT and LoReFT as requests, and each paper's own formula with plain hooks.
+"""CAA, CAST, ITI, LoFiT and LoReFT as requests, and each paper's own formula with plain hooks.
 
 Each formula is written here as its paper has it, in `transformers` hooks that count positions; the
 engine gets nothing of them but the files. `test_at_once` holds it to them.
@@ -102,6 +102,42 @@ def caa(folder: Path, sizes: Sizes) -> Recipe:
     return files, json.dumps({"prompt_last": behind, "from": 0}), multiplier, edit, "block"
 
 
+class Cast:
+    """CAST's edit: the prompt's mean state decides whether the reply's states are changed.
+
+    Args:
+        condition: c, [H].
+        threshold: θ.
+        change: strength · v, [H].
+    """
+
+    def __init__(self, condition: torch.Tensor, threshold: float, change: torch.Tensor) -> None:
+        self._c, self._threshold, self._change = condition.double(), threshold, change.double()
+        self.acts = False
+
+    def __call__(self, h: torch.Tensor, first: int, length: int) -> torch.Tensor:
+        if not first:
+            u = h[:length].mean(0)
+            p = torch.tanh(torch.outer(self._c, self._c) / (self._c @ self._c) @ u)
+            self.acts = bool(u @ p / (u.norm() * p.norm()) > self._threshold)
+        positions = first + torch.arange(len(h))
+        return h + (self.acts * (positions >= length))[:, None] * self._change
+
+
+def cast(folder: Path, sizes: Sizes) -> Recipe:
+    """CAST (2409.05907): h + strength · v in the reply, if the prompt meets the condition."""
+    vector, condition, strength, threshold = (
+        sizes.draw(sizes.hidden),
+        sizes.draw(sizes.hidden),
+        1.5,
+        0.1,
+    )
+    tensors = {str(LAYER): vector, f"{LAYER}.condition": condition}
+    conditions = {str(LAYER): {"above": threshold}}
+    files = write(folder, tensors, kind="conditional", gate="prompt", conditions=conditions)
+    return files, "", strength, Cast(condition, threshold, strength * vector), "block"
+
+
 def iti(folder: Path, sizes: Sizes) -> Recipe:
     """ITI (2306.03341): x_head + α σ θ for some heads, at the last position of each pass."""
     alpha, shift = 15.0, torch.zeros(sizes.heads, sizes.head, dtype=torch.float64)
@@ -168,4 +204,4 @@ def loreft(folder: Path, sizes: Sizes) -> Recipe:
     return write(folder, tensors, kind="loreft", where=where), "", 1.0, edit, "block"
 
 
-RECIPES = {"CAA": caa, "ITI": iti, "LoFiT": lofit, "LoReFT": loreft}
+RECIPES = {"CAA": caa, "CAST": cast, "ITI": iti, "LoFiT": lofit, "LoReFT": loreft}

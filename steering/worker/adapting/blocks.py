@@ -43,14 +43,22 @@ class BlockOutput(nn.Module):
         rank: rank indices of a slot.
         dtype: of the weights.
         device: that the layer runs on.
+        number: of the layer.
     """
 
     punica_wrapper = None
 
     def __init__(
-        self, size: int, slots: int, rank: int, dtype: torch.dtype, device: torch.device
+        self,
+        size: int,
+        slots: int,
+        rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        number: int,
     ) -> None:
         super().__init__()
+        self.number = number
         self.base_layer = Identity(size, size)
         self.device, self.output_slices = device, (size,)
         zeros = torch.zeros(slots, 1, rank, size, dtype=dtype, device=device)
@@ -75,7 +83,7 @@ class BlockOutput(nn.Module):
     def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         """Adds to `hidden` [T, H] in place; the state is `hidden`, or `hidden + residual`."""
         a, b = list(self.lora_a_stacked), list(self.lora_b_stacked)
-        torch.ops.coxswain.residual_sum(hidden, residual, a, b, self.filled)
+        torch.ops.coxswain.residual_sum(hidden, residual, a, b, self.filled, self.number)
 
 
 def adapt_blocks(model: Any, slots: int, rank: int, dtype: torch.dtype) -> dict[str, BlockOutput]:
@@ -99,7 +107,8 @@ def adapt_blocks(model: Any, slots: int, rank: int, dtype: torch.dtype) -> dict[
         device = next(layer.parameters()).device
         config: Any = model.config
         size: int = config.hidden_size
-        output = found[block(int(number))] = BlockOutput(size, slots, rank, dtype, device)
+        output = BlockOutput(size, slots, rank, dtype, device, int(number))
+        found[block(int(number))] = output
         layer.block_output = output
         layer.register_forward_hook(_HOOKS[boundary])
     return found

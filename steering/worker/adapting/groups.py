@@ -16,12 +16,16 @@ import numpy.typing as npt
 import torch
 
 from adapters.kernels.gated import Group, Route, Tally
+from adapters.kernels.judging import Gated, Judge, LoadedCondition, PromptState, Reading
 from adapters.sets import Block, Layout
 from adapters.where import Where
 from steering.plan import AdapterUse
 from steering.worker.plan.batches import Bool, Int64
 
 Float32 = npt.NDArray[np.float32]
+
+Conditions = Mapping[int, Mapping[str, Mapping[str, LoadedCondition]]]
+"""Set id → owner → digest → when that artefact acts."""
 
 
 class Routed(NamedTuple):
@@ -72,7 +76,7 @@ def digests(layouts: tuple[Layout, ...]) -> frozenset[str]:
 
 @lru_cache(64)
 def _wheres(uses: tuple[tuple[AdapterUse, ...], ...]) -> tuple[Where, ...]:
-    return tuple(sorted({where for own in uses for use in own for where in use.where}))
+    return tuple(sorted({where for own in uses for use in own for where in use.where}, key=repr))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,9 @@ class Adapted:
         layouts: set id → owner → layout.
         counting: whether routes are counted, for reports.
         routed: what was counted; grows with every stream that runs.
+        conditions: of the sets.
+        prompts: (request, stream, digest) → what is known of its prompt; grows.
+        request_ids: [Q].
     """
 
     uses: Sequence[tuple[AdapterUse, ...]]
@@ -94,11 +101,87 @@ class Adapted:
     layouts: Mapping[int, Mapping[str, Layout]]
     counting: bool = False
     routed: list[Routed] = field(default_factory=list)
+    conditions: Conditions = field(default_factory=dict)
+    prompts: dict[tuple[str, str, str], PromptState] = field(default_factory=dict)
+    request_ids: Sequence[str] = ()
 
     @property
     def wheres(self) -> tuple[Where, ...]:
         """What the requests' adapters say of positions, each once; empty: all act everywhere."""
         return _wheres(self.uses if isinstance(self.uses, tuple) else tuple(self.uses))
+
+    @property
+    def conditional(self) -> bool:
+        """Whether any request of the step has a conditional adapter."""
+        return bool(self.conditions) and any(
+            conditions
+            for set_id in np.unique(self.sets)
+            for conditions in self.conditions.get(int(set_id), {}).values()
+        )
+
+    def judges(
+        self,
+        stream: str,
+        owner: str,
+        requests: Int64,
+        groups: Sequence[Group],
+        ahead: Int64,
+        lengths: Int64,
+        device: torch.device,
+    ) -> list[Judge]:
+        """The conditional adapters of one stream batch.
+
+        Args:
+            stream: the stream that runs.
+            owner: the stream whose layers it runs.
+            requests: [T] index of each token's request.
+            groups: of the batch.
+            ahead: [T] position − L where the prompt is read, 0 behind it.
+            lengths: [Q] L, of each request's prompt in this stream.
+            device: of the stream.
+        """
+        found = []
+        for q in np.unique(requests):
+            set_id = int(self.sets[q])
+            conditions = self.conditions.get(set_id, {}).get(owner, {})
+            for use in self.uses[q]:
+                if use.stream != stream or use.digest not in conditions:
+                    continue
+                condition, prompt, reading = conditions[use.digest], None, None
+                if condition.by_prompt:
+                    key = self.request_ids[q], stream, use.digest
+                    prompt = self.prompts.setdefault(key, PromptState())
+                    reading = _reading(prompt, requests == q, ahead, int(lengths[q]), device)
+                tokens, gated = self._decided(set_id, owner, use, int(q), requests, groups)
+                at = torch.from_numpy(tokens).to(device)
+                found.append(Judge(condition, at, gated, prompt, reading))
+        return found
+
+    def _decided(
+        self,
+        set_id: int,
+        owner: str,
+        use: AdapterUse,
+        q: int,
+        requests: Int64,
+        groups: Sequence[Group],
+    ) -> tuple[Int64, Gated | None]:
+        """([n] tokens of request q, their gates) on which an adapter acts if its condition is met;
+        none where it acts on no token of the pass.
+        """
+        slot = self.slots[set_id]
+        group = next((one for one in groups if one.slot == slot), None)
+        if group is None:
+            return np.empty(0, np.int64), None
+        assert group.gate is not None
+        every = np.arange(requests.size) if group.tokens is None else group.tokens.cpu().numpy()
+        rows = np.flatnonzero(requests[every] == q)
+        blocks = self.layouts[set_id][owner].blocks
+        own = next(block for block in blocks if block.digest == use.digest)
+        columns = torch.tensor(own.columns, device=group.gate.device)
+        at = torch.from_numpy(rows).to(group.gate.device)
+        weight = group.gate[at[:, None], columns]
+        return every[rows], Gated(group.gate, at, columns, weight) if rows.size else None
 
     def check(self) -> None:
         """Whether every adapter that a request uses is in the slot of its set.
@@ -188,10 +271,13 @@ class Adapted:
                 slot = self.slots[int(set_id)]
                 chosen = None if tokens.size == total else tokens
                 group = _Uses(stream, uses, own[tokens], token_requests[tokens], device, acts)
-                found.append(self._group(group, slot, layout, chosen))
+                judged = bool(self.conditions.get(int(set_id), {}).get(owner))
+                found.append(self._group(group, slot, layout, chosen, judged=judged))
         return tuple(found)
 
-    def _group(self, use: _Uses, slot: int, layout: Layout, tokens: Int64 | None) -> Group:
+    def _group(
+        self, use: _Uses, slot: int, layout: Layout, tokens: Int64 | None, *, judged: bool
+    ) -> Group:
         per_user = np.zeros((len(use.uses), layout.columns), np.float32)
         routes = []
         for block in layout.blocks:
@@ -210,10 +296,11 @@ class Adapted:
             None if tokens is None else torch.from_numpy(tokens).to(use.device),
             layout.columns,
             layout.rows,
-            None if (gate == 1).all() else torch.from_numpy(gate).to(use.device),
+            None if (gate == 1).all() and not judged else torch.from_numpy(gate).to(use.device),
             tuple(routes),
             layout.constants,
             layout.diagonals,
+            judged,
         )
 
     def _route(self, use: _Uses, block: Block, row: int, own: Sequence[AdapterUse | None]) -> Route:
@@ -245,3 +332,30 @@ class Adapted:
             tally,
             None if ones is None else (ones[0], ones[1]),
         )
+
+
+def _reading(
+    prompt: PromptState, own: Bool, ahead: Int64, length: int, device: torch.device
+) -> Reading | None:
+    """The prompt's tokens that a pass reads of a request; None: none.
+
+    Args:
+        prompt: what is known of it; goes on.
+        own: [T] whether a token is the request's.
+        ahead: [T] as for `Adapted.judges`.
+        length: L.
+        device: of the stream.
+
+    Raises:
+        RuntimeError: tokens were left out; the request must not run on what is known of others.
+    """
+    tokens = np.flatnonzero(own & (ahead < 0))
+    if not tokens.size:
+        return None
+    first = int(ahead[tokens[0]]) + length
+    if first not in (0, prompt.seen):
+        raise RuntimeError(f"a condition has read {prompt.seen} tokens of a prompt, not {first}")
+    prompt.seen = first + tokens.size
+    ends = prompt.seen == length
+    at = torch.from_numpy(tokens).to(device)
+    return Reading(prompt, at, first == 0, length if ends else 0)

@@ -11,7 +11,7 @@ Checked on vLLM 0.32.0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
@@ -26,6 +26,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.platforms import current_platform
 
 from adapters.kernels import operation
+from adapters.kernels.judging import PromptState
 from adapters.kernels.operation import Added, added, adding
 from steering.plan import AdapterUse
 from steering.worker import ranks
@@ -125,11 +126,17 @@ class LoraSeam:
         self._dtype = runner.model_config.dtype
         self._last: dict[str, tuple[Sequence[Any], Any, Added]] = {}
         self._checked: tuple[Sequence[Any], Any] = ((), None)
+        self._prompts: dict[tuple[str, str, str], PromptState] = {}
         self.triton = triton_adding(runner, streams)
         """None where torch does the work."""
 
     def adapted(
-        self, uses: Sequence[tuple[AdapterUse, ...]], sets: Int64, counting: bool
+        self,
+        uses: Sequence[tuple[AdapterUse, ...]],
+        sets: Int64,
+        counting: bool,
+        request_ids: Sequence[str] = (),
+        holds: Callable[[str], bool] = bool,
     ) -> Adapted | None:
         """The adapters of this step's requests, None if no request has any.
 
@@ -137,19 +144,26 @@ class LoraSeam:
             uses: [Q] the requests' adapters.
             sets: [Q] the ids of their sets, 0 for none.
             counting: whether routes are counted.
+            request_ids: [Q].
+            holds: whether the runner still has a request.
 
         Raises:
             RuntimeError: an adapter is not in the slot of its request's set. Ends the engine: the
                 request must not run on what is there instead.
         """
+        for key in [key for key in self._prompts if not holds(key[0])]:
+            del self._prompts[key]
         if not any(uses):
             return None
-        found = Adapted(uses, sets, self._sets.slots, self._sets.layouts, counting)
+        found = Adapted(
+            uses, sets, self._sets.slots, self._sets.layouts, counting,
+            conditions=self._sets.conditions, prompts=self._prompts, request_ids=request_ids,
+        )  # fmt: skip
         # While the same requests decode on the same slots nothing of it changes.
-        key = sets.tobytes(), tuple(found.slots.items())
-        if self._checked[0] is not uses or self._checked[1] != key:
+        place = sets.tobytes(), tuple(found.slots.items())
+        if self._checked[0] is not uses or self._checked[1] != place:
             found.check()
-            self._checked = uses, key
+            self._checked = uses, place
         return found
 
     def warm_up(self) -> None:
@@ -188,12 +202,15 @@ class LoraSeam:
         """
         if self.triton is not None:
             return self.triton.adapting(adapted, one, written=written)
-        stream, owner, requests, total, active = one
+        stream, owner, requests, total, active, ahead, lengths = one
         key = tuple(adapted.slots.items()), one.key
         last = self._last.get(stream)
         # While the same requests decode nothing of it changes; counts of routes are the step's own.
         if adapted.counting or last is None or last[0] is not adapted.uses or last[1] != key:
             groups = adapted.groups(stream, owner, requests, total, device, active)
-            last = adapted.uses, key, added(groups, total, self._dtype)
+            judges = []
+            if ahead is not None and lengths is not None:
+                judges = adapted.judges(stream, owner, requests, groups, ahead, lengths, device)
+            last = adapted.uses, key, added(groups, total, self._dtype, judges)
             self._last[stream] = last
         return adding(last[2])

@@ -18,7 +18,8 @@ from vllm.platforms import current_platform
 
 from adapters.errors import DoesNotFit
 from adapters.kernels.gated import NOTHING
-from adapters.load import load_set, normed, verify
+from adapters.kernels.judging import LoadedCondition
+from adapters.load import conditional, load_conditions, load_set, normed, verify
 from adapters.sets import AdapterSet, Layout
 from steering.worker import ranks
 from steering.worker.adapting.base_layers import EngineLayers
@@ -91,14 +92,20 @@ class _Loaded(LoRAModel):
         found: the set.
         set_id: what vLLM calls it.
         weights: by layer.
+        device: that its conditions run on.
     """
 
     def __init__(
-        self, found: AdapterSet, set_id: int, weights: dict[str, LoRALayerWeights]
+        self,
+        found: AdapterSet,
+        set_id: int,
+        weights: dict[str, LoRALayerWeights],
+        device: torch.device,
     ) -> None:
         super().__init__(set_id, found.rank, weights)
         self.name = found.name
         self.layouts = {owner: found.layout(owner) for owner in found.owners}
+        self.conditions = load_conditions(found, device)
 
 
 READINGS = 4
@@ -158,6 +165,13 @@ class SetManager(LRUCacheWorkerLoRAManager):
         """Set id → owner → layout."""
         held = self._adapter_manager.list_adapters()
         return {i: one.layouts for i, one in held.items() if isinstance(one, _Loaded)}
+
+    @property
+    def conditions(self) -> dict[int, dict[str, dict[str, LoadedCondition]]]:
+        """Set id → owner → digest → when that artefact acts; of those with conditions."""
+        held = self._adapter_manager.list_adapters()
+        return {i: one.conditions for i, one in held.items()
+                if isinstance(one, _Loaded) and one.conditions}  # fmt: skip
 
     # What the front end asks for, between two steps.
 
@@ -247,7 +261,7 @@ class SetManager(LRUCacheWorkerLoRAManager):
             # Some ranks may know more norms than others, and would not do the same work again.
             self._norms.clear()
             raise
-        return _Loaded(found, lora_request.lora_int_id, weights)
+        return _Loaded(found, lora_request.lora_int_id, weights, self.device)
 
     def _parts(self, found: AdapterSet) -> Iterator[_Part | None]:
         """Per layer of the steered model that a set changes, its weights; None between steps."""
@@ -272,6 +286,16 @@ class SetManager(LRUCacheWorkerLoRAManager):
                     yield name, LoRALayerWeights(name, len(a), len(a), a, rows, scaling=1.0)
 
     def _check(self, found: AdapterSet) -> None:
+        if conditional(found):
+            if not current_platform.is_cpu():
+                raise DoesNotFit("adapters with conditions are served on CPUs only",
+                                 field=found.name)  # fmt: skip
+            if not ranks.alike():
+                raise DoesNotFit(
+                    "adapters with conditions are not served on more than two ranks on CPUs: what "
+                    "vLLM sums differs there from rank to rank in its last bits, so they might "
+                    "decide differently", field=found.name,
+                )  # fmt: skip
         if any(member.routed for member in found.members) and not ranks.alike():
             why = (
                 "packs are not served on more than two ranks on CPUs: what vLLM sums differs there "

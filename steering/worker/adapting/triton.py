@@ -65,6 +65,9 @@ class Pass(NamedTuple):
         requests: [T] index of each token's request.
         total: tokens that the layers see, padding included, ≥ T.
         active: [T, W] whether each of `Adapted.wheres` holds for a token; None: all do.
+        ahead: [T] position − L where a prompt is read, 0 behind it; None: no adapter has a
+            condition.
+        lengths: [Q] L, of each request's prompt in this stream; likewise.
     """
 
     stream: str
@@ -72,12 +75,15 @@ class Pass(NamedTuple):
     requests: Int64
     total: int
     active: Bool | None = None
+    ahead: Int64 | None = None
+    lengths: Int64 | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
         """Passes of one stream with the same key have the same tables."""
         active = None if self.active is None else self.active.tobytes()
-        return self.owner, self.requests.tobytes(), self.total, active
+        ahead = None if self.ahead is None else self.ahead.tobytes()
+        return self.owner, self.requests.tobytes(), self.total, active, ahead
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from steering.worker.plan.layout import (
     RULE_STREAM,
 )
 from steering.worker.plan.phases import FAR, PhaseLine, PhaseTables
+from steering.worker.plan.texts import AdapterTexts
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +218,7 @@ class BatchTables:
             token.
         shares_batch_with: [S] the first stream that runs the same tokens at the same positions.
         phases: of requests that have any; None: none has.
+        texts: that bound where adapters act; None: none do.
     """
 
     control: npt.NDArray[np.float32]
@@ -235,6 +237,7 @@ class BatchTables:
     full_batch: tuple[bool, ...]
     shares_batch_with: tuple[int, ...]
     phases: PhaseTables | None = None
+    texts: AdapterTexts | None = None
 
     @classmethod
     def of(cls, states: Sequence[RequestState], always: bool = False) -> Self:
@@ -290,6 +293,7 @@ class BatchTables:
             full_batch=tuple(full.tolist()),
             shares_batch_with=_sharing(uses, offsets, own),
             phases=phases,
+            texts=AdapterTexts.of([s.adapters for s in states]),
         )
 
     def may_hold(self, schedule: Schedule) -> Bool:

@@ -88,6 +88,10 @@ class V1View(RunnerView):
         sets: Int64 = self.runner.input_batch.request_lora_mapping[:requests]
         return sets
 
+    def holds(self, request_id: str) -> bool:
+        """See `RunnerView`. The states forget a request that a step leaves out."""
+        return request_id in self.runner.requests
+
     def replies(self, rows: Int64, schedule: Schedule) -> Sequence[Int32]:
         """See `RunnerView`. V1 puts drafts behind the tokens that are there."""
         ids, ends = self.runner.input_batch.token_ids_cpu, schedule.computed + schedule.lengths

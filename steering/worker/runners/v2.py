@@ -134,6 +134,10 @@ class V2View(RunnerView):
         sets: Int64 = self.runner.lora_state.lora_ids[self._rows].astype(np.int64)
         return sets
 
+    def holds(self, request_id: str) -> bool:
+        """See `RunnerView`."""
+        return request_id in self._state.states
+
     def replies(self, rows: Int64, schedule: Schedule) -> Replies:
         """See `RunnerView`."""
         slots = self._rows[rows].astype(np.int64)

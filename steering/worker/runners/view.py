@@ -54,6 +54,10 @@ class RunnerView(ABC):
         """[Q] ids of the requests' sets of adapters, 0 for none."""
 
     @abstractmethod
+    def holds(self, request_id: str) -> bool:
+        """Whether a request still runs, or waits for a step to go on where it was."""
+
+    @abstractmethod
     def replies(self, rows: Int64, schedule: Schedule) -> Sequence[Int32] | Replies:
         """The tokens of some of the step's requests, prompts and this step's included.
 

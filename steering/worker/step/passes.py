@@ -22,6 +22,7 @@ from steering.worker.adapting.triton import Pass, Write
 from steering.worker.plan.batches import Bool, Int64, Schedule, StreamBatch, whole_batch
 from steering.worker.plan.request_state import BatchTables
 from steering.worker.plan.staging import StagedBatch, Staging, arrays_of
+from steering.worker.plan.texts import NOTHING, Told
 from steering.worker.readout.overlaps import read_as
 from steering.worker.readout.readout import Readout
 from steering.worker.step.contexts import StreamContexts
@@ -105,6 +106,9 @@ class Passes:
     graphs: StreamGraphs | None = None
     adapted: Adapted | None = field(default=None, init=False)
     """The adapters of the current step's requests."""
+    _own: Sequence[StreamBatch | None] = field(default=(), init=False)
+    """The batches of the current step's own passes."""
+    _told: Told = field(default=NOTHING, init=False)
     _schedule: Schedule | None = field(default=None, init=False)
     _tables: BatchTables | None = field(default=None, init=False)
     _staged: dict[int, StagedBatch] = field(default_factory=dict, init=False)
@@ -158,7 +162,7 @@ class Passes:
             positions: [T] of the step.
             again: further passes, in the order in which they will run.
         """
-        self._staged = {}
+        self._staged, self._own = {}, [run.batch for run in runs]
         for batch in {id(b): b for _, b, shape in runs if b is not None and not shape}.values():
             staging.add(arrays_of(batch), partial(self._note, batch))
         for one in again:
@@ -307,17 +311,43 @@ class Passes:
             lengths = self._schedule.lengths
             requests: Int64 = np.repeat(np.arange(lengths.size), lengths)
             first = (self._schedule.computed - self._schedule.starts[:-1])[requests]
-            active = self._active(i, requests, np.arange(requests.size) + first)
-            return Pass(name, self.original[name], requests, total, active)
-        requests, places = batch.rows[batch.token_rows], batch.positions
+            places = np.arange(requests.size) + first
+            if self._told.positions is not None:
+                places = self._told.positions
+            active = self._active(i, requests, places)
+            ahead, own = self._ahead(i, requests, places)
+            return Pass(name, self.original[name], requests, total, active, ahead, own)
+        requests, places = batch.rows[batch.token_rows], self._places(run)
         if shape and shape.width != PIECES:
             requests = np.repeat(batch.rows, shape.width)
             # Rows end together: shorter ones begin with padding.
-            lasts = np.repeat(batch.positions[batch.starts[1:] - 1], shape.width)
+            lasts = np.repeat(places[batch.starts[1:] - 1], shape.width)
             places = lasts + np.tile(np.arange(1 - shape.width, 1), batch.rows.size)
         active = self._active(i, requests, places)
         tokens = shape.tokens if shape else requests.size
-        return Pass(name, self.original[name], requests, tokens, active)
+        ahead, own = self._ahead(i, requests, places)
+        return Pass(name, self.original[name], requests, tokens, active, ahead, own)
+
+    def _places(self, run: Run) -> Int64:
+        """[T_i] the stream's own positions in a batch. Those of a pass behind the step's own may be
+        bounds: they are of drafts, which the next step reads anew.
+        """
+        assert run.batch is not None
+        if self._told.positions is None or not any(run.batch is own for own in self._own):
+            return run.batch.positions
+        assert self._tables is not None
+        offsets = self._tables.offsets[run.batch.rows[run.batch.token_rows], run.stream]
+        return self._told.positions[run.batch.tokens] - offsets
+
+    def _ahead(
+        self, i: int, requests: Int64, positions: Int64
+    ) -> tuple[Int64, Int64] | tuple[None, None]:
+        """`Pass.ahead` and `Pass.lengths`. Arguments as of `_active`."""
+        if self.adapted is None or not self.adapted.conditional:
+            return None, None
+        assert self._tables is not None
+        lengths: Int64 = self._tables.lengths - self._tables.offsets[:, i]
+        return np.minimum(positions - lengths[requests], 0), lengths
 
     def _active(self, i: int, requests: Int64, positions: Int64) -> Bool | None:
         """[T, W] where the step's adapters act in a pass; None: everywhere.
@@ -331,8 +361,10 @@ class Passes:
             return None
         assert self._tables is not None
         lengths = (self._tables.lengths - self._tables.offsets[:, i])[requests]
+        seen = {ids: at[requests] for ids, at in self._told.seen.items()}
         found: Bool = np.stack(
-            [where.active(positions - lengths, lengths) for where in self.adapted.wheres], axis=1
+            [where.active(positions - lengths, lengths, seen) for where in self.adapted.wheres],
+            axis=1,
         )
         return found
 

@@ -17,6 +17,7 @@ from steering.worker.plan.batches import Candidates, Int64, StreamBatch
 from steering.worker.plan.phases import PhasedStep
 from steering.worker.plan.staging import StagedBatch, Staging
 from steering.worker.plan.step_plan import StepPlan
+from steering.worker.plan.texts import NOTHING, Told
 from steering.worker.readout.overlaps import read_as
 from steering.worker.step.drafting import Drafts
 from steering.worker.step.passes import Again, Passes, Run, forward
@@ -41,27 +42,34 @@ class Step(Passes):
     Args:
         values: the value streams.
         taps: stream → its taps.
+        holds: whether the runner still has a request.
     """
 
     values: ValueStreams
+    holds: Callable[[str], bool] = bool
     taps: Mapping[int, Sequence[Tap]] = field(default_factory=dict)
     drafts: Drafts | None = None
     """How steps draft on Model Runner V2; None where they do not."""
     _drafting: tuple[Again, torch.Tensor] | None = field(default=None, init=False)
     """The pass that drafts behind the current step, and [n] int64 by how much its rows lag."""
 
-    def begin(self, plan: StepPlan, sets: Int64) -> None:
+    def begin(self, plan: StepPlan, sets: Int64, told: Told = NOTHING) -> None:
         """Takes the adapters of a step's requests, which the passes until the next one add.
 
         Args:
             plan: of the step.
             sets: [Q] ids of the requests' sets of adapters.
+            told: what is known of its tokens.
 
         Raises:
             RuntimeError: as `LoraSeam.adapted`.
         """
         uses, counting = plan.tables.adapters, bool(plan.tables.reported)
-        self.adapted = self.adapters.adapted(uses, sets, counting) if self.adapters else None
+        self.adapted = None
+        if self.adapters is not None:
+            ids = plan.schedule.request_ids
+            self.adapted = self.adapters.adapted(uses, sets, counting, ids, self.holds)
+        self._told = told
         self._schedule, self._tables, self._drafting = plan.schedule, plan.tables, None
         self.counters.steps += 1
 
