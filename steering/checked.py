@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from steering.errors import BadValue, NotFound
 from steering.method import Limits, MethodConfig, Snapshot
 from steering.plan import (
@@ -75,12 +77,16 @@ def weights_of(
                 value=stream,
                 allowed=f"one of: {', '.join(models)}",
             )
-    if not any(asked.values()):
+    if not any(map(_counts, asked.values())):
         raise BadValue("all weights are 0, so every token would be as likely", field=field)
-    # Adding 0.0 turns −0.0 into 0.0.
-    base = (BASE, float(asked.get(BASE, 0.0)) + 0.0)
-    others = sorted((s, float(c)) for s, c in asked.items() if s != BASE and c != 0)
-    return (base, *others)
+    base = float(asked.get(BASE, 0.0))
+    others = sorted((s, float(c)) for s, c in asked.items() if s != BASE and _counts(c))
+    return ((BASE, base if _counts(base) else 0.0), *others)
+
+
+def _counts(number: float) -> bool:
+    """Whether a coefficient is more than 0 where it is used, in float32."""
+    return bool(np.float32(number) != 0)
 
 
 def layers_of(
@@ -133,7 +139,7 @@ def values_of(
         allowed = f"1 to {limits.top_k}"
         raise BadValue("too many or too few candidates", field=field, value=values.top_k,
                        allowed=allowed)  # fmt: skip
-    strengths = tuple(sorted((s, float(b)) for s, b in values.strengths if b))
+    strengths = tuple(sorted((s, float(b)) for s, b in values.strengths if _counts(b)))
     if len({stream for stream, _ in strengths}) < len(strengths):
         raise BadValue("names the same value stream twice", field=field)
     return replace(values, strengths=strengths) if strengths else None

@@ -75,7 +75,7 @@ def _sums(draw: st.DrawFn, streams: Streams, kind: str) -> Spec:
     strength = draw(streams.strengths())
     weights = st.dictionaries(
         st.sampled_from([BASE, *models]), streams.weights(), min_size=1
-    ).filter(lambda found: any(found.values()))
+    ).filter(lambda found: any(abs(weight) > 1e-9 for weight in found.values()))
     rewards = st.lists(
         st.fixed_dictionaries({"tuned": st.just(one), "weight": streams.weights()}),
         min_size=1, max_size=3,
@@ -98,7 +98,7 @@ def _sums(draw: st.DrawFn, streams: Streams, kind: str) -> Spec:
         case "mix":
             masks: list[Spec] = [{}, {}, {"top_k": 3}, {"plausibility": 0.2}]
             summed = draw(weights)
-            masked = draw(st.sampled_from(masks)) if summed.get(BASE) else {}
+            masked = draw(st.sampled_from(masks)) if abs(summed.get(BASE, 0)) > 1e-9 else {}
             return {"method": "mix", "weights": summed, **masked}
         case "select":
             return draw(_selects(streams))

@@ -81,9 +81,10 @@ def test_values_follow_phases_that_only_the_device_knows(engine: Engine) -> None
     )]  # fmt: skip
     cases += [Case(prompt(rng, 9, 60), s, max_tokens=8, arrives=2) for s in (PROXY, spec, None)]
     outputs = engine.run(cases)
-    assert assert_exact(engine, cases, outputs) > 4
+    assert assert_exact(engine, cases, outputs) >= 4
     passes = engine.report(engine.tags[3], outputs[3])["0"]["passes"]
-    assert passes == {"base": 8, "value": 8 + 3}
+    # Where an engine drafts, the host does not know for sure that a phase has begun.
+    assert passes["base"] == 8 and 8 + 3 <= passes["value"] <= 8 + 8
 
 
 def test_a_thinking_budget_ends_the_phase_of_thinking(engine: Engine) -> None:

@@ -123,7 +123,7 @@ FAULTS = (
     ),
     Fault(
         "steering/checked.py",
-        "if not any(asked.values()):",
+        "if not any(map(_counts, asked.values())):",
         "if False:",
         RESOLVE,
         "all weights 0 gives random text",

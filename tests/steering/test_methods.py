@@ -242,7 +242,7 @@ class TestSafeDecoding(MethodConformance):
         ({**SAFE, "shared": 0}, "shared"),
         ({**SAFE, "shared": 65}, "shared"),
         ({**SAFE, "strength": -1}, "strength"),
-        ({**SAFE, "phases": [{"first": 3, "strength": 1}]}, "phases"),
+        ({**SAFE, "phases": [{"first": 3, "strength": 11}]}, "phases.0.strength"),
     )
 
 

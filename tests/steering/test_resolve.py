@@ -175,7 +175,8 @@ def test_an_unknown_stream_is_refused_also_at_strength_zero() -> None:
 def test_strengths_outside_the_limits_never_pass(value: float, low: float, width: float) -> None:
     limits = Limits(strength=(low, low + width))
     if low <= value <= low + width:
-        assert dict(run({**PROXY, "strength": value}, limits).plan.weights).get("chat", 0) == value
+        weights = dict(run({**PROXY, "strength": value}, limits).plan.weights)
+        assert weights.get("chat", 0) == (value if abs(value) > 1e-45 else pytest.approx(value))
     else:
         with pytest.raises(BadValue) as caught:
             run({**PROXY, "strength": value}, limits)
@@ -184,7 +185,7 @@ def test_strengths_outside_the_limits_never_pass(value: float, low: float, width
 
 WEIGHTS = st.dictionaries(
     st.sampled_from(["base", "chat", "plain", "twin"]), st.floats(-10, 10), min_size=1
-).filter(lambda weights: any(weights.values()))
+).filter(lambda weights: any(abs(weight) > 1e-40 for weight in weights.values()))
 
 
 @given(WEIGHTS)
@@ -254,3 +255,18 @@ def test_a_profile_is_checked_under_its_own_name() -> None:
         with pytest.raises((BadValue, NotFound)) as caught:
             check(Profile.model_validate({**good.spec, "limits": {"strength": [0, 1]}, **change}))
         assert caught.value.field == field
+
+
+def test_what_is_0_in_float32_is_0() -> None:
+    """The read-out's coefficients are float32: a plan that steers by less takes the base's path."""
+    snapshot = Snapshot({"base": "lm", "chat": "lm", "value": "value"})
+    tiny = 1e-60
+    for spec in (
+        {"method": "mix", "weights": {"base": 1.0, "chat": tiny}},
+        {"method": "value_augmented", "values": [{"stream": "value", "strength": tiny}]},
+    ):
+        plan = resolve(spec, methods=discover(), snapshot=snapshot, limits=Limits()).plan
+        assert (plan.steers, plan.streams) == (False, ())
+    with pytest.raises(BadValue, match="all weights are 0"):
+        resolve({"method": "mix", "weights": {"base": 0.0, "chat": tiny}}, methods=discover(),
+                snapshot=snapshot, limits=Limits())  # fmt: skip

@@ -185,7 +185,9 @@ def _write(
     extra, rule = control[len(index) :], part.rule
     extra[RULE_KIND] = float(rule.kind)
     extra[RULE_STREAM] = index[rule.stream] if rule.kind else 0
-    extra[RULE_PARAM], extra[RULE_COUNT] = rule.param, rule.count
+    # What is not 0 must not become 0: a nucleus of probability 0 has nothing in it.
+    extra[RULE_PARAM] = rule.param and max(rule.param, np.finfo(np.float32).tiny)
+    extra[RULE_COUNT] = rule.count
     masked = part.values is not None and part.values.mask
     extra[RULE_OPTIONS] = rule.options + masked * CANDIDATES_ONLY
     if rule.reads_head:
