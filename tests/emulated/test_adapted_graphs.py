@@ -1,4 +1,4 @@
-"""Graphs of streams with adapters, packs, candidates and reports; scheduled asynchronously."""
+"""Graphs of streams with adapters, packs, taps, candidates and reports; asynchronous."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from vllm.config import CompilationMode
 
-from steering.engine_args import adapter_engine_args
+from steering.engine_args import StreamSource, adapter_engine_args
 from tests.adapters.make import make_lora, make_native
 from tests.adapters.vectors import make_reft, make_vector
 from tests.emulated.platform import like_cuda
@@ -55,6 +55,28 @@ PLACED = (
 )  # fmt: skip
 """Vectors, and adapters of some positions: what acts changes while the graphs go on."""
 
+TAPS = {
+    "embedded": StreamSource(on="base", layer=0, norm=False),
+    "early": StreamSource(on="base", layer=1, norm=True),
+    "chat-early": StreamSource(on="chat", layer=2, norm=True),
+    "twin-early": StreamSource(on="twin", layer=1, norm=True),
+}
+
+DOLA: dict[str, Any] = {"method": "dola", "layers": ["embedded", "early"]}
+
+TAPPED = (
+    Case(range(20, 29), DOLA, max_tokens=7),
+    Case(range(40, 46), {"method": "contrastive", "amateur": "early", "strength": 0.4},
+         max_tokens=6, adapters=(Use("vector", 0.5),)),
+    Case(range(60, 69), {"method": "sled", "layers": ["early"], "top_k": 7}, max_tokens=6),
+    Case(range(30, 38), max_tokens=5, arrives=1),
+    Case(range(50, 57), mix(early=-0.3, **{"chat-early": 0.4}), max_tokens=7, arrives=2),
+    Case(range(70, 79), mix(**{"twin-early": 0.6}), {"twin": range(5, 15)}, arrives=3,
+         max_tokens=6, adapters=(Use("reft", 0.7, "twin"),)),
+    Case(range(80, 86), {**DOLA, "jsd": True}, max_tokens=6, arrives=3, adapters=(Use("one"),)),
+)  # fmt: skip
+"""Taps of base, companion and twin, with what adapters add in front of them, and a plain row."""
+
 VALUED = {"method": "value_augmented", "values": [{"stream": "value", "strength": 2.0}], "top_k": 4}
 
 
@@ -68,6 +90,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
             heads=lambda folder, _: {"value": valued(folder / "value", "qwen2", 21)},
             async_scheduling=True,
             vectors=True,
+            taps=TAPS,
             **adapter_engine_args(3, 24),
         )
         base, chat = found.folders["base"], found.folders["chat"]
@@ -108,6 +131,14 @@ def test_vectors_and_positions_are_right_in_graphs(adapted: Engine) -> None:
     before = step.graphs.replays[0]
     check(adapted, PLACED, adapted.run(PLACED))
     assert step.graphs.replays[0] - before >= 5
+
+
+def test_taps_are_right_in_graphs(adapted: Engine) -> None:
+    """What they read is written inside the graphs, and must stand where the read-out looks."""
+    step = step_of(adapted)
+    before = [step.graphs.replays[i] for i in range(3)]
+    check(adapted, TAPPED, adapted.run(TAPPED))
+    assert all(step.graphs.replays[i] - was >= 4 for i, was in enumerate(before))
 
 
 @contextmanager
