@@ -25,7 +25,7 @@ from smollm.evidence.sunny_made import (
 from smollm.evidence.vader import compound
 from smollm.evidence.work import Work
 
-STRENGTHS = (5.0, 15.0, 30.0, 60.0)
+STRENGTHS = (5.0, 10.0, 20.0, 40.0)
 """β of value-augmented sampling."""
 WEIGHTS = (0.25, 0.5, 1.0)
 """Of the vector; 1 is what its training chose."""
@@ -34,7 +34,7 @@ POOL = 8
 NS = (2, 4, 8)
 K = 4
 """Of how many replies, or blocks, the value model chooses one."""
-VALIDATION, TEST = 16, 48
+VALIDATION, TEST = 24, 66
 """Requests that are asked."""
 BLOCK = 8
 """Tokens of a block of guided search."""

@@ -23,7 +23,7 @@ from smollm.evidence.sunny import Requests, plain
 from smollm.evidence.work import Work
 
 LAYERS = 3
-"""Of the base's layers that the value model begins as; more of them learn little more."""
+"""Of the base's layers that the value model begins as: few, as it reads many candidates."""
 TOKENS = 40
 """Of the longest reply."""
 SAMPLES, EPOCHS = 6, 2
