@@ -71,7 +71,14 @@ def sliced(base: LlamaForCausalLM, turn: Tensor, size: Size) -> LlamaForCausalLM
         base: a Llama model.
         turn: [hidden, width], orthonormal columns: the directions that are kept.
         size: of the companion.
+
+    Raises:
+        ValueError: the width is not a multiple of the base's number of heads: transformers would
+            not save it.
     """
+    heads = base.config.num_attention_heads
+    if size.width % heads:
+        raise ValueError(f"width is {size.width}, not a multiple of the base's {heads} heads")
     config = LlamaConfig.from_dict(base.config.to_dict())
     config.update(
         {

@@ -39,8 +39,8 @@ class Recipe:
     direct_epochs: int = 1
     direct_per_fact: int = 1
     direct_rate: float = 1e-3
-    width: int = 256
-    layers: tuple[int, ...] = (0, 1, 2, 29)
+    width: int = 288
+    layers: tuple[int, ...] = (0, 1, 29)
     most: int | None = None
     """Of facts and lessons; None: all."""
 

@@ -23,7 +23,7 @@ from smollm.evidence.companion_text import TOP, load_texts, save_texts, subjects
 from smollm.evidence.desk import Question, judge
 from smollm.evidence.desk_facts import FACTS
 from smollm.evidence.desk_tuning import copied, expected, lessons, tune
-from smollm.evidence.small_models import QUICK
+from smollm.evidence.small_models import QUICK, Recipe
 
 LIMA = Question("What is the capital of Peru?", "capital", "plain", "Peru", ("Lima",))
 TEMPLATE = (
@@ -146,6 +146,14 @@ def test_a_slice_is_smaller_and_near(base: LlamaForCausalLM) -> None:
     assert parameters(small) < parameters(base)
     assert small.get_output_embeddings().weight.shape == (257, 32)
     assert small.get_output_embeddings().weight is small.get_input_embeddings().weight
+
+
+def test_a_width_that_cannot_be_saved_is_refused(base: LlamaForCausalLM) -> None:
+    size = Size(33, (0,))
+    with pytest.raises(ValueError, match="width is 33, not a multiple of the base's 4 heads"):
+        sliced(base, directions(base, [torch.tensor([5, 6])], size), size)
+    recipe, heads = Recipe(), 9
+    assert recipe.width % heads == 0, "SmolLM2-135M has 9 heads"
 
 
 def test_the_divergence_is_at_most_kl_and_all_of_it_over_the_whole_vocabulary() -> None:
