@@ -17,10 +17,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from adapters.where import Text
 from steering.errors import BadValue
 from steering.faults import fault
 from steering.method import MethodConfig, refusal
-from steering.plan import Phase, Span, SteeringPlan, Text
+from steering.plan import Phase, Span, SteeringPlan
 
 MOST_TOKENS = 16
 """Most tokens of a text that bounds a phase."""

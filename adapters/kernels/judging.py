@@ -198,7 +198,9 @@ class Judge:
         else:
             u = _states(y, residual, reading.tokens[-1:])
         met = condition.met(at, u)[0]
-        state.met = met if at is condition.thresholds[0] else state.met | met
+        if state.met is not None and at is not condition.thresholds[0]:
+            met = met | state.met
+        state.met = met
 
 
 def _states(

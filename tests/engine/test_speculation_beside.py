@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 
 from steering.engine_args import Speculation, adapter_engine_args
 from tests.adapters.make import make_lora
+from tests.adapters.vectors import make_reft, make_vector
 from tests.engine.driver import Case, Engine, Use
 from tests.engine.heads import Headed, classifier, probe, valued
 from tests.engine.test_exactness import prompt
 from tests.engine.test_heads import CRITICAL, VALUE, assert_exact
-from tests.engine.test_speculation import CLOSE, SAME
+from tests.engine.test_speculation import CLOSE, SAME, accepted
+from tests.engine.test_vectors import hidden
 from tests.models import VOCAB_SIZE
 
 pytestmark = pytest.mark.engine
@@ -39,11 +42,20 @@ def drafting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         {"chat": ("qwen2", VOCAB_SIZE), "plain": ("gpt2", VOCAB_SIZE)},
         make_heads,
         speculation=Speculation("chat", 3),
+        vectors=True,
         **adapter_engine_args(4, 48),
     )
     found.load_adapters({"one": make_lora(folder / "one", found.folders["base"], seed=1)})
     chat = make_lora(folder / "lora-chat", found.folders["chat"], seed=3)
-    found.load_adapters({"chat": chat}, "chat")
+    width, layers = hidden(found.folders["base"])
+    made = {
+        "vector": make_vector(folder / "vector", width, range(layers), seed=4),
+        "reft": make_reft(folder / "reft", width, [0], seed=5, where={"from": 3}),
+    }
+    found.load_adapters(made)
+    width, layers = hidden(found.folders["chat"])
+    vector = make_vector(folder / "chat-vector", width, range(layers), seed=6)
+    found.load_adapters({"chat": chat, "chat-vector": vector}, "chat")
     yield found
     del found
     gc.collect()
@@ -87,3 +99,27 @@ def test_a_stream_drafts_with_its_requests_adapters(drafting: Engine) -> None:
         report = drafting.report(tag, output)["0"]
         # The prompt gives a token, and each of four steps four: nothing is rejected.
         assert (report["passes"]["base"], report["drafted"], report["accepted"]) == (5, 12, 12)
+
+
+def test_vectors_act_at_the_places_of_drafts(drafting: Engine) -> None:
+    """A draft stands where its token will stand; where it is not taken, another one stands there.
+
+    What acts changes within a step of several tokens, for base, draft stream and both.
+    """
+    rng = random.Random(42)
+    wheres = ("", "reply", {"from": 2}, {"first": 3}, {"from": 3, "first": 5}, "last_prompt")
+    cases = []
+    for where in wheres:
+        own = json.dumps(where) if where else ""
+        for spec, uses in (
+            (CLOSE, (Use("vector", where=own), Use("chat-vector", 0.5, "chat", where=own))),
+            (SAME, (Use("chat-vector", stream="chat", where=own), Use("vector", -1.0))),
+            (CLOSE, (Use("reft", 0.7, where=own), Use("one", where=own))),
+            (None, (Use("vector", where=own),)),
+        ):
+            ids = prompt(rng, 5, 60)
+            cases.append(Case(ids, spec, max_tokens=12, arrives=rng.randrange(4), adapters=uses))
+    before = accepted(drafting)
+    assert_exact(drafting, cases, drafting.run(cases))
+    drafts, kept = (after - was for after, was in zip(accepted(drafting), before, strict=True))
+    assert 0 < kept < drafts

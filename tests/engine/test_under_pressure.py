@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from steering.engine_args import StreamSource
+from steering.engine_args import StreamSource, adapter_engine_args
 from steering.method import Logits
-from tests.engine.driver import BLOCK, ON_V2, Case, Engine, logprobs, tokens
+from tests.adapters.make import make_lora
+from tests.adapters.vectors import make_reft, make_vector
+from tests.engine.driver import BLOCK, ON_V2, Case, Engine, Use, logprobs, tokens
 from tests.engine.test_exactness import TOLERANCE, assert_exact, prompt
+from tests.engine.test_vectors import hidden
 from tests.injected import runner_of
 from tests.models import VOCAB_SIZE, make_tokenizer
 
@@ -47,6 +50,8 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
             "chat-early": StreamSource(on="chat", layer=2, norm=True),
         },
         num_gpu_blocks_override=BLOCKS,
+        vectors=True,
+        **adapter_engine_args(3, 16),
         enforce_eager=shutil.which("g++") is None,  # what torch compiles CPU kernels with
     )
     yield found
@@ -223,4 +228,34 @@ def test_taps_of_compiled_streams_survive_preemption(tight: Engine) -> None:
     before = tight.preemptions()
     cases = [Case(prompt(rng, 60, 120), spec, max_tokens=20) for spec in specs * 3]
     assert_exact(tight, cases, tight.run(cases, salt="taps"))
+    assert tight.preemptions() > before
+
+
+def test_vectors_of_compiled_streams_survive_preemption(
+    tight: Engine, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """With positions, on a twin and a companion, in front of taps, and beside LoRA."""
+    folder, rng = tmp_path_factory.mktemp("vectors"), random.Random(12)
+    for stream in ("base", "chat"):
+        width, layers = hidden(tight.folders[stream])
+        made = {
+            f"{stream}-v": make_vector(folder / f"{stream}-v", width, range(layers), seed=13),
+            f"{stream}-r": make_reft(folder / f"{stream}-r", width, range(layers), seed=14),
+            f"{stream}-l": make_lora(folder / f"{stream}-l", tight.folders[stream], seed=15),
+        }
+        tight.load_adapters(made, stream)
+    guidance = {"method": "guidance", "negative": "twin", "strength": 1.2}
+    early = {"method": "mix", "weights": {"base": 1.0, "early": -0.3, "chat-early": 0.5}}
+    asked: list[tuple[dict[str, Any] | None, tuple[Use, ...]]] = [
+        (None, (Use("base-v", where='"reply"'), Use("base-l", 0.5))),
+        (None, (Use("base-r", 0.5, where='{"prompt_last": 9, "from": 4}'),)),
+        (guidance, (Use("base-v", -0.5, "twin"), Use("base-r", where='"prompt"'))),
+        (early, (Use("base-v", 0.7), Use("chat-r", 0.5, "chat", where='{"first": 5}'))),
+        (PROXY, (Use("chat-v", stream="chat", where='"reply"'), Use("chat-l", stream="chat"))),
+        (None, ()),
+    ]
+    cases = [Case(prompt(rng, 60, 120), s, {}, 24, i % 5, adapters=own)
+             for i, (s, own) in enumerate(asked * 2)]  # fmt: skip
+    before = tight.preemptions()
+    assert_exact(tight, cases, tight.run(cases, salt="vectors"))
     assert tight.preemptions() > before

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from adapters.where import Text
 from steering.errors import BadValue
 from steering.method import Limits, Snapshot
 from steering.phases import begun, holding, opener_of, with_ids
-from steering.plan import LayerKind, Phase, Rule, RuleKind, Span, SteeringPlan, Text, Values
+from steering.plan import LayerKind, Phase, Rule, RuleKind, Span, SteeringPlan, Values
 from steering.plugins import discover
 from steering.resolve import resolve
 from steering.wire import SteeringPayload, pack, unpack

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from adapters.errors import BadAdapter
@@ -47,7 +48,7 @@ def test_words_that_are_none(value: object) -> None:
 
 def test_a_text_opens_and_closes() -> None:
     ahead, lengths = np.arange(-2, 6), np.full(8, 2)
-    seen = {(5,): np.full(8, 3)}
+    seen: dict[tuple[int, ...], npt.NDArray[np.int64]] = {(5,): np.full(8, 3, np.int64)}
     after, until = Text("x", (5,)), Text("x", (5,))
     found = Where(stop=MANY, after=after).active(ahead, lengths, seen)
     assert found.tolist() == [False] * 5 + [True] * 3
@@ -70,8 +71,8 @@ def test_texts_get_the_base_s_tokens() -> None:
 
 
 def test_what_the_prompt_has_closed() -> None:
-    after, until = (Where(stop=MANY, **{side: Text("</t>", (8, 9), (7,))})
-                    for side in ("after", "until"))  # fmt: skip
+    text = Text("</t>", (8, 9), (7,))
+    after, until = Where(stop=MANY, after=text), Where(stop=MANY, until=text)
     for prompt, closed in (([7, 1, 8, 9], True), ([8, 9, 7], False), ([8, 9], False)):
         found = placed(plan(after), prompt).adapters
         assert found == (AdapterUse("a", where=(REPLY if closed else after,)),)

@@ -17,7 +17,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from steering.plan import BASE, AdapterUse, Gate, Phase, RuleKind, SteeringPlan, Text, Values
+from adapters.where import Text
+from steering.plan import BASE, AdapterUse, Gate, Phase, RuleKind, SteeringPlan, Values
 from steering.wire import SteeringPayload
 from steering.worker.plan.batches import Bool, Int32, Int64, OwnPrompts, Schedule
 from steering.worker.plan.ends import Own
@@ -186,7 +187,7 @@ def _write(
     extra[RULE_KIND] = float(rule.kind)
     extra[RULE_STREAM] = index[rule.stream] if rule.kind else 0
     # What is not 0 must not become 0: a nucleus of probability 0 has nothing in it.
-    extra[RULE_PARAM] = rule.param and max(rule.param, np.finfo(np.float32).tiny)
+    extra[RULE_PARAM] = max(rule.param, float(np.finfo(np.float32).tiny)) if rule.param else 0.0
     extra[RULE_COUNT] = rule.count
     masked = part.values is not None and part.values.mask
     extra[RULE_OPTIONS] = rule.options + masked * CANDIDATES_ONLY
