@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused(
         inspect(folder, SHAPES, max_rank=8)
     bare = make_vector(tmp_path / "bare", HIDDEN, [0], seed=1)
     with pytest.raises(DoesNotFit, match=r"adapters\.vectors"):
-        inspect(bare, BaseShapes({}, layers={}), max_rank=8)
+        inspect(bare, BaseShapes({}, layers={}, vectors=False), max_rank=8)
 
 
 # --- attention heads --------------------------------------------------------------------------

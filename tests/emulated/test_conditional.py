@@ -13,9 +13,8 @@ import pytest
 from steering.engine_args import Speculation, adapter_engine_args
 from tests.emulated.platform import scheduling
 from tests.engine.driver import BLOCK, STREAMS, Case, Engine, Use
-from tests.engine.slow import assert_exact
 from tests.engine.test_conditional import NAMES, make_all
-from tests.engine.test_exactness import prompt
+from tests.engine.test_exactness import assert_exact, prompt
 from tests.engine.test_phases import PROXY, text_in
 from tests.models import VOCAB_SIZE
 
@@ -28,7 +27,7 @@ def engine(
 ) -> Iterator[Engine]:
     asynchronous = request.param == "asynchronous"
     more: dict[str, Any] = {} if asynchronous else {"speculation": Speculation("chat", 3)}
-    slots = {**adapter_engine_args(4, 48), "max_cpu_loras": 6, "num_gpu_blocks_override": 28}
+    slots = {**adapter_engine_args(4, 48), "max_cpu_loras": 6, "num_gpu_blocks_override": 24}
     folder = tmp_path_factory.mktemp("models")
     with scheduling(asynchronous=asynchronous):
         found = Engine(folder, ("qwen2", VOCAB_SIZE), STREAMS, vectors=True,
@@ -62,6 +61,8 @@ def test_behind_texts_and_from_the_nth(engine: Engine) -> None:
 
 def test_preempted_requests(engine: Engine) -> None:
     rng, before = random.Random(3), engine.preemptions()
-    cases = [Case(prompt(rng, 90, 120), None, {}, BLOCK, adapters=(Use(name),)) for name in NAMES]
+    cases = [
+        Case(prompt(rng, 90, 120), None, {}, BLOCK, adapters=(Use(name),)) for name in NAMES * 2
+    ]
     assert_exact(engine, cases, engine.run(cases))
     assert engine.preemptions() > before

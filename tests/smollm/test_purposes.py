@@ -144,9 +144,9 @@ def test_a_lora_learns_and_is_kept(tmp_path: Path) -> None:
     weights = (out / "adapter_model.safetensors").read_bytes()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     rows = trained.encoded(base, lines)
-    before = float(trained.reply_loss(model, rows))
+    before = trained.reply_loss(model, rows).item()
     tuned = PeftModel.from_pretrained(model, str(out))
-    assert float(trained.reply_loss(model, rows)) < before - 0.1
+    assert trained.reply_loss(model, rows).item() < before - 0.1
     assert all(".layers.0." not in name for name in tuned.state_dict() if "lora_" in name)
     trained.train_lora(base, lines, out, epochs=1, first_layer=1)
     assert (out / "adapter_model.safetensors").read_bytes() == weights

@@ -13,6 +13,7 @@ import torch
 
 from adapters.errors import BadAdapter, DoesNotFit, RankFault
 from steering.worker import ranks
+from steering.worker.adapting import sets
 from steering.worker.adapting.sets import SetManager
 
 Work = Callable[[], Iterator[int]]
@@ -105,6 +106,7 @@ def test_packs_need_ranks_that_have_the_same_bits(monkeypatch: pytest.MonkeyPatc
     manager = SetManager.__new__(SetManager)
     manager.lora_config = SimpleNamespace(max_lora_rank=8)
     found: Any = SimpleNamespace(name="set", rank=8, members=[SimpleNamespace(routed=True)])
+    monkeypatch.setattr(sets, "conditional", lambda _: False)  # it would read the files
     monkeypatch.setattr(ranks, "size", lambda: 2)
     manager._check(found)
     monkeypatch.setattr(ranks, "size", lambda: 3)
