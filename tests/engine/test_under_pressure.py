@@ -254,8 +254,9 @@ def test_vectors_of_compiled_streams_survive_preemption(
         (PROXY, (Use("chat-v", stream="chat", where='"reply"'), Use("chat-l", stream="chat"))),
         (None, ()),
     ]
-    cases = [Case(prompt(rng, 60, 120), s, {}, 24, i % 5, adapters=own)
-             for i, (s, own) in enumerate(asked * 2)]  # fmt: skip
+    # Rows without adapters fill the blocks: of others so many run at once as there are slots.
+    cases = [Case(prompt(rng, 90, 120), s, {}, 24, i % 5, adapters=own)
+             for i, (s, own) in enumerate([*asked * 2, *asked[-1:] * 6])]  # fmt: skip
     before = tight.preemptions()
     assert_exact(tight, cases, tight.run(cases, salt="vectors"))
     assert tight.preemptions() > before

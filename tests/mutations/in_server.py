@@ -95,8 +95,8 @@ FAULTS = (
     ),
     Fault(
         "server/requests/profiles.py",
-        "for stream, c in weights if c > 0",
-        "for stream, c in weights",
+        "end for stream, c in terms if c > 0 for end",
+        "end for stream, c in terms for end",
         "tests/server/requests tests/server/checks/test_end_tokens.py",
         "an anti-expert's own end token ends replies",
     ),

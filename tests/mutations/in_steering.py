@@ -11,8 +11,8 @@ FAULTS = (
     # --- steering: the read-out sum --------------------------------------------------------------
     Fault(
         "steering/kernels/mix.py",
-        "torch.where(c == 0, torch.zeros(",
-        "torch.where(c != c, torch.zeros(",
+        "            term.masked_fill_(c == 0, 0.0)",
+        "            term.masked_fill_(c != c, 0.0)",
         KERNELS,
         "a stream that a row does not use spoils it where its scores are not finite",
     ),
