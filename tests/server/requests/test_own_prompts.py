@@ -153,6 +153,18 @@ def profiles(**configured: dict[str, Any]) -> Profiles:
     )
 
 
+def test_replies_end_where_the_expert_s_texts_do_and_not_the_anti_expert_s() -> None:
+    found = Profiles(
+        {"own": Profile(**PROXY)},
+        base_name="big",
+        methods=discover(),
+        snapshot=SNAPSHOT,
+        limits=Limits(),
+        end_tokens={"chat": (7, 3), "plain": (9,)},
+    )
+    assert found.stop_token_ids("own") == (3, 7)
+
+
 def test_profiles_come_and_go_but_the_configuration_s_stay() -> None:
     found = profiles(fixed=PROXY)
     assert found.put("mine", PROXY)
